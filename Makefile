@@ -1,0 +1,46 @@
+# `make demo` and `make test` are all that a new user needs; `make help` lists the rest.
+SHELL := /bin/bash
+preset ?= release
+build := build/$(preset)
+# Another clone of the same sources finds the same compiler cache.
+export CCACHE_BASEDIR := $(CURDIR)
+export CCACHE_NOHASHDIR := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help build test demo format lint clean setup-% configure
+
+help: ## this list
+	@echo "Microbatch: train with the batch size you want in the memory you have"
+	@echo
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  An existing LibTorch is used if CMAKE_PREFIX_PATH or MICROBATCH_TORCH names one; otherwise torch comes into .venv."
+	@echo "  preset=debug or preset=sanitize builds another kind, in a folder of its own below build/."
+
+demo: build ## install what is missing, build, train on real text and images beyond the memory budget, compare strategies
+	@scripts/setup.sh demo
+	@scripts/demo.sh $(build)/microbatch
+
+build: setup-build configure ## install what is missing and build the command: build/release/microbatch
+	@cmake --build $(build) --target microbatch_command
+	@echo "built: $(build)/microbatch"
+
+test: setup-test configure ## build and run every test, C++ and command line
+	@cmake --build $(build)
+	@ctest --test-dir $(build) --output-on-failure -j 2
+
+lint: setup-test configure ## format and clang-tidy alone (they are part of `make test`)
+	@ctest --test-dir $(build) --output-on-failure -R '^lint/'
+
+format: ## lay out all C++ by .clang-format
+	@git ls-files '*.h' '*.cpp' | xargs clang-format -i
+
+clean: ## remove what was built; .venv and the compiler cache stay
+	@rm -rf build
+
+setup-%:
+	@scripts/setup.sh $*
+
+configure:
+	@cmake --preset $(preset) $(if $(shell command -v ccache),-DCMAKE_CXX_COMPILER_LAUNCHER=ccache) \
+	    --log-level=WARNING > /dev/null

@@ -1,0 +1,213 @@
+#include <ATen/Parallel.h>
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+#include <nlohmann/json.hpp>
+#include <optional>
+
+#include "cli/choose_plan.h"
+#include "cli/commands.h"
+#include "cli/config.h"
+#include "cli/interrupt.h"
+#include "cli/job.h"
+#include "cli/machine.h"
+#include "cli/output.h"
+#include "cli/progress.h"
+#include "microbatch/analysis/gradient_variance.h"
+#include "microbatch/core/units.h"
+#include "microbatch/io/json_number.h"
+#include "microbatch/memory/budget_allocator.h"
+
+namespace microbatch::cli {
+namespace {
+
+constexpr std::int64_t variance_batches = 8;
+
+struct Strategy {
+    const char* name;
+    std::int64_t batch;
+    std::int64_t micro_batch;
+    // Below: measured.
+    bool ran = false;
+    std::int64_t peak_bytes = 0;
+    double step_seconds = 0.0;    // median
+    double sample_seconds = 0.0;  // total over all samples
+    double held_out = 0.0;
+    std::optional<double> variance = {};
+};
+
+double median(std::vector<double> values) {
+    std::sort(values.begin(), values.end());
+    return values[values.size() / 2];
+}
+
+std::int64_t measured_peak(const JobPlan& plan, std::int64_t batch, std::int64_t micro_batch) {
+    return measure_micro_batch(plan, batch, micro_batch).peak_bytes;
+}
+
+// The uncut batch can need more than the machine has; two small sizes tell before it is tried.
+std::int64_t predicted_peak(const JobPlan& plan, std::int64_t batch) {
+    if (batch <= 2) return measured_peak(plan, batch, batch);
+    const std::vector<MemoryPoint> points{{1, measured_peak(plan, batch, 1)}, {2, measured_peak(plan, batch, 2)}};
+    return fit_memory(points).predict(batch);
+}
+
+void train_strategy(std::FILE* out, const JobPlan& plan, const Job& job, std::int64_t samples, std::int64_t budget,
+                    Strategy& strategy) {
+    const Interval length{samples, Unit::samples};
+    Settings settings = plan.settings;
+    settings.batch = strategy.batch;
+    Trainer trainer(*job.accumulator, *plan.data.train, job.loss,
+                    {.batch = strategy.batch,
+                     .length = length,
+                     .schedule = schedule_of(settings, length, plan.data.train->tokens_per_sample()),
+                     .seed = plan.settings.seed});
+    ProgressLine progress(out, length, speed_unit(plan), budget);
+    std::vector<double> seconds;
+    while (!trainer.done() && !interrupted()) {
+        const TrainerReport report = trainer.step();
+        seconds.push_back(report.seconds);
+        progress.update(report, memory_use().peak_bytes);
+    }
+    progress.finish();
+    if (seconds.empty()) return;
+    double total = 0.0;
+    for (const double step : seconds) total += step;
+    strategy.ran = trainer.done();
+    strategy.step_seconds = median(seconds);
+    strategy.sample_seconds = total / static_cast<double>(trainer.progress().samples);
+    strategy.peak_bytes = memory_use().peak_bytes;
+    strategy.held_out = held_out_loss(plan, job, std::min(strategy.micro_batch, std::int64_t{64}));
+}
+
+void measure_variance(const JobPlan& plan, const Job& job, Strategy& strategy) {
+    Sampler sampler(plan.data.train->size(), plan.settings.seed + 1);
+    strategy.variance =
+        gradient_variance(
+            job.parameters, variance_batches, [&] { return plan.data.train->get(sampler.next(strategy.batch)); },
+            {.micro_batch = strategy.micro_batch}, job.loss)
+            .variance;
+}
+
+// The variance of every strategy is taken at the same parameters: those the accumulated run ended with.
+void run_all(std::FILE* out, const JobPlan& plan, std::int64_t samples, std::int64_t budget,
+             std::vector<Strategy>& strategies) {
+    const std::size_t accumulated = 1;
+    for (const std::size_t i : {accumulated, std::size_t{0}, std::size_t{2}}) {
+        Strategy& strategy = strategies[i];
+        const std::int64_t most = i == 2 ? available_memory_bytes() / 10 * 9 : budget;
+        if (i == 2) {
+            strategy.peak_bytes = predicted_peak(plan, strategy.batch);
+            if (strategy.peak_bytes > most) continue;
+        }
+        fmt::print(out, "{}: batch {} in micro-batches of {}\n", strategy.name, strategy.batch, strategy.micro_batch);
+        const BudgetScope allowed(most);
+        reset_peak_memory();
+        const Job job = make_job(plan, strategy.micro_batch);
+        train_strategy(out, plan, job, samples, budget, strategy);
+        if (interrupted()) return;
+        if (i != accumulated) continue;
+        const BudgetScope lifted(no_budget);
+        fmt::print(out, "gradient variance over {} batches of each strategy\n", variance_batches);
+        for (Strategy& other : strategies) {
+            if (i != 2 || other.peak_bytes <= most) measure_variance(plan, job, other);
+        }
+    }
+}
+
+void print_strategies(std::FILE* out, const JobPlan& plan, const std::vector<Strategy>& strategies,
+                      std::int64_t samples, std::int64_t budget) {
+    fmt::print(out, "\n{}; {} samples each, the same seed, rate and schedule; memory budget {}\n\n",
+               plan.model_description, with_commas(samples), format_bytes(budget));
+    std::vector<std::vector<std::string>> rows{{"strategy", "batch", "micro-batch", "peak memory", "fits",
+                                                "gradient variance", "time per step", "time per sample",
+                                                "held-out loss"}};
+    for (const Strategy& s : strategies) {
+        auto measured = [&s](const std::string& figure) { return s.ran ? figure : std::string("-"); };
+        rows.push_back({s.name, std::to_string(s.batch), std::to_string(s.micro_batch), format_bytes(s.peak_bytes),
+                        s.peak_bytes <= budget ? "yes" : "no", s.variance ? fmt::format("{:.3g}", *s.variance) : "-",
+                        measured(fmt::format("{:.1f} ms", 1e3 * s.step_seconds)),
+                        measured(fmt::format("{:.3f} ms", 1e3 * s.sample_seconds)),
+                        measured(fmt::format("{:.4f}", s.held_out))});
+    }
+    print_table(out, rows);
+    if (!strategies[2].ran) {
+        fmt::print(out, "\nnative was not run: its predicted peak is more than this machine has free\n");
+    }
+}
+
+void print_json(const JobPlan& plan, const std::vector<Strategy>& strategies, std::int64_t samples,
+                std::int64_t budget) {
+    nlohmann::ordered_json document;
+    document["model"] = plan.model;
+    document["data"] = plan.settings.data;
+    document["samples"] = samples;
+    document["budget_bytes"] = budget;
+    for (const Strategy& s : strategies) {
+        nlohmann::ordered_json row;
+        row["strategy"] = s.name;
+        row["batch"] = s.batch;
+        row["micro_batch"] = s.micro_batch;
+        row["ran"] = s.ran;
+        row["peak_bytes"] = s.peak_bytes;
+        row["fits"] = s.peak_bytes <= budget;
+        row["gradient_variance"] = s.variance ? json_number(*s.variance) : nlohmann::ordered_json();
+        row["step_seconds"] = s.ran ? json_number(s.step_seconds) : nlohmann::ordered_json();
+        row["sample_seconds"] = s.ran ? json_number(s.sample_seconds) : nlohmann::ordered_json();
+        row["held_out_loss"] = s.ran ? json_number(s.held_out) : nlohmann::ordered_json();
+        document["strategies"].push_back(row);
+    }
+    fmt::print("{}\n", document.dump(2));
+}
+
+int compare(const Settings& settings) {
+    validate(settings);
+    const std::int64_t budget = memory_budget_of(settings);
+    const Interval asked = length_of(settings, {16 * settings.batch, Unit::samples});
+    std::FILE* out = settings.json ? stderr : stdout;
+    if (settings.threads > 0) at::set_num_threads(settings.threads);
+    install_budget_allocator();
+    watch_interrupts();
+    const JobPlan plan = open_job(settings);
+    const std::int64_t tokens_per_sample = plan.data.train->tokens_per_sample();
+    const std::int64_t samples = convert(asked, Unit::samples, settings.batch, tokens_per_sample).count;
+    schedule_of(settings, {samples, Unit::samples}, tokens_per_sample);
+    const std::int64_t chosen = choose_plan(plan, budget).micro_batch;
+    // Where the whole batch is the best plan there is still something to compare: a quarter of it.
+    const std::int64_t micro_batch = chosen < settings.batch ? chosen : std::max<std::int64_t>(1, settings.batch / 4);
+    std::vector<Strategy> strategies{{.name = "small batch", .batch = micro_batch, .micro_batch = micro_batch},
+                                     {.name = "accumulated", .batch = settings.batch, .micro_batch = micro_batch},
+                                     {.name = "native", .batch = settings.batch, .micro_batch = settings.batch}};
+    run_all(out, plan, samples, budget, strategies);
+    if (interrupted()) return interrupted_exit_code;
+    print_strategies(out, plan, strategies, samples, budget);
+    if (settings.json) print_json(plan, strategies, samples, budget);
+    return 0;
+}
+
+}  // namespace
+
+void add_compare(CLI::App& application, Action& action) {
+    CLI::App* command = application.add_subcommand(
+        "compare", "Train with a small batch, the batch accumulated and the batch at once, and compare");
+    auto settings = std::make_shared<Settings>();
+    add_job_options(*command, *settings);
+    add_length_options(*command, *settings);
+    command->footer(
+        "Example:\n"
+        "  microbatch compare --data /usr/share/games/fortunes --batch 64 --memory 64MiB --samples 1280\n"
+        "Every strategy sees the same samples (default 16 batches). What is beyond the budget is run all the same "
+        "where\n"
+        "the machine has the memory, and marked as not fitting. Gradient variance: trace of the covariance of the "
+        "batch's\n"
+        "mean gradient, all strategies at the same parameters.");
+    command->callback([command, settings, &action] {
+        action = [command, settings] {
+            apply_config(*command, *settings);
+            return compare(*settings);
+        };
+    });
+}
+
+}  // namespace microbatch::cli

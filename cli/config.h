@@ -1,0 +1,22 @@
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+
+#include "cli/job.h"
+#include "cli/settings.h"
+
+namespace microbatch::cli {
+
+/// Fills what the flags left open from the TOML file that --config names: flags win. A key is a flag's name.
+/// Errors: ErrorKind::usage if the file cannot be read or parsed, or a key is no flag of this command: the message
+/// names
+///         the nearest one that is.
+void apply_config(CLI::App& command, const Settings& settings);
+
+/// Writes config.toml: every setting of the run as it was resolved. `--config` with it gives the same run again.
+/// Errors: ErrorKind::usage if the file cannot be written.
+void write_config(const std::filesystem::path& folder, const JobPlan& plan, std::int64_t micro_batch, Interval length,
+                  std::int64_t budget_bytes);
+
+}  // namespace microbatch::cli

@@ -1,0 +1,233 @@
+#include "cli/job.h"
+
+#include <ATen/Context.h>
+#include <fmt/format.h>
+#include <torch/nn/module.h>
+
+#include <algorithm>
+#include <chrono>
+#include <numeric>
+#include <vector>
+
+#include "microbatch/core/error.h"
+#include "microbatch/memory/budget_allocator.h"
+#include "microbatch/models/gpt.h"
+#include "microbatch/models/mlp.h"
+#include "microbatch/models/resnet.h"
+#include "microbatch/nn/cross_entropy.h"
+#include "microbatch/optim/adamw.h"
+#include "microbatch/optim/sgd.h"
+
+namespace microbatch::cli {
+namespace {
+
+bool is_gpt(const std::string& model) {
+    return model.starts_with("gpt");
+}
+
+GptConfig gpt_config(const std::string& model, const Settings& settings, std::int64_t vocabulary) {
+    GptConfig config = gpt_preset(model);
+    config.layers = settings.layers.value_or(config.layers);
+    config.heads = settings.heads.value_or(config.heads);
+    config.width = settings.width.value_or(config.width);
+    if (settings.length > 0) config.length = settings.length;
+    config.dropout = settings.dropout;
+    // Token files may hold fewer tokens than the preset's vocabulary; text needs exactly 256.
+    config.vocabulary = model == "gpt2" ? std::max(config.vocabulary, vocabulary) : vocabulary;
+    return config;
+}
+
+ResNetConfig resnet_config(const JobPlan& plan) {
+    ResNetConfig config;
+    config.classes = plan.data.classes;
+    config.width = plan.settings.width.value_or(config.width);
+    config.blocks = plan.settings.layers.value_or(config.blocks);
+    if (!plan.settings.norm.empty()) config.norm = parse_image_norm(plan.settings.norm);
+    return config;
+}
+
+MlpConfig mlp_config(const JobPlan& plan) {
+    MlpConfig config;
+    config.inputs = plan.data.height * plan.data.width;
+    config.classes = plan.data.classes;
+    config.width = plan.settings.width.value_or(config.width);
+    config.layers = plan.settings.layers.value_or(config.layers);
+    return config;
+}
+
+void require_known(const std::string& model) {
+    if (model == "resnet" || model == "mlp") return;
+    try {
+        gpt_preset(model);
+    } catch (const Error&) {
+        throw Error(
+            ErrorKind::usage,
+            fmt::format("--model {}: there is no such model; choose gpt-tiny, gpt-small, gpt2, resnet or mlp", model));
+    }
+}
+
+void require_flags_of(const std::string& model, const Settings& settings) {
+    auto refuse = [&model](const char* flag, const char* owner) {
+        throw Error(ErrorKind::usage,
+                    fmt::format("{} contradicts --model {}: it is a setting of {}", flag, model, owner));
+    };
+    if (!is_gpt(model)) {
+        if (settings.heads) refuse("--heads", "a gpt");
+        if (settings.length > 0) refuse("--length", "a gpt");
+        if (settings.dropout > 0.0) refuse("--dropout", "a gpt");
+    }
+    if (model != "resnet" && !settings.norm.empty()) refuse("--norm", "a resnet");
+}
+
+void require_match(const std::string& model, const OpenedData& data, const std::string& path) {
+    const bool images = data.kind == DataKind::images;
+    if (images == !is_gpt(model)) return;
+    throw Error(ErrorKind::usage,
+                fmt::format("--model {} trains on {}, but {} holds {}: choose --model {}", model,
+                            images ? "text or tokens" : "images", path, images ? "images" : "text or tokens",
+                            images ? "resnet or mlp" : "gpt-tiny, gpt-small or gpt2"));
+}
+
+template <class Holder>
+void use_model(Job& job, Holder model, bool tokens) {
+    job.model = model.ptr();
+    job.parameters = parameters_of(model);
+    job.loss = [model, tokens](const Batch& micro) mutable -> WeightedLoss {
+        const at::Tensor& targets = micro.fields[1];
+        return {cross_entropy_sum(model->forward(micro.fields[0]), targets),
+                tokens ? count_targets(targets) : static_cast<double>(micro.size())};
+    };
+}
+
+void use_optimizer(Job& job, const Settings& settings) {
+    const bool sgd = settings.optimizer == "sgd";
+    const auto groups = split_by_decay(job.parameters, weight_decay_of(settings));
+    if (sgd) {
+        job.optimizer = std::make_unique<Sgd>(groups, SgdOptions{.learning_rate = learning_rate_of(settings),
+                                                                 .momentum = settings.momentum,
+                                                                 .nesterov = settings.nesterov});
+    } else {
+        job.optimizer = std::make_unique<AdamW>(groups, AdamWOptions{.learning_rate = learning_rate_of(settings)});
+    }
+}
+
+std::string short_count(std::int64_t count) {
+    return count >= 1'000'000 ? fmt::format("{:.1f}M", static_cast<double>(count) / 1e6)
+                              : fmt::format("{:.0f}k", static_cast<double>(count) / 1e3);
+}
+
+std::string describe_model(const JobPlan& plan) {
+    if (is_gpt(plan.model)) {
+        const GptConfig config = gpt_config(plan.model, plan.settings, plan.data.classes);
+        return fmt::format("{}, {} parameters: {} layers, {} heads, {} wide, {} tokens a sample", plan.model,
+                           short_count(count_parameters(config)), config.layers, config.heads, config.width,
+                           config.length);
+    }
+    std::int64_t count = 0;
+    for (const Parameter& parameter : make_job(plan, 1).parameters) count += parameter.tensor.numel();
+    return fmt::format("{}, {} parameters", plan.model, short_count(count));
+}
+
+double seconds_since(std::chrono::steady_clock::time_point start) {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+// The first samples of a dataset, so that an evaluation has a bounded cost.
+class FirstSamples final : public Dataset {
+public:
+    FirstSamples(const Dataset& all, std::int64_t most) : all_(all), size_(std::min(all.size(), most)) {}
+
+    std::int64_t size() const override { return size_; }
+    std::int64_t tokens_per_sample() const override { return all_.tokens_per_sample(); }
+    Batch get(std::span<const std::int64_t> indices) const override { return all_.get(indices); }
+
+private:
+    const Dataset& all_;
+    std::int64_t size_;
+};
+
+Batch first_batch(const Dataset& dataset, std::int64_t batch) {
+    std::vector<std::int64_t> indices(static_cast<std::size_t>(batch));
+    for (std::size_t i = 0; i < indices.size(); ++i) indices[i] = static_cast<std::int64_t>(i) % dataset.size();
+    return dataset.get(indices);
+}
+
+}  // namespace
+
+JobPlan open_job(const Settings& settings) {
+    JobPlan plan;
+    plan.settings = settings;
+    plan.model = settings.model;
+    if (!plan.model.empty()) {
+        require_known(plan.model);
+        require_flags_of(plan.model, settings);
+    }
+    const bool needs_length = plan.model.empty() || is_gpt(plan.model);
+    const std::int64_t length =
+        needs_length ? gpt_config(plan.model.empty() ? "gpt-tiny" : plan.model, settings, 256).length : 1;
+    plan.data = open_data(settings.data, length);
+    if (plan.model.empty()) {
+        plan.model = plan.data.kind == DataKind::images ? "resnet" : "gpt-tiny";
+        require_flags_of(plan.model, settings);
+    }
+    require_match(plan.model, plan.data, settings.data);
+    plan.model_description = describe_model(plan);
+    return plan;
+}
+
+Job make_job(const JobPlan& plan, std::int64_t micro_batch) {
+    at::manual_seed(plan.settings.seed);
+    Job job;
+    if (is_gpt(plan.model)) {
+        use_model(job, Gpt(gpt_config(plan.model, plan.settings, plan.data.classes)), true);
+    } else if (plan.model == "resnet") {
+        use_model(job, ResNet(resnet_config(plan)), false);
+    } else {
+        use_model(job, Mlp(mlp_config(plan)), false);
+    }
+    use_optimizer(job, plan.settings);
+    job.accumulator = std::make_unique<Accumulator>(
+        job.parameters, *job.optimizer,
+        AccumulatorOptions{.plan = {.micro_batch = micro_batch}, .clip_norm = plan.settings.clip});
+    return job;
+}
+
+Measurement measure_micro_batch(const JobPlan& plan, std::int64_t batch, std::int64_t micro_batch) {
+    const BudgetScope lifted(no_budget);
+    reset_peak_memory();
+    const Job job = make_job(plan, micro_batch);
+    const Batch data = first_batch(*plan.data.train, batch);
+    Measurement result{.micro_batch = micro_batch, .micro_batch_seconds = 1e300, .update_seconds = 1e300};
+    const std::int64_t count = std::min<std::int64_t>(2, micro_batch_count(batch, micro_batch));
+    for (int step = 0; step < 2; ++step) {
+        job.accumulator->begin();
+        for (std::int64_t i = 0; i < count; ++i) {
+            const auto started = std::chrono::steady_clock::now();
+            // The last micro-batch may be a ragged one; a full one is what is to be timed.
+            const std::int64_t begin = std::min(i * micro_batch, batch - micro_batch);
+            job.accumulator->add(job.loss(data.slice(begin, begin + micro_batch)));
+            if (step > 0 || i > 0)
+                result.micro_batch_seconds = std::min(result.micro_batch_seconds, seconds_since(started));
+        }
+        const auto started = std::chrono::steady_clock::now();
+        job.accumulator->finish();
+        job.accumulator->apply();
+        result.update_seconds = seconds_since(started);
+    }
+    result.peak_bytes = memory_use().peak_bytes;
+    return result;
+}
+
+double held_out_loss(const JobPlan& plan, const Job& job, std::int64_t micro_batch) {
+    const FirstSamples samples(*plan.data.held_out, 1024);
+    job.model->eval();
+    const double loss = mean_loss(samples, std::min(micro_batch, samples.size()), job.loss);
+    job.model->train();
+    return loss;
+}
+
+const char* speed_unit(const JobPlan& plan) {
+    return plan.data.kind == DataKind::images ? "images" : "tokens";
+}
+
+}  // namespace microbatch::cli

@@ -1,0 +1,53 @@
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "cli/settings.h"
+#include "microbatch/data/open.h"
+#include "microbatch/memory/probe.h"
+#include "microbatch/train/accumulator.h"
+#include "microbatch/train/trainer.h"
+
+namespace torch::nn {
+class Module;
+}
+
+namespace microbatch::cli {
+
+/// The data opened and the model chosen: all that is needed to make the same job any number of times.
+struct JobPlan {
+    Settings settings;
+    OpenedData data;
+    std::string model;              ///< resolved name
+    std::string model_description;  ///< one line, sizes and parameters
+};
+
+/// A model, its loss and its optimizer, freshly made from the seed.
+struct Job {
+    std::shared_ptr<torch::nn::Module> model;
+    Parameters parameters;
+    LossFunction loss;
+    std::unique_ptr<Optimizer> optimizer;
+    std::unique_ptr<Accumulator> accumulator;
+};
+
+/// Opens the data and resolves the model.
+/// Errors: ErrorKind::usage for an unknown model, one that does not go with the data, or a flag it does not have;
+///         ErrorKind::bad_data as open_data.
+JobPlan open_job(const Settings& settings);
+
+/// The same seed makes the same parameters.
+Job make_job(const JobPlan& plan, std::int64_t micro_batch);
+
+/// Measures a micro-batch on a job of its own, at the job's real batch: first and later micro-batch, first and later
+/// step. The memory budget is lifted meanwhile.
+Measurement measure_micro_batch(const JobPlan& plan, std::int64_t batch, std::int64_t micro_batch);
+
+/// Mean loss over the first held-out samples (at most 1,024), the model in evaluation mode and put back after.
+double held_out_loss(const JobPlan& plan, const Job& job, std::int64_t micro_batch);
+
+/// "tokens" or "samples": what the speed of this data is counted in, and how many a sample has.
+const char* speed_unit(const JobPlan& plan);
+
+}  // namespace microbatch::cli

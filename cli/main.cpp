@@ -1,0 +1,104 @@
+#include <c10/util/Exception.h>
+#include <fmt/format.h>
+
+#include <CLI/App.hpp>
+#include <CLI/Config.hpp>
+#include <CLI/Formatter.hpp>
+#include <new>
+
+#include "cli/commands.h"
+#include "cli/nearest.h"
+#include "microbatch/core/error.h"
+
+namespace {
+
+using namespace microbatch;
+
+constexpr int internal_error = 1;
+
+std::vector<std::string> flags_of(const CLI::App& command) {
+    std::vector<std::string> flags;
+    for (const CLI::Option* option : command.get_options()) {
+        for (const std::string& name : option->get_lnames()) flags.push_back("--" + name);
+    }
+    return flags;
+}
+
+// What CLI11 says, with the nearest flag or command where one was mistyped.
+std::string explain(const CLI::App& application, const CLI::ParseError& error, const std::vector<std::string>& words) {
+    std::string message = error.what();
+    if (dynamic_cast<const CLI::ExtrasError*>(&error) == nullptr) return message;
+    const auto called = application.get_subcommands();
+    std::vector<std::string> names;
+    if (called.empty()) {
+        for (const CLI::App* command : application.get_subcommands([](const CLI::App*) { return true; })) {
+            names.push_back(command->get_name());
+        }
+    } else {
+        names = flags_of(*called.front());
+    }
+    for (const std::string& word : words) {
+        const std::string flag = word.substr(0, word.find('='));
+        if (message.find(flag) == std::string::npos || std::find(names.begin(), names.end(), flag) != names.end())
+            continue;
+        const std::string suggestion = cli::nearest(flag, names);
+        if (!suggestion.empty()) return fmt::format("{} (did you mean {}?)", message, suggestion);
+    }
+    return message;
+}
+
+int fail(int code, const std::string& message) {
+    std::fflush(stdout);
+    fmt::print(stderr, "microbatch: {}\n", message);
+    return code;
+}
+
+int run(const cli::Action& action) {
+    try {
+        return action();
+    } catch (const Error& error) {
+        return fail(error.exit_code(), error.what());
+    } catch (const c10::OutOfMemoryError& error) {
+        return fail(static_cast<int>(ErrorKind::does_not_fit),
+                    fmt::format("out of memory: {}: take a smaller --micro-batch (or auto), or raise --memory",
+                                error.what_without_backtrace()));
+    } catch (const std::bad_alloc&) {
+        return fail(static_cast<int>(ErrorKind::does_not_fit), "out of memory: the machine has no more to give");
+    } catch (const c10::Error& error) {
+        return fail(internal_error, error.what_without_backtrace());
+    } catch (const std::exception& error) {
+        return fail(internal_error, error.what());
+    }
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+    CLI::App application(
+        "Microbatch: train with the batch size you want in the memory you have.\n"
+        "You state the batch and a memory budget; it measures, cuts the batch into micro-batches that fit, and makes\n"
+        "exactly the update of the whole batch.\n\n"
+        "  microbatch train --data FOLDER --batch 64 --memory 100MiB --steps 200\n",
+        "microbatch");
+    application.set_version_flag("--version", "microbatch " MICROBATCH_VERSION);
+    application.require_subcommand(1);
+    application.footer(
+        "Exit codes: 0 done, 2 bad usage or configuration, 3 does not fit the budget, 4 stopped by the guard,\n"
+        "5 bad data or checkpoint, 130 interrupted.\n"
+        "`microbatch COMMAND --help` tells more of each.");
+    cli::Action action;
+    cli::add_train(application, action);
+    cli::add_compare(application, action);
+    cli::add_plan(application, action);
+    cli::add_doctor(application, action);
+    try {
+        application.parse(count, arguments);
+    } catch (const CLI::Success& wanted) {
+        return application.exit(wanted);
+    } catch (const CLI::ParseError& error) {
+        const std::vector<std::string> words(arguments + 1, arguments + count);
+        return fail(static_cast<int>(ErrorKind::usage),
+                    explain(application, error, words) + "\nRun with --help for more information.");
+    }
+    return run(action);
+}

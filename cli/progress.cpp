@@ -1,0 +1,89 @@
+#include "cli/progress.h"
+
+#include <fmt/format.h>
+#include <sys/ioctl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "cli/output.h"
+
+namespace microbatch::cli {
+namespace {
+
+constexpr double terminal_interval = 0.1;
+constexpr double pipe_interval = 5.0;
+
+std::size_t terminal_columns(int descriptor) {
+    winsize size{};
+    if (ioctl(descriptor, TIOCGWINSZ, &size) != 0 || size.ws_col == 0) return 100;
+    return size.ws_col;
+}
+
+double seconds_between(std::chrono::steady_clock::time_point a, std::chrono::steady_clock::time_point b) {
+    return std::chrono::duration<double>(b - a).count();
+}
+
+}  // namespace
+
+ProgressLine::ProgressLine(std::FILE* stream, Interval length, const char* speed_unit, std::int64_t budget_bytes)
+    : stream_(stream),
+      terminal_(isatty(fileno(stream)) != 0),
+      length_(length),
+      speed_unit_(speed_unit),
+      budget_bytes_(budget_bytes),
+      started_(std::chrono::steady_clock::now()),
+      drawn_(started_) {}
+
+void ProgressLine::update(const TrainerReport& report, std::int64_t peak_bytes) {
+    last_ = report;
+    peak_bytes_ = std::max(peak_bytes_, peak_bytes);
+    if (std::isfinite(report.step.loss) && report.step.weight > 0.0) {
+        const double share = std::max(0.1, 1.0 / static_cast<double>(report.progress.steps));
+        loss_ += share * (report.step.loss - loss_);
+    }
+    pending_ = true;
+    const auto now = std::chrono::steady_clock::now();
+    if (drawn_once_ && seconds_between(drawn_, now) < (terminal_ ? terminal_interval : pipe_interval)) return;
+    drawn_ = now;
+    draw(line());
+}
+
+void ProgressLine::finish() {
+    if (pending_) draw(line());
+    if (terminal_ && drawn_once_) fmt::print(stream_, "\n");
+    drawn_once_ = false;
+}
+
+std::string ProgressLine::line() const {
+    const double elapsed = seconds_between(started_, std::chrono::steady_clock::now());
+    const Progress& progress = last_.progress;
+    const double share =
+        std::min(1.0, static_cast<double>(progress.in(length_.unit)) / static_cast<double>(length_.count));
+    const double speed = static_cast<double>(progress.tokens) / std::max(elapsed, 1e-9);
+    std::string bar;
+    if (terminal_) {
+        const auto filled = static_cast<std::size_t>(share * 20.0);
+        bar = fmt::format("[{}{}] ", std::string(filled, '#'), std::string(20 - filled, '.'));
+    }
+    const double mebibyte = 1024.0 * 1024.0;
+    return fmt::format("{}{:3.0f} %  step {}  loss {:.4f}  {} {}/s  peak {:.1f} of {:.1f} MiB  {} left", bar,
+                       100.0 * share, progress.steps, loss_, with_commas(std::llround(speed)), speed_unit_,
+                       static_cast<double>(peak_bytes_) / mebibyte, static_cast<double>(budget_bytes_) / mebibyte,
+                       clock_time(share > 0.0 ? elapsed / share * (1.0 - share) : -1.0));
+}
+
+void ProgressLine::draw(const std::string& line) {
+    pending_ = false;
+    drawn_once_ = true;
+    if (terminal_) {
+        // Cut to the window: a line that wraps could not be drawn over.
+        fmt::print(stream_, "\r{}\x1b[K", line.substr(0, terminal_columns(fileno(stream_)) - 1));
+    } else {
+        fmt::print(stream_, "{}\n", line);
+    }
+    std::fflush(stream_);
+}
+
+}  // namespace microbatch::cli

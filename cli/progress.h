@@ -1,0 +1,43 @@
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <cstdio>
+#include <string>
+
+#include "microbatch/core/units.h"
+#include "microbatch/train/trainer.h"
+
+namespace microbatch::cli {
+
+/// Shows how a run is going: on a terminal one line drawn over and over, in a pipe a plain line every few seconds.
+/// Draws at most ten times a second, so that it costs a run nothing.
+class ProgressLine {
+public:
+    /// speed_unit: "tokens" or "images".
+    ProgressLine(std::FILE* stream, Interval length, const char* speed_unit, std::int64_t budget_bytes);
+
+    /// After every step. peak_bytes: the largest so far.
+    void update(const TrainerReport& report, std::int64_t peak_bytes);
+
+    /// Draws the last state and ends the line; safe to call twice.
+    void finish();
+
+private:
+    std::string line() const;
+    void draw(const std::string& line);
+
+    std::FILE* stream_;
+    bool terminal_;
+    Interval length_;
+    const char* speed_unit_;
+    std::int64_t budget_bytes_;
+    std::chrono::steady_clock::time_point started_, drawn_;
+    TrainerReport last_;
+    std::int64_t peak_bytes_ = 0;
+    bool pending_ = false;
+    bool drawn_once_ = false;
+    double loss_ = 0.0;  // mean over the last steps, the newest counting most
+};
+
+}  // namespace microbatch::cli

@@ -1,0 +1,225 @@
+#include "cli/settings.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "cli/machine.h"
+#include "microbatch/core/error.h"
+
+namespace microbatch::cli {
+namespace {
+
+const std::vector<std::string> length_flags = {"steps", "samples", "tokens"};
+
+[[noreturn]] void refuse(const std::string& message) {
+    throw Error(ErrorKind::usage, message);
+}
+
+// Puts the flag's name in front of what the library says about its value.
+template <class Read>
+auto read_flag(const char* flag, Read read) {
+    try {
+        return read();
+    } catch (const Error& error) {
+        throw Error(error.kind(), fmt::format("{}: {}", flag, error.what()));
+    }
+}
+
+void require(bool holds, const char* flag, const auto& value, const char* allowed) {
+    if (!holds) refuse(fmt::format("{} is {}; it must be {}", flag, value, allowed));
+}
+
+std::string& length_text(Settings& settings, std::size_t index) {
+    return index == 0 ? settings.steps : index == 1 ? settings.samples : settings.tokens;
+}
+
+void validate_optimizer(const Settings& settings) {
+    require(settings.optimizer == "adamw" || settings.optimizer == "sgd", "--optimizer", settings.optimizer,
+            "adamw or sgd");
+    if (settings.optimizer == "adamw" && settings.nesterov) {
+        refuse("--nesterov contradicts --optimizer adamw: it is a setting of sgd");
+    }
+    if (settings.lr) require(std::isfinite(*settings.lr) && *settings.lr >= 0.0, "--lr", *settings.lr, "0 or more");
+    require(settings.clip > 0.0, "--clip", settings.clip, "above 0 (inf: no clipping)");
+    if (settings.weight_decay) {
+        require(std::isfinite(*settings.weight_decay) && *settings.weight_decay >= 0.0, "--weight-decay",
+                *settings.weight_decay, "0 or more");
+    }
+    require(settings.momentum >= 0.0 && settings.momentum < 1.0, "--momentum", settings.momentum, "from 0 to below 1");
+}
+
+}  // namespace
+
+void add_job_options(CLI::App& command, Settings& s) {
+    const char* what = "What is trained";
+    command
+        .add_option("--data", s.data,
+                    "A text file or a folder of text (each byte a token), a .bin of uint16 tokens, or a folder with "
+                    "IDX images and labels (.gz or not)")
+        ->type_name("PATH")
+        ->group(what);
+    command
+        .add_option("--model", s.model,
+                    "gpt-tiny (0.8M parameters), gpt-small (10.7M), gpt2 (124M), resnet or mlp; without it resnet for "
+                    "images and gpt-tiny for the rest")
+        ->type_name("NAME")
+        ->group(what);
+    command.add_option("--layers", s.layers, "Blocks of a gpt, hidden layers of an mlp, blocks a stage of a resnet")
+        ->type_name("N")
+        ->group(what);
+    command.add_option("--heads", s.heads, "Attention heads of a gpt")->type_name("N")->group(what);
+    command.add_option("--width", s.width, "Width of the model")->type_name("N")->group(what);
+    command.add_option("--length", s.length, "Tokens a sample, for a gpt")->type_name("N")->group(what);
+    command.add_option("--norm", s.norm, "batch or group, for a resnet (default batch)")
+        ->type_name("NAME")
+        ->group(what);
+    command.add_option("--dropout", s.dropout, "Dropout of a gpt (default 0)")->type_name("P")->group(what);
+
+    const char* batch = "Batch and memory";
+    command.add_option("--batch", s.batch, "Samples per optimizer step (default 64)")->type_name("N")->group(batch);
+    command
+        .add_option("--micro-batch", s.micro_batch,
+                    "Samples per forward/backward; auto (the default) measures and takes the fastest that fits")
+        ->type_name("N|auto")
+        ->group(batch);
+    command
+        .add_option("--memory", s.memory,
+                    "Budget of all tensors of the process, such as 400MiB or 2GiB; without it four fifths of the "
+                    "memory that is free")
+        ->type_name("SIZE")
+        ->group(batch);
+
+    const char* optimizer = "Optimizer";
+    command.add_option("--optimizer", s.optimizer, "adamw (default) or sgd")->type_name("NAME")->group(optimizer);
+    command.add_option("--lr", s.lr, "Peak learning rate (default 0.001 for adamw, 0.05 for sgd)")
+        ->type_name("X")
+        ->group(optimizer);
+    command.add_option("--clip", s.clip, "Largest gradient norm of the batch (default 1; inf: no clipping)")
+        ->type_name("X")
+        ->group(optimizer);
+    command
+        .add_option("--weight-decay", s.weight_decay,
+                    "Decoupled weight decay, not on biases and norms (default 0.1 for adamw, 0.0005 for sgd)")
+        ->type_name("X")
+        ->group(optimizer);
+    command.add_option("--momentum", s.momentum, "Momentum of sgd (default 0.9)")->type_name("X")->group(optimizer);
+    command.add_flag("--nesterov", s.nesterov, "Nesterov momentum for sgd")->group(optimizer);
+    command.add_option("--schedule", s.schedule, "constant, linear, cosine (default), wsd or polynomial")
+        ->type_name("NAME")
+        ->group(optimizer);
+    command.add_option("--warmup", s.warmup, "Linear warmup, such as \"100 steps\" or \"1M tokens\" (default none)")
+        ->type_name("INTERVAL")
+        ->group(optimizer);
+    command.add_option("--final-lr", s.final_lr, "Learning rate at the end (default 0)")
+        ->type_name("X")
+        ->group(optimizer);
+    command.add_option("--decay", s.decay, "Length of wsd's final decay (default a fifth of the run)")
+        ->type_name("INTERVAL")
+        ->group(optimizer);
+    command.add_option("--power", s.power, "Power of the polynomial schedule (default 2)")
+        ->type_name("X")
+        ->group(optimizer);
+
+    const char* run = "Run";
+    command.add_option("--seed", s.seed, "Same seed, threads and cut: same bits (default 1)")
+        ->type_name("N")
+        ->group(run);
+    command.add_option("--threads", s.threads, "Threads of torch's kernels (default: torch's own choice)")
+        ->type_name("N")
+        ->group(run);
+    command.add_option("--config", s.config, "TOML file with any of these flags as keys; flags win")
+        ->type_name("FILE")
+        ->group(run);
+    command.add_flag("--json", s.json, "Print one JSON document for a program to read; the rest goes to stderr")
+        ->group(run);
+}
+
+void add_length_options(CLI::App& command, Settings& s) {
+    const char* group = "How long (one of them)";
+    command.add_option("--steps", s.steps, "Optimizer steps, such as 500 or 10k")->type_name("N")->group(group);
+    command.add_option("--samples", s.samples, "Samples, such as 60000 or 1M")->type_name("N")->group(group);
+    command.add_option("--tokens", s.tokens, "Tokens, such as 10M (an image counts as one)")
+        ->type_name("N")
+        ->group(group);
+}
+
+std::int64_t memory_budget_of(const Settings& settings) {
+    if (settings.memory.empty()) return available_memory_bytes() / 5 * 4;
+    return read_flag("--memory", [&] { return parse_bytes(settings.memory); });
+}
+
+std::optional<std::int64_t> micro_batch_of(const Settings& settings) {
+    if (settings.micro_batch == "auto") return std::nullopt;
+    const std::int64_t size = read_flag("--micro-batch", [&] { return parse_count(settings.micro_batch); });
+    require(size >= 1, "--micro-batch", size, "at least 1, or auto");
+    if (size > settings.batch) {
+        refuse(fmt::format("--micro-batch {} is larger than --batch {}: a batch is cut into micro-batches", size,
+                           settings.batch));
+    }
+    return size;
+}
+
+Interval length_of(const Settings& given, Interval fallback) {
+    Settings settings = given;
+    std::optional<Interval> found;
+    const Unit units[] = {Unit::steps, Unit::samples, Unit::tokens};
+    for (std::size_t i = 0; i < length_flags.size(); ++i) {
+        const std::string& text = length_text(settings, i);
+        if (text.empty()) continue;
+        const std::string flag = "--" + length_flags[i];
+        if (found) refuse(fmt::format("{} contradicts --{}: say once how long", flag, to_string(found->unit)));
+        found = Interval{read_flag(flag.c_str(), [&] { return parse_count(text); }), units[i]};
+        require(found->count > 0, flag.c_str(), found->count, "above 0");
+    }
+    return found.value_or(fallback);
+}
+
+Schedule schedule_of(const Settings& settings, Interval length, std::int64_t tokens_per_sample) {
+    auto in_lengths_unit = [&](const char* flag, const std::string& text) {
+        return read_flag(flag,
+                         [&] { return convert(parse_interval(text), length.unit, settings.batch, tokens_per_sample); });
+    };
+    Schedule schedule;
+    schedule.shape = read_flag("--schedule", [&] { return parse_schedule(settings.schedule); });
+    schedule.peak = learning_rate_of(settings);
+    schedule.floor = settings.final_lr;
+    schedule.warmup = in_lengths_unit("--warmup", settings.warmup);
+    schedule.length = length;
+    if (schedule.shape == ScheduleShape::wsd) {
+        schedule.decay = settings.decay.empty() ? Interval{std::max<std::int64_t>(1, length.count / 5), length.unit}
+                                                : in_lengths_unit("--decay", settings.decay);
+    } else if (!settings.decay.empty()) {
+        refuse(fmt::format("--decay contradicts --schedule {}: it is a setting of wsd", settings.schedule));
+    }
+    schedule.power = settings.power;
+    read_flag("--schedule", [&] {
+        microbatch::validate(schedule);
+        return true;
+    });
+    return schedule;
+}
+
+double learning_rate_of(const Settings& settings) {
+    return settings.lr.value_or(settings.optimizer == "sgd" ? 0.05 : 1e-3);
+}
+
+double weight_decay_of(const Settings& settings) {
+    return settings.weight_decay.value_or(settings.optimizer == "sgd" ? 5e-4 : 0.1);
+}
+
+void validate(const Settings& settings) {
+    if (settings.data.empty()) refuse("--data is missing: name a text file, a .bin of tokens or a folder with images");
+    require(settings.batch >= 1, "--batch", settings.batch, "at least 1");
+    require(settings.threads >= 0 && settings.threads <= 1024, "--threads", settings.threads,
+            "from 1 to 1024 (0: torch's own choice)");
+    require(settings.length >= 0, "--length", settings.length, "at least 1");
+    require(settings.dropout >= 0.0 && settings.dropout < 1.0, "--dropout", settings.dropout, "from 0 to below 1");
+    validate_optimizer(settings);
+    micro_batch_of(settings);
+    memory_budget_of(settings);
+}
+
+}  // namespace microbatch::cli

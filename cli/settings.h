@@ -1,0 +1,74 @@
+#pragma once
+
+#include <CLI/App.hpp>
+#include <CLI/Config.hpp>
+#include <CLI/Formatter.hpp>
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "microbatch/core/schedule.h"
+#include "microbatch/core/units.h"
+
+namespace microbatch::cli {
+
+/// What the flags say, as they were written. The names are the flags' own.
+struct Settings {
+    std::string model, data;
+    std::optional<std::int64_t> layers, heads, width;
+    std::int64_t length = 0;  ///< tokens a sample; 0: the model's own
+    std::string norm;
+    double dropout = 0.0;
+
+    std::int64_t batch = 64;
+    std::string micro_batch = "auto";
+    std::string memory;
+    std::string steps, samples, tokens;
+
+    std::string optimizer = "adamw";
+    std::optional<double> lr;
+    double final_lr = 0.0;
+    std::string schedule = "cosine";
+    std::string warmup = "0 steps";
+    std::string decay;
+    double power = 2.0;
+    double clip = 1.0;
+    std::optional<double> weight_decay;
+    double momentum = 0.9;
+    bool nesterov = false;
+
+    std::uint64_t seed = 1;
+    int threads = 0;
+    bool no_verify = false;
+    std::string run, config;
+    bool json = false;
+};
+
+/// Declares the flags that describe a job: model, data, batch, memory, optimizer, seed, threads, --config and --json.
+void add_job_options(CLI::App& command, Settings& settings);
+
+/// Declares --steps, --samples and --tokens.
+void add_length_options(CLI::App& command, Settings& settings);
+
+/// The --memory budget in bytes; without the flag four fifths of what the machine has available now.
+std::int64_t memory_budget_of(const Settings& settings);
+
+/// The --micro-batch, or none for auto. Errors: ErrorKind::usage unless it is from 1 to the batch.
+std::optional<std::int64_t> micro_batch_of(const Settings& settings);
+
+/// How long to train; `fallback` if no flag says.
+/// Errors: ErrorKind::usage if more than one of --steps, --samples and --tokens is given, or it is not above 0.
+Interval length_of(const Settings& settings, Interval fallback);
+
+/// The schedule over `length`, its intervals in length's unit.
+/// Errors: ErrorKind::usage, naming the flag.
+Schedule schedule_of(const Settings& settings, Interval length, std::int64_t tokens_per_sample);
+
+/// The --lr and --weight-decay, or what the optimizer starts from without them.
+double learning_rate_of(const Settings& settings);
+double weight_decay_of(const Settings& settings);
+
+/// Throws ErrorKind::usage for flags that are out of range or contradict each other.
+void validate(const Settings& settings);
+
+}  // namespace microbatch::cli

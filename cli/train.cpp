@@ -1,0 +1,229 @@
+#include <ATen/Parallel.h>
+#include <fmt/format.h>
+#include <torch/nn/module.h>
+
+#include <chrono>
+#include <ctime>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+
+#include "cli/choose_plan.h"
+#include "cli/commands.h"
+#include "cli/config.h"
+#include "cli/interrupt.h"
+#include "cli/job.h"
+#include "cli/output.h"
+#include "cli/progress.h"
+#include "microbatch/analysis/verify.h"
+#include "microbatch/core/error.h"
+#include "microbatch/io/json_number.h"
+#include "microbatch/io/run_log.h"
+#include "microbatch/io/safetensors.h"
+#include "microbatch/memory/budget_allocator.h"
+
+namespace microbatch::cli {
+namespace {
+
+struct Outcome {
+    TrainerReport last;
+    double first_loss = 0.0;
+    double held_out = 0.0;
+    double seconds = 0.0;
+    std::int64_t peak_bytes = 0;
+    std::int64_t refused = 0;
+    bool interrupted = false;
+};
+
+// A folder of its own for a run that names none: runs/MODEL-DATE-TIME, with a number where that is taken.
+std::filesystem::path run_folder(const Settings& settings, const std::string& model) {
+    if (!settings.run.empty()) return settings.run;
+    const std::time_t now = std::time(nullptr);
+    std::tm local{};
+    char time[32];
+    std::strftime(time, sizeof(time), "%Y%m%d-%H%M%S", localtime_r(&now, &local));
+    const std::string name = fmt::format("runs/{}-{}", model, time);
+    std::filesystem::path folder = name;
+    for (int i = 2; std::filesystem::exists(folder); ++i) folder = fmt::format("{}-{}", name, i);
+    return folder;
+}
+
+// Two micro-batches of different sizes, small enough for the plan: equal ones would hide a mean of means.
+void check_decomposition(std::FILE* out, const JobPlan& plan, const Job& job, std::int64_t micro_batch) {
+    const std::int64_t samples = std::min({std::int64_t{5}, micro_batch, plan.data.train->size()});
+    if (samples < 2) {
+        fmt::print(out, "verify    skipped: the plan has room for one sample, two are needed\n");
+        return;
+    }
+    const std::vector<std::int64_t> all{0, 1, 2, 3, 4};
+    const Batch batch = plan.data.train->get(std::span(all).first(static_cast<std::size_t>(samples)));
+    const std::int64_t cut = std::min(samples - 1, samples / 2 + 1);
+    const Verification found = verify(*job.model, batch, job.loss, cut);
+    if (found.ok()) {
+        fmt::print(out, "verify    {} samples whole and in {} + {}: same gradients\n", samples, cut, samples - cut);
+        return;
+    }
+    fmt::print(out, "verify    warning: the gradient depends on the cut");
+    if (!found.differences.empty()) {
+        fmt::print(out, " in {} parameters, most in {} (by {:.2g})", found.differences.size(),
+                   found.differences.front().parameter, found.differences.front().relative);
+    }
+    fmt::print(out, "\n");
+    for (const Cause cause : found.causes) fmt::print(out, "          {}\n", describe(cause));
+}
+
+void print_header(std::FILE* out, const JobPlan& plan, const ChosenPlan& chosen, std::int64_t budget, Interval length,
+                  const std::filesystem::path& folder) {
+    const std::int64_t batch = plan.settings.batch;
+    fmt::print(out, "model     {}\n", plan.model_description);
+    fmt::print(out, "data      {}\n", plan.data.description);
+    const std::int64_t count = micro_batch_count(batch, chosen.micro_batch);
+    const std::string cut = count == 1 ? "uncut" : fmt::format("in {} micro-batches of {}", count, chosen.micro_batch);
+    fmt::print(out, "batch     {} samples per step, {} ({})\n", batch, cut, chosen.why);
+    fmt::print(out, "memory    budget {}{}\n", format_bytes(budget),
+               chosen.predicted_peak_bytes
+                   ? fmt::format(", predicted peak {}", format_bytes(*chosen.predicted_peak_bytes))
+                   : std::string());
+    fmt::print(out, "optimizer {}, learning rate {:g}, schedule {}, {}, clip {:g}\n", plan.settings.optimizer,
+               learning_rate_of(plan.settings), plan.settings.schedule, to_string(length), plan.settings.clip);
+    fmt::print(out, "run       {}, seed {}, {} threads\n", folder.string(), plan.settings.seed, at::get_num_threads());
+}
+
+Outcome train_to_the_end(std::FILE* out, const JobPlan& plan, const Job& job, const ChosenPlan& chosen, Interval length,
+                         std::int64_t budget, RunLog& log) {
+    Trainer trainer(*job.accumulator, *plan.data.train, job.loss,
+                    {.batch = plan.settings.batch,
+                     .length = length,
+                     .schedule = schedule_of(plan.settings, length, plan.data.train->tokens_per_sample()),
+                     .seed = plan.settings.seed});
+    ProgressLine progress(out, length, speed_unit(plan), budget);
+    Outcome outcome;
+    const auto started = std::chrono::steady_clock::now();
+    while (!trainer.done() && !interrupted()) {
+        reset_peak_memory();
+        outcome.last = trainer.step();
+        const std::int64_t peak = memory_use().peak_bytes;
+        outcome.peak_bytes = std::max(outcome.peak_bytes, peak);
+        if (outcome.last.progress.steps == 1) outcome.first_loss = outcome.last.step.loss;
+        if (!outcome.last.step.applied) ++outcome.refused;
+        log.write(outcome.last, {chosen.micro_batch, peak, chosen.predicted_peak_bytes});
+        progress.update(outcome.last, peak);
+    }
+    progress.finish();
+    outcome.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
+    outcome.interrupted = !trainer.done();
+    outcome.held_out = held_out_loss(plan, job, chosen.micro_batch);
+    return outcome;
+}
+
+void save_weights(const std::filesystem::path& folder, const Job& job) {
+    Parameters tensors = job.parameters;
+    for (const auto& buffer : job.model->named_buffers()) tensors.push_back({buffer.key(), buffer.value()});
+    write_safetensors(folder / "model.safetensors", tensors);
+}
+
+double speed(const Outcome& outcome) {
+    return static_cast<double>(outcome.last.progress.tokens) / std::max(outcome.seconds, 1e-9);
+}
+
+void print_summary(std::FILE* out, const JobPlan& plan, const ChosenPlan& chosen, const Outcome& outcome,
+                   std::int64_t budget, const std::filesystem::path& folder) {
+    const Progress& progress = outcome.last.progress;
+    fmt::print(out, "{}{} steps, {} samples in {}: {} {}/s\n", outcome.interrupted ? "stopped   " : "done      ",
+               with_commas(progress.steps), with_commas(progress.samples), clock_time(outcome.seconds),
+               with_commas(std::llround(speed(outcome))), speed_unit(plan));
+    fmt::print(out, "loss      {:.4f} at the first step, {:.4f} at the last, {:.4f} held out\n", outcome.first_loss,
+               outcome.last.step.loss, outcome.held_out);
+    fmt::print(out, "memory    peak {} measured", format_bytes(outcome.peak_bytes));
+    if (chosen.predicted_peak_bytes) {
+        const auto predicted = static_cast<double>(*chosen.predicted_peak_bytes);
+        fmt::print(out, ", {} predicted ({:+.1f} %)", format_bytes(*chosen.predicted_peak_bytes),
+                   100.0 * (predicted / static_cast<double>(outcome.peak_bytes) - 1.0));
+    }
+    fmt::print(out, ", budget {}\n", format_bytes(budget));
+    if (outcome.refused > 0) {
+        fmt::print(out, "refused   {} steps were not applied; the reasons are in metrics.jsonl\n", outcome.refused);
+    }
+    fmt::print(out, "written   {}: config.toml, metrics.jsonl, model.safetensors\n", folder.string());
+}
+
+void print_json(const JobPlan& plan, const ChosenPlan& chosen, const Outcome& outcome, std::int64_t budget,
+                const std::filesystem::path& folder) {
+    nlohmann::ordered_json document;
+    document["model"] = plan.model;
+    document["data"] = plan.settings.data;
+    document["batch"] = plan.settings.batch;
+    document["micro_batch"] = chosen.micro_batch;
+    document["steps"] = outcome.last.progress.steps;
+    document["samples"] = outcome.last.progress.samples;
+    document["tokens"] = outcome.last.progress.tokens;
+    document["first_loss"] = json_number(outcome.first_loss);
+    document["loss"] = json_number(outcome.last.step.loss);
+    document["held_out_loss"] = json_number(outcome.held_out);
+    document["seconds"] = outcome.seconds;
+    document["tokens_per_second"] = speed(outcome);
+    document["peak_bytes"] = outcome.peak_bytes;
+    document["predicted_peak_bytes"] = nullptr;
+    if (chosen.predicted_peak_bytes) document["predicted_peak_bytes"] = *chosen.predicted_peak_bytes;
+    document["budget_bytes"] = budget;
+    document["refused_steps"] = outcome.refused;
+    document["interrupted"] = outcome.interrupted;
+    document["run"] = folder.string();
+    fmt::print("{}\n", document.dump(2));
+}
+
+int train(const Settings& settings) {
+    validate(settings);
+    const Interval length = length_of(settings, {100, Unit::steps});
+    const std::int64_t budget = memory_budget_of(settings);
+    std::FILE* out = settings.json ? stderr : stdout;
+    if (settings.threads > 0) at::set_num_threads(settings.threads);
+    install_budget_allocator();
+    watch_interrupts();
+    const JobPlan plan = open_job(settings);
+    schedule_of(settings, length, plan.data.train->tokens_per_sample());
+    const ChosenPlan chosen = choose_plan(plan, budget);
+    set_memory_budget(budget);
+    const Job job = make_job(plan, chosen.micro_batch);
+    const std::filesystem::path folder = run_folder(settings, plan.model);
+    RunLog log(folder);
+    write_config(folder, plan, chosen.micro_batch, length, budget);
+    print_header(out, plan, chosen, budget, length, folder);
+    if (!settings.no_verify) check_decomposition(out, plan, job, chosen.micro_batch);
+    const Outcome outcome = train_to_the_end(out, plan, job, chosen, length, budget, log);
+    save_weights(folder, job);
+    print_summary(out, plan, chosen, outcome, budget, folder);
+    if (settings.json) print_json(plan, chosen, outcome, budget, folder);
+    return outcome.interrupted ? interrupted_exit_code : 0;
+}
+
+}  // namespace
+
+void add_train(CLI::App& application, Action& action) {
+    CLI::App* command = application.add_subcommand("train", "Train a model with the batch you want in a memory budget");
+    auto settings = std::make_shared<Settings>();
+    add_job_options(*command, *settings);
+    add_length_options(*command, *settings);
+    command
+        ->add_option("--run", settings->run, "Folder of this run; it must not hold one yet (default runs/MODEL-TIME)")
+        ->type_name("DIR")
+        ->group("Run");
+    command
+        ->add_flag("--no-verify", settings->no_verify,
+                   "Do not check at the start that the gradient is the same however the batch is cut")
+        ->group("Run");
+    command->footer(
+        "Examples:\n"
+        "  microbatch train --data /usr/share/games/fortunes --batch 64 --memory 64MiB --steps 200\n"
+        "  microbatch train --data /usr/share/datasets/fashion-mnist --model resnet --norm group --batch 512 \\\n"
+        "      --memory 100MiB --samples 60k --optimizer sgd --warmup \"5 steps\"\n"
+        "Written to the run's folder: config.toml, metrics.jsonl (one object a step), model.safetensors.\n"
+        "Ctrl-C finishes the step, writes the weights and ends with exit code 130.");
+    command->callback([command, settings, &action] {
+        action = [command, settings] {
+            apply_config(*command, *settings);
+            return train(*settings);
+        };
+    });
+}
+
+}  // namespace microbatch::cli

@@ -1,0 +1,9 @@
+# Flags of our own targets; the interface target is not installed, so a user's build never sees them.
+add_library(microbatch_warnings INTERFACE)
+target_compile_options(microbatch_warnings INTERFACE -Wall -Wextra -Wpedantic -Wshadow -Werror)
+# NaN and infinity are cases here: no fast-math, whatever the user's defaults are.
+target_compile_options(microbatch_warnings INTERFACE -fno-fast-math)
+if(MICROBATCH_SANITIZE)
+    add_compile_options(-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer)
+    add_link_options(-fsanitize=address,undefined)
+endif()

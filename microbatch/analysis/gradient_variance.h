@@ -1,0 +1,26 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+#include "microbatch/train/gatherer.h"
+
+namespace microbatch {
+
+/// How much the mean gradient of a batch varies from batch to batch at the same parameters.
+struct GradientVariance {
+    double variance = 0.0;      ///< trace of the covariance: E |g - E g|^2
+    double mean_squared = 0.0;  ///< |mean of the g|^2, of which variance / batches is noise
+    std::int64_t batches = 0;
+};
+
+/// Measures it over `batches` batches, made one after the other by `next`.
+///
+/// Formula:  (sum |g_r|^2 - |sum g_r|^2 / R) / (R - 1), the unbiased sample variance, R = batches.
+/// Errors:   ErrorKind::usage if batches < 2, or a batch has weight 0; as Gatherer's.
+/// State:    parameters unchanged, gradients cleared. Memory: one more copy of the gradients.
+/// Cost:     one gather a batch.
+GradientVariance gradient_variance(const Parameters& parameters, std::int64_t batches,
+                                   const std::function<Batch()>& next, const Plan& plan, const LossFunction& loss);
+
+}  // namespace microbatch

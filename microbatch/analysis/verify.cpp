@@ -1,0 +1,180 @@
+#include "microbatch/analysis/verify.h"
+
+#include <ATen/ops/cat.h>
+#include <torch/nn/module.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "microbatch/analysis/model_state.h"
+#include "microbatch/core/error.h"
+#include "microbatch/core/text.h"
+#include "microbatch/optim/clipping.h"
+#include "microbatch/train/gatherer.h"
+
+namespace microbatch {
+namespace {
+
+struct Gradients {
+    double loss = 0.0;
+    double norm = 0.0;
+    std::vector<at::Tensor> mean;  // by parameter; undefined where there is none
+};
+
+// NaN compares as larger than everything, so that it is never hidden.
+bool above(double value, double limit) {
+    return !(value <= limit);
+}
+
+double relative(double difference, double scale) {
+    return difference == 0.0 ? 0.0 : difference / scale;
+}
+
+class Verifier {
+public:
+    Verifier(torch::nn::Module& model, const Batch& batch, const LossFunction& loss, std::int64_t micro_batch)
+        : model_(model),
+          batch_(batch),
+          loss_(loss),
+          cut_{micro_batch},
+          gatherer_(parameters_of(model)),
+          before_(model) {}
+
+    Verification run() {
+        result_.tolerance = tolerance();
+        const Gradients whole = gradients(Plan{});
+        const bool moves_buffers = before_.buffers_changed();
+        const Gradients cut = gradients(Plan{cut_});
+        result_.loss_difference =
+            relative(std::abs(whole.loss - cut.loss), std::max(std::abs(whole.loss), std::abs(cut.loss)));
+        result_.differences = compare(whole, cut);
+        if (!std::isfinite(whole.loss) || !std::isfinite(whole.norm) || !std::isfinite(cut.norm)) {
+            result_.causes.push_back(Cause::not_finite);
+        } else if (!result_.differences.empty()) {
+            diagnose(whole, moves_buffers);
+        }
+        return result_;
+    }
+
+private:
+    double tolerance() const {
+        double epsilon = 0.0;
+        for (const Parameter& parameter : gatherer_.parameters()) {
+            if (parameter.tensor.scalar_type() == at::kFloat) return std::sqrt(0x1p-23);
+            epsilon = std::sqrt(0x1p-52);
+        }
+        return epsilon;
+    }
+
+    // Every call begins with the same generators and buffers, unless the draws are to differ.
+    Gradients gradients(const Plan& plan, bool same_draws = true) {
+        if (same_draws) before_.restore();
+        if (evaluate_) model_.train(false);
+        const Gathered gathered = gatherer_.gather(batch_, plan, loss_);
+        Gradients result{gathered.loss(), gathered.gradient_norm, {}};
+        for (const Parameter& parameter : gatherer_.parameters()) {
+            const at::Tensor& gradient = parameter.tensor.grad();
+            result.mean.push_back(gradient.defined() ? gradient / gathered.weight : at::Tensor());
+        }
+        gatherer_.clear();
+        return result;
+    }
+
+    std::vector<Difference> compare(const Gradients& a, const Gradients& b) const {
+        std::int64_t elements = 0;
+        for (const Parameter& parameter : gatherer_.parameters()) elements += parameter.tensor.numel();
+        std::vector<Difference> found;
+        for (std::size_t i = 0; i < a.mean.size(); ++i) {
+            const Parameter& parameter = gatherer_.parameters()[i];
+            const double floor =
+                0.01 * std::max(a.norm, b.norm) *
+                std::sqrt(static_cast<double>(parameter.tensor.numel()) / static_cast<double>(elements));
+            const double difference = distance(a.mean[i], b.mean[i], floor);
+            if (above(difference, result_.tolerance)) found.push_back({parameter.name, difference});
+        }
+        std::stable_sort(found.begin(), found.end(), [](const Difference& x, const Difference& y) {
+            return above(x.relative, y.relative) && !above(y.relative, x.relative);
+        });
+        return found;
+    }
+
+    static double distance(const at::Tensor& a, const at::Tensor& b, double floor) {
+        if (!a.defined() && !b.defined()) return 0.0;
+        const at::Tensor difference = !a.defined() ? b : !b.defined() ? a : a - b;
+        const double scale =
+            std::max({a.defined() ? joint_norm({a}) : 0.0, b.defined() ? joint_norm({b}) : 0.0, floor});
+        return relative(joint_norm({difference}), scale);
+    }
+
+    void diagnose(const Gradients& whole, bool moves_buffers) {
+        const bool random = !compare(whole, gradients(Plan{}, /*same_draws=*/false)).empty();
+        evaluate_ = true;
+        const bool coupled_in_evaluation = !compare(gradients(Plan{}), gradients(Plan{cut_})).empty();
+        if (coupled_in_evaluation)
+            result_.causes.push_back(is_averaged() ? Cause::averaged_loss : Cause::coupled_samples);
+        if (moves_buffers) result_.causes.push_back(Cause::batch_statistics);
+        if (random) result_.causes.push_back(Cause::randomness);
+        if (result_.causes.empty()) result_.causes.push_back(Cause::unknown);
+    }
+
+    // Every sample twice doubles a sum and leaves a mean as it is.
+    bool is_averaged() {
+        Batch twice;
+        for (const at::Tensor& field : batch_.fields) twice.fields.push_back(at::cat({field, field}));
+        const auto [sum, weight] = value(batch_);
+        const auto [sum_twice, weight_twice] = value(twice);
+        const bool sum_grows = !above(std::abs(sum_twice - 2.0 * sum), result_.tolerance * std::abs(2.0 * sum));
+        const bool sum_stays = !above(std::abs(sum_twice - sum), result_.tolerance * std::abs(sum));
+        const bool weight_grows = !above(std::abs(weight_twice - 2.0 * weight), result_.tolerance * 2.0 * weight);
+        return sum_stays || (sum_grows && !weight_grows);
+    }
+
+    std::pair<double, double> value(const Batch& batch) {
+        before_.restore();
+        model_.train(false);
+        const WeightedLoss loss = loss_(batch);
+        return {loss.sum.item<double>(), loss.weight};
+    }
+
+    torch::nn::Module& model_;
+    const Batch& batch_;
+    const LossFunction& loss_;
+    std::int64_t cut_;
+    Gatherer gatherer_;
+    ModelStateScope before_;
+    bool evaluate_ = false;
+    Verification result_;
+};
+
+}  // namespace
+
+std::string_view describe(Cause cause) {
+    switch (cause) {
+        case Cause::averaged_loss:
+            return "the loss is averaged already: return its sum over the micro-batch, and as weight what it would be "
+                   "averaged over (samples or target tokens)";
+        case Cause::batch_statistics:
+            return "a layer normalises by the micro-batch it sees (BatchNorm): its update depends on the micro-batch; "
+                   "GroupNorm or LayerNorm does not";
+        case Cause::randomness:
+            return "the forward pass draws random numbers (dropout): other draws for another cut, but no bias";
+        case Cause::coupled_samples:
+            return "the loss of a sample depends on the other samples of its micro-batch (in-batch negatives, batch "
+                   "statistics): cutting the batch changes what is trained";
+        case Cause::not_finite:
+            return "the loss or a gradient is not finite";
+        case Cause::unknown:
+            break;
+    }
+    return "the cause is not known: does the loss function keep state between calls?";
+}
+
+Verification verify(torch::nn::Module& model, const Batch& batch, const LossFunction& loss, std::int64_t micro_batch) {
+    if (micro_batch < 1 || micro_batch >= batch.size()) {
+        throw Error(ErrorKind::usage, text("verify needs a micro-batch of at least 1 and below the batch of ",
+                                           batch.size(), " samples, not ", micro_batch));
+    }
+    return Verifier(model, batch, loss, micro_batch).run();
+}
+
+}  // namespace microbatch

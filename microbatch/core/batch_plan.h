@@ -1,0 +1,38 @@
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+namespace microbatch {
+
+/// A micro-batch size that no batch exceeds: the batch is not cut.
+inline constexpr std::int64_t whole_batch = std::numeric_limits<std::int64_t>::max();
+
+/// How a batch is run.
+struct Plan {
+    /// Samples per forward and backward, at least 1.
+    std::int64_t micro_batch = whole_batch;
+
+    bool operator==(const Plan&) const = default;
+};
+
+/// Samples [begin, end) of a batch.
+struct Slice {
+    std::int64_t begin = 0;
+    std::int64_t end = 0;
+
+    std::int64_t size() const { return end - begin; }
+
+    bool operator==(const Slice&) const = default;
+};
+
+/// Micro-batches that a batch is cut into: all full but perhaps the last (100 in 16 is six of 16 and one of 4), 0 for
+/// an empty batch.
+/// Errors: ErrorKind::usage if batch is negative or micro_batch below 1.
+std::int64_t micro_batch_count(std::int64_t batch, std::int64_t micro_batch);
+
+/// The samples of micro-batch `index`, counted from 0.
+/// Errors: ErrorKind::usage as for micro_batch_count, and unless 0 <= index < micro_batch_count(batch, micro_batch).
+Slice micro_batch_slice(std::int64_t batch, std::int64_t micro_batch, std::int64_t index);
+
+}  // namespace microbatch

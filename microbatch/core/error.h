@@ -1,0 +1,29 @@
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+namespace microbatch {
+
+/// What went wrong, by what the caller can do about it. The values are the exit codes of the command.
+enum class ErrorKind {
+    usage = 2,         ///< a setting or an argument is wrong: change it and call again
+    does_not_fit = 3,  ///< the memory budget is too small for the smallest micro-batch
+    stopped = 4,       ///< the run was stopped because its steps went bad
+    bad_data = 5,      ///< a file is missing, truncated or not what it says it is
+};
+
+/// The one exception of this library. The text says what was wrong, where, and what to do.
+/// torch's own exceptions (c10::Error and its kinds) pass through unchanged.
+class Error : public std::runtime_error {
+public:
+    Error(ErrorKind kind, const std::string& message) : std::runtime_error(message), kind_(kind) {}
+
+    ErrorKind kind() const noexcept { return kind_; }
+    int exit_code() const noexcept { return static_cast<int>(kind_); }
+
+private:
+    ErrorKind kind_;
+};
+
+}  // namespace microbatch

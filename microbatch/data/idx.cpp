@@ -1,0 +1,140 @@
+#include "microbatch/data/idx.h"
+
+#include <zlib.h>
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <iomanip>
+#include <memory>
+#include <span>
+#include <sstream>
+#include <string>
+
+#include "microbatch/core/error.h"
+#include "microbatch/core/text.h"
+#include "microbatch/data/mapped_file.h"
+
+namespace microbatch {
+namespace {
+
+constexpr std::uint8_t unsigned_byte = 0x08;
+constexpr std::int64_t largest_array = std::int64_t{1} << 40;
+constexpr std::size_t chunk_bytes = 1 << 20;
+
+/// Bytes of a file in order, decompressed on the way if it is gzipped.
+class Reader {
+public:
+    explicit Reader(const std::filesystem::path& path) : path_(path) {
+        // zlib opens folders and pipes and says little about why it cannot: let MappedFile judge first.
+        if (MappedFile(path).bytes().empty()) refuse("is empty: give an IDX file");
+        file_.reset(::gzopen(path.c_str(), "rbe"));
+        if (!file_) refuse("cannot be opened");
+        ::gzbuffer(file_.get(), 1 << 17);
+    }
+
+    [[noreturn]] void refuse(const std::string& reason) const {
+        throw Error(ErrorKind::bad_data, text(path_.string(), " ", reason));
+    }
+
+    /// As many bytes as there are left, up to the length of `into`.
+    std::size_t read(std::span<std::uint8_t> into) {
+        const int count = ::gzread(file_.get(), into.data(), static_cast<unsigned>(into.size()));
+        int state = Z_OK;
+        const char* reason = ::gzerror(file_.get(), &state);
+        // A stream cut off before its checksum gives what it has and sets only the state.
+        if (count < 0 || state == Z_BUF_ERROR) refuse(text("is damaged: ", reason, "; fetch it again"));
+        return static_cast<std::size_t>(count);
+    }
+
+private:
+    struct Close {
+        void operator()(gzFile_s* file) const { ::gzclose(file); }
+    };
+    const std::filesystem::path& path_;
+    std::unique_ptr<gzFile_s, Close> file_;
+};
+
+std::string hex(std::span<const std::uint8_t> bytes) {
+    std::ostringstream out;
+    out << "0x" << std::hex << std::setfill('0');
+    for (const std::uint8_t byte : bytes) out << std::setw(2) << int{byte};
+    return out.str();
+}
+
+void check_magic(const Reader& file, std::span<const std::uint8_t> magic, int dimensions) {
+    const std::array<std::uint8_t, 4> expected{0, 0, unsigned_byte, static_cast<std::uint8_t>(dimensions)};
+    if (magic[0] != 0 || magic[1] != 0) {
+        file.refuse(text("is not an IDX file: its magic number is ", hex(magic), ", expected ", hex(expected)));
+    }
+    if (magic[2] != unsigned_byte) {
+        file.refuse(text("has elements of type ", hex(magic.subspan(2, 1)), ", expected ",
+                         hex(std::span(expected).subspan(2, 1)), " (unsigned bytes)"));
+    }
+    if (magic[3] != dimensions) {
+        file.refuse(text("has ", int{magic[3]}, " dimensions, expected ", dimensions,
+                         dimensions == 3 ? " (images)" : "", dimensions == 1 ? " (labels)" : ""));
+    }
+}
+
+std::vector<std::int64_t> read_shape(Reader& file, int dimensions) {
+    std::array<std::uint8_t, 4> word{};
+    if (const std::size_t count = file.read(word); count < word.size()) {
+        file.refuse(text("is truncated: ", count, " bytes, expected an IDX header of ", 4 + 4 * dimensions));
+    }
+    check_magic(file, word, dimensions);
+    std::vector<std::int64_t> shape;
+    std::int64_t elements = 1;
+    for (int i = 0; i < dimensions; ++i) {
+        if (file.read(word) < word.size()) {
+            file.refuse(text("is truncated within its header, expected ", 4 + 4 * dimensions, " bytes of it"));
+        }
+        shape.push_back(std::int64_t{word[0]} << 24 | word[1] << 16 | word[2] << 8 | word[3]);
+        if (shape.back() == 0) file.refuse(text("has nothing in it: dimension ", i, " is 0, expected at least 1"));
+        if (shape.back() > largest_array / elements) {
+            file.refuse(text("has a header that announces more than 1 TiB (dimension ", i, " is ", shape.back(),
+                             "), expected less: it is not a data set"));
+        }
+        elements *= shape.back();
+    }
+    return shape;
+}
+
+std::vector<std::uint8_t> read_elements(Reader& file, std::size_t announced) {
+    std::vector<std::uint8_t> bytes;
+    while (bytes.size() < announced) {
+        const std::size_t before = bytes.size();
+        const std::size_t wanted = std::min(chunk_bytes, announced - before);
+        if (bytes.capacity() < before + wanted) {
+            // Doubling, but never beyond the end: an honest file ends with no byte to spare.
+            bytes.reserve(std::min(announced, std::max(before + wanted, 2 * before)));
+        }
+        bytes.resize(before + wanted);
+        const std::size_t count = file.read(std::span(bytes).subspan(before));
+        if (count < wanted) {
+            file.refuse(
+                text("is truncated: it holds ", before + count, " bytes after its header, expected ", announced));
+        }
+    }
+    if (std::array<std::uint8_t, 1> next{}; file.read(next) != 0) {
+        file.refuse(text("goes on after its end: its header announces ", announced, " bytes, expected no more"));
+    }
+    return bytes;
+}
+
+}  // namespace
+
+IdxArray read_idx(const std::filesystem::path& path, int dimensions) {
+    if (dimensions < 1 || dimensions > 255) {
+        throw Error(ErrorKind::usage, text("an IDX file has 1 to 255 dimensions, not ", dimensions));
+    }
+    Reader file(path);
+    IdxArray array;
+    array.shape = read_shape(file, dimensions);
+    std::size_t elements = 1;
+    for (const std::int64_t length : array.shape) elements *= static_cast<std::size_t>(length);
+    array.bytes = read_elements(file, elements);
+    return array;
+}
+
+}  // namespace microbatch

@@ -1,0 +1,155 @@
+#include "microbatch/data/open.h"
+
+#include <algorithm>
+#include <optional>
+#include <span>
+#include <system_error>
+#include <utility>
+
+#include "microbatch/core/error.h"
+#include "microbatch/core/text.h"
+#include "microbatch/core/units.h"
+#include "microbatch/data/idx.h"
+#include "microbatch/data/image_dataset.h"
+#include "microbatch/data/text.h"
+#include "microbatch/data/token_file.h"
+#include "microbatch/data/token_windows.h"
+
+namespace microbatch {
+namespace {
+
+namespace fs = std::filesystem;
+
+/// 1234567 as "1,234,567".
+std::string grouped(std::int64_t count) {
+    std::string digits = std::to_string(count);
+    for (auto end = std::ssize(digits) - 3; end > 0; end -= 3) digits.insert(static_cast<std::size_t>(end), 1, ',');
+    return digits;
+}
+
+std::string samples_in_words(const OpenedData& data) {
+    return text(grouped(data.train->size()), " training and ", grouped(data.held_out->size()), " held-out ");
+}
+
+/// Windows of the first 90 % to train on and of the rest to hold out.
+void split_tokens(OpenedData& data, const Tokens& tokens, std::int64_t length, const fs::path& path) {
+    if (length < 1) throw Error(ErrorKind::usage, text("a sample has ", length, " tokens: it needs at least 1"));
+    const std::int64_t total = tokens.size();
+    const std::int64_t held_out = total / 10;
+    if (held_out <= length) {
+        throw Error(ErrorKind::bad_data,
+                    text(path.string(), " has ", total, " tokens, of which the last 10 % (", held_out,
+                         ") are held out, but one sample of ", length, " needs ",
+                         static_cast<std::uint64_t>(length) + 1, ": give more data or use shorter samples"));
+    }
+    data.train = std::make_unique<TokenWindows>(tokens.slice(0, total - held_out), length);
+    data.held_out = std::make_unique<TokenWindows>(tokens.slice(total - held_out, total), length);
+}
+
+OpenedData open_text(const fs::path& path, std::int64_t length) {
+    OpenedData data;
+    data.kind = DataKind::text;
+    data.classes = 256;
+    const Tokens tokens = byte_tokens(read_text(path));
+    split_tokens(data, tokens, length, path);
+    data.description = text(format_bytes(tokens.size()), " of text, ", samples_in_words(data), "samples of ",
+                            grouped(length), " bytes");
+    return data;
+}
+
+OpenedData open_tokens(const fs::path& path, std::int64_t length) {
+    OpenedData data;
+    data.kind = DataKind::tokens;
+    const Tokens tokens = open_token_file(path);
+    split_tokens(data, tokens, length, path);
+    data.classes = vocabulary_of(tokens);
+    data.description = text(grouped(tokens.size()), " tokens of a vocabulary of ", grouped(data.classes), ", ",
+                            samples_in_words(data), "samples of ", grouped(length), " tokens");
+    return data;
+}
+
+bool holds_idx_files(const fs::path& folder) {
+    std::error_code error;
+    fs::directory_iterator entry(folder, error);
+    while (!error && entry != fs::directory_iterator()) {
+        const std::string name = entry->path().filename().string();
+        if (name.find("idx3-ubyte") != std::string::npos || name.find("idx1-ubyte") != std::string::npos) return true;
+        entry.increment(error);
+    }
+    if (error) {
+        throw Error(ErrorKind::bad_data, text("cannot read the folder ", folder.string(), ": ", error.message()));
+    }
+    return false;
+}
+
+std::optional<fs::path> find_idx(const fs::path& folder, const std::string& name) {
+    for (const fs::path& candidate : {folder / name, folder / (name + ".gz")}) {
+        std::error_code ignored;  // a link to nowhere and a missing file are the same here
+        if (fs::exists(candidate, ignored)) return candidate;
+    }
+    return std::nullopt;
+}
+
+/// The images and labels of one set ("train", "t10k"); null if neither is there.
+std::shared_ptr<const LabelledImages> read_set(const fs::path& folder, const std::string& set) {
+    const std::string images_name = set + "-images-idx3-ubyte";
+    const std::string labels_name = set + "-labels-idx1-ubyte";
+    const auto images = find_idx(folder, images_name);
+    const auto labels = find_idx(folder, labels_name);
+    if (!images && !labels) return nullptr;
+    if (!images || !labels) {
+        throw Error(ErrorKind::bad_data, text(folder.string(), " has ", images ? images_name : labels_name, " but no ",
+                                              images ? labels_name : images_name, " (.gz or not): put it there"));
+    }
+    return std::make_shared<const LabelledImages>(LabelledImages{
+        read_idx(*images, 3), read_idx(*labels, 1), text(images->string(), " and ", labels->filename().string())});
+}
+
+std::int64_t largest_label(const LabelledImages& data) {
+    return *std::max_element(data.labels.bytes.begin(), data.labels.bytes.end());
+}
+
+OpenedData open_images(const fs::path& folder) {
+    const auto train = read_set(folder, "train");
+    if (!train) {
+        throw Error(ErrorKind::bad_data, text(folder.string(),
+                                              " has IDX files but no train-images-idx3-ubyte and "
+                                              "train-labels-idx1-ubyte (.gz or not): put them there"));
+    }
+    const auto test = read_set(folder, "t10k");
+    const auto& shape = train->images.shape;
+    const std::int64_t pixels = shape[1] * shape[2];
+    const std::int64_t trained = test ? shape[0] : shape[0] - shape[0] / 10;
+    if (!test && trained == shape[0]) {
+        throw Error(ErrorKind::bad_data, text(folder.string(), " has ", shape[0],
+                                              " images and no t10k-images-idx3-ubyte: "
+                                              "at least 10 are needed to hold out the last 10 %"));
+    }
+    if (test && (test->images.shape[1] != shape[1] || test->images.shape[2] != shape[2])) {
+        throw Error(ErrorKind::bad_data,
+                    text(folder.string(), " has training images of ", shape[1], "x", shape[2], " but held-out ones of ",
+                         test->images.shape[1], "x", test->images.shape[2], ": give files that belong together"));
+    }
+    const auto scale = pixel_scale(std::span(train->images.bytes).first(static_cast<std::size_t>(trained * pixels)));
+    OpenedData data;
+    data.kind = DataKind::images;
+    data.train = std::make_unique<ImageDataset>(train, scale, 0, trained);
+    const auto& held_out = test ? test : train;
+    data.held_out = std::make_unique<ImageDataset>(held_out, scale, test ? 0 : trained, held_out->images.shape[0]);
+    data.classes = std::max(largest_label(*train), largest_label(*held_out)) + 1;
+    data.height = shape[1];
+    data.width = shape[2];
+    data.description =
+        text(samples_in_words(data), "images of ", shape[1], "x", shape[2], " pixels, ", data.classes, " classes");
+    return data;
+}
+
+}  // namespace
+
+OpenedData open_data(const fs::path& path, std::int64_t length) {
+    std::error_code ignored;  // what cannot be looked at is reported by opening it
+    if (fs::is_directory(path, ignored)) return holds_idx_files(path) ? open_images(path) : open_text(path, length);
+    return path.extension() == ".bin" ? open_tokens(path, length) : open_text(path, length);
+}
+
+}  // namespace microbatch

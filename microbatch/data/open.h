@@ -1,0 +1,40 @@
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <string>
+
+#include "microbatch/train/dataset.h"
+
+namespace microbatch {
+
+enum class DataKind { text, tokens, images };
+
+/// What a path of data turned out to hold.
+struct OpenedData {
+    DataKind kind = DataKind::text;
+    std::unique_ptr<Dataset> train;
+    std::unique_ptr<Dataset> held_out;
+    std::int64_t classes = 0;  ///< 256 for text, else the largest token or label + 1 over both datasets
+    std::int64_t height = 0;   ///< pixels; 0 unless images
+    std::int64_t width = 0;    ///< pixels; 0 unless images
+    std::string description;   ///< one line for a person
+};
+
+/// Opens the data at a path for training, by what it is:
+/// - a folder with an IDX file (`*idx3-ubyte*`, `*idx1-ubyte*`): images. `train-images-idx3-ubyte` and
+///   `train-labels-idx1-ubyte` are trained on; the `t10k-` pair is held out, if it is there. With or without `.gz`, the
+///   plain one first.
+/// - a file named `*.bin`: uint16 tokens (see open_token_file).
+/// - another file or folder: text, each byte a token (see read_text).
+/// Without a held-out pair, the last 10 % (rounded down) of the tokens or images are held out. Pixels are scaled by the
+/// mean and deviation of the images trained on.
+///
+/// length: tokens per sample; not used for images.
+/// Errors: ErrorKind::usage if length < 1 for text or tokens; ErrorKind::bad_data if a file is missing, damaged or does
+///         not fit the others, or either part has fewer than length + 1 tokens or no image.
+/// Cost:   tokens are mapped, text and images read into memory; one pass over all of it.
+OpenedData open_data(const std::filesystem::path& path, std::int64_t length);
+
+}  // namespace microbatch

@@ -1,0 +1,48 @@
+#include "microbatch/io/run_log.h"
+
+#include <cerrno>
+#include <cstring>
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "microbatch/core/error.h"
+#include "microbatch/core/text.h"
+#include "microbatch/io/json_number.h"
+
+namespace microbatch {
+RunLog::RunLog(const std::filesystem::path& folder) : path_(folder / "metrics.jsonl") {
+    std::error_code failure;
+    std::filesystem::create_directories(folder, failure);
+    if (failure) {
+        throw Error(ErrorKind::usage, text("cannot make the run folder ", folder.string(), ": ", failure.message()));
+    }
+    if (std::filesystem::exists(path_, failure)) {
+        throw Error(ErrorKind::usage, text(path_.string(), " exists already: name a new folder for this run"));
+    }
+    errno = 0;
+    file_.open(path_, std::ios::binary | std::ios::trunc);
+    if (!file_) throw Error(ErrorKind::usage, text("cannot write ", path_.string(), ": ", std::strerror(errno)));
+}
+
+void RunLog::write(const TrainerReport& report, const StepMemory& memory) {
+    nlohmann::ordered_json line;
+    line["step"] = report.progress.steps;
+    line["samples"] = report.progress.samples;
+    line["tokens"] = report.progress.tokens;
+    line["loss"] = json_number(report.step.loss);
+    line["weight"] = json_number(report.step.weight);
+    line["learning_rate"] = json_number(report.step.learning_rate);
+    line["gradient_norm"] = json_number(report.step.gradient_norm);
+    line["micro_batch"] = memory.micro_batch;
+    line["micro_batches"] = report.step.micro_batches;
+    line["step_seconds"] = json_number(report.seconds);
+    line["peak_bytes"] = memory.peak_bytes;
+    line["predicted_peak_bytes"] = nullptr;
+    if (memory.predicted_peak_bytes) line["predicted_peak_bytes"] = *memory.predicted_peak_bytes;
+    line["applied"] = report.step.applied;
+    line["reason"] = report.step.reason;
+    file_ << line.dump() << '\n' << std::flush;
+    if (!file_) throw Error(ErrorKind::usage, text("cannot write ", path_.string(), ": is the disk full?"));
+}
+
+}  // namespace microbatch

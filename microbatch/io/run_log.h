@@ -1,0 +1,39 @@
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <fstream>
+#include <optional>
+
+#include "microbatch/train/trainer.h"
+
+namespace microbatch {
+
+/// What the log holds of a step beside the trainer's own report.
+struct StepMemory {
+    std::int64_t micro_batch = 0;  ///< samples per forward/backward
+    std::int64_t peak_bytes = 0;
+    std::optional<std::int64_t> predicted_peak_bytes;  ///< none if nothing was predicted
+};
+
+/// metrics.jsonl: one JSON object a step, one a line, each written through at once.
+///
+/// Keys: step, samples, tokens, loss, weight, learning_rate, gradient_norm, micro_batch, micro_batches, step_seconds,
+/// peak_bytes, predicted_peak_bytes (or null), applied, reason. Numbers that are not finite are the strings "nan",
+/// "inf", "-inf".
+/// Threads: no two calls at the same time.
+class RunLog {
+public:
+    /// Makes the folder where it is missing, and a new metrics.jsonl in it.
+    /// Errors: ErrorKind::usage if the folder cannot be written, or holds a metrics.jsonl already.
+    explicit RunLog(const std::filesystem::path& folder);
+
+    /// Errors: ErrorKind::usage if the line cannot be written (disk full); it names the file.
+    void write(const TrainerReport& report, const StepMemory& memory);
+
+private:
+    std::filesystem::path path_;
+    std::ofstream file_;
+};
+
+}  // namespace microbatch

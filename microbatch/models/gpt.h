@@ -1,0 +1,66 @@
+#pragma once
+
+#include <torch/nn/module.h>
+#include <torch/nn/modules/dropout.h>
+#include <torch/nn/modules/embedding.h>
+#include <torch/nn/modules/normalization.h>
+#include <torch/nn/pimpl.h>
+
+#include <cstdint>
+#include <memory>
+#include <string_view>
+#include <vector>
+
+namespace microbatch {
+
+/// Sizes of a `Gpt`.
+struct GptConfig {
+    std::int64_t layers = 4;
+    std::int64_t heads = 4;         ///< attention heads a layer
+    std::int64_t width = 128;       ///< numbers a token, in all heads together
+    std::int64_t length = 64;       ///< tokens a sample, at most
+    std::int64_t vocabulary = 256;  ///< tokens are 0 to vocabulary - 1
+    double dropout = 0;             ///< share set to 0 in the embeddings and in what attention and MLP add
+};
+
+/// The sizes that go by a name: gpt-tiny (0.8M parameters), gpt-small (10.8M), gpt2 (124M).
+/// Errors: ErrorKind::usage, listing the names, for any other name.
+GptConfig gpt_preset(std::string_view name);
+
+/// Parameters of a `Gpt` of these sizes, without building it.
+/// Errors: as for GptImpl's constructor.
+std::int64_t count_parameters(const GptConfig& config);
+
+class GptBlock;
+
+/// A causal language model as GPT-2: learned positions, blocks of attention and MLP behind layer norms, and a head
+/// whose weight is the token embedding: one parameter, "token_embedding.weight".
+///
+/// Errors: ErrorKind::usage if a size is below 1, width is not a multiple of heads, dropout is outside [0, 1), or the
+///         parameters are more than 64 bits can count.
+/// State:  parameters from torch's default generator (at::manual_seed): normal of deviation 0.02, divided by
+///         sqrt(2 layers) for the linear layers that end in the residual stream; biases 0. Dropout draws from the
+///         same generator in training mode, and from none if it is 0.
+/// Source: Radford et al. 2019 (GPT-2), section 2.3.
+/// Cost:   dropout leaves the attention weights alone, for torch's attention would then need memory quadratic in T.
+class GptImpl : public torch::nn::Module {
+public:
+    explicit GptImpl(const GptConfig& config = {});
+
+    /// Scores of the next token before the softmax; those at t depend on the tokens up to t only.
+    /// Shapes: tokens [b, T], int64, 1 <= T <= length -> [b, T, vocabulary].
+    /// Errors: ErrorKind::usage for another shape or type; on the CPU torch's c10::IndexError for a token outside
+    ///         [0, vocabulary).
+    at::Tensor forward(const at::Tensor& tokens);
+
+private:
+    GptConfig config_;
+    torch::nn::Embedding token_embedding_ = nullptr;
+    torch::nn::Embedding position_embedding_ = nullptr;
+    torch::nn::Dropout dropout_ = nullptr;
+    std::vector<std::shared_ptr<GptBlock>> blocks_;
+    torch::nn::LayerNorm norm_ = nullptr;
+};
+TORCH_MODULE(Gpt);
+
+}  // namespace microbatch

@@ -1,0 +1,58 @@
+#pragma once
+
+#include <torch/nn/module.h>
+#include <torch/nn/modules/container/sequential.h>
+#include <torch/nn/modules/linear.h>
+#include <torch/nn/pimpl.h>
+
+#include <cstdint>
+#include <string_view>
+
+namespace microbatch {
+
+/// What normalises between the convolutions. Batch norm makes a sample's result depend on its micro-batch, so the
+/// update then depends on how the batch was cut; group norm does not.
+enum class ImageNorm { batch, group };
+
+/// "batch" or "group".
+std::string_view to_string(ImageNorm norm);
+
+/// The other way round.
+/// Errors: ErrorKind::usage, listing the names, for any other text.
+ImageNorm parse_image_norm(std::string_view name);
+
+/// Sizes of a `ResNet`.
+struct ResNetConfig {
+    std::int64_t channels = 1;  ///< of the image
+    std::int64_t classes = 10;
+    std::int64_t width = 16;  ///< channels of the first stage; the second has 2 width, the third 4 width
+    std::int64_t blocks = 2;  ///< residual blocks a stage, of two convolutions each
+    ImageNorm norm = ImageNorm::batch;
+};
+
+/// A residual network for small images (28x28, 32x32; other sizes work): a convolution, three stages at full, half and
+/// quarter resolution, average over the image, linear. 6 blocks + 2 layers deep.
+///
+/// Errors: ErrorKind::usage if a size is below 1, or width is not a multiple of the 8 groups of group norm.
+/// State:  convolutions from torch's default generator (at::manual_seed), normal of variance 2 / fan-out. Batch norm
+///         has running statistics as buffers: training mode changes them in every forward.
+/// Source: He et al. 2016, section 4.2, with 1x1 convolutions where a shortcut changes shape (option B); He et al.
+///         2015 for the initial weights.
+class ResNetImpl : public torch::nn::Module {
+public:
+    explicit ResNetImpl(const ResNetConfig& config = {});
+
+    /// Class scores before the softmax.
+    /// Shapes: images [b, channels, height, width] -> [b, classes].
+    /// Errors: ErrorKind::usage for another shape.
+    at::Tensor forward(const at::Tensor& images);
+
+private:
+    ResNetConfig config_;
+    torch::nn::Sequential stem_ = nullptr;
+    torch::nn::Sequential blocks_ = nullptr;
+    torch::nn::Linear head_ = nullptr;
+};
+TORCH_MODULE(ResNet);
+
+}  // namespace microbatch

@@ -1,0 +1,25 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+
+namespace microbatch {
+
+/// The cross-entropy of every target that counts, summed: a scalar tensor to differentiate.
+/// It goes with `count_targets` into a loss of {sum, weight}; no target that counts gives 0 with zero gradients, no
+/// NaN.
+///
+/// Shapes: logits [..., classes], targets the same without the last dimension, int64.
+/// Units:  nats. The type is the logits' own, float32 for float16 and bfloat16.
+/// Errors: ErrorKind::usage if a tensor is undefined, the shapes do not match, the targets are not int64 or the logits
+///         not floating point; on the CPU torch's c10::IndexError for a target outside [0, classes) that is not
+///         `ignored`.
+at::Tensor cross_entropy_sum(const at::Tensor& logits, const at::Tensor& targets, std::int64_t ignored = -100);
+
+/// How many targets differ from `ignored`: the weight that goes with `cross_entropy_sum`.
+/// Errors: ErrorKind::usage if the tensor is undefined or not int64.
+/// Cost:   waits for the device that holds the targets.
+double count_targets(const at::Tensor& targets, std::int64_t ignored = -100);
+
+}  // namespace microbatch

@@ -1,0 +1,35 @@
+#include "microbatch/optim/adamw.h"
+
+#include <ATen/ops/_foreach_add.h>
+#include <ATen/ops/_fused_adamw.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+
+#include "microbatch/core/error.h"
+#include "microbatch/core/text.h"
+
+namespace microbatch {
+
+AdamW::AdamW(const std::vector<ParameterGroup>& groups, AdamWOptions options)
+    : FusedOptimizer("AdamW", groups, options.learning_rate), options_(options) {
+    auto in_range = [](double beta) { return beta >= 0.0 && beta < 1.0; };
+    if (!in_range(options.beta1) || !in_range(options.beta2)) {
+        throw Error(ErrorKind::usage, text("AdamW: the betas are ", options.beta1, " and ", options.beta2,
+                                           "; each must be at least 0 and below 1"));
+    }
+    validate_setting("AdamW", "epsilon", options.epsilon);
+}
+
+std::vector<at::Tensor> AdamW::make_state(const at::Tensor& parameter) const {
+    return {at::zeros_like(parameter), at::zeros_like(parameter), at::zeros({}, parameter.options().dtype(at::kFloat))};
+}
+
+void AdamW::update(Bucket& bucket, double learning_rate, double weight_decay) const {
+    const auto& [first_moments, second_moments, steps] = std::tie(bucket.state[0], bucket.state[1], bucket.state[2]);
+    at::_foreach_add_(steps, 1);
+    at::_fused_adamw_(bucket.parameters, bucket.gradients, first_moments, second_moments, /*max_exp_avg_sqs=*/{}, steps,
+                      learning_rate, options_.beta1, options_.beta2, weight_decay, options_.epsilon,
+                      /*amsgrad=*/false, /*maximize=*/false);
+}
+
+}  // namespace microbatch

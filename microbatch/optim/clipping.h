@@ -1,0 +1,17 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+namespace microbatch {
+
+/// Euclidean norm over all the tensors together, summed in fp64; NaN or infinity if any element is. 0 for no tensor.
+double joint_norm(const std::vector<at::Tensor>& tensors);
+
+/// What the gradients are multiplied by so that their norm is at most `limit`: min(1, limit / (norm + 1e-6)).
+/// 1 for an infinite limit; otherwise NaN for a norm that is NaN and 0 for an infinite one: refuse such steps before.
+/// Source: Pascanu et al. 2013, arXiv:1211.5063; the 1e-6 is torch's clip_grad_norm_'s.
+double clip_coefficient(double norm, double limit);
+
+}  // namespace microbatch

@@ -1,0 +1,29 @@
+#include "microbatch/optim/optimizer.h"
+
+#include <cmath>
+#include <utility>
+
+#include "microbatch/core/error.h"
+#include "microbatch/core/text.h"
+
+namespace microbatch {
+
+std::vector<ParameterGroup> split_by_decay(const Parameters& parameters, double weight_decay) {
+    ParameterGroup decayed{{}, weight_decay};
+    ParameterGroup kept{{}, 0.0};
+    for (const Parameter& parameter : without_repeats(parameters)) {
+        (parameter.tensor.dim() >= 2 ? decayed : kept).parameters.push_back(parameter);
+    }
+    std::vector<ParameterGroup> groups;
+    if (!decayed.parameters.empty()) groups.push_back(std::move(decayed));
+    if (!kept.parameters.empty()) groups.push_back(std::move(kept));
+    return groups;
+}
+
+void validate_setting(const char* optimizer, const char* name, double value) {
+    if (!(value >= 0.0) || !std::isfinite(value)) {
+        throw Error(ErrorKind::usage, text(optimizer, ": ", name, " is ", value, "; it must be finite and at least 0"));
+    }
+}
+
+}  // namespace microbatch

@@ -1,0 +1,48 @@
+#pragma once
+
+#include <vector>
+
+#include "microbatch/optim/parameters.h"
+
+namespace microbatch {
+
+/// What the Accumulator needs of an optimizer. AdamW and Sgd are ours; TorchOptimizer takes any torch::optim one.
+///
+/// Threads: no two calls at the same time.
+class Optimizer {
+public:
+    Optimizer() = default;
+    Optimizer(const Optimizer&) = delete;
+    Optimizer& operator=(const Optimizer&) = delete;
+    virtual ~Optimizer() = default;
+
+    /// Updates every parameter that has a gradient, by the gradient as it stands; the others keep value and state.
+    /// State: gradients are read, never cleared.
+    virtual void step() = 0;
+
+    /// The learning rate of the groups whose learning_rate_scale is 1.
+    virtual double learning_rate() const = 0;
+
+    /// Sets the learning rate; every group keeps its ratio to the others.
+    /// Errors: ErrorKind::usage if the rate is negative or not finite; nothing has changed then.
+    virtual void set_learning_rate(double rate) = 0;
+
+    /// Every tensor that step() may change.
+    virtual std::vector<at::Tensor> parameters() const = 0;
+};
+
+/// Parameters that share their settings.
+struct ParameterGroup {
+    Parameters parameters;
+    double weight_decay = 0.0;         ///< decoupled, per unit of learning rate
+    double learning_rate_scale = 1.0;  ///< the group's rate is this times the optimizer's
+};
+
+/// Two groups: tensors of two or more dimensions decay, biases and norms (fewer dimensions) do not.
+/// Empty groups are left out.
+std::vector<ParameterGroup> split_by_decay(const Parameters& parameters, double weight_decay);
+
+/// Throws ErrorKind::usage unless `value` is finite and at least 0: "AdamW: epsilon is -1; it must ...".
+void validate_setting(const char* optimizer, const char* name, double value);
+
+}  // namespace microbatch

@@ -1,0 +1,37 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <string>
+#include <vector>
+
+namespace microbatch {
+
+/// A tensor that training changes, with the name that messages use for it.
+struct Parameter {
+    std::string name;
+    at::Tensor tensor;
+};
+
+using Parameters = std::vector<Parameter>;
+
+/// The parameters with each tensor once, under its first name: a tied weight has one gradient and one update.
+Parameters without_repeats(const Parameters& parameters);
+
+/// Every parameter of a torch::nn::Module (or its holder), each tensor once, frozen ones too.
+template <class Module>
+Parameters parameters_of(const Module& module) {
+    Parameters parameters;
+    for (const auto& item : module.named_parameters()) parameters.push_back({item.key(), item.value()});
+    return without_repeats(parameters);
+}
+
+template <class Contained>
+requires requires(const Contained& holder) {
+    holder->named_parameters();
+}
+Parameters parameters_of(const Contained& holder) {
+    return parameters_of(*holder);
+}
+
+}  // namespace microbatch

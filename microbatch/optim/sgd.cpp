@@ -1,0 +1,38 @@
+#include "microbatch/optim/sgd.h"
+
+#include <ATen/ops/_foreach_mul.h>
+#include <ATen/ops/_fused_sgd.h>
+#include <ATen/ops/zeros_like.h>
+
+#include "microbatch/core/error.h"
+#include "microbatch/core/text.h"
+
+namespace microbatch {
+
+Sgd::Sgd(const std::vector<ParameterGroup>& groups, SgdOptions options)
+    : FusedOptimizer("Sgd", groups, options.learning_rate), options_(options) {
+    if (!(options.momentum >= 0.0 && options.momentum < 1.0)) {
+        throw Error(ErrorKind::usage,
+                    text("Sgd: momentum is ", options.momentum, "; it must be at least 0 and below 1"));
+    }
+    if (options.nesterov && options.momentum == 0.0) {
+        throw Error(ErrorKind::usage, "Sgd: Nesterov needs a momentum above 0");
+    }
+}
+
+std::vector<at::Tensor> Sgd::make_state(const at::Tensor& parameter) const {
+    if (options_.momentum == 0.0) return {};
+    // A zero buffer without dampening: mu 0 + g is what the kernel's own first step would store.
+    return {at::zeros_like(parameter)};
+}
+
+void Sgd::update(Bucket& bucket, double learning_rate, double weight_decay) const {
+    const bool decoupled = options_.decoupled_weight_decay;
+    if (decoupled && weight_decay != 0.0) at::_foreach_mul_(bucket.parameters, 1.0 - learning_rate * weight_decay);
+    at::_fused_sgd_(bucket.parameters, bucket.gradients,
+                    bucket.state.empty() ? std::vector<at::Tensor>{} : bucket.state[0], decoupled ? 0.0 : weight_decay,
+                    options_.momentum, learning_rate, /*dampening=*/0.0, options_.nesterov, /*maximize=*/false,
+                    /*is_first_step=*/false);
+}
+
+}  // namespace microbatch

@@ -1,0 +1,33 @@
+#pragma once
+
+#include "microbatch/optim/fused_optimizer.h"
+
+namespace microbatch {
+
+struct SgdOptions {
+    double learning_rate = 1e-2;
+    double momentum = 0.0;
+    bool nesterov = false;
+    bool decoupled_weight_decay = true;  ///< false: the decay is added to the gradient, as torch::optim::SGD does
+};
+
+/// Stochastic gradient descent with momentum over torch's fused kernel.
+///
+/// Formula:  theta -= eta lambda theta (decoupled);  v = mu v + g;  theta -= eta v, or eta (g + mu v) with Nesterov.
+/// Source:   Sutskever et al. 2013, in torch::optim::SGD's form; Loshchilov and Hutter 2019, arXiv:1711.05101 (SGDW).
+/// State:    with momentum one buffer a parameter, made when its first gradient comes. Memory: 1 x parameter.
+/// Threads:  no two calls at the same time.
+class Sgd final : public FusedOptimizer {
+public:
+    /// Errors: ErrorKind::usage if a setting is out of range (momentum in [0, 1); Nesterov needs momentum), a
+    /// parameter is not a dense floating-point tensor, or one is in two groups.
+    explicit Sgd(const std::vector<ParameterGroup>& groups, SgdOptions options = {});
+
+private:
+    std::vector<at::Tensor> make_state(const at::Tensor& parameter) const override;
+    void update(Bucket& bucket, double learning_rate, double weight_decay) const override;
+
+    SgdOptions options_;
+};
+
+}  // namespace microbatch

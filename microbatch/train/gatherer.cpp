@@ -1,0 +1,141 @@
+#include "microbatch/train/gatherer.h"
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/count_nonzero.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "microbatch/core/error.h"
+#include "microbatch/core/text.h"
+#include "microbatch/optim/clipping.h"
+
+namespace microbatch {
+namespace {
+
+void validate(const WeightedLoss& loss) {
+    if (!(loss.weight >= 0.0) || !std::isfinite(loss.weight)) {
+        throw Error(ErrorKind::usage, text("the loss function returned the weight ", loss.weight,
+                                           "; it must be finite and at least 0 (samples or target tokens)"));
+    }
+    if (loss.weight == 0.0) return;
+    if (!loss.sum.defined()) throw Error(ErrorKind::usage, "the loss function returned an undefined sum");
+    if (loss.sum.numel() != 1) {
+        throw Error(ErrorKind::usage, text("the loss function returned a tensor of shape ", loss.sum.sizes(),
+                                           "; return the sum over the micro-batch, one element"));
+    }
+    if (!loss.sum.requires_grad()) {
+        throw Error(ErrorKind::usage,
+                    "the loss depends on no parameter that requires a gradient: is every parameter frozen, or does the "
+                    "loss function detach?");
+    }
+}
+
+}  // namespace
+
+Gatherer::Gatherer(const Parameters& parameters) {
+    track(parameters);
+}
+
+void Gatherer::track(const Parameters& parameters) {
+    if (state_ != State::idle) throw Error(ErrorKind::usage, "parameters cannot be added while a batch is gathered");
+    for (const Parameter& parameter : parameters) {
+        const bool low =
+            parameter.tensor.defined() && parameter.tensor.is_floating_point() && parameter.tensor.element_size() < 4;
+        if (low) {
+            throw Error(ErrorKind::usage, text("parameter ", parameter.name, " is ", parameter.tensor.scalar_type(),
+                                               ": sums of gradients stall in it; keep parameters in float32"));
+        }
+    }
+    Parameters all = parameters_;
+    all.insert(all.end(), parameters.begin(), parameters.end());
+    parameters_ = without_repeats(all);
+}
+
+void Gatherer::refuse_stale_gradients() {
+    for (const Parameter& parameter : parameters_) {
+        at::Tensor& gradient = parameter.tensor.mutable_grad();
+        if (!gradient.defined()) continue;
+        if (at::count_nonzero(gradient).item<std::int64_t>() != 0) {
+            throw Error(ErrorKind::usage, text("parameter ", parameter.name,
+                                               " holds a gradient that is not of this batch; clear it (zero_grad) "
+                                               "before the batch begins"));
+        }
+    }
+}
+
+void Gatherer::begin() {
+    if (state_ == State::open) {
+        throw Error(ErrorKind::usage, "the batch before was not finished: call finish() after its last micro-batch");
+    }
+    if (state_ == State::gathered) {
+        throw Error(ErrorKind::usage, "the batch before was gathered but neither applied nor discarded");
+    }
+    refuse_stale_gradients();
+    clear();
+    gathered_ = {};
+    state_ = State::open;
+}
+
+void Gatherer::add(const WeightedLoss& loss) {
+    if (state_ != State::open)
+        throw Error(ErrorKind::usage, "no batch is open: call begin() before the first micro-batch");
+    try {
+        add_checked(loss);
+    } catch (...) {
+        clear();
+        throw;
+    }
+}
+
+void Gatherer::add_checked(const WeightedLoss& loss) {
+    validate(loss);
+    ++gathered_.micro_batches;
+    if (loss.weight == 0.0) return;
+    loss.sum.backward();
+    const at::Tensor value = loss.sum.detach().to(at::kDouble).reshape({});
+    loss_sum_ = loss_sum_.defined() ? loss_sum_.add(value) : value;
+    gathered_.weight += loss.weight;
+}
+
+Gathered Gatherer::finish() {
+    if (state_ != State::open) throw Error(ErrorKind::usage, "no batch is open: call begin() before finish()");
+    if (loss_sum_.defined()) gathered_.loss_sum = loss_sum_.item<double>();
+    if (gathered_.weight > 0.0) gathered_.gradient_norm = joint_norm(gradients()) / gathered_.weight;
+    state_ = State::gathered;
+    return gathered_;
+}
+
+Gathered Gatherer::gather(const Batch& batch, const Plan& plan, const LossFunction& loss) {
+    const std::int64_t samples = batch.size();
+    if (samples == 0) throw Error(ErrorKind::usage, "the batch is empty");
+    const std::int64_t count = micro_batch_count(samples, plan.micro_batch);
+    begin();
+    try {
+        for (std::int64_t i = 0; i < count; ++i) {
+            const Slice slice = micro_batch_slice(samples, plan.micro_batch, i);
+            add(loss(batch.slice(slice.begin, slice.end)));
+        }
+    } catch (...) {
+        clear();
+        throw;
+    }
+    return finish();
+}
+
+void Gatherer::clear() {
+    for (const Parameter& parameter : parameters_) parameter.tensor.mutable_grad() = at::Tensor();
+    loss_sum_ = at::Tensor();
+    state_ = State::idle;
+}
+
+std::vector<at::Tensor> Gatherer::gradients() const {
+    std::vector<at::Tensor> result;
+    result.reserve(parameters_.size());
+    for (const Parameter& parameter : parameters_) {
+        if (parameter.tensor.grad().defined()) result.push_back(parameter.tensor.grad());
+    }
+    return result;
+}
+
+}  // namespace microbatch

@@ -1,0 +1,80 @@
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+#include "microbatch/core/batch_plan.h"
+#include "microbatch/optim/parameters.h"
+#include "microbatch/train/weighted_loss.h"
+
+namespace microbatch {
+
+/// What is known of a batch once all its gradients are gathered and before anything is updated.
+struct Gathered {
+    double loss_sum = 0.0;       ///< sum of the loss over the batch
+    double weight = 0.0;         ///< W, what the loss is averaged over
+    double gradient_norm = 0.0;  ///< Euclidean norm of the mean gradient, before clipping; 0 if W is 0
+    std::int64_t micro_batches = 0;
+
+    /// Mean loss of the batch; 0 if the weight is 0.
+    double loss() const { return weight > 0.0 ? loss_sum / weight : 0.0; }
+};
+
+/// Sums the gradients of one batch, micro-batch by micro-batch, in the parameters' .grad.
+///
+/// Formula:  .grad = sum over micro-batches of the gradient of the summed loss; the mean gradient of the batch is
+///           .grad / W with W the sum of all weights.
+/// State:    a window is open from begin() to finish(); the gradients stay from finish() to clear().
+/// Errors:   whatever is thrown between begin() and finish(), the loss function's own exceptions included, closes the
+///           window and clears the gradients: as if begin() had not been called.
+/// Threads:  no two calls at the same time.
+class Gatherer {
+public:
+    /// Takes each tensor once; frozen parameters may be among them and may be thawed later.
+    /// Errors: ErrorKind::usage if a parameter is bfloat16 or half: sums of gradients stall in them.
+    explicit Gatherer(const Parameters& parameters);
+
+    /// Covers more parameters, such as a head added to the model. Those that are known already are passed over.
+    /// Errors: ErrorKind::usage as in the constructor, or if a window is open.
+    void track(const Parameters& parameters);
+
+    /// Opens a window.
+    /// Errors: ErrorKind::usage if a window is open, the gradients gathered last were neither used nor cleared, or a
+    /// parameter holds a gradient that somebody else left; it is named. A .grad of zeros is dropped without a word.
+    void begin();
+
+    /// Adds the gradients of one micro-batch: backward of the sum, then the graph is freed. A micro-batch of weight 0
+    /// adds nothing and its loss is not looked at, so that a 0/0 in it does no harm.
+    /// Errors: ErrorKind::usage if no window is open, the sum is not one element or depends on no parameter, or the
+    /// weight is negative or not finite.
+    void add(const WeightedLoss& loss);
+
+    /// Closes the window and says what was gathered. With weight 0 there are no gradients.
+    /// Errors: ErrorKind::usage if no window is open.
+    Gathered finish();
+
+    /// begin(), add() for every micro-batch of the plan, finish(). Slices are views of the batch.
+    /// Errors: as those; ErrorKind::usage if the batch is empty.
+    Gathered gather(const Batch& batch, const Plan& plan, const LossFunction& loss);
+
+    /// Drops all gradients and closes the window; allowed at any time.
+    void clear();
+
+    /// The gathered sums, of the parameters that have one.
+    std::vector<at::Tensor> gradients() const;
+
+    const Parameters& parameters() const { return parameters_; }
+
+private:
+    enum class State { idle, open, gathered };
+
+    void refuse_stale_gradients();
+    void add_checked(const WeightedLoss& loss);
+
+    Parameters parameters_;
+    State state_ = State::idle;
+    at::Tensor loss_sum_;  // fp64 on the loss's device, so that no micro-batch waits for the device
+    Gathered gathered_;
+};
+
+}  // namespace microbatch

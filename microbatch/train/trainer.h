@@ -1,0 +1,61 @@
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+#include "microbatch/core/schedule.h"
+#include "microbatch/core/units.h"
+#include "microbatch/train/accumulator.h"
+#include "microbatch/train/dataset.h"
+#include "microbatch/train/sampler.h"
+
+namespace microbatch {
+
+struct TrainerOptions {
+    std::int64_t batch = 1;                 ///< samples per step
+    Interval length{0, Unit::steps};        ///< how long to train; the last batch is smaller where it must be
+    std::optional<Schedule> schedule = {};  ///< none: the optimizer's learning rate is left alone
+    std::uint64_t seed = 0;                 ///< of the order of the samples
+};
+
+/// A batch's report, with where in the run it was.
+struct TrainerReport {
+    StepReport step;
+    Progress progress;         ///< after this batch; a batch that was not applied counts too
+    std::int64_t samples = 0;  ///< in this batch
+    double seconds = 0.0;      ///< wall time, fetching the data included
+};
+
+/// Draws batches, sets the learning rate, steps: `while (!trainer.done()) report = trainer.step();`
+///
+/// Ownership: borrows accumulator and dataset, which must outlive this.
+/// Threads:   no two calls at the same time.
+class Trainer {
+public:
+    /// Errors: ErrorKind::usage if batch < 1, length < 0, the schedule is not valid, or the dataset is empty.
+    Trainer(Accumulator& accumulator, const Dataset& dataset, LossFunction loss, TrainerOptions options);
+
+    /// Trains on the next batch: options.batch samples, or what is left of the length.
+    /// Errors: ErrorKind::usage if done(). On any exception the position in the data is as before.
+    TrainerReport step();
+
+    bool done() const { return progress_.in(options_.length.unit) >= options_.length.count; }
+    const Progress& progress() const { return progress_; }
+
+private:
+    std::int64_t next_batch() const;
+
+    Accumulator& accumulator_;
+    const Dataset& dataset_;
+    LossFunction loss_;
+    TrainerOptions options_;
+    Sampler sampler_;
+    Progress progress_;
+};
+
+/// Mean loss over the whole dataset at `micro_batch` samples a time, without gradients: sum of sums / sum of weights.
+/// The loss function's model must be in evaluation mode already. 0 if the weight is 0.
+/// Errors: ErrorKind::usage if micro_batch < 1; whatever the loss function throws.
+double mean_loss(const Dataset& dataset, std::int64_t micro_batch, const LossFunction& loss);
+
+}  // namespace microbatch

@@ -1,0 +1,21 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <functional>
+
+#include "microbatch/train/batch.h"
+
+namespace microbatch {
+
+/// What a loss function returns for a micro-batch: the differentiable SUM of the loss over it, and what the sum is
+/// averaged over.
+struct WeightedLoss {
+    at::Tensor sum;       ///< one element, any floating dtype
+    double weight = 0.0;  ///< samples or target tokens, one kind a run; fractions are allowed; finite, at least 0
+};
+
+/// The user's loss: a micro-batch in, its summed loss and weight out. Called once a micro-batch, in order.
+using LossFunction = std::function<WeightedLoss(const Batch&)>;
+
+}  // namespace microbatch

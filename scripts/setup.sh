@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# Installs what is missing for `build`, `demo` or `test`: Debian packages as root or through sudo, and torch into .venv
+# unless a LibTorch is named. Where it may not install, it lists what to install and stops. Does nothing twice.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+torch_version=2.13.0
+build_packages=(cmake ninja-build ccache g++ python3-venv libcli11-dev libtomlplusplus-dev nlohmann-json3-dev zlib1g-dev)
+data_packages=(fortunes dataset-fashion-mnist)
+test_packages=(libgtest-dev clang-format clang-tidy python3-pytest "${data_packages[@]}")
+
+case "${1:-}" in
+    build) packages=("${build_packages[@]}") ;;
+    demo) packages=("${build_packages[@]}" "${data_packages[@]}") ;;
+    test) packages=("${build_packages[@]}" "${test_packages[@]}") ;;
+    *) echo "usage: scripts/setup.sh build|demo|test" >&2; exit 2 ;;
+esac
+
+is_installed() { [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }
+
+install_packages() {
+    local missing=() package
+    for package in "${packages[@]}"; do is_installed "$package" || missing+=("$package"); done
+    [ ${#missing[@]} -eq 0 ] && return
+    local as_root=()
+    if [ "$(id -u)" -ne 0 ]; then
+        if ! sudo -n true 2>/dev/null; then
+            echo "These Debian packages are missing. Install them and run the same command again:" >&2
+            echo "    apt-get install --no-install-recommends ${missing[*]}" >&2
+            exit 1
+        fi
+        as_root=(sudo -n)
+    fi
+    echo "installing ${missing[*]}"
+    local log; log=$(mktemp)
+    if ! { "${as_root[@]}" apt-get update && "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
+           apt-get install -y --no-install-recommends "${missing[@]}"; } > "$log" 2>&1; then
+        tail -n 20 "$log" >&2
+        echo "the Debian packages could not be installed; the whole log is in $log" >&2
+        exit 1
+    fi
+    rm -f "$log"
+}
+
+install_torch() {
+    if [ -n "${MICROBATCH_TORCH:-}" ] || [ -n "${CMAKE_PREFIX_PATH:-}" ]; then return; fi
+    # Written last, so that an interrupted installation is begun again.
+    local marker=.venv/torch-$torch_version
+    [ -e "$marker" ] && return
+    echo "installing torch $torch_version into .venv"
+    rm -rf .venv
+    python3 -m venv .venv
+    if ! .venv/bin/python -m pip install --quiet --disable-pip-version-check "torch==$torch_version" 2> .venv/pip.log; then
+        cat .venv/pip.log >&2
+        echo "torch could not be installed; name an existing LibTorch with MICROBATCH_TORCH=/path/to/libtorch" >&2
+        exit 1
+    fi
+    touch "$marker"
+}
+
+if command -v dpkg-query > /dev/null; then
+    install_packages
+else
+    echo "not a Debian system: these must be there already, under whatever names: ${packages[*]}" >&2
+fi
+install_torch

@@ -1,0 +1,80 @@
+#include "microbatch/core/batch_plan.h"
+
+#include <gtest/gtest.h>
+
+#include <random>
+#include <string>
+
+#include "microbatch/core/error.h"
+
+namespace microbatch {
+namespace {
+
+template <class Call>
+void expect_usage_error(Call call, const std::string& part) {
+    try {
+        call();
+        FAIL() << "no error with \"" << part << "\"";
+    } catch (const Error& error) {
+        EXPECT_EQ(error.kind(), ErrorKind::usage);
+        EXPECT_NE(std::string(error.what()).find(part), std::string::npos) << error.what();
+    }
+}
+
+TEST(BatchPlan, HundredInSixteenIsSixOfSixteenAndOneOfFour) {
+    ASSERT_EQ(micro_batch_count(100, 16), 7);
+    for (std::int64_t index = 0; index < 6; ++index) EXPECT_EQ(micro_batch_slice(100, 16, index).size(), 16);
+    EXPECT_EQ(micro_batch_slice(100, 16, 6), (Slice{96, 100}));
+}
+
+TEST(BatchPlan, SlicesTileTheBatchInOrderAndAllButTheLastAreFull) {
+    std::mt19937_64 random(1);
+    for (int trial = 0; trial < 2'000; ++trial) {
+        const auto batch = static_cast<std::int64_t>(random() % 300);
+        const auto micro_batch = static_cast<std::int64_t>(1 + random() % 320);
+        const std::int64_t count = micro_batch_count(batch, micro_batch);
+        std::int64_t reached = 0;
+        for (std::int64_t index = 0; index < count; ++index) {
+            const Slice slice = micro_batch_slice(batch, micro_batch, index);
+            EXPECT_EQ(slice.begin, reached);
+            EXPECT_GT(slice.size(), 0);
+            EXPECT_LE(slice.size(), micro_batch);
+            EXPECT_TRUE(slice.size() == micro_batch || index + 1 == count);
+            reached = slice.end;
+        }
+        EXPECT_EQ(reached, batch);
+    }
+}
+
+TEST(BatchPlan, AnEmptyBatchHasNoMicroBatches) {
+    EXPECT_EQ(micro_batch_count(0, 16), 0);
+    EXPECT_EQ(micro_batch_count(0, whole_batch), 0);
+    expect_usage_error([] { micro_batch_slice(0, 16, 0); }, "micro-batch 0 of a batch that has 0");
+}
+
+TEST(BatchPlan, ThePlanDoesNotCutUnlessTold) {
+    const Plan plan;
+    EXPECT_EQ(micro_batch_count(100, plan.micro_batch), 1);
+    EXPECT_EQ(micro_batch_slice(100, plan.micro_batch, 0), (Slice{0, 100}));
+}
+
+TEST(BatchPlan, HugeSizesDoNotOverflow) {
+    EXPECT_EQ(micro_batch_count(whole_batch, 1), whole_batch);
+    EXPECT_EQ(micro_batch_slice(whole_batch, 1, whole_batch - 1), (Slice{whole_batch - 1, whole_batch}));
+    EXPECT_EQ(micro_batch_count(whole_batch, whole_batch), 1);
+    EXPECT_EQ(micro_batch_count(whole_batch, whole_batch - 1), 2);
+    EXPECT_EQ(micro_batch_slice(whole_batch, whole_batch - 1, 1), (Slice{whole_batch - 1, whole_batch}));
+}
+
+TEST(BatchPlan, RefusesSizesAndIndicesOutOfRange) {
+    expect_usage_error([] { micro_batch_count(-1, 16); }, "the batch is -1 samples");
+    expect_usage_error([] { micro_batch_count(100, 0); }, "the micro-batch is 0 samples; it must be 1 or more");
+    expect_usage_error([] { micro_batch_count(100, -16); }, "the micro-batch is -16 samples");
+    expect_usage_error([] { micro_batch_slice(100, 0, 0); }, "the micro-batch is 0 samples");
+    expect_usage_error([] { micro_batch_slice(100, 16, 7); },
+                       "micro-batch 7 of a batch that has 7 (100 samples in 16)");
+    expect_usage_error([] { micro_batch_slice(100, 16, -1); }, "micro-batch -1 of a batch that has 7");
+}
+
+}  // namespace
+}  // namespace microbatch

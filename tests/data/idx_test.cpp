@@ -1,0 +1,214 @@
+#include "microbatch/data/idx.h"
+
+#include <gtest/gtest.h>
+#include <zlib.h>
+
+#include <algorithm>
+#include <fstream>
+#include <initializer_list>
+#include <random>
+#include <string>
+#include <string_view>
+
+#include "microbatch/core/error.h"
+#include "support/temp_folder.h"
+
+namespace microbatch {
+namespace {
+
+namespace fs = std::filesystem;
+
+using Shape = std::vector<std::int64_t>;
+using Bytes = std::vector<std::uint8_t>;
+
+void expect_bad_data(const fs::path& path, int dimensions, std::initializer_list<std::string> parts) {
+    try {
+        read_idx(path, dimensions);
+        FAIL() << "nothing was thrown";
+    } catch (const Error& error) {
+        EXPECT_EQ(error.kind(), ErrorKind::bad_data);
+        const std::string message = error.what();
+        EXPECT_NE(message.find(path.string()), std::string::npos) << message;
+        for (const std::string& part : parts)
+            EXPECT_NE(message.find(part), std::string::npos) << part << ": " << message;
+    }
+}
+
+std::string big_endian(std::uint32_t word) {
+    std::string bytes;
+    for (int shift = 24; shift >= 0; shift -= 8) bytes += static_cast<char>(word >> shift & 0xff);
+    return bytes;
+}
+
+/// An IDX file: magic number, lengths, elements.
+std::string idx(std::uint32_t magic, std::initializer_list<std::uint32_t> lengths, std::string_view elements) {
+    std::string bytes = big_endian(magic);
+    for (const std::uint32_t length : lengths) bytes += big_endian(length);
+    return bytes.append(elements);
+}
+
+std::string gzipped(const test::TempFolder& folder, const std::string& bytes) {
+    const fs::path path = folder.path() / "gzipped";
+    const gzFile file = ::gzopen(path.c_str(), "wb");
+    ::gzwrite(file, bytes.data(), static_cast<unsigned>(bytes.size()));
+    ::gzclose(file);
+    std::ifstream in(path, std::ios::binary);
+    return {std::istreambuf_iterator<char>(in), {}};
+}
+
+TEST(Idx, ReadsTheShapeAndTheElements) {
+    const test::TempFolder folder;
+    const auto images = read_idx(folder.write("images", idx(0x803, {2, 1, 3}, "abcdef")), 3);
+    EXPECT_EQ(images.shape, (Shape{2, 1, 3}));
+    EXPECT_EQ(images.bytes, (Bytes{'a', 'b', 'c', 'd', 'e', 'f'}));
+    const auto labels = read_idx(folder.write("labels", idx(0x801, {1}, "\xff")), 1);
+    EXPECT_EQ(labels.shape, Shape{1});
+    EXPECT_EQ(labels.bytes, Bytes{255});
+}
+
+TEST(Idx, LengthsAreBigEndian) {
+    const test::TempFolder folder;
+    const auto array = read_idx(folder.write("a", idx(0x801, {0x010203}, std::string(0x010203, 'x'))), 1);
+    EXPECT_EQ(array.shape, Shape{66051});
+    EXPECT_EQ(array.bytes, Bytes(66051, 'x'));
+}
+
+TEST(Idx, TellsGzipByTheContentAndNotTheName) {
+    const test::TempFolder folder;
+    const std::string bytes = idx(0x801, {3}, "abc");
+    EXPECT_EQ(read_idx(folder.write("a", gzipped(folder, bytes)), 1).bytes, (Bytes{'a', 'b', 'c'}));
+    EXPECT_EQ(read_idx(folder.write("b.gz", bytes), 1).bytes, (Bytes{'a', 'b', 'c'}));
+}
+
+TEST(Idx, GivesBackRandomBytesOfSeveralChunks) {
+    const test::TempFolder folder;
+    std::mt19937 random(3);
+    for (const std::uint32_t size : {(1U << 20) - 1, 1U << 20, (1U << 20) + 1, 5'000'000U}) {
+        std::string elements(size, '\0');
+        for (char& element : elements) element = static_cast<char>(random());
+        const std::string bytes = idx(0x801, {size}, elements);
+        const Bytes expected(elements.begin(), elements.end());
+        const auto plain = read_idx(folder.write("plain", bytes), 1);
+        EXPECT_TRUE(plain.bytes == expected) << size;
+        EXPECT_EQ(plain.bytes.capacity(), size);  // nothing kept to spare
+        EXPECT_TRUE(read_idx(folder.write("zipped", gzipped(folder, bytes)), 1).bytes == expected) << size;
+    }
+}
+
+TEST(Idx, RefusesAWrongMagicNumber) {
+    const test::TempFolder folder;
+    expect_bad_data(folder.write("a", idx(0x12000803, {1, 1, 1}, "a")), 3, {"not an IDX", "0x12000803", "0x00000803"});
+    expect_bad_data(folder.write("b", idx(0x00340801, {1}, "a")), 1, {"not an IDX", "0x00340801", "0x00000801"});
+}
+
+TEST(Idx, RefusesAnotherElementType) {
+    const test::TempFolder folder;
+    expect_bad_data(folder.write("a", idx(0xd01, {1}, "abcd")), 1, {"type 0x0d", "expected 0x08"});
+}
+
+TEST(Idx, RefusesAnotherNumberOfDimensions) {
+    const test::TempFolder folder;
+    expect_bad_data(folder.write("a", idx(0x801, {1}, "a")), 3, {"has 1 dimensions", "expected 3 (images)"});
+    expect_bad_data(folder.write("b", idx(0x803, {1, 1, 1}, "a")), 1, {"has 3 dimensions", "expected 1 (labels)"});
+}
+
+TEST(Idx, RefusesALengthOfZero) {
+    const test::TempFolder folder;
+    expect_bad_data(folder.write("a", idx(0x803, {0, 28, 28}, "")), 3, {"dimension 0 is 0", "expected at least 1"});
+    expect_bad_data(folder.write("b", idx(0x803, {5, 28, 0}, "")), 3, {"dimension 2 is 0"});
+}
+
+TEST(Idx, RefusesLengthsThatOverflowOrAreAbsurd) {
+    const test::TempFolder folder;
+    const std::uint32_t most = 0xffffffff;
+    expect_bad_data(folder.write("a", idx(0x803, {most, most, most}, "a")), 3, {"more than 1 TiB", "4294967295"});
+    // 2^32 * 2^32 is 0 in 64 bits.
+    expect_bad_data(folder.write("b", idx(0x803, {1U << 31, 1U << 31, 4}, "a")), 3, {"more than 1 TiB"});
+    expect_bad_data(folder.write("c", idx(0x802, {1U << 20, (1U << 20) + 1}, "a")), 2, {"more than 1 TiB"});
+}
+
+TEST(Idx, BelievesTheFileAndNotItsHeaderAboutMemory) {
+    const test::TempFolder folder;
+    // 10^12 bytes announced, more than this machine could allocate: an error of this library, not std::bad_alloc.
+    const std::string bytes = idx(0x803, {10'000, 10'000, 10'000}, "abc");
+    expect_bad_data(folder.write("a", bytes), 3, {"truncated", "holds 3 bytes", "expected 1000000000000"});
+    expect_bad_data(folder.write("b", gzipped(folder, bytes)), 3, {"truncated", "holds 3 bytes"});
+}
+
+TEST(Idx, RefusesATruncatedFileWhereverItEnds) {
+    const test::TempFolder folder;
+    const std::string bytes = idx(0x803, {2, 1, 3}, "abcdef");
+    for (std::size_t size = 1; size < bytes.size(); ++size) {
+        SCOPED_TRACE(size);
+        expect_bad_data(folder.write("a", bytes.substr(0, size)), 3, {"truncated", "expected"});
+    }
+}
+
+TEST(Idx, RefusesBytesAfterTheEnd) {
+    const test::TempFolder folder;
+    const std::string bytes = idx(0x801, {3}, "abcd");
+    expect_bad_data(folder.write("a", bytes), 1, {"goes on after its end", "announces 3 bytes"});
+    expect_bad_data(folder.write("b", gzipped(folder, bytes)), 1, {"goes on after its end"});
+}
+
+TEST(Idx, RefusesAGzipStreamCutOffAnywhere) {
+    const test::TempFolder folder;
+    std::mt19937 random(4);
+    std::string elements(300, '\0');
+    for (char& element : elements) element = static_cast<char>(random());
+    const std::string bytes = gzipped(folder, idx(0x801, {300}, elements));
+    EXPECT_EQ(read_idx(folder.write("whole", bytes), 1).bytes.size(), 300U);
+    // From 2 bytes on it is recognised as gzip; the last 8 are its checksum and size.
+    for (std::size_t size = 2; size < bytes.size(); ++size) {
+        SCOPED_TRACE(size);
+        expect_bad_data(folder.write("a", bytes.substr(0, size)), 1, {"is damaged", "fetch it again"});
+    }
+}
+
+TEST(Idx, RefusesAGzipStreamWithAFlippedByte) {
+    const test::TempFolder folder;
+    std::string elements(300, 'a');
+    std::string bytes = gzipped(folder, idx(0x801, {300}, elements));
+    bytes[bytes.size() - 8] ^= 1;  // the checksum
+    expect_bad_data(folder.write("a", bytes), 1, {"is damaged", "incorrect data check"});
+}
+
+TEST(Idx, RefusesAMissingOrEmptyFileOrAFolder) {
+    const test::TempFolder folder;
+    expect_bad_data(folder.path() / "missing", 1, {"No such file or directory"});
+    expect_bad_data(folder.write("a", ""), 1, {"is empty"});
+    expect_bad_data(folder.path(), 1, {"Is a directory"});
+}
+
+TEST(Idx, RefusesToExpectAnImpossibleNumberOfDimensions) {
+    for (const int dimensions : {0, -1, 256}) {
+        try {
+            read_idx("unused", dimensions);
+            FAIL() << "nothing was thrown";
+        } catch (const Error& error) {
+            EXPECT_EQ(error.kind(), ErrorKind::usage);
+            EXPECT_NE(std::string(error.what()).find(std::to_string(dimensions)), std::string::npos) << error.what();
+        }
+    }
+}
+
+TEST(Idx, ReadsFashionMnist) {
+    const fs::path folder = "/usr/share/datasets/fashion-mnist";
+    ASSERT_TRUE(fs::is_directory(folder)) << folder << " is missing: install Debian's dataset-fashion-mnist";
+    EXPECT_EQ(read_idx(folder / "train-images-idx3-ubyte.gz", 3).shape, (Shape{60000, 28, 28}));
+    EXPECT_EQ(read_idx(folder / "t10k-images-idx3-ubyte.gz", 3).shape, (Shape{10000, 28, 28}));
+    const auto train = read_idx(folder / "train-labels-idx1-ubyte.gz", 1).bytes;
+    const auto test = read_idx(folder / "t10k-labels-idx1-ubyte.gz", 1).bytes;
+    ASSERT_EQ(train.size(), 60000U);
+    ASSERT_EQ(test.size(), 10000U);
+    // The first labels, as published with the data set; it has the same number of each of its ten classes.
+    EXPECT_EQ(Bytes(train.begin(), train.begin() + 4), (Bytes{9, 0, 0, 3}));
+    EXPECT_EQ(Bytes(test.begin(), test.begin() + 4), (Bytes{9, 2, 1, 1}));
+    for (int label = 0; label < 10; ++label) {
+        EXPECT_EQ(std::count(train.begin(), train.end(), label), 6000);
+        EXPECT_EQ(std::count(test.begin(), test.end(), label), 1000);
+    }
+}
+
+}  // namespace
+}  // namespace microbatch

@@ -1,0 +1,156 @@
+#include "microbatch/data/text.h"
+
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+
+#include "microbatch/core/error.h"
+#include "support/temp_folder.h"
+
+namespace microbatch {
+namespace {
+
+namespace fs = std::filesystem;
+
+std::string read(const fs::path& path) {
+    const auto bytes = read_text(path);
+    return {bytes.begin(), bytes.end()};
+}
+
+void expect_bad_data(const fs::path& path, std::initializer_list<std::string> parts) {
+    try {
+        read_text(path);
+        FAIL() << "nothing was thrown";
+    } catch (const Error& error) {
+        EXPECT_EQ(error.kind(), ErrorKind::bad_data);
+        const std::string message = error.what();
+        for (const std::string& part : parts)
+            EXPECT_NE(message.find(part), std::string::npos) << part << ": " << message;
+    }
+}
+
+TEST(ReadText, ReadsTheBytesOfAFile) {
+    const test::TempFolder folder;
+    EXPECT_EQ(read(folder.write("file", "na\xc3\xafve\r\n")), "na\xc3\xafve\r\n");
+}
+
+TEST(ReadText, ReadsAFolderInSortedPathOrder) {
+    const test::TempFolder folder;
+    for (const char* name : {"d.txt", "b/2.txt", "a.txt", "c", "b/1.txt", "b/sub/3.txt"}) {
+        folder.write(name, std::string(name) + "\n");
+    }
+    EXPECT_EQ(read(folder.path()), "a.txt\nb/1.txt\nb/2.txt\nb/sub/3.txt\nc\nd.txt\n");
+}
+
+TEST(ReadText, LeavesOutLinksSoThatNothingIsReadTwice) {
+    const test::TempFolder folder;
+    folder.write("sub/file", "once");
+    fs::create_symlink("sub/file", folder.path() / "file.u8");
+    fs::create_directory_symlink("sub", folder.path() / "linked");
+    fs::create_directory_symlink("..", folder.path() / "sub/loop");
+    fs::create_symlink("nowhere", folder.path() / "dangling");
+    EXPECT_EQ(read(folder.path()), "once");
+}
+
+TEST(ReadText, FollowsALinkThatIsThePathItself) {
+    const test::TempFolder folder;
+    folder.write("sub/file", "text");
+    fs::create_symlink("sub/file", folder.path() / "file.u8");
+    fs::create_directory_symlink("sub", folder.path() / "linked");
+    EXPECT_EQ(read(folder.path() / "file.u8"), "text");
+    EXPECT_EQ(read(folder.path() / "linked"), "text");
+}
+
+TEST(ReadText, LeavesOutHiddenFilesAndFolders) {
+    const test::TempFolder folder;
+    folder.write(".hidden", "no");
+    folder.write(".git/config", "no");
+    folder.write("sub/.hidden", "no");
+    folder.write("sub/seen", "yes");
+    EXPECT_EQ(read(folder.path()), "yes");
+}
+
+TEST(ReadText, ReadsAHiddenPathThatIsAskedFor) {
+    const test::TempFolder folder;
+    folder.write(".cache/file", "text");
+    EXPECT_EQ(read(folder.path() / ".cache"), "text");
+    EXPECT_EQ(read(folder.write(".hidden", "text")), "text");
+}
+
+TEST(ReadText, LeavesOutFilesWithANulByteInTheFirst8KiB) {
+    const test::TempFolder folder;
+    std::string last_checked(9000, 'x');
+    last_checked[8191] = '\0';
+    std::string first_unchecked(9000, 'y');
+    first_unchecked[8192] = '\0';
+    folder.write("a", std::string("\0abc", 4));
+    folder.write("b", last_checked);
+    folder.write("c", first_unchecked);
+    EXPECT_EQ(read(folder.path()), first_unchecked);
+}
+
+TEST(ReadText, RefusesABinaryFileThatIsAskedFor) {
+    const test::TempFolder folder;
+    const fs::path path = folder.write("model", std::string("ab\0c", 4));
+    expect_bad_data(path, {path.string(), "is not text", "NUL"});
+}
+
+TEST(ReadText, RefusesAMissingPath) {
+    const test::TempFolder folder;
+    const fs::path path = folder.path() / "missing";
+    expect_bad_data(path, {path.string(), "No such file or directory"});
+}
+
+TEST(ReadText, RefusesAnEmptyFile) {
+    const test::TempFolder folder;
+    const fs::path path = folder.write("file", "");
+    expect_bad_data(path, {path.string(), "is empty"});
+}
+
+TEST(ReadText, RefusesAFolderWithoutText) {
+    const test::TempFolder folder;
+    expect_bad_data(folder.path(), {folder.path().string(), "holds no text"});
+    folder.write("empty", "");
+    folder.write("binary", std::string(3, '\0'));
+    folder.write(".hidden", "text");
+    expect_bad_data(folder.path(), {folder.path().string(), "holds no text"});
+}
+
+TEST(ReadText, RefusesAFolderOfWhichAPartCannotBeRead) {
+    for (const bool subfolder : {false, true}) {
+        const test::TempFolder folder;
+        folder.write("readable", "text");
+        const fs::path path = subfolder ? folder.write("sub/file", "more").parent_path() : folder.write("file", "more");
+        fs::permissions(folder.path(), fs::perms::all);
+        fs::permissions(path, fs::perms::none);
+        const uid_t user = ::geteuid();
+        if (user == 0) {  // root may read everything: be nobody meanwhile
+            ASSERT_EQ(::seteuid(65534), 0);
+        }
+        expect_bad_data(folder.path(), {path.string(), "Permission denied"});
+        ASSERT_EQ(::seteuid(user), 0);
+        fs::permissions(path, fs::perms::owner_all);
+    }
+}
+
+TEST(ReadText, ReadsTheFortunesOfDebian) {
+    const fs::path fortunes = "/usr/share/games/fortunes";
+    ASSERT_TRUE(fs::is_directory(fortunes)) << fortunes << " is missing: install Debian's fortunes and fortunes-min";
+    // By name instead of content: the package holds text, an index NAME.dat and a link NAME.u8 for each.
+    std::uintmax_t expected = 0;
+    for (const auto& entry : fs::directory_iterator(fortunes)) {
+        const auto extension = entry.path().extension();
+        if (extension != ".dat" && extension != ".u8") expected += entry.file_size();
+    }
+    const auto text = read_text(fortunes);
+    EXPECT_GT(expected, 1'000'000U);
+    EXPECT_EQ(text.size(), expected);
+    EXPECT_EQ(std::count(text.begin(), text.end(), 0), 0);
+}
+
+}  // namespace
+}  // namespace microbatch

@@ -1,0 +1,143 @@
+#include "microbatch/data/token_file.h"
+
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <fstream>
+#include <initializer_list>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "microbatch/core/error.h"
+#include "support/temp_folder.h"
+
+namespace microbatch {
+namespace {
+
+namespace fs = std::filesystem;
+
+using Values = std::vector<std::uint16_t>;
+
+void expect_bad_data(const fs::path& path, std::initializer_list<std::string> parts) {
+    try {
+        open_token_file(path);
+        FAIL() << "nothing was thrown";
+    } catch (const Error& error) {
+        EXPECT_EQ(error.kind(), ErrorKind::bad_data);
+        const std::string message = error.what();
+        EXPECT_NE(message.find(path.string()), std::string::npos) << message;
+        for (const std::string& part : parts)
+            EXPECT_NE(message.find(part), std::string::npos) << part << ": " << message;
+    }
+}
+
+std::string little_endian(const Values& values) {
+    std::string bytes;
+    for (const std::uint16_t value : values) {
+        bytes += static_cast<char>(value & 0xff);
+        bytes += static_cast<char>(value >> 8);
+    }
+    return bytes;
+}
+
+/// The header of llm.c: 256 int32, of which three are used.
+std::string header(std::uint32_t magic, std::uint32_t version, std::uint32_t count) {
+    std::string bytes;
+    for (const std::uint32_t word : {magic, version, count}) {
+        for (int shift = 0; shift < 32; shift += 8) bytes += static_cast<char>(word >> shift & 0xff);
+    }
+    bytes.resize(1024);
+    return bytes;
+}
+
+Values values_of(const Tokens& tokens) {
+    const auto span = std::get<std::span<const std::uint16_t>>(tokens.values);
+    return {span.begin(), span.end()};
+}
+
+TEST(TokenFile, ReadsLittleEndianTokensWithoutAHeader) {
+    const test::TempFolder folder;
+    // 50256 is 0xc450: low byte first.
+    EXPECT_EQ(values_of(open_token_file(folder.write("a.bin", std::string("\x50\xc4\x01\0", 4)))), (Values{50256, 1}));
+}
+
+TEST(TokenFile, ReadsTheTokensAfterAHeaderOfLlmC) {
+    const test::TempFolder folder;
+    const Values values{50256, 1, 65535};
+    const auto path = folder.write("a.bin", header(20240520, 1, 3) + little_endian(values));
+    EXPECT_EQ(values_of(open_token_file(path)), values);
+    EXPECT_EQ(open_token_file(folder.write("b.bin", header(20240520, 1, 0))).size(), 0);
+}
+
+TEST(TokenFile, GivesBackRandomTokensInBothFormats) {
+    std::mt19937 random(2);
+    const test::TempFolder folder;
+    for (int round = 0; round < 30; ++round) {
+        Values values(1 + random() % 3000);
+        for (auto& value : values) value = static_cast<std::uint16_t>(random() % 50257);
+        const std::string bytes = little_endian(values);
+        const auto count = static_cast<std::uint32_t>(values.size());
+        EXPECT_EQ(values_of(open_token_file(folder.write("plain.bin", bytes))), values);
+        EXPECT_EQ(values_of(open_token_file(folder.write("llmc.bin", header(20240520, 1, count) + bytes))), values);
+    }
+}
+
+TEST(TokenFile, IsMappedAndNotCopied) {
+    const test::TempFolder folder;
+    const auto path = folder.write("a.bin", little_endian({1, 2, 3}));
+    const Tokens tokens = open_token_file(path);
+    std::fstream(path, std::ios::in | std::ios::out | std::ios::binary) << little_endian({7, 8, 9});  // in place
+    EXPECT_EQ(values_of(tokens), (Values{7, 8, 9}));
+}
+
+TEST(TokenFile, StaysMappedAsLongAsASliceOfItLives) {
+    const test::TempFolder folder;
+    const Tokens part = open_token_file(folder.write("a.bin", little_endian({1, 2, 3, 4}))).slice(2, 4);
+    EXPECT_EQ(values_of(part), (Values{3, 4}));
+}
+
+TEST(TokenFile, RefusesAHeaderThatDisagreesWithTheSize) {
+    const test::TempFolder folder;
+    const std::string bytes = little_endian({1, 2, 3});
+    expect_bad_data(folder.write("a.bin", header(20240520, 1, 4) + bytes), {"truncated", "4 tokens", "6 bytes"});
+    expect_bad_data(folder.write("b.bin", header(20240520, 1, 2) + bytes), {"damaged", "2 tokens", "6 bytes"});
+    expect_bad_data(folder.write("c.bin", header(20240520, 1, 0xffffffff) + bytes), {"damaged", "-1 tokens"});
+    expect_bad_data(folder.write("d.bin", header(20240520, 1, 0x7fffffff) + bytes), {"2147483647 tokens", "6 bytes"});
+    // Twice this count is 6 in 32 bits.
+    expect_bad_data(folder.write("f.bin", header(20240520, 1, 0x80000003) + bytes), {"-2147483645 tokens", "6 bytes"});
+    expect_bad_data(folder.write("e.bin", header(20240520, 1, 3) + bytes.substr(1)), {"3 tokens", "5 bytes"});
+}
+
+TEST(TokenFile, RefusesAHeaderThatIsCutOff) {
+    const test::TempFolder folder;
+    for (const std::size_t size : {4U, 12U, 1022U, 1023U}) {
+        expect_bad_data(folder.write("a.bin", header(20240520, 1, 3).substr(0, size)),
+                        {"truncated", std::to_string(size) + " bytes of the 1024"});
+    }
+}
+
+TEST(TokenFile, RefusesAnotherVersion) {
+    const test::TempFolder folder;
+    expect_bad_data(folder.write("a.bin", header(20240520, 2, 1) + "ab"), {"version 2", "version 1"});
+}
+
+TEST(TokenFile, RefusesUint32Tokens) {
+    const test::TempFolder folder;
+    expect_bad_data(folder.write("a.bin", header(20240801, 7, 1) + "abcd"), {"uint32", "20240801", "only uint16"});
+}
+
+TEST(TokenFile, RefusesHalfAToken) {
+    const test::TempFolder folder;
+    expect_bad_data(folder.write("a.bin", "abc"), {"3 bytes is an odd number"});
+    expect_bad_data(folder.write("b.bin", "a"), {"1 bytes is an odd number"});
+}
+
+TEST(TokenFile, RefusesAMissingOrEmptyFile) {
+    const test::TempFolder folder;
+    expect_bad_data(folder.path() / "missing.bin", {"No such file or directory"});
+    expect_bad_data(folder.write("a.bin", ""), {"is empty"});
+}
+
+}  // namespace
+}  // namespace microbatch

@@ -1,0 +1,143 @@
+#include "microbatch/data/token_windows.h"
+
+#include <gtest/gtest.h>
+
+#include <initializer_list>
+#include <limits>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "microbatch/core/error.h"
+
+namespace microbatch {
+namespace {
+
+using Indices = std::vector<std::int64_t>;
+
+template <class Call>
+void expect_error(ErrorKind kind, const Call& call, std::initializer_list<std::string> parts) {
+    try {
+        call();
+        FAIL() << "nothing was thrown";
+    } catch (const Error& error) {
+        EXPECT_EQ(error.kind(), kind);
+        const std::string message = error.what();
+        for (const std::string& part : parts)
+            EXPECT_NE(message.find(part), std::string::npos) << part << ": " << message;
+    }
+}
+
+Tokens two_byte_tokens(std::vector<std::uint16_t> values) {
+    const auto owner = std::make_shared<const std::vector<std::uint16_t>>(std::move(values));
+    return {std::span<const std::uint16_t>(*owner), owner};
+}
+
+Indices elements(const at::Tensor& tensor) {
+    const auto* first = tensor.const_data_ptr<std::int64_t>();
+    return {first, first + tensor.numel()};
+}
+
+TEST(TokenWindows, TargetsAreTheNextTokens) {
+    const TokenWindows windows(byte_tokens({10, 11, 12, 13, 14, 15, 16}), 3);
+    EXPECT_EQ(windows.size(), 2);
+    EXPECT_EQ(windows.tokens_per_sample(), 3);
+    const Batch batch = windows.get(Indices{1, 0, 1});
+    ASSERT_EQ(batch.fields.size(), 2U);
+    EXPECT_EQ(batch.fields[0].sizes(), (std::vector<std::int64_t>{3, 3}));
+    EXPECT_EQ(batch.fields[1].sizes(), (std::vector<std::int64_t>{3, 3}));
+    EXPECT_EQ(elements(batch.fields[0]), (Indices{13, 14, 15, 10, 11, 12, 13, 14, 15}));
+    EXPECT_EQ(elements(batch.fields[1]), (Indices{14, 15, 16, 11, 12, 13, 14, 15, 16}));
+}
+
+TEST(TokenWindows, EverySampleOfRandomTokensIsItsWindow) {
+    std::mt19937 random(1);
+    for (int round = 0; round < 200; ++round) {
+        const auto length = std::int64_t{1} + random() % 9;
+        const auto count = length + 1 + random() % 60;
+        std::vector<std::uint16_t> values(static_cast<std::size_t>(count));
+        for (auto& value : values) value = static_cast<std::uint16_t>(random());
+        const TokenWindows windows(two_byte_tokens(values), length);
+        ASSERT_EQ(windows.size(), (count - 1) / length);
+        Indices all(static_cast<std::size_t>(windows.size()));
+        std::iota(all.begin(), all.end(), 0);
+        const Batch batch = windows.get(all);
+        // All windows in order are the tokens in order, and the targets the same one later.
+        const auto used = windows.size() * length;
+        ASSERT_EQ(elements(batch.fields[0]), Indices(values.begin(), values.begin() + used));
+        ASSERT_EQ(elements(batch.fields[1]), Indices(values.begin() + 1, values.begin() + 1 + used));
+    }
+}
+
+TEST(TokenWindows, LargestTokensStayPositive) {
+    const Batch bytes = TokenWindows(byte_tokens({255, 128}), 1).get(Indices{0});
+    EXPECT_EQ(elements(bytes.fields[0]), Indices{255});
+    EXPECT_EQ(elements(bytes.fields[1]), Indices{128});
+    const Batch words = TokenWindows(two_byte_tokens({65535, 32768}), 1).get(Indices{0});
+    EXPECT_EQ(elements(words.fields[0]), Indices{65535});
+    EXPECT_EQ(elements(words.fields[1]), Indices{32768});
+}
+
+TEST(TokenWindows, NoIndicesGiveAnEmptyBatch) {
+    const Batch batch = TokenWindows(byte_tokens({1, 2, 3}), 2).get({});
+    EXPECT_EQ(batch.fields[0].sizes(), (std::vector<std::int64_t>{0, 2}));
+    EXPECT_EQ(batch.fields[1].sizes(), (std::vector<std::int64_t>{0, 2}));
+}
+
+TEST(TokenWindows, RefusesAnIndexOutsideTheDataset) {
+    const TokenWindows windows(byte_tokens({1, 2, 3, 4}), 2);
+    EXPECT_EQ(windows.size(), 1);
+    EXPECT_THROW(windows.get(Indices{1}), std::out_of_range);
+    EXPECT_THROW(windows.get(Indices{-1}), std::out_of_range);
+}
+
+TEST(TokenWindows, NeedsOneTokenMoreThanASample) {
+    EXPECT_EQ(TokenWindows(byte_tokens({1, 2, 3, 4}), 3).size(), 1);
+    expect_error(ErrorKind::bad_data, [] { TokenWindows(byte_tokens({1, 2, 3}), 3); }, {"3 tokens", "needs 4"});
+    expect_error(ErrorKind::bad_data, [] { TokenWindows(byte_tokens({}), 64); }, {"0 tokens", "needs 65"});
+    expect_error(ErrorKind::bad_data, [] { TokenWindows(byte_tokens({1}), std::numeric_limits<std::int64_t>::max()); },
+                 {"1 tokens", "needs 9223372036854775808"});
+}
+
+TEST(TokenWindows, RefusesALengthBelowOne) {
+    for (const std::int64_t length : {std::int64_t{0}, std::int64_t{-5}, std::numeric_limits<std::int64_t>::min()}) {
+        expect_error(ErrorKind::usage, [&] { TokenWindows(byte_tokens({1, 2}), length); }, {std::to_string(length)});
+    }
+}
+
+TEST(Tokens, SlicesShareTheStorageAndKeepItAlive) {
+    Tokens all = byte_tokens({0, 1, 2, 3, 4});
+    const std::weak_ptr<const void> storage = all.owner;
+    const auto* third = std::get<0>(all.values).data() + 2;
+    {
+        const Tokens part = all.slice(2, 5);
+        all = {};
+        EXPECT_EQ(std::get<0>(part.values).data(), third);
+        EXPECT_EQ(part.size(), 3);
+        const TokenWindows windows(part, 2);
+        EXPECT_EQ(elements(windows.get(Indices{0}).fields[1]), (Indices{3, 4}));
+        EXPECT_FALSE(storage.expired());
+    }
+    EXPECT_TRUE(storage.expired());
+}
+
+TEST(Tokens, RefusesASliceThatIsNotWithin) {
+    const Tokens tokens = two_byte_tokens({1, 2, 3});
+    EXPECT_EQ(tokens.slice(3, 3).size(), 0);
+    for (const auto& [begin, end] : {std::pair{-1, 2}, std::pair{2, 1}, std::pair{0, 4}, std::pair{4, 4}}) {
+        expect_error(ErrorKind::usage, [&, b = begin, e = end] { tokens.slice(b, e); }, {"the 3 there are"});
+    }
+}
+
+TEST(Tokens, VocabularyIsTheLargestTokenPlusOne) {
+    EXPECT_EQ(vocabulary_of(byte_tokens({})), 0);
+    EXPECT_EQ(vocabulary_of(byte_tokens({0})), 1);
+    EXPECT_EQ(vocabulary_of(byte_tokens({3, 255, 7})), 256);
+    EXPECT_EQ(vocabulary_of(two_byte_tokens({65535, 1})), 65536);
+    EXPECT_EQ(vocabulary_of(two_byte_tokens({4, 5, 50256})), 50257);
+}
+
+}  // namespace
+}  // namespace microbatch

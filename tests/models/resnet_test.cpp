@@ -1,0 +1,158 @@
+#include "microbatch/models/resnet.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <utility>
+
+#include "microbatch/nn/cross_entropy.h"
+#include "models/helpers.h"
+
+using microbatch::ImageNorm;
+using microbatch::ResNet;
+using microbatch::ResNetConfig;
+
+namespace {
+
+std::int64_t parameters_of(const ResNet& model) {
+    std::int64_t sum = 0;
+    for (const auto& parameter : model->parameters()) sum += parameter.numel();
+    return sum;
+}
+
+ResNetConfig small(ImageNorm norm) {
+    return {.channels = 2, .classes = 3, .width = 8, .blocks = 1, .norm = norm};
+}
+
+/// The largest difference between a sample's scores alone and inside a batch of 4, in training mode.
+double dependence_on_the_batch(ImageNorm norm) {
+    at::manual_seed(1);
+    ResNet model(small(norm));
+    model->to(at::kDouble);
+    const at::Tensor images = at::randn({4, 2, 9, 9}, at::kDouble);
+    const at::Tensor together = model->forward(images);
+    const at::Tensor alone = model->forward(images.narrow(0, 2, 1));
+    return (together.narrow(0, 2, 1) - alone).abs().max().item<double>();
+}
+
+}  // namespace
+
+TEST(ResNet, HasTheParametersOfThePaper) {
+    // He et al. 2016, table 6: 0.27M for ResNet-20 and 0.85M for ResNet-56 (3 and 9 blocks a stage) on 3 channels.
+    // Exactly 269,722 and 853,018 with the paper's shortcuts without parameters; the two projections and their norms
+    // add 16 * 32 + 64 and 32 * 64 + 128.
+    EXPECT_EQ(parameters_of(ResNet(ResNetConfig{.channels = 3, .blocks = 3})), 272474);
+    EXPECT_EQ(parameters_of(ResNet(ResNetConfig{.channels = 3, .blocks = 9})), 855770);
+    EXPECT_EQ(parameters_of(ResNet(ResNetConfig{})), parameters_of(ResNet(ResNetConfig{.norm = ImageNorm::group})));
+}
+
+TEST(ResNet, TakesImagesOfAnySize) {
+    for (const ImageNorm norm : {ImageNorm::batch, ImageNorm::group}) {
+        ResNet model(small(norm));
+        for (const auto& [height, width] : {std::pair{28, 28}, {32, 32}, {33, 17}, {7, 5}, {1, 1}}) {
+            const at::Tensor scores = model->forward(at::randn({2, 2, height, width}));
+            EXPECT_EQ(scores.sizes(), at::IntArrayRef({2, 3}));
+            EXPECT_TRUE(scores.isfinite().all().item<bool>());
+        }
+    }
+}
+
+TEST(ResNet, ReducesTheImageToAQuarter) {
+    ResNet model(small(ImageNorm::group));
+    at::Tensor features = at::randn({1, 2, 28, 28});
+    for (const char* part : {"stem", "blocks"}) {
+        features =
+            std::dynamic_pointer_cast<torch::nn::SequentialImpl>(model->named_children()[part])->forward(features);
+    }
+    EXPECT_EQ(features.sizes(), at::IntArrayRef({1, 32, 7, 7}));
+}
+
+TEST(ResNet, PassesTheImageThroughUnchangedBlocksWhereTheResidualIsZero) {
+    ResNet model(ResNetConfig{.width = 8, .blocks = 2, .norm = ImageNorm::group});
+    const auto parameters = model->named_parameters();
+    EXPECT_FALSE(parameters.contains("blocks.1.shortcut.conv1.weight"));
+    EXPECT_EQ(parameters["blocks.2.shortcut.conv1.weight"].sizes(), at::IntArrayRef({16, 8, 1, 1}));
+    const auto blocks = std::dynamic_pointer_cast<torch::nn::SequentialImpl>(model->named_children()["blocks"]);
+    const at::Tensor x = at::rand({2, 8, 6, 6});  // not negative, so the last ReLU changes nothing
+    at::NoGradGuard no_grad;
+    parameters["blocks.1.residual.norm2.weight"].zero_();
+    EXPECT_TRUE(at::equal((blocks->begin() + 1)->forward(x), x));
+}
+
+TEST(ResNet, TreatsASampleAloneAsInABatchWithGroupNormOnly) {
+    EXPECT_LT(dependence_on_the_batch(ImageNorm::group), 1e-12);  // fp64 rounding of sums of some hundred terms
+    EXPECT_GT(dependence_on_the_batch(ImageNorm::batch), 1e-2);
+}
+
+TEST(ResNet, UsesRunningStatisticsWhenEvaluating) {
+    ResNet model(small(ImageNorm::batch));
+    const at::Tensor images = at::randn({4, 2, 9, 9});
+    const at::Tensor training = model->forward(images);
+    model->eval();
+    const at::Tensor evaluating = model->forward(images);
+    EXPECT_FALSE(at::allclose(training, evaluating));
+    // fp32; a batch of one may take another convolution algorithm.
+    EXPECT_TRUE(at::allclose(model->forward(images.narrow(0, 1, 1)), evaluating.narrow(0, 1, 1), 1e-4, 1e-5));
+}
+
+TEST(ResNet, StartsWithConvolutionsOfVarianceTwoOverFanOut) {
+    at::manual_seed(1);
+    ResNet model(ResNetConfig{.width = 32});
+    const at::Tensor weight = model->named_parameters()["blocks.4.residual.conv1.weight"];
+    EXPECT_EQ(weight.sizes(), at::IntArrayRef({128, 64, 3, 3}));
+    const double expected = std::sqrt(2.0 / (128 * 9));
+    // 73,728 numbers: the estimate's own deviation is 0.3 %.
+    EXPECT_NEAR(weight.std().item<double>(), expected, 0.01 * expected);
+}
+
+TEST(ResNet, IsTheSameForTheSameSeed) {
+    const auto scores = [](std::uint64_t seed) {
+        at::manual_seed(seed);
+        return ResNet(small(ImageNorm::batch))->forward(at::ones({2, 2, 8, 8}) * at::arange(128).view({2, 1, 8, 8}));
+    };
+    EXPECT_TRUE(at::equal(scores(3), scores(3)));
+    EXPECT_FALSE(at::equal(scores(3), scores(4)));
+}
+
+TEST(ResNet, LearnsAFixedBatch) {
+    for (const ImageNorm norm : {ImageNorm::batch, ImageNorm::group}) {
+        at::manual_seed(1);
+        ResNet model(small(norm));
+        const at::Tensor images = at::randn({8, 2, 8, 8}), targets = at::randint(0, 3, {8}, at::kLong);
+        const auto loss = [&] { return microbatch::cross_entropy_sum(model->forward(images), targets) / 8; };
+        const double before = loss().item<double>();
+        for (int step = 0; step < 30; ++step) {
+            model->zero_grad();
+            loss().backward();
+            at::NoGradGuard no_grad;
+            for (auto& parameter : model->parameters()) parameter.sub_(0.1 * parameter.grad());
+        }
+        EXPECT_LT(loss().item<double>(), before / 2) << to_string(norm);
+    }
+}
+
+TEST(ResNet, NamesTheSettingThatIsWrong) {
+    expect_contains(usage_message([] { ResNet(ResNetConfig{.channels = 0}); }), "resnet: channels is 0");
+    expect_contains(usage_message([] { ResNet(ResNetConfig{.classes = -1}); }), "resnet: classes is -1");
+    expect_contains(usage_message([] { ResNet(ResNetConfig{.width = 0}); }), "resnet: width is 0");
+    expect_contains(usage_message([] { ResNet(ResNetConfig{.blocks = 0}); }), "resnet: blocks is 0");
+    expect_contains(usage_message([] { ResNet(ResNetConfig{.width = INT64_MAX}); }), "resnet: width is 92233720");
+    expect_contains(usage_message([] { ResNet(ResNetConfig{.width = 12, .norm = ImageNorm::group}); }),
+                    "width 12 is not a multiple of the 8 groups");
+    EXPECT_NO_THROW(ResNet(ResNetConfig{.width = 12}));
+}
+
+TEST(ResNet, RefusesImagesOfAnotherShape) {
+    ResNet model(small(ImageNorm::group));
+    expect_contains(usage_message([&] { model->forward(at::randn({4, 3, 8, 8})); }), "[4, 3, 8, 8]");
+    expect_contains(usage_message([&] { model->forward(at::randn({2, 8, 8})); }), "give [samples, 2, height, width]");
+}
+
+TEST(ImageNorm, GoesToTextAndBack) {
+    for (const ImageNorm norm : {ImageNorm::batch, ImageNorm::group}) {
+        EXPECT_EQ(microbatch::parse_image_norm(microbatch::to_string(norm)), norm);
+    }
+    EXPECT_EQ(microbatch::to_string(ImageNorm::group), "group");
+    expect_contains(usage_message([] { microbatch::parse_image_norm("Batch"); }),
+                    "\"Batch\"; there are batch and group");
+}
