@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Trains on real text and real images with a batch that does not fit the memory budget, then compares the strategies.
+set -euo pipefail
+microbatch=$1
+text=/usr/share/games/fortunes
+images=/usr/share/datasets/fashion-mnist
+runs=runs/demo-$(date +%Y%m%d-%H%M%S)
+
+step() { printf '\n== %s\n\n' "$1"; }
+show() { printf '$ microbatch %s\n' "$*"; "$microbatch" "$@"; }
+
+step "English text (fortunes): a batch of 64 samples that needs 157 MiB at once, in 64 MiB"
+show train --data $text --model gpt-tiny --batch 64 --memory 64MiB --steps 150 --warmup "10 steps" --run "$runs/text"
+
+step "Images (Fashion-MNIST): a batch of 512 samples that needs 432 MiB at once, in 100 MiB"
+show train --data $images --model resnet --norm group --batch 512 --memory 100MiB --samples 30000 --warmup "3 steps" \
+    --run "$runs/images"
+
+step "Text: what a small batch, the accumulated batch and the batch at once cost and give"
+show compare --data $text --model gpt-tiny --batch 64 --memory 64MiB --samples 1920
+
+step "Images: the same"
+show compare --data $images --model resnet --norm group --batch 512 --memory 100MiB --samples 8192

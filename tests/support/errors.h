@@ -1,0 +1,37 @@
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "microbatch/core/error.h"
+
+namespace microbatch::test {
+
+/// The message of the microbatch::Error that the call must throw; empty, and the test failed, if it throws none.
+template <class Call>
+std::string error_message(ErrorKind kind, Call&& call) {
+    try {
+        call();
+    } catch (const Error& error) {
+        EXPECT_EQ(error.kind(), kind) << error.what();
+        return error.what();
+    }
+    ADD_FAILURE() << "no microbatch::Error";
+    return {};
+}
+
+/// The call throws a usage error whose text is one line and has all these parts.
+template <class Call>
+void expect_usage_error(const std::vector<std::string>& parts, Call&& call) {
+    const std::string message = error_message(ErrorKind::usage, call);
+    EXPECT_EQ(message.find('\n'), std::string::npos) << message;
+    EXPECT_FALSE(message.empty());
+    for (const std::string& part : parts) {
+        EXPECT_NE(message.find(part), std::string::npos) << '"' << part << "\" is not in: " << message;
+    }
+}
+
+}  // namespace microbatch::test
