@@ -119,7 +119,7 @@ void run_all(std::FILE* out, const JobPlan& plan, std::int64_t samples, std::int
 void print_strategies(std::FILE* out, const JobPlan& plan, const std::vector<Strategy>& strategies,
                       std::int64_t samples, std::int64_t budget) {
     fmt::print(out, "\n{}; {} samples each, the same seed, rate and schedule; memory budget {}\n\n",
-               plan.model_description, with_commas(samples), format_bytes(budget));
+               plan.model_description, format_count(samples), format_bytes(budget));
     std::vector<std::vector<std::string>> rows{{"strategy", "batch", "micro-batch", "peak memory", "fits",
                                                 "gradient variance", "time per step", "time per sample",
                                                 "held-out loss"}};

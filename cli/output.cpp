@@ -31,15 +31,4 @@ std::string clock_time(double seconds) {
     return fmt::format("{}:{:02}", whole / 60, whole % 60);
 }
 
-std::string with_commas(std::int64_t number) {
-    const std::string digits = std::to_string(number);
-    std::string result;
-    for (std::size_t i = 0; i < digits.size(); ++i) {
-        const bool between_digits = i > 0 && digits[i - 1] != '-';
-        if (between_digits && (digits.size() - i) % 3 == 0) result += ',';
-        result += digits[i];
-    }
-    return result;
-}
-
 }  // namespace microbatch::cli

@@ -13,7 +13,4 @@ void print_table(std::FILE* stream, const std::vector<std::vector<std::string>>&
 /// 3723 s -> "1:02:03", 62 s -> "1:02".
 std::string clock_time(double seconds);
 
-/// 12345678 -> "12,345,678".
-std::string with_commas(std::int64_t number);
-
 }  // namespace microbatch::cli

@@ -69,7 +69,7 @@ std::string ProgressLine::line() const {
     }
     const double mebibyte = 1024.0 * 1024.0;
     return fmt::format("{}{:3.0f} %  step {}  loss {:.4f}  {} {}/s  peak {:.1f} of {:.1f} MiB  {} left", bar,
-                       100.0 * share, progress.steps, loss_, with_commas(std::llround(speed)), speed_unit_,
+                       100.0 * share, progress.steps, loss_, format_count(std::llround(speed)), speed_unit_,
                        static_cast<double>(peak_bytes_) / mebibyte, static_cast<double>(budget_bytes_) / mebibyte,
                        clock_time(share > 0.0 ? elapsed / share * (1.0 - share) : -1.0));
 }

@@ -129,8 +129,8 @@ void print_summary(std::FILE* out, const JobPlan& plan, const ChosenPlan& chosen
                    std::int64_t budget, const std::filesystem::path& folder) {
     const Progress& progress = outcome.last.progress;
     fmt::print(out, "{}{} steps, {} samples in {}: {} {}/s\n", outcome.interrupted ? "stopped   " : "done      ",
-               with_commas(progress.steps), with_commas(progress.samples), clock_time(outcome.seconds),
-               with_commas(std::llround(speed(outcome))), speed_unit(plan));
+               format_count(progress.steps), format_count(progress.samples), clock_time(outcome.seconds),
+               format_count(std::llround(speed(outcome))), speed_unit(plan));
     fmt::print(out, "loss      {:.4f} at the first step, {:.4f} at the last, {:.4f} held out\n", outcome.first_loss,
                outcome.last.step.loss, outcome.held_out);
     fmt::print(out, "memory    peak {} measured", format_bytes(outcome.peak_bytes));

@@ -16,7 +16,7 @@ void add_mean_gradients(const Parameters& parameters, double weight, std::vector
     for (std::size_t i = 0; i < parameters.size(); ++i) {
         const at::Tensor& gradient = parameters[i].tensor.grad();
         if (!gradient.defined()) continue;
-        const at::Tensor mean = gradient.div(weight);
+        const at::Tensor mean = gradient.to(at::kDouble).div_(weight);
         sums[i] = sums[i].defined() ? sums[i].add_(mean) : mean;
     }
 }
@@ -44,7 +44,7 @@ GradientVariance gradient_variance(const Parameters& parameters, std::int64_t ba
     std::erase_if(sums, [](const at::Tensor& sum) { return !sum.defined(); });
     const double count = static_cast<double>(batches);
     const double sum_norm = joint_norm(sums);
-    return {.variance = (squares - sum_norm * sum_norm / count) / (count - 1.0),
+    return {.variance = std::max(0.0, (squares - sum_norm * sum_norm / count) / (count - 1.0)),
             .mean_squared = sum_norm * sum_norm / (count * count),
             .batches = batches};
 }

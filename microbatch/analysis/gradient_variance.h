@@ -16,9 +16,10 @@ struct GradientVariance {
 
 /// Measures it over `batches` batches, made one after the other by `next`.
 ///
-/// Formula:  (sum |g_r|^2 - |sum g_r|^2 / R) / (R - 1), the unbiased sample variance, R = batches.
+/// Formula:  (sum |g_r|^2 - |sum g_r|^2 / R) / (R - 1), the unbiased sample variance, R = batches;
+///           0 where rounding would make it negative.
 /// Errors:   ErrorKind::usage if batches < 2, or a batch has weight 0; as Gatherer's.
-/// State:    parameters unchanged, gradients cleared. Memory: one more copy of the gradients.
+/// State:    parameters unchanged, gradients cleared. Memory: a copy of the gradients in fp64.
 /// Cost:     one gather a batch.
 GradientVariance gradient_variance(const Parameters& parameters, std::int64_t batches,
                                    const std::function<Batch()>& next, const Plan& plan, const LossFunction& loss);

@@ -224,6 +224,13 @@ std::int64_t parse_count(std::string_view input) {
     return whole_count(count_wording, input, quantity, multiplier);
 }
 
+std::string format_count(std::int64_t count) {
+    std::string digits = std::to_string(count);
+    const std::ptrdiff_t first = count < 0 ? 1 : 0;
+    for (auto end = std::ssize(digits) - 3; end > first; end -= 3) digits.insert(static_cast<std::size_t>(end), 1, ',');
+    return digits;
+}
+
 std::string_view to_string(Unit unit) {
     constexpr std::array<std::string_view, 3> names{"steps", "samples", "tokens"};
     return names.at(static_cast<std::size_t>(unit));

@@ -23,6 +23,9 @@ std::string format_bytes(std::int64_t bytes);
 /// Errors: ErrorKind::usage if it is not a whole number from 0 to int64's largest.
 std::int64_t parse_count(std::string_view input);
 
+/// 1234567 as "1,234,567".
+std::string format_count(std::int64_t count);
+
 /// What an interval counts.
 enum class Unit { steps, samples, tokens };
 

@@ -20,15 +20,8 @@ namespace {
 
 namespace fs = std::filesystem;
 
-/// 1234567 as "1,234,567".
-std::string grouped(std::int64_t count) {
-    std::string digits = std::to_string(count);
-    for (auto end = std::ssize(digits) - 3; end > 0; end -= 3) digits.insert(static_cast<std::size_t>(end), 1, ',');
-    return digits;
-}
-
 std::string samples_in_words(const OpenedData& data) {
-    return text(grouped(data.train->size()), " training and ", grouped(data.held_out->size()), " held-out ");
+    return text(format_count(data.train->size()), " training and ", format_count(data.held_out->size()), " held-out ");
 }
 
 /// Windows of the first 90 % to train on and of the rest to hold out.
@@ -53,7 +46,7 @@ OpenedData open_text(const fs::path& path, std::int64_t length) {
     const Tokens tokens = byte_tokens(read_text(path));
     split_tokens(data, tokens, length, path);
     data.description = text(format_bytes(tokens.size()), " of text, ", samples_in_words(data), "samples of ",
-                            grouped(length), " bytes");
+                            format_count(length), " bytes");
     return data;
 }
 
@@ -63,8 +56,8 @@ OpenedData open_tokens(const fs::path& path, std::int64_t length) {
     const Tokens tokens = open_token_file(path);
     split_tokens(data, tokens, length, path);
     data.classes = vocabulary_of(tokens);
-    data.description = text(grouped(tokens.size()), " tokens of a vocabulary of ", grouped(data.classes), ", ",
-                            samples_in_words(data), "samples of ", grouped(length), " tokens");
+    data.description = text(format_count(tokens.size()), " tokens of a vocabulary of ", format_count(data.classes),
+                            ", ", samples_in_words(data), "samples of ", format_count(length), " tokens");
     return data;
 }
 

@@ -16,7 +16,8 @@ RunLog::RunLog(const std::filesystem::path& folder) : path_(folder / "metrics.js
     if (failure) {
         throw Error(ErrorKind::usage, text("cannot make the run folder ", folder.string(), ": ", failure.message()));
     }
-    if (std::filesystem::exists(path_, failure)) {
+    // A link that leads nowhere counts, too: writing through it would write elsewhere.
+    if (std::filesystem::exists(std::filesystem::symlink_status(path_, failure))) {
         throw Error(ErrorKind::usage, text(path_.string(), " exists already: name a new folder for this run"));
     }
     errno = 0;
@@ -41,7 +42,7 @@ void RunLog::write(const TrainerReport& report, const StepMemory& memory) {
     if (memory.predicted_peak_bytes) line["predicted_peak_bytes"] = *memory.predicted_peak_bytes;
     line["applied"] = report.step.applied;
     line["reason"] = report.step.reason;
-    file_ << line.dump() << '\n' << std::flush;
+    file_ << line.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) << '\n' << std::flush;
     if (!file_) throw Error(ErrorKind::usage, text("cannot write ", path_.string(), ": is the disk full?"));
 }
 

@@ -5,6 +5,7 @@
 #include <c10/core/impl/alloc_cpu.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 
@@ -18,6 +19,7 @@ namespace {
 // The size stands in front of the data, one alignment unit wide, so that a block can be freed by its pointer alone.
 constexpr std::size_t header_bytes = c10::gAlignment;
 static_assert(header_bytes >= sizeof(std::int64_t));
+constexpr std::size_t largest_block = std::numeric_limits<std::int64_t>::max() - header_bytes;
 
 std::atomic<std::int64_t> live{0};
 std::atomic<std::int64_t> peak{0};
@@ -29,12 +31,31 @@ void raise_peak(std::int64_t now) {
     }
 }
 
+// Counts the bytes only if they fit, and returns what is live then: a request that is refused in one thread must not
+// crowd out another's.
+std::int64_t take(std::size_t bytes) {
+    const std::int64_t allowed = budget.load(std::memory_order_relaxed);
+    std::int64_t before = live.load(std::memory_order_relaxed);
+    do {
+        const bool fits = before <= allowed && bytes <= static_cast<std::uint64_t>(allowed - before);
+        TORCH_CHECK_WITH(OutOfMemoryError, fits && bytes <= largest_block, "a tensor of ", bytes, " bytes (",
+                         format_bytes(static_cast<std::int64_t>(std::min(bytes, largest_block))),
+                         ") does not fit: ", format_bytes(before), " of the memory budget of ", format_bytes(allowed),
+                         " are in use");
+    } while (!live.compare_exchange_weak(before, before + static_cast<std::int64_t>(bytes), std::memory_order_relaxed));
+    return before + static_cast<std::int64_t>(bytes);
+}
+
+void give_back(std::int64_t bytes) {
+    live.fetch_sub(bytes, std::memory_order_relaxed);
+}
+
 void release(void* data) {
     if (data == nullptr) return;
     char* block = static_cast<char*>(data) - header_bytes;
     std::int64_t size = 0;
     std::memcpy(&size, block, sizeof(size));
-    live.fetch_sub(size, std::memory_order_relaxed);
+    give_back(size);
     c10::free_cpu(block);
 }
 
@@ -44,19 +65,12 @@ public:
         const at::Device cpu(at::kCPU);
         if (bytes == 0) return {nullptr, nullptr, &release, cpu};
         const auto size = static_cast<std::int64_t>(bytes);
-        const std::int64_t now = live.fetch_add(size, std::memory_order_relaxed) + size;
-        const std::int64_t allowed = budget.load(std::memory_order_relaxed);
-        if (now > allowed) {
-            live.fetch_sub(size, std::memory_order_relaxed);
-            TORCH_CHECK_WITH(OutOfMemoryError, false, "a tensor of ", format_bytes(size),
-                             " does not fit: ", format_bytes(now - size), " of the memory budget of ",
-                             format_bytes(allowed), " are in use");
-        }
+        const std::int64_t now = take(bytes);
         char* block = nullptr;
         try {
             block = static_cast<char*>(c10::alloc_cpu(bytes + header_bytes));
         } catch (...) {
-            live.fetch_sub(size, std::memory_order_relaxed);
+            give_back(size);
             throw;
         }
         raise_peak(now);

@@ -11,8 +11,8 @@
 namespace microbatch {
 namespace {
 
-// A larger micro-batch has stopped paying once two sizes in a row are not this much faster per sample.
-constexpr double worthwhile = 0.97;
+// A larger micro-batch has stopped paying once two sizes in a row are not this much faster than the best before.
+constexpr double worthwhile = 0.99;
 constexpr double tie = 1.02;
 
 class Prober {
@@ -24,7 +24,7 @@ public:
         add_measured(1, 0);
         require_smallest_fits();
         if (batch_ >= 2) add_measured(2, 0);
-        for (std::int64_t size = 4; size < batch_ && pays(); size *= 2) {
+        for (std::int64_t size = 4; size < batch_ && pays(); size = size > batch_ / 2 ? batch_ : 2 * size) {
             if (!add_if_it_fits(size)) break;
         }
         if (batch_ > 2 && fits_all_so_far()) add_largest();
@@ -87,8 +87,9 @@ private:
         const std::int64_t needed = points_.front().peak_bytes;
         if (needed <= budget_) return;
         throw Error(ErrorKind::does_not_fit,
-                    text("a micro-batch of 1 sample needs ", format_bytes(needed), ", the memory budget is ",
-                         format_bytes(budget_), ": raise the budget, or take a smaller model or shorter samples"));
+                    text("a micro-batch of 1 sample needs ", format_bytes(needed), ", ", format_bytes(needed - budget_),
+                         " more than the memory budget of ", format_bytes(budget_),
+                         ": raise the budget, or take a smaller model or shorter samples"));
     }
 
     void choose() {

@@ -40,10 +40,9 @@ struct Probe {
 /// Finds the fastest micro-batch whose peak is within the budget.
 ///
 /// Measures 1 and 2, fits peak = F + A b, then doubles for as long as the prediction fits and the time per sample still
-/// falls, and the largest that fits. Chosen is the smallest measured step time; a tie of 2 % goes to the smaller
-/// micro-batch.
-/// Units:    bytes, samples, seconds.
-/// Errors:   ErrorKind::usage if batch < 1 or budget < 1; ErrorKind::does_not_fit if a micro-batch of 1 needs more than
+/// falls (by 1 % over two sizes: timings are noisy), and the largest that fits. Chosen is the smallest measured step
+/// time; a tie of 2 % goes to the smaller micro-batch. Units:    bytes, samples, seconds. Errors:   ErrorKind::usage if
+/// batch < 1 or budget < 1; ErrorKind::does_not_fit if a micro-batch of 1 needs more than
 ///           the budget: the message says how much. What `measure` throws passes through.
 /// Cost:     three micro-batches of every size that is measured.
 Probe probe_micro_batches(std::int64_t batch, std::int64_t budget_bytes, const Measure& measure);

@@ -79,24 +79,32 @@ std::vector<at::Tensor> FusedOptimizer::parameters() const {
 
 void FusedOptimizer::step() {
     at::NoGradGuard no_grad;
-    for (Group& group : groups_) step_group(group);
+    // All buckets before any update: a gradient that is refused leaves every parameter as it was.
+    std::vector<std::vector<Bucket>> buckets;
+    for (Group& group : groups_) buckets.push_back(buckets_of(group));
+    for (std::size_t i = 0; i < groups_.size(); ++i) {
+        const Group& group = groups_[i];
+        for (Bucket& bucket : buckets[i])
+            update(bucket, learning_rate_ * group.learning_rate_scale, group.weight_decay);
+    }
 }
 
-void FusedOptimizer::step_group(Group& group) const {
+std::vector<FusedOptimizer::Bucket> FusedOptimizer::buckets_of(Group& group) const {
     std::map<std::pair<std::string, at::ScalarType>, Bucket> buckets;
     for (Slot& slot : group.slots) {
         const at::Tensor& parameter = slot.parameter.tensor;
         if (!parameter.grad().defined()) continue;
+        const at::Tensor gradient = dense_gradient(slot.parameter);
         if (slot.state.empty()) slot.state = make_state(parameter);
         Bucket& bucket = buckets[{parameter.device().str(), parameter.scalar_type()}];
         bucket.parameters.push_back(parameter);
-        bucket.gradients.push_back(dense_gradient(slot.parameter));
+        bucket.gradients.push_back(gradient);
         bucket.state.resize(slot.state.size());
         for (std::size_t i = 0; i < slot.state.size(); ++i) bucket.state[i].push_back(slot.state[i]);
     }
-    for (auto& [key, bucket] : buckets) {
-        update(bucket, learning_rate_ * group.learning_rate_scale, group.weight_decay);
-    }
+    std::vector<Bucket> result;
+    for (auto& [key, bucket] : buckets) result.push_back(std::move(bucket));
+    return result;
 }
 
 }  // namespace microbatch

@@ -45,7 +45,7 @@ private:
         double learning_rate_scale;
     };
 
-    void step_group(Group& group) const;
+    std::vector<Bucket> buckets_of(Group& group) const;
 
     const char* name_;
     std::vector<Group> groups_;

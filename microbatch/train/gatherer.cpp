@@ -3,7 +3,6 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/count_nonzero.h>
 
-#include <algorithm>
 #include <cmath>
 
 #include "microbatch/core/error.h"
@@ -11,28 +10,6 @@
 #include "microbatch/optim/clipping.h"
 
 namespace microbatch {
-namespace {
-
-void validate(const WeightedLoss& loss) {
-    if (!(loss.weight >= 0.0) || !std::isfinite(loss.weight)) {
-        throw Error(ErrorKind::usage, text("the loss function returned the weight ", loss.weight,
-                                           "; it must be finite and at least 0 (samples or target tokens)"));
-    }
-    if (loss.weight == 0.0) return;
-    if (!loss.sum.defined()) throw Error(ErrorKind::usage, "the loss function returned an undefined sum");
-    if (loss.sum.numel() != 1) {
-        throw Error(ErrorKind::usage, text("the loss function returned a tensor of shape ", loss.sum.sizes(),
-                                           "; return the sum over the micro-batch, one element"));
-    }
-    if (!loss.sum.requires_grad()) {
-        throw Error(ErrorKind::usage,
-                    "the loss depends on no parameter that requires a gradient: is every parameter frozen, or does the "
-                    "loss function detach?");
-    }
-}
-
-}  // namespace
-
 Gatherer::Gatherer(const Parameters& parameters) {
     track(parameters);
 }
@@ -69,7 +46,8 @@ void Gatherer::begin() {
         throw Error(ErrorKind::usage, "the batch before was not finished: call finish() after its last micro-batch");
     }
     if (state_ == State::gathered) {
-        throw Error(ErrorKind::usage, "the batch before was gathered but neither applied nor discarded");
+        throw Error(ErrorKind::usage,
+                    "the batch before was gathered but neither applied nor discarded: call apply() or discard() first");
     }
     refuse_stale_gradients();
     clear();
@@ -92,23 +70,37 @@ void Gatherer::add_checked(const WeightedLoss& loss) {
     validate(loss);
     ++gathered_.micro_batches;
     if (loss.weight == 0.0) return;
+    if (!loss.sum.requires_grad()) {
+        throw Error(ErrorKind::usage,
+                    "the loss depends on no parameter that requires a gradient: is every parameter frozen, or does the "
+                    "loss function detach?");
+    }
+    gathered_.weight += loss.weight;
+    if (!std::isfinite(gathered_.weight)) {
+        throw Error(ErrorKind::usage, "the weights of the batch add up to more than a double holds; scale them down");
+    }
     loss.sum.backward();
     const at::Tensor value = loss.sum.detach().to(at::kDouble).reshape({});
     loss_sum_ = loss_sum_.defined() ? loss_sum_.add(value) : value;
-    gathered_.weight += loss.weight;
 }
 
 Gathered Gatherer::finish() {
     if (state_ != State::open) throw Error(ErrorKind::usage, "no batch is open: call begin() before finish()");
+    const std::vector<at::Tensor> sums = gradients();
+    if (gathered_.weight > 0.0 && sums.empty()) {
+        clear();
+        throw Error(ErrorKind::usage,
+                    "no parameter got a gradient: are these the parameters of the model that the loss function uses?");
+    }
     if (loss_sum_.defined()) gathered_.loss_sum = loss_sum_.item<double>();
-    if (gathered_.weight > 0.0) gathered_.gradient_norm = joint_norm(gradients()) / gathered_.weight;
+    if (gathered_.weight > 0.0) gathered_.gradient_norm = joint_norm(sums) / gathered_.weight;
     state_ = State::gathered;
     return gathered_;
 }
 
 Gathered Gatherer::gather(const Batch& batch, const Plan& plan, const LossFunction& loss) {
     const std::int64_t samples = batch.size();
-    if (samples == 0) throw Error(ErrorKind::usage, "the batch is empty");
+    if (samples == 0) throw Error(ErrorKind::usage, "the batch is empty: give it at least one sample");
     const std::int64_t count = micro_batch_count(samples, plan.micro_batch);
     begin();
     try {

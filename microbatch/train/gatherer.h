@@ -25,8 +25,8 @@ struct Gathered {
 /// Formula:  .grad = sum over micro-batches of the gradient of the summed loss; the mean gradient of the batch is
 ///           .grad / W with W the sum of all weights.
 /// State:    a window is open from begin() to finish(); the gradients stay from finish() to clear().
-/// Errors:   whatever is thrown between begin() and finish(), the loss function's own exceptions included, closes the
-///           window and clears the gradients: as if begin() had not been called.
+/// Errors:   what add(), finish() or the loss function given to gather() throws closes the window and clears the
+///           gradients: as if begin() had not been called. A call out of turn throws and changes nothing.
 /// Threads:  no two calls at the same time.
 class Gatherer {
 public:
@@ -45,12 +45,12 @@ public:
 
     /// Adds the gradients of one micro-batch: backward of the sum, then the graph is freed. A micro-batch of weight 0
     /// adds nothing and its loss is not looked at, so that a 0/0 in it does no harm.
-    /// Errors: ErrorKind::usage if no window is open, the sum is not one element or depends on no parameter, or the
-    /// weight is negative or not finite.
+    /// Errors: ErrorKind::usage if no window is open, the loss is not valid (see validate), it depends on nothing that
+    /// requires a gradient, or the sum of the weights is not finite.
     void add(const WeightedLoss& loss);
 
     /// Closes the window and says what was gathered. With weight 0 there are no gradients.
-    /// Errors: ErrorKind::usage if no window is open.
+    /// Errors: ErrorKind::usage if no window is open, or the batch has weight but no parameter got a gradient.
     Gathered finish();
 
     /// begin(), add() for every micro-batch of the plan, finish(). Slices are views of the batch.

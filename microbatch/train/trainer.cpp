@@ -25,6 +25,10 @@ Trainer::Trainer(Accumulator& accumulator, const Dataset& dataset, LossFunction 
     if (options_.length.count < 0) {
         throw Error(ErrorKind::usage, text("the length of the run is ", to_string(options_.length)));
     }
+    if (dataset_.tokens_per_sample() < 1) {
+        throw Error(ErrorKind::usage, text("the dataset has ", dataset_.tokens_per_sample(),
+                                           " tokens per sample; it must have at least 1"));
+    }
     if (options_.schedule) validate(*options_.schedule);
 }
 
@@ -42,7 +46,10 @@ TrainerReport Trainer::step() {
     const SamplerState position = sampler_.state();
     TrainerReport report;
     report.samples = next_batch();
-    const Progress batch{1, report.samples, report.samples * dataset_.tokens_per_sample()};
+    const Interval tokens =
+        convert({report.samples, Unit::samples}, Unit::tokens, options_.batch, dataset_.tokens_per_sample());
+    const Progress batch{1, report.samples, tokens.count};
+    report.progress = progress_ + batch;
     try {
         const Batch data = dataset_.get(sampler_.next(report.samples));
         if (options_.schedule) {
@@ -53,8 +60,7 @@ TrainerReport Trainer::step() {
         sampler_.restore(position);
         throw;
     }
-    progress_ += batch;
-    report.progress = progress_;
+    progress_ = report.progress;
     report.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
     return report;
 }
@@ -69,6 +75,7 @@ double mean_loss(const Dataset& dataset, std::int64_t micro_batch, const LossFun
         std::vector<std::int64_t> indices(static_cast<std::size_t>(slice.size()));
         std::iota(indices.begin(), indices.end(), slice.begin);
         const WeightedLoss result = loss(dataset.get(indices));
+        validate(result);
         if (result.weight == 0.0) continue;
         sum += result.sum.item<double>();
         weight += result.weight;

@@ -32,11 +32,13 @@ struct TrainerReport {
 /// Threads:   no two calls at the same time.
 class Trainer {
 public:
-    /// Errors: ErrorKind::usage if batch < 1, length < 0, the schedule is not valid, or the dataset is empty.
+    /// Errors: ErrorKind::usage if batch < 1, length < 0, the schedule is not valid, the dataset is
+    ///         empty or has less than one token per sample.
     Trainer(Accumulator& accumulator, const Dataset& dataset, LossFunction loss, TrainerOptions options);
 
     /// Trains on the next batch: options.batch samples, or what is left of the length.
-    /// Errors: ErrorKind::usage if done(). On any exception the position in the data is as before.
+    /// Errors: ErrorKind::usage if done(), or the progress would leave 64 bits. On any exception the position in the
+    /// data is as before.
     TrainerReport step();
 
     bool done() const { return progress_.in(options_.length.unit) >= options_.length.count; }
@@ -55,7 +57,7 @@ private:
 
 /// Mean loss over the whole dataset at `micro_batch` samples a time, without gradients: sum of sums / sum of weights.
 /// The loss function's model must be in evaluation mode already. 0 if the weight is 0.
-/// Errors: ErrorKind::usage if micro_batch < 1; whatever the loss function throws.
+/// Errors: ErrorKind::usage if micro_batch < 1 or a loss is not valid; whatever the loss function throws.
 double mean_loss(const Dataset& dataset, std::int64_t micro_batch, const LossFunction& loss);
 
 }  // namespace microbatch

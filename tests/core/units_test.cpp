@@ -239,4 +239,13 @@ TEST(Units, RefusesToConvertWithBadRatesOrBeyondSixtyFourBits) {
 }
 
 }  // namespace
+TEST(Units, WritesCountsInGroupsOfThreeDigits) {
+    EXPECT_EQ(format_count(0), "0");
+    EXPECT_EQ(format_count(999), "999");
+    EXPECT_EQ(format_count(1000), "1,000");
+    EXPECT_EQ(format_count(-123456), "-123,456");
+    EXPECT_EQ(format_count(1234567), "1,234,567");
+    EXPECT_EQ(format_count(std::numeric_limits<std::int64_t>::min()), "-9,223,372,036,854,775,808");
+}
+
 }  // namespace microbatch
