@@ -4,6 +4,7 @@
 #include <CLI/App.hpp>
 #include <CLI/Config.hpp>
 #include <CLI/Formatter.hpp>
+#include <algorithm>
 #include <new>
 
 #include "cli/commands.h"
@@ -24,27 +25,36 @@ std::vector<std::string> flags_of(const CLI::App& command) {
     return flags;
 }
 
-// What CLI11 says, with the nearest flag or command where one was mistyped.
-std::string explain(const CLI::App& application, const CLI::ParseError& error, const std::vector<std::string>& words) {
-    std::string message = error.what();
-    if (dynamic_cast<const CLI::ExtrasError*>(&error) == nullptr) return message;
-    const auto called = application.get_subcommands();
+std::vector<std::string> names_of_commands(const CLI::App& application) {
     std::vector<std::string> names;
-    if (called.empty()) {
-        for (const CLI::App* command : application.get_subcommands([](const CLI::App*) { return true; })) {
-            names.push_back(command->get_name());
-        }
-    } else {
-        names = flags_of(*called.front());
+    for (const CLI::App* command : application.get_subcommands([](const CLI::App*) { return true; })) {
+        names.push_back(command->get_name());
     }
+    return names;
+}
+
+std::string did_you_mean(const std::string& given, const std::vector<std::string>& names) {
+    const std::string suggestion = cli::nearest(given, names);
+    return suggestion.empty() ? std::string() : fmt::format(" (did you mean {}?)", suggestion);
+}
+
+// What CLI11 says, or better where a flag or a command was mistyped.
+std::string explain(const CLI::App& application, const CLI::ParseError& error, const std::vector<std::string>& words) {
+    const auto called = application.get_subcommands();
+    if (called.empty()) {
+        if (words.empty()) return "name a command: train, compare, plan or doctor";
+        const std::string& word = words.front();
+        if (word.starts_with("-")) return fmt::format("{} is no flag here: name a command first", word);
+        return fmt::format("there is no command '{}'{}", word, did_you_mean(word, names_of_commands(application)));
+    }
+    if (dynamic_cast<const CLI::ExtrasError*>(&error) == nullptr) return error.what();
+    const std::vector<std::string> flags = flags_of(*called.front());
     for (const std::string& word : words) {
         const std::string flag = word.substr(0, word.find('='));
-        if (message.find(flag) == std::string::npos || std::find(names.begin(), names.end(), flag) != names.end())
-            continue;
-        const std::string suggestion = cli::nearest(flag, names);
-        if (!suggestion.empty()) return fmt::format("{} (did you mean {}?)", message, suggestion);
+        if (!flag.starts_with("-") || std::find(flags.begin(), flags.end(), flag) != flags.end()) continue;
+        return fmt::format("{} has no flag {}{}", called.front()->get_name(), flag, did_you_mean(flag, flags));
     }
-    return message;
+    return error.what();
 }
 
 int fail(int code, const std::string& message) {

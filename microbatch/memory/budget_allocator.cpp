@@ -38,9 +38,9 @@ std::int64_t take(std::size_t bytes) {
     std::int64_t before = live.load(std::memory_order_relaxed);
     do {
         const bool fits = before <= allowed && bytes <= static_cast<std::uint64_t>(allowed - before);
-        TORCH_CHECK_WITH(OutOfMemoryError, fits && bytes <= largest_block, "a tensor of ", bytes, " bytes (",
+        TORCH_CHECK_WITH(OutOfMemoryError, fits && bytes <= largest_block, "a tensor of ",
                          format_bytes(static_cast<std::int64_t>(std::min(bytes, largest_block))),
-                         ") does not fit: ", format_bytes(before), " of the memory budget of ", format_bytes(allowed),
+                         " does not fit: ", format_bytes(before), " of the memory budget of ", format_bytes(allowed),
                          " are in use");
     } while (!live.compare_exchange_weak(before, before + static_cast<std::int64_t>(bytes), std::memory_order_relaxed));
     return before + static_cast<std::int64_t>(bytes);

@@ -7,6 +7,7 @@
 namespace microbatch {
 
 /// Euclidean norm over all the tensors together, summed in fp64; NaN or infinity if any element is. 0 for no tensor.
+/// Cost: one pass; on the CPU 2 MiB of memory, whatever the size.
 double joint_norm(const std::vector<at::Tensor>& tensors);
 
 /// What the gradients are multiplied by so that their norm is at most `limit`: min(1, limit / (norm + 1e-6)).

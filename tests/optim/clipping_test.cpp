@@ -10,6 +10,8 @@
 #include <limits>
 #include <random>
 
+#include "microbatch/memory/budget_allocator.h"
+
 namespace microbatch {
 namespace {
 
@@ -127,6 +129,15 @@ TEST(ClipCoefficient, DoesNotHideANormThatIsNotFinite) {
 
 TEST(ClipCoefficient, IsOneWithoutALimit) {
     for (const double norm : {0.0, 1.0, 1e300, infinity, nan}) EXPECT_EQ(clip_coefficient(norm, infinity), 1.0);
+}
+
+TEST(JointNorm, NeedsLittleMemoryWhateverTheSize) {
+    install_budget_allocator();
+    const at::Tensor large = at::ones({3000, 1000});
+    const std::int64_t before = memory_use().live_bytes;
+    reset_peak_memory();
+    joint_norm({large, large.t()});
+    EXPECT_LE(memory_use().peak_bytes - before, 3 << 20);  // 2 MiB, and a few scalars; in one go it would be 24 MB
 }
 
 }  // namespace
