@@ -13,11 +13,11 @@ step "English text (fortunes): a batch of 64 samples that needs 157 MiB at once,
 show train --data $text --model gpt-tiny --batch 64 --memory 64MiB --steps 150 --warmup "10 steps" --run "$runs/text"
 
 step "Images (Fashion-MNIST): a batch of 512 samples that needs 432 MiB at once, in 100 MiB"
-show train --data $images --model resnet --norm group --batch 512 --memory 100MiB --samples 30000 --warmup "3 steps" \
+show train --data $images --model resnet --norm group --batch 512 --memory 100MiB --samples 30000 --warmup "3 steps" --lr 0.003 \
     --run "$runs/images"
 
 step "Text: what a small batch, the accumulated batch and the batch at once cost and give"
 show compare --data $text --model gpt-tiny --batch 64 --memory 64MiB --samples 1920
 
 step "Images: the same"
-show compare --data $images --model resnet --norm group --batch 512 --memory 100MiB --samples 8192
+show compare --data $images --model resnet --norm group --batch 512 --memory 100MiB --samples 8192 --lr 0.003

@@ -131,7 +131,7 @@ TEST(ClipCoefficient, IsOneWithoutALimit) {
     for (const double norm : {0.0, 1.0, 1e300, infinity, nan}) EXPECT_EQ(clip_coefficient(norm, infinity), 1.0);
 }
 
-TEST(JointNorm, NeedsLittleMemoryWhateverTheSize) {
+TEST_F(JointNorm, NeedsLittleMemoryWhateverTheSize) {
     install_budget_allocator();
     const at::Tensor large = at::ones({3000, 1000});
     const std::int64_t before = memory_use().live_bytes;
