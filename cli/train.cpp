@@ -182,6 +182,7 @@ int train(const Settings& settings) {
     const JobPlan plan = open_job(settings);
     schedule_of(settings, length, plan.data.train->tokens_per_sample());
     const ChosenPlan chosen = choose_plan(plan, budget);
+    if (interrupted()) return interrupted_exit_code;
     set_memory_budget(budget);
     const Job job = make_job(plan, chosen.micro_batch);
     const std::filesystem::path folder = run_folder(settings, plan.model);
