@@ -62,7 +62,7 @@ void train_strategy(std::FILE* out, const JobPlan& plan, const Job& job, std::in
                     {.batch = strategy.batch,
                      .length = length,
                      .schedule = schedule_of(settings, length, plan.data.train->tokens_per_sample()),
-                     .seed = plan.settings.seed});
+                     .seed = static_cast<std::uint64_t>(plan.settings.seed)});
     ProgressLine progress(out, length, speed_unit(plan), budget);
     std::vector<double> seconds;
     while (!trainer.done() && !interrupted()) {
@@ -82,7 +82,7 @@ void train_strategy(std::FILE* out, const JobPlan& plan, const Job& job, std::in
 }
 
 void measure_variance(const JobPlan& plan, const Job& job, Strategy& strategy) {
-    Sampler sampler(plan.data.train->size(), plan.settings.seed + 1);
+    Sampler sampler(plan.data.train->size(), static_cast<std::uint64_t>(plan.settings.seed) + 1);
     strategy.variance =
         gradient_variance(
             job.parameters, variance_batches, [&] { return plan.data.train->get(sampler.next(strategy.batch)); },
@@ -166,7 +166,7 @@ int compare(const Settings& settings) {
     const std::int64_t budget = memory_budget_of(settings);
     const Interval asked = length_of(settings, {16 * settings.batch, Unit::samples});
     std::FILE* out = settings.json ? stderr : stdout;
-    if (settings.threads > 0) at::set_num_threads(settings.threads);
+    if (settings.threads > 0) at::set_num_threads(static_cast<int>(settings.threads));
     install_budget_allocator();
     watch_interrupts();
     const JobPlan plan = open_job(settings);

@@ -51,6 +51,8 @@ void apply_key(CLI::App& command, const std::string& file, const std::string& ke
         option->add_result(as_text(node, key));
         option->run_callback();
     } catch (const CLI::Error& error) {
+        refuse(fmt::format("{} line {}: {}", file, node.source().begin.line, reworded(error)));
+    } catch (const Error& error) {
         refuse(fmt::format("{} line {}: {}", file, node.source().begin.line, error.what()));
     }
 }
@@ -112,7 +114,7 @@ void write_config(const std::filesystem::path& folder, const JobPlan& plan, std:
         table.insert("momentum", s.momentum);
         table.insert("nesterov", s.nesterov);
     }
-    table.insert("seed", static_cast<std::int64_t>(s.seed));
+    table.insert("seed", s.seed);
     table.insert("threads", s.threads);
     table.insert("no-verify", s.no_verify);
     const std::filesystem::path path = folder / "config.toml";

@@ -9,6 +9,7 @@
 
 #include "cli/commands.h"
 #include "cli/nearest.h"
+#include "cli/settings.h"
 #include "microbatch/core/error.h"
 
 namespace {
@@ -47,7 +48,7 @@ std::string explain(const CLI::App& application, const CLI::ParseError& error, c
         if (word.starts_with("-")) return fmt::format("{} is no flag here: name a command first", word);
         return fmt::format("there is no command '{}'{}", word, did_you_mean(word, names_of_commands(application)));
     }
-    if (dynamic_cast<const CLI::ExtrasError*>(&error) == nullptr) return error.what();
+    if (dynamic_cast<const CLI::ExtrasError*>(&error) == nullptr) return cli::reworded(error);
     const std::vector<std::string> flags = flags_of(*called.front());
     for (const std::string& word : words) {
         const std::string flag = word.substr(0, word.find('='));
@@ -109,6 +110,8 @@ int main(int count, char** arguments) {
         const std::vector<std::string> words(arguments + 1, arguments + count);
         return fail(static_cast<int>(ErrorKind::usage),
                     explain(application, error, words) + "\nRun with --help for more information.");
+    } catch (const Error& error) {
+        return fail(error.exit_code(), error.what());
     }
     return run(action);
 }

@@ -68,7 +68,7 @@ void print_json(const JobPlan& plan, const Probe& probe, std::int64_t budget) {
 int plan_batch(const Settings& settings) {
     validate(settings);
     const std::int64_t budget = memory_budget_of(settings);
-    if (settings.threads > 0) at::set_num_threads(settings.threads);
+    if (settings.threads > 0) at::set_num_threads(static_cast<int>(settings.threads));
     install_budget_allocator();
     const JobPlan plan = open_job(settings);
     const Probe probe = probe_micro_batches(settings.batch, budget, [&plan, &settings](std::int64_t size) {

@@ -32,6 +32,14 @@ void require(bool holds, const char* flag, const auto& value, const char* allowe
     if (!holds) refuse(fmt::format("{} is {}; it must be {}", flag, value, allowed));
 }
 
+// A flag that counts: "64", "10k", "1M".
+template <class Target>
+CLI::Option* add_count(CLI::App& command, const char* flag, Target& target, const char* help) {
+    return command.add_option_function<std::string>(
+        flag, [flag, &target](const std::string& text) { target = read_flag(flag, [&] { return parse_count(text); }); },
+        help);
+}
+
 std::string& length_text(Settings& settings, std::size_t index) {
     return index == 0 ? settings.steps : index == 1 ? settings.samples : settings.tokens;
 }
@@ -42,16 +50,24 @@ void validate_optimizer(const Settings& settings) {
     if (settings.optimizer == "adamw" && settings.nesterov) {
         refuse("--nesterov contradicts --optimizer adamw: it is a setting of sgd");
     }
-    if (settings.lr) require(std::isfinite(*settings.lr) && *settings.lr >= 0.0, "--lr", *settings.lr, "0 or more");
+    if (settings.lr)
+        require(std::isfinite(*settings.lr) && *settings.lr >= 0.0, "--lr", *settings.lr, "finite and 0 or more");
     require(settings.clip > 0.0, "--clip", settings.clip, "above 0 (inf: no clipping)");
     if (settings.weight_decay) {
         require(std::isfinite(*settings.weight_decay) && *settings.weight_decay >= 0.0, "--weight-decay",
-                *settings.weight_decay, "0 or more");
+                *settings.weight_decay, "finite and 0 or more");
     }
     require(settings.momentum >= 0.0 && settings.momentum < 1.0, "--momentum", settings.momentum, "from 0 to below 1");
 }
 
 }  // namespace
+
+std::string reworded(const CLI::Error& error) {
+    const std::string message = error.what();
+    const std::string prefix = "Could not convert: ";
+    if (!message.starts_with(prefix)) return message;
+    return fmt::format("cannot read {}: a number is expected", message.substr(prefix.size()));
+}
 
 void add_job_options(CLI::App& command, Settings& s) {
     const char* what = "What is trained";
@@ -67,19 +83,19 @@ void add_job_options(CLI::App& command, Settings& s) {
                     "images and gpt-tiny for the rest")
         ->type_name("NAME")
         ->group(what);
-    command.add_option("--layers", s.layers, "Blocks of a gpt, hidden layers of an mlp, blocks a stage of a resnet")
+    add_count(command, "--layers", s.layers, "Blocks of a gpt, hidden layers of an mlp, blocks a stage of a resnet")
         ->type_name("N")
         ->group(what);
-    command.add_option("--heads", s.heads, "Attention heads of a gpt")->type_name("N")->group(what);
-    command.add_option("--width", s.width, "Width of the model")->type_name("N")->group(what);
-    command.add_option("--length", s.length, "Tokens a sample, for a gpt")->type_name("N")->group(what);
+    add_count(command, "--heads", s.heads, "Attention heads of a gpt")->type_name("N")->group(what);
+    add_count(command, "--width", s.width, "Width of the model")->type_name("N")->group(what);
+    add_count(command, "--length", s.length, "Tokens a sample, for a gpt")->type_name("N")->group(what);
     command.add_option("--norm", s.norm, "batch or group, for a resnet (default batch)")
         ->type_name("NAME")
         ->group(what);
     command.add_option("--dropout", s.dropout, "Dropout of a gpt (default 0)")->type_name("P")->group(what);
 
     const char* batch = "Batch and memory";
-    command.add_option("--batch", s.batch, "Samples per optimizer step (default 64)")->type_name("N")->group(batch);
+    add_count(command, "--batch", s.batch, "Samples per optimizer step (default 64)")->type_name("N")->group(batch);
     command
         .add_option("--micro-batch", s.micro_batch,
                     "Samples per forward/backward; auto (the default) measures and takes the fastest that fits")
@@ -124,10 +140,10 @@ void add_job_options(CLI::App& command, Settings& s) {
         ->group(optimizer);
 
     const char* run = "Run";
-    command.add_option("--seed", s.seed, "Same seed, threads and cut: same bits (default 1)")
+    add_count(command, "--seed", s.seed, "Same seed, threads and cut: same bits (default 1)")
         ->type_name("N")
         ->group(run);
-    command.add_option("--threads", s.threads, "Threads of torch's kernels (default: torch's own choice)")
+    add_count(command, "--threads", s.threads, "Threads of torch's kernels (default: torch's own choice)")
         ->type_name("N")
         ->group(run);
     command.add_option("--config", s.config, "TOML file with any of these flags as keys; flags win")
@@ -147,8 +163,8 @@ void add_length_options(CLI::App& command, Settings& s) {
 }
 
 std::int64_t memory_budget_of(const Settings& settings) {
-    if (settings.memory.empty()) return available_memory_bytes() / 5 * 4;
-    return read_flag("--memory", [&] { return parse_bytes(settings.memory); });
+    if (!settings.memory) return available_memory_bytes() / 5 * 4;
+    return read_flag("--memory", [&] { return parse_bytes(*settings.memory); });
 }
 
 std::optional<std::int64_t> micro_batch_of(const Settings& settings) {
@@ -212,10 +228,9 @@ double weight_decay_of(const Settings& settings) {
 
 void validate(const Settings& settings) {
     if (settings.data.empty()) refuse("--data is missing: name a text file, a .bin of tokens or a folder with images");
-    require(settings.batch >= 1, "--batch", settings.batch, "at least 1");
-    require(settings.threads >= 0 && settings.threads <= 1024, "--threads", settings.threads,
-            "from 1 to 1024 (0: torch's own choice)");
-    require(settings.length >= 0, "--length", settings.length, "at least 1");
+    constexpr std::int64_t largest_batch = std::int64_t{1} << 31;
+    require(settings.batch >= 1 && settings.batch <= largest_batch, "--batch", settings.batch, "from 1 to 2^31");
+    require(settings.threads <= 1024, "--threads", settings.threads, "from 1 to 1024 (0: torch's own choice)");
     require(settings.dropout >= 0.0 && settings.dropout < 1.0, "--dropout", settings.dropout, "from 0 to below 1");
     validate_optimizer(settings);
     micro_batch_of(settings);

@@ -22,7 +22,7 @@ struct Settings {
 
     std::int64_t batch = 64;
     std::string micro_batch = "auto";
-    std::string memory;
+    std::optional<std::string> memory;
     std::string steps, samples, tokens;
 
     std::string optimizer = "adamw";
@@ -37,8 +37,8 @@ struct Settings {
     double momentum = 0.9;
     bool nesterov = false;
 
-    std::uint64_t seed = 1;
-    int threads = 0;
+    std::int64_t seed = 1;
+    std::int64_t threads = 0;  ///< 0: torch's own choice
     bool no_verify = false;
     std::string run, config;
     bool json = false;
@@ -46,6 +46,9 @@ struct Settings {
 
 /// Declares the flags that describe a job: model, data, batch, memory, optimizer, seed, threads, --config and --json.
 void add_job_options(CLI::App& command, Settings& settings);
+
+/// What CLI11 says of a value that it cannot read, in words for the one who wrote it.
+std::string reworded(const CLI::Error& error);
 
 /// Declares --steps, --samples and --tokens.
 void add_length_options(CLI::App& command, Settings& settings);

@@ -94,7 +94,7 @@ Outcome train_to_the_end(std::FILE* out, const JobPlan& plan, const Job& job, co
                     {.batch = plan.settings.batch,
                      .length = length,
                      .schedule = schedule_of(plan.settings, length, plan.data.train->tokens_per_sample()),
-                     .seed = plan.settings.seed});
+                     .seed = static_cast<std::uint64_t>(plan.settings.seed)});
     ProgressLine progress(out, length, speed_unit(plan), budget);
     Outcome outcome;
     const auto started = std::chrono::steady_clock::now();
@@ -176,7 +176,7 @@ int train(const Settings& settings) {
     const Interval length = length_of(settings, {100, Unit::steps});
     const std::int64_t budget = memory_budget_of(settings);
     std::FILE* out = settings.json ? stderr : stdout;
-    if (settings.threads > 0) at::set_num_threads(settings.threads);
+    if (settings.threads > 0) at::set_num_threads(static_cast<int>(settings.threads));
     install_budget_allocator();
     watch_interrupts();
     const JobPlan plan = open_job(settings);

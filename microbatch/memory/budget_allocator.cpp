@@ -69,9 +69,10 @@ public:
         char* block = nullptr;
         try {
             block = static_cast<char*>(c10::alloc_cpu(bytes + header_bytes));
-        } catch (...) {
+        } catch (const c10::Error&) {
             give_back(size);
-            throw;
+            TORCH_CHECK_WITH(OutOfMemoryError, false, "the machine has no ", format_bytes(size), " left for a tensor; ",
+                             format_bytes(now - size), " are in use");
         }
         raise_peak(now);
         std::memcpy(block, &size, sizeof(size));
