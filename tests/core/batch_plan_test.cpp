@@ -5,21 +5,12 @@
 #include <random>
 #include <string>
 
-#include "microbatch/core/error.h"
+#include "support/errors.h"
 
 namespace microbatch {
 namespace {
 
-template <class Call>
-void expect_usage_error(Call call, const std::string& part) {
-    try {
-        call();
-        FAIL() << "no error with \"" << part << "\"";
-    } catch (const Error& error) {
-        EXPECT_EQ(error.kind(), ErrorKind::usage);
-        EXPECT_NE(std::string(error.what()).find(part), std::string::npos) << error.what();
-    }
-}
+using test::expect_usage_error;
 
 TEST(BatchPlan, HundredInSixteenIsSixOfSixteenAndOneOfFour) {
     ASSERT_EQ(micro_batch_count(100, 16), 7);
@@ -49,7 +40,7 @@ TEST(BatchPlan, SlicesTileTheBatchInOrderAndAllButTheLastAreFull) {
 TEST(BatchPlan, AnEmptyBatchHasNoMicroBatches) {
     EXPECT_EQ(micro_batch_count(0, 16), 0);
     EXPECT_EQ(micro_batch_count(0, whole_batch), 0);
-    expect_usage_error([] { micro_batch_slice(0, 16, 0); }, "micro-batch 0 of a batch that has 0");
+    expect_usage_error({"micro-batch 0 of a batch that has 0"}, [] { micro_batch_slice(0, 16, 0); });
 }
 
 TEST(BatchPlan, ThePlanDoesNotCutUnlessTold) {
@@ -67,13 +58,13 @@ TEST(BatchPlan, HugeSizesDoNotOverflow) {
 }
 
 TEST(BatchPlan, RefusesSizesAndIndicesOutOfRange) {
-    expect_usage_error([] { micro_batch_count(-1, 16); }, "the batch is -1 samples");
-    expect_usage_error([] { micro_batch_count(100, 0); }, "the micro-batch is 0 samples; it must be 1 or more");
-    expect_usage_error([] { micro_batch_count(100, -16); }, "the micro-batch is -16 samples");
-    expect_usage_error([] { micro_batch_slice(100, 0, 0); }, "the micro-batch is 0 samples");
-    expect_usage_error([] { micro_batch_slice(100, 16, 7); },
-                       "micro-batch 7 of a batch that has 7 (100 samples in 16)");
-    expect_usage_error([] { micro_batch_slice(100, 16, -1); }, "micro-batch -1 of a batch that has 7");
+    expect_usage_error({"the batch is -1 samples"}, [] { micro_batch_count(-1, 16); });
+    expect_usage_error({"the micro-batch is 0 samples; it must be 1 or more"}, [] { micro_batch_count(100, 0); });
+    expect_usage_error({"the micro-batch is -16 samples"}, [] { micro_batch_count(100, -16); });
+    expect_usage_error({"the micro-batch is 0 samples"}, [] { micro_batch_slice(100, 0, 0); });
+    expect_usage_error({"micro-batch 7 of a batch that has 7 (100 samples in 16)"},
+                       [] { micro_batch_slice(100, 16, 7); });
+    expect_usage_error({"micro-batch -1 of a batch that has 7"}, [] { micro_batch_slice(100, 16, -1); });
 }
 
 }  // namespace

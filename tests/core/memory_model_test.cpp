@@ -8,24 +8,15 @@
 #include <string>
 #include <vector>
 
-#include "microbatch/core/error.h"
+#include "support/errors.h"
 
 namespace microbatch {
 namespace {
 
+using test::expect_usage_error;
+
 constexpr std::int64_t largest = std::numeric_limits<std::int64_t>::max();
 constexpr double infinity = std::numeric_limits<double>::infinity();
-
-template <class Call>
-void expect_usage_error(Call call, const std::string& part) {
-    try {
-        call();
-        FAIL() << "no error with \"" << part << "\"";
-    } catch (const Error& error) {
-        EXPECT_EQ(error.kind(), ErrorKind::usage);
-        EXPECT_NE(std::string(error.what()).find(part), std::string::npos) << error.what();
-    }
-}
 
 MemoryModel fit(const std::vector<MemoryPoint>& points) {
     return fit_memory(points);
@@ -95,12 +86,12 @@ TEST(MemoryModel, RoundsPredictionsUpAndKeepsThemInRange) {
 }
 
 TEST(MemoryModel, RefusesPointsThatDoNotMakeALine) {
-    expect_usage_error([] { fit({}); }, "measured at 0 points but not with two different micro-batch sizes");
-    expect_usage_error([] { fit({{4, 100}}); }, "measured at 1 points");
-    expect_usage_error([] { fit({{4, 100}, {4, 101}, {4, 99}}); }, "measured at 3 points");
-    expect_usage_error([] { fit({{0, 100}, {4, 101}}); }, "micro-batch 0 and 100 bytes");
-    expect_usage_error([] { fit({{1, 100}, {4, 0}}); }, "micro-batch 4 and 0 bytes");
-    expect_usage_error([] { fit({{1, -5}, {4, 7}}); }, "micro-batch 1 and -5 bytes");
+    expect_usage_error({"measured at 0 points but not with two different micro-batch sizes"}, [] { fit({}); });
+    expect_usage_error({"measured at 1 points"}, [] { fit({{4, 100}}); });
+    expect_usage_error({"measured at 3 points"}, [] { fit({{4, 100}, {4, 101}, {4, 99}}); });
+    expect_usage_error({"micro-batch 0 and 100 bytes"}, [] { fit({{0, 100}, {4, 101}}); });
+    expect_usage_error({"micro-batch 4 and 0 bytes"}, [] { fit({{1, 100}, {4, 0}}); });
+    expect_usage_error({"micro-batch 1 and -5 bytes"}, [] { fit({{1, -5}, {4, 7}}); });
 }
 
 TEST(MemoryModel, RefusesToPredictWithAModelOrSizeThatMeansNothing) {
@@ -108,10 +99,10 @@ TEST(MemoryModel, RefusesToPredictWithAModelOrSizeThatMeansNothing) {
     for (const MemoryModel& model :
          {MemoryModel{.fixed_bytes = nan}, MemoryModel{.fixed_bytes = infinity}, MemoryModel{.bytes_per_sample = nan},
           MemoryModel{.bytes_per_sample = infinity}, MemoryModel{.bytes_per_sample = -1}}) {
-        expect_usage_error([&] { static_cast<void>(model.predict(1)); }, "a memory model of");
-        expect_usage_error([&] { largest_that_fits(model, 100, 10); }, "a memory model of");
+        expect_usage_error({"a memory model of"}, [&] { static_cast<void>(model.predict(1)); });
+        expect_usage_error({"a memory model of"}, [&] { largest_that_fits(model, 100, 10); });
     }
-    expect_usage_error([] { static_cast<void>(MemoryModel{}.predict(0)); }, "the micro-batch is 0 samples");
+    expect_usage_error({"the micro-batch is 0 samples"}, [] { static_cast<void>(MemoryModel{}.predict(0)); });
 }
 
 TEST(MemoryModel, LargestThatFitsIsWhatALinearScanFinds) {
@@ -137,7 +128,7 @@ TEST(MemoryModel, LargestThatFitsIsExactAtTheEdges) {
     EXPECT_EQ(largest_that_fits(model, 170, 4), 4);
     EXPECT_EQ(largest_that_fits(model, 170, 0), 0);
     EXPECT_EQ(largest_that_fits(model, -1, 1'000), 0);
-    expect_usage_error([&] { largest_that_fits(model, 170, -1); }, "at most -1 samples");
+    expect_usage_error({"at most -1 samples"}, [&] { largest_that_fits(model, 170, -1); });
 }
 
 TEST(MemoryModel, LargestThatFitsDoesNotOverflow) {

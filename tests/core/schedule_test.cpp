@@ -8,25 +8,16 @@
 #include <string>
 #include <vector>
 
-#include "microbatch/core/error.h"
+#include "support/errors.h"
 
 namespace microbatch {
 namespace {
 
+using test::expect_usage_error;
+
 constexpr std::int64_t largest = std::numeric_limits<std::int64_t>::max();
 const std::vector<ScheduleShape> all_shapes{ScheduleShape::constant, ScheduleShape::linear, ScheduleShape::cosine,
                                             ScheduleShape::wsd, ScheduleShape::polynomial};
-
-template <class Call>
-void expect_usage_error(Call call, const std::string& part) {
-    try {
-        call();
-        FAIL() << "no error with \"" << part << "\"";
-    } catch (const Error& error) {
-        EXPECT_EQ(error.kind(), ErrorKind::usage);
-        EXPECT_NE(std::string(error.what()).find(part), std::string::npos) << error.what();
-    }
-}
 
 Interval steps(std::int64_t count) {
     return {count, Unit::steps};
@@ -45,9 +36,9 @@ Schedule example(ScheduleShape shape) {
 TEST(Schedule, NamesAreReadAndWritten) {
     for (const ScheduleShape shape : all_shapes) EXPECT_EQ(parse_schedule(to_string(shape)), shape);
     EXPECT_EQ(parse_schedule("wsd"), ScheduleShape::wsd);
-    expect_usage_error([] { parse_schedule("exponential"); },
-                       "unknown schedule \"exponential\"; choose one of constant, linear, cosine, wsd, polynomial");
-    expect_usage_error([] { parse_schedule(""); }, "unknown schedule \"\"");
+    expect_usage_error({"unknown schedule \"exponential\"; choose one of constant, linear, cosine, wsd, polynomial"},
+                       [] { parse_schedule("exponential"); });
+    expect_usage_error({"unknown schedule \"\""}, [] { parse_schedule(""); });
 }
 
 TEST(Schedule, WarmupClimbsFromOnePartToThePeak) {
@@ -222,15 +213,15 @@ TEST(Schedule, RefusesRatesThatMeanNothing) {
     const double nan = std::nan("");
     const double infinity = std::numeric_limits<double>::infinity();
     for (const double peak : {-1e-3, nan, infinity}) {
-        expect_usage_error([&] { validate({.peak = peak}); }, "the peak learning rate is ");
+        expect_usage_error({"the peak learning rate is "}, [&] { validate({.peak = peak}); });
     }
     for (const double floor : {-1e-3, nan, infinity, 2e-3}) {
-        expect_usage_error([&] { validate({.peak = 1e-3, .floor = floor}); }, "it must be from 0 to the peak, 0.001");
+        expect_usage_error({"it must be from 0 to the peak, 0.001"}, [&] { validate({.peak = 1e-3, .floor = floor}); });
     }
     for (const double power : {0.0, -1.0, nan, infinity}) {
         Schedule schedule = example(ScheduleShape::polynomial);
         schedule.power = power;
-        expect_usage_error([&] { validate(schedule); }, "the power of the polynomial schedule is ");
+        expect_usage_error({"the power of the polynomial schedule is "}, [&] { validate(schedule); });
         schedule.shape = ScheduleShape::linear;
         EXPECT_NO_THROW(validate(schedule));
     }
@@ -243,47 +234,48 @@ TEST(Schedule, RefusesIntervalsThatDoNotMakeASchedule) {
         if (shape == ScheduleShape::constant) continue;
         Schedule schedule = example(shape);
         schedule.length = steps(0);
-        expect_usage_error([&] { validate(schedule); }, std::string(to_string(shape)) + " schedule has no length");
+        expect_usage_error({std::string(to_string(shape)) + " schedule has no length"}, [&] { validate(schedule); });
         schedule = example(shape);
         schedule.warmup = steps(13);
-        expect_usage_error([&] { validate(schedule); }, "warmup (13 steps)");
+        expect_usage_error({"warmup (13 steps)"}, [&] { validate(schedule); });
     }
     Schedule schedule = example(ScheduleShape::wsd);
     schedule.warmup = steps(8);
     EXPECT_NO_THROW(validate(schedule));
     schedule.warmup = steps(9);
-    expect_usage_error([&] { validate(schedule); },
-                       "warmup (9 steps) and decay (4 steps) do not fit the length of the wsd schedule (12 steps)");
+    expect_usage_error({"warmup (9 steps) and decay (4 steps) do not fit the length of the wsd schedule (12 steps)"},
+                       [&] { validate(schedule); });
     schedule.decay = steps(largest);
-    expect_usage_error([&] { validate(schedule); }, "do not fit");
+    expect_usage_error({"do not fit"}, [&] { validate(schedule); });
     schedule.decay = steps(0);
-    expect_usage_error([&] { validate(schedule); }, "the wsd schedule has no decay");
-    expect_usage_error([] { validate({.warmup = steps(-1)}); }, "the warmup of the schedule is -1 steps");
-    expect_usage_error([] { validate({.length = steps(-1)}); }, "the length of the schedule is -1 steps");
-    expect_usage_error([] { validate({.decay = steps(-1)}); }, "the decay of the schedule is -1 steps");
+    expect_usage_error({"the wsd schedule has no decay"}, [&] { validate(schedule); });
+    expect_usage_error({"the warmup of the schedule is -1 steps"}, [] { validate({.warmup = steps(-1)}); });
+    expect_usage_error({"the length of the schedule is -1 steps"}, [] { validate({.length = steps(-1)}); });
+    expect_usage_error({"the decay of the schedule is -1 steps"}, [] { validate({.decay = steps(-1)}); });
 }
 
 TEST(Schedule, RefusesIntervalsInDifferentUnitsWhereItMatters) {
     Schedule schedule = example(ScheduleShape::cosine);
     schedule.warmup = {4, Unit::samples};
     expect_usage_error(
-        [&] { validate(schedule); },
-        "the warmup is 4 samples but the length of the schedule is 12 steps; state both in the same unit");
+        {"the warmup is 4 samples but the length of the schedule is 12 steps; state both in the same unit"},
+        [&] { validate(schedule); });
     schedule.warmup = {0, Unit::samples};
     schedule.decay = {4, Unit::tokens};
     EXPECT_NO_THROW(validate(schedule));
     schedule.shape = ScheduleShape::wsd;
-    expect_usage_error([&] { validate(schedule); }, "the decay is 4 tokens but the length of the schedule is 12 steps");
+    expect_usage_error({"the decay is 4 tokens but the length of the schedule is 12 steps"},
+                       [&] { validate(schedule); });
     schedule.shape = ScheduleShape::constant;
     schedule.warmup = {4, Unit::samples};
     EXPECT_NO_THROW(validate(schedule));
 }
 
 TEST(Schedule, RefusesAnInvalidScheduleOrNegativeProgressWhenAsked) {
-    expect_usage_error([] { at_step({.peak = -1}, 0); }, "the peak learning rate is -1");
-    expect_usage_error([] { at_step({}, -1); }, "negative progress: before -1 steps");
-    expect_usage_error([] { learning_rate({}, {}, {.tokens = -5}); }, "-5 tokens; count from 0");
-    expect_usage_error([] { at_step({}, largest); }, "progress leaves 64 bits");
+    expect_usage_error({"the peak learning rate is -1"}, [] { at_step({.peak = -1}, 0); });
+    expect_usage_error({"negative progress: before -1 steps"}, [] { at_step({}, -1); });
+    expect_usage_error({"-5 tokens; count from 0"}, [] { learning_rate({}, {}, {.tokens = -5}); });
+    expect_usage_error({"progress leaves 64 bits"}, [] { at_step({}, largest); });
 }
 
 }  // namespace

@@ -9,23 +9,14 @@
 #include <utility>
 #include <vector>
 
-#include "microbatch/core/error.h"
+#include "support/errors.h"
 
 namespace microbatch {
 namespace {
 
-constexpr std::int64_t largest = std::numeric_limits<std::int64_t>::max();
+using test::expect_usage_error;
 
-template <class Call>
-void expect_usage_error(Call call, const std::string& part) {
-    try {
-        call();
-        FAIL() << "no error with \"" << part << "\"";
-    } catch (const Error& error) {
-        EXPECT_EQ(error.kind(), ErrorKind::usage);
-        EXPECT_NE(std::string(error.what()).find(part), std::string::npos) << error.what();
-    }
-}
+constexpr std::int64_t largest = std::numeric_limits<std::int64_t>::max();
 
 TEST(Units, ReadsBinaryAndDecimalSizes) {
     EXPECT_EQ(parse_bytes("400MiB"), 400LL * 1024 * 1024);
@@ -60,27 +51,27 @@ TEST(Units, ReadsSizesUpToTheLargestAndNotBeyond) {
     EXPECT_EQ(parse_bytes("8388607TiB"), 8'388'607LL << 40U);
     EXPECT_EQ(parse_bytes("8388607.5TiB"), (8'388'607LL << 40U) + (1LL << 39U));
     EXPECT_EQ(parse_bytes("9223372036.854775807GB"), largest);
-    expect_usage_error([] { parse_bytes("9223372036.9GB"); }, "it is above 9223372036854775807");
-    expect_usage_error([] { parse_bytes("8388608TiB"); }, "\"8388608TiB\": it is above 9223372036854775807");
-    expect_usage_error([] { parse_bytes("9223372036854775808"); }, "too many digits");
-    expect_usage_error([] { parse_bytes("99999999999999999999999"); }, "too many digits");
-    expect_usage_error([] { parse_bytes("0.0000000000000000001GiB"); }, "too many digits");
+    expect_usage_error({"it is above 9223372036854775807"}, [] { parse_bytes("9223372036.9GB"); });
+    expect_usage_error({"\"8388608TiB\": it is above 9223372036854775807"}, [] { parse_bytes("8388608TiB"); });
+    expect_usage_error({"too many digits"}, [] { parse_bytes("9223372036854775808"); });
+    expect_usage_error({"too many digits"}, [] { parse_bytes("99999999999999999999999"); });
+    expect_usage_error({"too many digits"}, [] { parse_bytes("0.0000000000000000001GiB"); });
 }
 
 TEST(Units, RefusesWhatIsNotASize) {
-    expect_usage_error([] { parse_bytes(""); }, "\"\": it is empty; write for example 400MiB, 1.5GiB or 2GB");
-    expect_usage_error([] { parse_bytes("  "); }, "it is empty");
-    expect_usage_error([] { parse_bytes("GiB"); }, "\"GiB\": it does not begin with a number");
-    expect_usage_error([] { parse_bytes("."); }, "it does not begin with a number");
-    expect_usage_error([] { parse_bytes("nan"); }, "\"nan\": it does not begin with a number");
-    expect_usage_error([] { parse_bytes("inf GiB"); }, "\"inf GiB\": it does not begin with a number");
-    expect_usage_error([] { parse_bytes("-1GiB"); }, "\"-1GiB\": it is negative");
-    expect_usage_error([] { parse_bytes("0"); }, "\"0\": it must be above 0");
-    expect_usage_error([] { parse_bytes("0.0001KiB"); }, "it must be above 0");
-    expect_usage_error([] { parse_bytes("3 parsec"); }, "unknown unit \"parsec\"; the units are B, KiB, MiB");
-    expect_usage_error([] { parse_bytes("1.5.2GiB"); }, "unknown unit \".2gib\"");
-    expect_usage_error([] { parse_bytes("1,5GiB"); }, "unknown unit \",5gib\"");
-    expect_usage_error([] { parse_bytes("2G"); }, "unknown unit \"g\"");
+    expect_usage_error({"\"\": it is empty; write for example 400MiB, 1.5GiB or 2GB"}, [] { parse_bytes(""); });
+    expect_usage_error({"it is empty"}, [] { parse_bytes("  "); });
+    expect_usage_error({"\"GiB\": it does not begin with a number"}, [] { parse_bytes("GiB"); });
+    expect_usage_error({"it does not begin with a number"}, [] { parse_bytes("."); });
+    expect_usage_error({"\"nan\": it does not begin with a number"}, [] { parse_bytes("nan"); });
+    expect_usage_error({"\"inf GiB\": it does not begin with a number"}, [] { parse_bytes("inf GiB"); });
+    expect_usage_error({"\"-1GiB\": it is negative"}, [] { parse_bytes("-1GiB"); });
+    expect_usage_error({"\"0\": it must be above 0"}, [] { parse_bytes("0"); });
+    expect_usage_error({"it must be above 0"}, [] { parse_bytes("0.0001KiB"); });
+    expect_usage_error({"unknown unit \"parsec\"; the units are B, KiB, MiB"}, [] { parse_bytes("3 parsec"); });
+    expect_usage_error({"unknown unit \".2gib\""}, [] { parse_bytes("1.5.2GiB"); });
+    expect_usage_error({"unknown unit \",5gib\""}, [] { parse_bytes("1,5GiB"); });
+    expect_usage_error({"unknown unit \"g\""}, [] { parse_bytes("2G"); });
 }
 
 TEST(Units, WritesSizesWithThreeDigitsInBinaryUnits) {
@@ -131,12 +122,13 @@ TEST(Units, ReadsCounts) {
 }
 
 TEST(Units, RefusesWhatIsNotACount) {
-    expect_usage_error([] { parse_count("0.5"); }, "the count \"0.5\": it is not a whole number; write for example 64");
-    expect_usage_error([] { parse_count("1.0001k"); }, "not a whole number");
-    expect_usage_error([] { parse_count("-3"); }, "negative");
-    expect_usage_error([] { parse_count("ten"); }, "does not begin with a number");
-    expect_usage_error([] { parse_count("3kg"); }, "\"kg\" is not one of k, M and G");
-    expect_usage_error([] { parse_count("9223372037G"); }, "it is above 9223372036854775807");
+    expect_usage_error({"the count \"0.5\": it is not a whole number; write for example 64"},
+                       [] { parse_count("0.5"); });
+    expect_usage_error({"not a whole number"}, [] { parse_count("1.0001k"); });
+    expect_usage_error({"negative"}, [] { parse_count("-3"); });
+    expect_usage_error({"does not begin with a number"}, [] { parse_count("ten"); });
+    expect_usage_error({"\"kg\" is not one of k, M and G"}, [] { parse_count("3kg"); });
+    expect_usage_error({"it is above 9223372036854775807"}, [] { parse_count("9223372037G"); });
 }
 
 TEST(Units, ReadsIntervals) {
@@ -152,16 +144,16 @@ TEST(Units, ReadsIntervals) {
 
 TEST(Units, RefusesWhatIsNotAnInterval) {
     expect_usage_error(
-        [] { parse_interval("100"); },
-        "\"100\": it has no unit; the units are steps, samples and tokens; write for example \"100 steps\"");
-    expect_usage_error([] { parse_interval("100k"); }, "it has no unit");
-    expect_usage_error([] { parse_interval("3 epochs"); },
-                       "unknown unit \"epochs\"; the units are steps, samples and tokens");
-    expect_usage_error([] { parse_interval("3 million tokens"); }, "unknown unit \"million tokens\"");
-    expect_usage_error([] { parse_interval("0.5 steps"); }, "\"0.5 steps\": it is not a whole number");
-    expect_usage_error([] { parse_interval("-1 steps"); }, "negative");
-    expect_usage_error([] { parse_interval("steps"); }, "does not begin with a number");
-    expect_usage_error([] { parse_interval("10000000000G tokens"); }, "it is above");
+        {"\"100\": it has no unit; the units are steps, samples and tokens; write for example \"100 steps\""},
+        [] { parse_interval("100"); });
+    expect_usage_error({"it has no unit"}, [] { parse_interval("100k"); });
+    expect_usage_error({"unknown unit \"epochs\"; the units are steps, samples and tokens"},
+                       [] { parse_interval("3 epochs"); });
+    expect_usage_error({"unknown unit \"million tokens\""}, [] { parse_interval("3 million tokens"); });
+    expect_usage_error({"\"0.5 steps\": it is not a whole number"}, [] { parse_interval("0.5 steps"); });
+    expect_usage_error({"negative"}, [] { parse_interval("-1 steps"); });
+    expect_usage_error({"does not begin with a number"}, [] { parse_interval("steps"); });
+    expect_usage_error({"it is above"}, [] { parse_interval("10000000000G tokens"); });
 }
 
 TEST(Units, WrittenIntervalsAreReadBackAsTheSame) {
@@ -191,11 +183,12 @@ TEST(Units, ProgressAddsAndIsReadInEachUnit) {
 
 TEST(Units, ProgressThatLeavesSixtyFourBitsIsAnErrorAndChangesNothing) {
     Progress progress{.steps = 5, .samples = largest, .tokens = 7};
-    expect_usage_error([&] { progress += {.steps = 1, .samples = 1, .tokens = 1}; },
-                       "progress leaves 64 bits: 9223372036854775807 + 1 samples");
+    expect_usage_error({"progress leaves 64 bits: 9223372036854775807 + 1 samples"},
+                       [&] { progress += {.steps = 1, .samples = 1, .tokens = 1}; });
     EXPECT_EQ(progress, (Progress{.steps = 5, .samples = largest, .tokens = 7}));
     EXPECT_EQ((progress + Progress{.samples = -1}).samples, largest - 1);
-    expect_usage_error([&] { static_cast<void>(Progress{.tokens = -2} + Progress{.tokens = -largest}); }, "-2 + -9223");
+    expect_usage_error({"-2 + -9223"},
+                       [&] { static_cast<void>(Progress{.tokens = -2} + Progress{.tokens = -largest}); });
 }
 
 TEST(Units, ConvertsIntervalsAndRoundsUp) {
@@ -227,15 +220,13 @@ TEST(Units, ConvertedIntervalIsTheSmallestThatIsLongEnough) {
 }
 
 TEST(Units, RefusesToConvertWithBadRatesOrBeyondSixtyFourBits) {
-    expect_usage_error(
-        [] {
-            convert({3, Unit::steps}, Unit::tokens, 0, 10);
-        },
-        "cannot convert 3 steps to tokens with 0 samples per step");
-    expect_usage_error([] { convert({3, Unit::steps}, Unit::steps, 16, -1); }, "-1 tokens per sample");
-    expect_usage_error([] { convert({-3, Unit::steps}, Unit::tokens, 16, 10); }, "the interval must be 0 or more");
-    expect_usage_error([] { convert({largest, Unit::steps}, Unit::samples, 2, 1); }, "leaves 64 bits");
-    expect_usage_error([] { convert({largest / 2, Unit::steps}, Unit::tokens, 2, 2); }, "leaves 64 bits");
+    expect_usage_error({"cannot convert 3 steps to tokens with 0 samples per step"}, [] {
+        convert({3, Unit::steps}, Unit::tokens, 0, 10);
+    });
+    expect_usage_error({"-1 tokens per sample"}, [] { convert({3, Unit::steps}, Unit::steps, 16, -1); });
+    expect_usage_error({"the interval must be 0 or more"}, [] { convert({-3, Unit::steps}, Unit::tokens, 16, 10); });
+    expect_usage_error({"leaves 64 bits"}, [] { convert({largest, Unit::steps}, Unit::samples, 2, 1); });
+    expect_usage_error({"leaves 64 bits"}, [] { convert({largest / 2, Unit::steps}, Unit::tokens, 2, 2); });
 }
 
 }  // namespace

@@ -4,13 +4,13 @@
 #include <zlib.h>
 
 #include <algorithm>
-#include <fstream>
 #include <initializer_list>
 #include <random>
 #include <string>
 #include <string_view>
+#include <vector>
 
-#include "microbatch/core/error.h"
+#include "support/errors.h"
 #include "support/temp_folder.h"
 
 namespace microbatch {
@@ -21,17 +21,9 @@ namespace fs = std::filesystem;
 using Shape = std::vector<std::int64_t>;
 using Bytes = std::vector<std::uint8_t>;
 
-void expect_bad_data(const fs::path& path, int dimensions, std::initializer_list<std::string> parts) {
-    try {
-        read_idx(path, dimensions);
-        FAIL() << "nothing was thrown";
-    } catch (const Error& error) {
-        EXPECT_EQ(error.kind(), ErrorKind::bad_data);
-        const std::string message = error.what();
-        EXPECT_NE(message.find(path.string()), std::string::npos) << message;
-        for (const std::string& part : parts)
-            EXPECT_NE(message.find(part), std::string::npos) << part << ": " << message;
-    }
+void expect_bad_data(const fs::path& path, int dimensions, std::vector<std::string> parts) {
+    parts.push_back(path.string());
+    test::expect_error(ErrorKind::bad_data, parts, [&] { read_idx(path, dimensions); });
 }
 
 std::string big_endian(std::uint32_t word) {
@@ -52,8 +44,7 @@ std::string gzipped(const test::TempFolder& folder, const std::string& bytes) {
     const gzFile file = ::gzopen(path.c_str(), "wb");
     ::gzwrite(file, bytes.data(), static_cast<unsigned>(bytes.size()));
     ::gzclose(file);
-    std::ifstream in(path, std::ios::binary);
-    return {std::istreambuf_iterator<char>(in), {}};
+    return test::read_file(path);
 }
 
 TEST(Idx, ReadsTheShapeAndTheElements) {
@@ -182,13 +173,7 @@ TEST(Idx, RefusesAMissingOrEmptyFileOrAFolder) {
 
 TEST(Idx, RefusesToExpectAnImpossibleNumberOfDimensions) {
     for (const int dimensions : {0, -1, 256}) {
-        try {
-            read_idx("unused", dimensions);
-            FAIL() << "nothing was thrown";
-        } catch (const Error& error) {
-            EXPECT_EQ(error.kind(), ErrorKind::usage);
-            EXPECT_NE(std::string(error.what()).find(std::to_string(dimensions)), std::string::npos) << error.what();
-        }
+        test::expect_usage_error({std::to_string(dimensions)}, [&] { read_idx("unused", dimensions); });
     }
 }
 

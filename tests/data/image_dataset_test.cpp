@@ -3,7 +3,6 @@
 #include <gtest/gtest.h>
 
 #include <filesystem>
-#include <initializer_list>
 #include <limits>
 #include <random>
 #include <stdexcept>
@@ -11,38 +10,23 @@
 #include <utility>
 #include <vector>
 
-#include "microbatch/core/error.h"
+#include "data/elements.h"
+#include "support/errors.h"
 
 namespace microbatch {
 namespace {
 
+using test::elements;
+using test::expect_error;
+using test::expect_usage_error;
 using Bytes = std::vector<std::uint8_t>;
 using Indices = std::vector<std::int64_t>;
-
-template <class Call>
-void expect_error(ErrorKind kind, const Call& call, std::initializer_list<std::string> parts) {
-    try {
-        call();
-        FAIL() << "nothing was thrown";
-    } catch (const Error& error) {
-        EXPECT_EQ(error.kind(), kind);
-        const std::string message = error.what();
-        for (const std::string& part : parts)
-            EXPECT_NE(message.find(part), std::string::npos) << part << ": " << message;
-    }
-}
 
 std::shared_ptr<const LabelledImages> data_of(std::int64_t height, std::int64_t width, Bytes pixels, Bytes labels) {
     const auto images = static_cast<std::int64_t>(pixels.size()) / (height * width);
     const auto count = static_cast<std::int64_t>(labels.size());
     return std::make_shared<const LabelledImages>(
         LabelledImages{{{images, height, width}, std::move(pixels)}, {{count}, std::move(labels)}, "here"});
-}
-
-template <class Value>
-std::vector<Value> elements(const at::Tensor& tensor) {
-    const auto* first = tensor.const_data_ptr<Value>();
-    return {first, first + tensor.numel()};
 }
 
 TEST(ImageDataset, GivesImagesWithOneChannelAndTheirLabels) {
@@ -85,16 +69,12 @@ TEST(ImageDataset, NoIndicesGiveAnEmptyBatch) {
 }
 
 TEST(ImageDataset, RefusesCountsThatDiffer) {
-    expect_error(ErrorKind::bad_data,
-                 [] {
-                     ImageDataset(data_of(1, 1, {1, 2, 3}, {0, 0}), {}, 0, 2);
-                 },
-                 {"here", "3 images", "2 labels"});
-    expect_error(ErrorKind::bad_data,
-                 [] {
-                     ImageDataset(data_of(1, 1, {1, 2}, {0, 0, 0}), {}, 0, 2);
-                 },
-                 {"here", "2 images", "3 labels"});
+    expect_error(ErrorKind::bad_data, {"here", "3 images", "2 labels"}, [] {
+        ImageDataset(data_of(1, 1, {1, 2, 3}, {0, 0}), {}, 0, 2);
+    });
+    expect_error(ErrorKind::bad_data, {"here", "2 images", "3 labels"}, [] {
+        ImageDataset(data_of(1, 1, {1, 2}, {0, 0, 0}), {}, 0, 2);
+    });
 }
 
 TEST(ImageDataset, RefusesBytesThatDoNotFillTheShape) {
@@ -103,16 +83,16 @@ TEST(ImageDataset, RefusesBytesThatDoNotFillTheShape) {
                                       {{2, 0, 4}, Bytes(8)}, {{2, -2, -2}, Bytes(8)}, {{}, {}}};
     for (const IdxArray& images : wrong) {
         const auto data = std::make_shared<const LabelledImages>(LabelledImages{images, labels, "here"});
-        expect_error(ErrorKind::bad_data, [&] { ImageDataset(data, {}, 0, 2); }, {"here", "shape"});
+        expect_error(ErrorKind::bad_data, {"here", "shape"}, [&] { ImageDataset(data, {}, 0, 2); });
     }
     const auto data = std::make_shared<const LabelledImages>(LabelledImages{{{2, 1, 1}, Bytes(2)}, {{2}, {0}}, "here"});
-    expect_error(ErrorKind::bad_data, [&] { ImageDataset(data, {}, 0, 2); }, {"here", "shape"});
+    expect_error(ErrorKind::bad_data, {"here", "shape"}, [&] { ImageDataset(data, {}, 0, 2); });
 }
 
 TEST(ImageDataset, RefusesARangeThatIsEmptyOrNotWithin) {
     const auto data = data_of(1, 1, {1, 2}, {0, 0});
     for (const auto& [begin, end] : {std::pair{0, 3}, std::pair{-1, 1}, std::pair{1, 1}, std::pair{2, 1}}) {
-        expect_error(ErrorKind::usage, [&, b = begin, e = end] { ImageDataset(data, {}, b, e); }, {"the 2 there are"});
+        expect_usage_error({"the 2 there are"}, [&, b = begin, e = end] { ImageDataset(data, {}, b, e); });
     }
 }
 
@@ -122,7 +102,7 @@ TEST(ImageDataset, RefusesAScaleThatWouldGiveNoNumbers) {
     const double infinity = std::numeric_limits<double>::infinity();
     const std::vector<PixelScale> wrong{{0, 0}, {0, -1}, {0, nan}, {0, infinity}, {nan, 1}, {infinity, 1}};
     for (const PixelScale& scale : wrong) {
-        expect_error(ErrorKind::usage, [&] { ImageDataset(data, scale, 0, 1); }, {"positive deviation"});
+        expect_usage_error({"positive deviation"}, [&] { ImageDataset(data, scale, 0, 1); });
     }
 }
 
@@ -162,7 +142,7 @@ TEST(PixelScale, OfEqualPixelsHasDeviationOneAndScalesThemToZero) {
 }
 
 TEST(PixelScale, RefusesNoPixels) {
-    expect_error(ErrorKind::usage, [] { pixel_scale({}); }, {"no pixels"});
+    expect_usage_error({"no pixels"}, [] { pixel_scale({}); });
 }
 
 TEST(PixelScale, OfFashionMnistIsThePublishedOne) {

@@ -6,7 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "microbatch/core/error.h"
+#include "data/elements.h"
+#include "support/errors.h"
 #include "support/temp_folder.h"
 
 namespace microbatch {
@@ -16,16 +17,8 @@ namespace fs = std::filesystem;
 
 using Indices = std::vector<std::int64_t>;
 
-void expect_error(ErrorKind kind, const fs::path& path, std::int64_t length, std::initializer_list<std::string> parts) {
-    try {
-        open_data(path, length);
-        FAIL() << "nothing was thrown";
-    } catch (const Error& error) {
-        EXPECT_EQ(error.kind(), kind);
-        const std::string message = error.what();
-        for (const std::string& part : parts)
-            EXPECT_NE(message.find(part), std::string::npos) << part << ": " << message;
-    }
+void expect_error(ErrorKind kind, const fs::path& path, std::int64_t length, const std::vector<std::string>& parts) {
+    test::expect_error(kind, parts, [&] { open_data(path, length); });
 }
 
 std::string images_file(std::initializer_list<int> pixels, char height = 1, char width = 1) {
@@ -56,8 +49,7 @@ std::vector<Value> all(const Dataset& dataset, std::size_t field) {
     std::vector<Value> values;
     for (std::int64_t i = 0; i < dataset.size(); ++i) {
         const Batch sample = dataset.get(Indices{i});
-        const auto* first = sample.fields[field].const_data_ptr<Value>();
-        values.insert(values.end(), first, first + sample.fields[field].numel());
+        for (const Value value : test::elements<Value>(sample.fields[field])) values.push_back(value);
     }
     return values;
 }
@@ -241,8 +233,7 @@ TEST(OpenData, OpensFashionMnist) {
     EXPECT_EQ(data.description, "60,000 training and 10,000 held-out images of 28x28 pixels, 10 classes");
     const Batch batch = data.train->get(Indices{0, 1, 2, 3});
     EXPECT_EQ(batch.fields[0].sizes(), (Indices{4, 1, 28, 28}));
-    const auto* labels = batch.fields[1].const_data_ptr<std::int64_t>();
-    EXPECT_EQ(Indices(labels, labels + 4), (Indices{9, 0, 0, 3}));
+    EXPECT_EQ(test::elements<std::int64_t>(batch.fields[1]), (Indices{9, 0, 0, 3}));
     // The corner of the first image is black: (0 - 0.2860) / 0.3530, whose inputs are rounded to four digits.
     EXPECT_NEAR(*batch.fields[0].const_data_ptr<float>(), -0.2860F / 0.3530F, 3e-4);
 }

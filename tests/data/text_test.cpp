@@ -1,14 +1,13 @@
 #include "microbatch/data/text.h"
 
 #include <gtest/gtest.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <initializer_list>
 #include <string>
+#include <vector>
 
-#include "microbatch/core/error.h"
+#include "support/errors.h"
 #include "support/temp_folder.h"
 
 namespace microbatch {
@@ -21,16 +20,8 @@ std::string read(const fs::path& path) {
     return {bytes.begin(), bytes.end()};
 }
 
-void expect_bad_data(const fs::path& path, std::initializer_list<std::string> parts) {
-    try {
-        read_text(path);
-        FAIL() << "nothing was thrown";
-    } catch (const Error& error) {
-        EXPECT_EQ(error.kind(), ErrorKind::bad_data);
-        const std::string message = error.what();
-        for (const std::string& part : parts)
-            EXPECT_NE(message.find(part), std::string::npos) << part << ": " << message;
-    }
+void expect_bad_data(const fs::path& path, const std::vector<std::string>& parts) {
+    test::expect_error(ErrorKind::bad_data, parts, [&] { read_text(path); });
 }
 
 TEST(ReadText, ReadsTheBytesOfAFile) {
@@ -125,15 +116,7 @@ TEST(ReadText, RefusesAFolderOfWhichAPartCannotBeRead) {
         const test::TempFolder folder;
         folder.write("readable", "text");
         const fs::path path = subfolder ? folder.write("sub/file", "more").parent_path() : folder.write("file", "more");
-        fs::permissions(folder.path(), fs::perms::all);
-        fs::permissions(path, fs::perms::none);
-        const uid_t user = ::geteuid();
-        if (user == 0) {  // root may read everything: be nobody meanwhile
-            ASSERT_EQ(::seteuid(65534), 0);
-        }
-        expect_bad_data(folder.path(), {path.string(), "Permission denied"});
-        ASSERT_EQ(::seteuid(user), 0);
-        fs::permissions(path, fs::perms::owner_all);
+        folder.without_permission(path, [&] { expect_bad_data(folder.path(), {path.string(), "Permission denied"}); });
     }
 }
 

@@ -4,12 +4,11 @@
 
 #include <cstdint>
 #include <fstream>
-#include <initializer_list>
 #include <random>
 #include <string>
 #include <vector>
 
-#include "microbatch/core/error.h"
+#include "support/errors.h"
 #include "support/temp_folder.h"
 
 namespace microbatch {
@@ -19,17 +18,9 @@ namespace fs = std::filesystem;
 
 using Values = std::vector<std::uint16_t>;
 
-void expect_bad_data(const fs::path& path, std::initializer_list<std::string> parts) {
-    try {
-        open_token_file(path);
-        FAIL() << "nothing was thrown";
-    } catch (const Error& error) {
-        EXPECT_EQ(error.kind(), ErrorKind::bad_data);
-        const std::string message = error.what();
-        EXPECT_NE(message.find(path.string()), std::string::npos) << message;
-        for (const std::string& part : parts)
-            EXPECT_NE(message.find(part), std::string::npos) << part << ": " << message;
-    }
+void expect_bad_data(const fs::path& path, std::vector<std::string> parts) {
+    parts.push_back(path.string());
+    test::expect_error(ErrorKind::bad_data, parts, [&] { open_token_file(path); });
 }
 
 std::string little_endian(const Values& values) {

@@ -2,7 +2,6 @@
 
 #include <gtest/gtest.h>
 
-#include <initializer_list>
 #include <limits>
 #include <numeric>
 #include <random>
@@ -10,34 +9,20 @@
 #include <string>
 #include <utility>
 
-#include "microbatch/core/error.h"
+#include "data/elements.h"
+#include "support/errors.h"
 
 namespace microbatch {
 namespace {
 
+using test::elements;
+using test::expect_error;
+using test::expect_usage_error;
 using Indices = std::vector<std::int64_t>;
-
-template <class Call>
-void expect_error(ErrorKind kind, const Call& call, std::initializer_list<std::string> parts) {
-    try {
-        call();
-        FAIL() << "nothing was thrown";
-    } catch (const Error& error) {
-        EXPECT_EQ(error.kind(), kind);
-        const std::string message = error.what();
-        for (const std::string& part : parts)
-            EXPECT_NE(message.find(part), std::string::npos) << part << ": " << message;
-    }
-}
 
 Tokens two_byte_tokens(std::vector<std::uint16_t> values) {
     const auto owner = std::make_shared<const std::vector<std::uint16_t>>(std::move(values));
     return {std::span<const std::uint16_t>(*owner), owner};
-}
-
-Indices elements(const at::Tensor& tensor) {
-    const auto* first = tensor.const_data_ptr<std::int64_t>();
-    return {first, first + tensor.numel()};
 }
 
 TEST(TokenWindows, TargetsAreTheNextTokens) {
@@ -48,8 +33,8 @@ TEST(TokenWindows, TargetsAreTheNextTokens) {
     ASSERT_EQ(batch.fields.size(), 2U);
     EXPECT_EQ(batch.fields[0].sizes(), (std::vector<std::int64_t>{3, 3}));
     EXPECT_EQ(batch.fields[1].sizes(), (std::vector<std::int64_t>{3, 3}));
-    EXPECT_EQ(elements(batch.fields[0]), (Indices{13, 14, 15, 10, 11, 12, 13, 14, 15}));
-    EXPECT_EQ(elements(batch.fields[1]), (Indices{14, 15, 16, 11, 12, 13, 14, 15, 16}));
+    EXPECT_EQ(elements<std::int64_t>(batch.fields[0]), (Indices{13, 14, 15, 10, 11, 12, 13, 14, 15}));
+    EXPECT_EQ(elements<std::int64_t>(batch.fields[1]), (Indices{14, 15, 16, 11, 12, 13, 14, 15, 16}));
 }
 
 TEST(TokenWindows, EverySampleOfRandomTokensIsItsWindow) {
@@ -66,18 +51,18 @@ TEST(TokenWindows, EverySampleOfRandomTokensIsItsWindow) {
         const Batch batch = windows.get(all);
         // All windows in order are the tokens in order, and the targets the same one later.
         const auto used = windows.size() * length;
-        ASSERT_EQ(elements(batch.fields[0]), Indices(values.begin(), values.begin() + used));
-        ASSERT_EQ(elements(batch.fields[1]), Indices(values.begin() + 1, values.begin() + 1 + used));
+        ASSERT_EQ(elements<std::int64_t>(batch.fields[0]), Indices(values.begin(), values.begin() + used));
+        ASSERT_EQ(elements<std::int64_t>(batch.fields[1]), Indices(values.begin() + 1, values.begin() + 1 + used));
     }
 }
 
 TEST(TokenWindows, LargestTokensStayPositive) {
     const Batch bytes = TokenWindows(byte_tokens({255, 128}), 1).get(Indices{0});
-    EXPECT_EQ(elements(bytes.fields[0]), Indices{255});
-    EXPECT_EQ(elements(bytes.fields[1]), Indices{128});
+    EXPECT_EQ(elements<std::int64_t>(bytes.fields[0]), Indices{255});
+    EXPECT_EQ(elements<std::int64_t>(bytes.fields[1]), Indices{128});
     const Batch words = TokenWindows(two_byte_tokens({65535, 32768}), 1).get(Indices{0});
-    EXPECT_EQ(elements(words.fields[0]), Indices{65535});
-    EXPECT_EQ(elements(words.fields[1]), Indices{32768});
+    EXPECT_EQ(elements<std::int64_t>(words.fields[0]), Indices{65535});
+    EXPECT_EQ(elements<std::int64_t>(words.fields[1]), Indices{32768});
 }
 
 TEST(TokenWindows, NoIndicesGiveAnEmptyBatch) {
@@ -95,15 +80,15 @@ TEST(TokenWindows, RefusesAnIndexOutsideTheDataset) {
 
 TEST(TokenWindows, NeedsOneTokenMoreThanASample) {
     EXPECT_EQ(TokenWindows(byte_tokens({1, 2, 3, 4}), 3).size(), 1);
-    expect_error(ErrorKind::bad_data, [] { TokenWindows(byte_tokens({1, 2, 3}), 3); }, {"3 tokens", "needs 4"});
-    expect_error(ErrorKind::bad_data, [] { TokenWindows(byte_tokens({}), 64); }, {"0 tokens", "needs 65"});
-    expect_error(ErrorKind::bad_data, [] { TokenWindows(byte_tokens({1}), std::numeric_limits<std::int64_t>::max()); },
-                 {"1 tokens", "needs 9223372036854775808"});
+    expect_error(ErrorKind::bad_data, {"3 tokens", "needs 4"}, [] { TokenWindows(byte_tokens({1, 2, 3}), 3); });
+    expect_error(ErrorKind::bad_data, {"0 tokens", "needs 65"}, [] { TokenWindows(byte_tokens({}), 64); });
+    expect_error(ErrorKind::bad_data, {"1 tokens", "needs 9223372036854775808"},
+                 [] { TokenWindows(byte_tokens({1}), std::numeric_limits<std::int64_t>::max()); });
 }
 
 TEST(TokenWindows, RefusesALengthBelowOne) {
     for (const std::int64_t length : {std::int64_t{0}, std::int64_t{-5}, std::numeric_limits<std::int64_t>::min()}) {
-        expect_error(ErrorKind::usage, [&] { TokenWindows(byte_tokens({1, 2}), length); }, {std::to_string(length)});
+        expect_usage_error({std::to_string(length)}, [&] { TokenWindows(byte_tokens({1, 2}), length); });
     }
 }
 
@@ -117,7 +102,7 @@ TEST(Tokens, SlicesShareTheStorageAndKeepItAlive) {
         EXPECT_EQ(std::get<0>(part.values).data(), third);
         EXPECT_EQ(part.size(), 3);
         const TokenWindows windows(part, 2);
-        EXPECT_EQ(elements(windows.get(Indices{0}).fields[1]), (Indices{3, 4}));
+        EXPECT_EQ(elements<std::int64_t>(windows.get(Indices{0}).fields[1]), (Indices{3, 4}));
         EXPECT_FALSE(storage.expired());
     }
     EXPECT_TRUE(storage.expired());
@@ -127,7 +112,7 @@ TEST(Tokens, RefusesASliceThatIsNotWithin) {
     const Tokens tokens = two_byte_tokens({1, 2, 3});
     EXPECT_EQ(tokens.slice(3, 3).size(), 0);
     for (const auto& [begin, end] : {std::pair{-1, 2}, std::pair{2, 1}, std::pair{0, 4}, std::pair{4, 4}}) {
-        expect_error(ErrorKind::usage, [&, b = begin, e = end] { tokens.slice(b, e); }, {"the 3 there are"});
+        expect_usage_error({"the 3 there are"}, [&, b = begin, e = end] { tokens.slice(b, e); });
     }
 }
 

@@ -7,7 +7,6 @@
 #include <bit>
 #include <cmath>
 #include <filesystem>
-#include <fstream>
 #include <limits>
 #include <locale>
 #include <nlohmann/json.hpp>
@@ -25,22 +24,16 @@ namespace {
 using Json = nlohmann::ordered_json;
 using test::error_message;
 using test::expect_usage_error;
+using test::read_file;
 using test::TempFolder;
 
 constexpr double nan = std::numeric_limits<double>::quiet_NaN();
 constexpr double infinity = std::numeric_limits<double>::infinity();
 constexpr std::int64_t largest = std::numeric_limits<std::int64_t>::max();
 
-std::string content(const std::filesystem::path& path) {
-    std::ifstream file(path, std::ios::binary);
-    std::ostringstream out;
-    out << file.rdbuf();
-    return out.str();
-}
-
 /// Every line of the folder's log, which must end in a line end, as an object.
 std::vector<Json> lines(const std::filesystem::path& folder) {
-    const std::string all = content(folder / "metrics.jsonl");
+    const std::string all = read_file(folder / "metrics.jsonl");
     EXPECT_TRUE(all.empty() || all.back() == '\n');
     std::vector<Json> objects;
     std::istringstream in(all);
@@ -173,7 +166,7 @@ TEST(RunLog, KeepsTheLargestCountsToTheLastDigit) {
 TEST(RunLog, EachLineIsReadableRightAfterWrite) {
     const TempFolder folder;
     RunLog log(folder.path());
-    EXPECT_EQ(content(folder.path() / "metrics.jsonl"), "");
+    EXPECT_EQ(read_file(folder.path() / "metrics.jsonl"), "");
     for (std::size_t i = 1; i <= 20; ++i) {
         log.write(some_report(), {});
         EXPECT_EQ(lines(folder.path()).size(), i);
@@ -232,14 +225,14 @@ TEST(RunLog, RefusesAFolderThatCannotBeMade) {
     const auto file = folder.write("in_the_way", "text");
     expect_usage_error({file.string()}, [&] { RunLog{file}; });
     expect_usage_error({(file / "run").string()}, [&] { RunLog{file / "run"}; });
-    EXPECT_EQ(content(file), "text");
+    EXPECT_EQ(read_file(file), "text");
 }
 
 TEST(RunLog, RefusesTheLogOfAnotherRunAndLeavesItAlone) {
     const TempFolder folder;
     const auto file = folder.write("metrics.jsonl", "{\"step\":1}\n");
     expect_usage_error({file.string()}, [&] { RunLog{folder.path()}; });
-    EXPECT_EQ(content(file), "{\"step\":1}\n");
+    EXPECT_EQ(read_file(file), "{\"step\":1}\n");
 }
 
 TEST(RunLog, RefusesWhateverElseHasTheNameOfTheLog) {
@@ -274,7 +267,7 @@ TEST(RunLog, SaysWhichFileCouldNotBeWrittenOnAFullDisk) {
     const TempFolder folder;
     RunLog log(folder.path());
     log.write(some_report(), {});
-    const std::string first = content(folder.path() / "metrics.jsonl");
+    const std::string first = read_file(folder.path() / "metrics.jsonl");
     std::string message, again;
     {
         const FullDisk disk(first.size() + 10);
@@ -283,7 +276,7 @@ TEST(RunLog, SaysWhichFileCouldNotBeWrittenOnAFullDisk) {
     }
     EXPECT_NE(message.find((folder.path() / "metrics.jsonl").string()), std::string::npos) << message;
     EXPECT_FALSE(again.empty()) << "the second line was lost without a word";
-    EXPECT_EQ(content(folder.path() / "metrics.jsonl").substr(0, first.size()), first);
+    EXPECT_EQ(read_file(folder.path() / "metrics.jsonl").substr(0, first.size()), first);
 }
 
 }  // namespace

@@ -1,6 +1,5 @@
 #include "microbatch/memory/budget_allocator.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
@@ -15,6 +14,7 @@
 #include "memory/budget.h"
 #include "microbatch/core/units.h"
 #include "support/errors.h"
+#include "support/one_thread.h"
 
 namespace microbatch {
 namespace {
@@ -32,7 +32,6 @@ MemoryUse use_before_install;
 /// Before any test: a tensor of the allocator that was there first, then ours.
 class Install : public ::testing::Environment {
     void SetUp() override {
-        at::set_num_threads(1);
         made_before = at::arange(1000, at::kLong);
         use_before_install = memory_use();
         install_budget_allocator();

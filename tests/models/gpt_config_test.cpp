@@ -2,25 +2,26 @@
 
 #include <cmath>
 #include <limits>
+#include <string>
 
 #include "microbatch/models/gpt.h"
 #include "microbatch/nn/cross_entropy.h"
-#include "models/helpers.h"
+#include "models/modules.h"
+#include "support/errors.h"
+#include "support/one_thread.h"
 
 using microbatch::count_parameters;
+using microbatch::ErrorKind;
 using microbatch::Gpt;
 using microbatch::gpt_preset;
 using microbatch::GptConfig;
+using microbatch::test::count_numbers;
+using microbatch::test::error_message;
+using microbatch::test::expect_usage_error;
 
 namespace {
 
 const GptConfig toy = {.layers = 2, .heads = 2, .width = 8, .length = 6, .vocabulary = 11};
-
-std::int64_t parameters_of(const Gpt& model) {
-    std::int64_t sum = 0;
-    for (const auto& parameter : model->parameters()) sum += parameter.numel();
-    return sum;
-}
 
 }  // namespace
 
@@ -33,7 +34,7 @@ TEST(GptConfig, CountsTheParametersOfItsPresets) {
 TEST(GptConfig, CountsTheParametersThatItHas) {
     for (const GptConfig& config : {toy, gpt_preset("gpt-tiny"), GptConfig{1, 3, 15, 1, 2, 0.5},
                                     GptConfig{1, 1, 1, 1, 1}, GptConfig{5, 2, 6, 33, 7}}) {
-        EXPECT_EQ(count_parameters(config), parameters_of(Gpt(config)));
+        EXPECT_EQ(count_parameters(config), count_numbers(*Gpt(config)));
     }
 }
 
@@ -45,7 +46,7 @@ TEST(GptConfig, HasTheSizesOfItsPresets) {
     EXPECT_EQ(gpt_preset("gpt-small").length, 256);
     EXPECT_EQ(gpt_preset("gpt-tiny").heads, 4);
     EXPECT_EQ(gpt_preset("gpt-tiny").dropout, 0);
-    expect_contains(usage_message([] { gpt_preset("gpt3"); }), "\"gpt3\"; there are gpt-tiny, gpt-small and gpt2");
+    expect_usage_error({"\"gpt3\"; there are gpt-tiny, gpt-small and gpt2"}, [] { gpt_preset("gpt3"); });
 }
 
 TEST(GptConfig, NamesItsParametersByPlace) {
@@ -77,20 +78,21 @@ TEST(GptConfig, StartsAsGpt2Does) {
 }
 
 TEST(GptConfig, NamesTheSettingThatIsWrong) {
-    const auto message = [](const GptConfig& config) {
-        const std::string counted = usage_message([&] { count_parameters(config); });
-        EXPECT_EQ(usage_message([&] { Gpt{config}; }), counted);
-        return counted;
+    const auto expect_refused = [](const GptConfig& config, const std::string& part) {
+        const auto count = [&] { count_parameters(config); };
+        const auto make = [&] { Gpt{config}; };
+        expect_usage_error({part}, count);
+        EXPECT_EQ(error_message(ErrorKind::usage, make), error_message(ErrorKind::usage, count));
     };
-    expect_contains(message({.layers = 0}), "gpt: layers is 0");
-    expect_contains(message({.heads = -1}), "gpt: heads is -1");
-    expect_contains(message({.width = 0}), "gpt: width is 0");
-    expect_contains(message({.length = 0}), "gpt: length is 0");
-    expect_contains(message({.vocabulary = 0}), "gpt: vocabulary is 0");
-    expect_contains(message({.vocabulary = INT64_MAX}), "gpt: vocabulary is 9223372036854775807");
-    expect_contains(message({.heads = 5, .width = 128}), "width 128 is not a multiple of heads 5");
-    expect_contains(message({.dropout = 1}), "dropout is 1");
-    expect_contains(message({.dropout = -0.1}), "dropout is -0.1");
-    expect_contains(message({.dropout = std::numeric_limits<double>::quiet_NaN()}), "dropout is nan");
-    expect_contains(message({.layers = 2000000000, .heads = 1, .width = 2000000000}), "width 2000000000 is too large");
+    expect_refused({.layers = 0}, "gpt: layers is 0");
+    expect_refused({.heads = -1}, "gpt: heads is -1");
+    expect_refused({.width = 0}, "gpt: width is 0");
+    expect_refused({.length = 0}, "gpt: length is 0");
+    expect_refused({.vocabulary = 0}, "gpt: vocabulary is 0");
+    expect_refused({.vocabulary = INT64_MAX}, "gpt: vocabulary is 9223372036854775807");
+    expect_refused({.heads = 5, .width = 128}, "width 128 is not a multiple of heads 5");
+    expect_refused({.dropout = 1}, "dropout is 1");
+    expect_refused({.dropout = -0.1}, "dropout is -0.1");
+    expect_refused({.dropout = std::numeric_limits<double>::quiet_NaN()}, "dropout is nan");
+    expect_refused({.layers = 2000000000, .heads = 1, .width = 2000000000}, "width 2000000000 is too large");
 }

@@ -9,7 +9,9 @@
 #include <vector>
 
 #include "microbatch/nn/cross_entropy.h"
-#include "models/helpers.h"
+#include "models/modules.h"
+#include "support/errors.h"
+#include "support/one_thread.h"
 
 using microbatch::Gpt;
 using microbatch::GptConfig;
@@ -250,23 +252,19 @@ TEST(Gpt, LearnsAFixedBatch) {
     config.width = 32;
     Gpt model(config);
     const at::Tensor tokens = random_tokens(config, 4);
-    const double before = loss_of(model, tokens).item<double>();
-    for (int step = 0; step < 100; ++step) {
-        model->zero_grad();
-        (loss_of(model, tokens) / 24).backward();
-        at::NoGradGuard no_grad;
-        for (auto& parameter : model->parameters()) parameter.sub_(0.5 * parameter.grad());
-    }
-    EXPECT_LT(loss_of(model, tokens).item<double>(), before / 2);
+    microbatch::test::expect_learns(
+        *model, [&] { return loss_of(model, tokens) / 24; }, 0.5, 100);
 }
 
 TEST(Gpt, RefusesSamplesThatItCannotRead) {
     Gpt model(toy);
-    const auto message = [&](const at::Tensor& tokens) { return usage_message([&] { model->forward(tokens); }); };
-    expect_contains(message(at::zeros({1, 7}, at::kLong)), "7 tokens, the model takes 1 to 6");
-    expect_contains(message(at::zeros({1, 0}, at::kLong)), "0 tokens, the model takes 1 to 6");
-    expect_contains(message(at::zeros({6}, at::kLong)), "Long of shape [6]");
-    expect_contains(message(at::zeros({1, 6}, at::kByte)), "Byte of shape [1, 6]");
+    const auto expect_refused = [&](const at::Tensor& tokens, const std::string& part) {
+        microbatch::test::expect_usage_error({part}, [&] { model->forward(tokens); });
+    };
+    expect_refused(at::zeros({1, 7}, at::kLong), "7 tokens, the model takes 1 to 6");
+    expect_refused(at::zeros({1, 0}, at::kLong), "0 tokens, the model takes 1 to 6");
+    expect_refused(at::zeros({6}, at::kLong), "Long of shape [6]");
+    expect_refused(at::zeros({1, 6}, at::kByte), "Byte of shape [1, 6]");
     EXPECT_THROW(model->forward(at::full({1, 6}, 11, at::kLong)), c10::IndexError);
     EXPECT_THROW(model->forward(at::full({1, 6}, -1, at::kLong)), c10::IndexError);
 }

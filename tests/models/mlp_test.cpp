@@ -6,25 +6,19 @@
 #include <vector>
 
 #include "microbatch/nn/cross_entropy.h"
-#include "models/helpers.h"
+#include "models/modules.h"
+#include "support/errors.h"
+#include "support/one_thread.h"
 
 using microbatch::Mlp;
 using microbatch::MlpConfig;
-
-namespace {
-
-std::int64_t parameters_of(const Mlp& model) {
-    std::int64_t sum = 0;
-    for (const auto& parameter : model->parameters()) sum += parameter.numel();
-    return sum;
-}
-
-}  // namespace
+using microbatch::test::count_numbers;
+using microbatch::test::expect_usage_error;
 
 TEST(Mlp, HasTheParametersOfItsLayers) {
     // 784*256+256, 256*256+256, 256*10+10 by hand.
-    EXPECT_EQ(parameters_of(Mlp(MlpConfig{})), 200960 + 65792 + 2570);
-    EXPECT_EQ(parameters_of(Mlp(MlpConfig{.inputs = 5, .layers = 1, .width = 3, .classes = 2})), 18 + 8);
+    EXPECT_EQ(count_numbers(*Mlp(MlpConfig{})), 200960 + 65792 + 2570);
+    EXPECT_EQ(count_numbers(*Mlp(MlpConfig{.inputs = 5, .layers = 1, .width = 3, .classes = 2})), 18 + 8);
 }
 
 TEST(Mlp, IsLinearReluLinear) {
@@ -58,29 +52,22 @@ TEST(Mlp, LearnsAFixedBatch) {
     Mlp model(MlpConfig{.inputs = 8, .layers = 2, .width = 32, .classes = 4});
     const at::Tensor x = at::randn({16, 8}), targets = at::randint(0, 4, {16}, at::kLong);
     const auto loss = [&] { return microbatch::cross_entropy_sum(model->forward(x), targets) / 16; };
-    const double before = loss().item<double>();
-    for (int step = 0; step < 50; ++step) {
-        model->zero_grad();
-        loss().backward();
-        at::NoGradGuard no_grad;
-        for (auto& parameter : model->parameters()) parameter.sub_(0.5 * parameter.grad());
-    }
-    EXPECT_LT(loss().item<double>(), before / 2);
+    microbatch::test::expect_learns(*model, loss, 0.5, 50);
 }
 
 TEST(Mlp, NamesTheSettingThatIsWrong) {
-    expect_contains(usage_message([] { Mlp(MlpConfig{.inputs = 0}); }), "mlp: inputs is 0");
-    expect_contains(usage_message([] { Mlp(MlpConfig{.layers = 0}); }), "mlp: layers is 0");
-    expect_contains(usage_message([] { Mlp(MlpConfig{.width = -4}); }), "mlp: width is -4");
-    expect_contains(usage_message([] { Mlp(MlpConfig{.classes = 0}); }), "mlp: classes is 0");
-    expect_contains(usage_message([] { Mlp(MlpConfig{.width = INT64_MAX}); }), "mlp: width is 9223372036854775807");
+    expect_usage_error({"mlp: inputs is 0"}, [] { Mlp(MlpConfig{.inputs = 0}); });
+    expect_usage_error({"mlp: layers is 0"}, [] { Mlp(MlpConfig{.layers = 0}); });
+    expect_usage_error({"mlp: width is -4"}, [] { Mlp(MlpConfig{.width = -4}); });
+    expect_usage_error({"mlp: classes is 0"}, [] { Mlp(MlpConfig{.classes = 0}); });
+    expect_usage_error({"mlp: width is 9223372036854775807"}, [] { Mlp(MlpConfig{.width = INT64_MAX}); });
 }
 
 TEST(Mlp, RefusesSamplesOfAnotherSize) {
     Mlp model(MlpConfig{.inputs = 6});
     for (const auto& shape : std::vector<std::vector<std::int64_t>>{{2, 5}, {6}, {2, 6, 2}, {}}) {
-        expect_contains(usage_message([&] { model->forward(at::randn(shape)); }), "6 numbers each");
+        expect_usage_error({"6 numbers each"}, [&] { model->forward(at::randn(shape)); });
     }
-    expect_contains(usage_message([&] { model->forward(at::randn({2, 5})); }), "[2, 5]");
+    expect_usage_error({"[2, 5]"}, [&] { model->forward(at::randn({2, 5})); });
     EXPECT_EQ(model->forward(at::randn({0, 6})).sizes(), at::IntArrayRef({0, 10}));
 }

@@ -6,19 +6,17 @@
 #include <utility>
 
 #include "microbatch/nn/cross_entropy.h"
-#include "models/helpers.h"
+#include "models/modules.h"
+#include "support/errors.h"
+#include "support/one_thread.h"
 
 using microbatch::ImageNorm;
 using microbatch::ResNet;
 using microbatch::ResNetConfig;
+using microbatch::test::count_numbers;
+using microbatch::test::expect_usage_error;
 
 namespace {
-
-std::int64_t parameters_of(const ResNet& model) {
-    std::int64_t sum = 0;
-    for (const auto& parameter : model->parameters()) sum += parameter.numel();
-    return sum;
-}
 
 ResNetConfig small(ImageNorm norm) {
     return {.channels = 2, .classes = 3, .width = 8, .blocks = 1, .norm = norm};
@@ -41,9 +39,9 @@ TEST(ResNet, HasTheParametersOfThePaper) {
     // He et al. 2016, table 6: 0.27M for ResNet-20 and 0.85M for ResNet-56 (3 and 9 blocks a stage) on 3 channels.
     // Exactly 269,722 and 853,018 with the paper's shortcuts without parameters; the two projections and their norms
     // add 16 * 32 + 64 and 32 * 64 + 128.
-    EXPECT_EQ(parameters_of(ResNet(ResNetConfig{.channels = 3, .blocks = 3})), 272474);
-    EXPECT_EQ(parameters_of(ResNet(ResNetConfig{.channels = 3, .blocks = 9})), 855770);
-    EXPECT_EQ(parameters_of(ResNet(ResNetConfig{})), parameters_of(ResNet(ResNetConfig{.norm = ImageNorm::group})));
+    EXPECT_EQ(count_numbers(*ResNet(ResNetConfig{.channels = 3, .blocks = 3})), 272474);
+    EXPECT_EQ(count_numbers(*ResNet(ResNetConfig{.channels = 3, .blocks = 9})), 855770);
+    EXPECT_EQ(count_numbers(*ResNet(ResNetConfig{})), count_numbers(*ResNet(ResNetConfig{.norm = ImageNorm::group})));
 }
 
 TEST(ResNet, TakesImagesOfAnySize) {
@@ -116,36 +114,30 @@ TEST(ResNet, IsTheSameForTheSameSeed) {
 
 TEST(ResNet, LearnsAFixedBatch) {
     for (const ImageNorm norm : {ImageNorm::batch, ImageNorm::group}) {
+        SCOPED_TRACE(to_string(norm));
         at::manual_seed(1);
         ResNet model(small(norm));
         const at::Tensor images = at::randn({8, 2, 8, 8}), targets = at::randint(0, 3, {8}, at::kLong);
         const auto loss = [&] { return microbatch::cross_entropy_sum(model->forward(images), targets) / 8; };
-        const double before = loss().item<double>();
-        for (int step = 0; step < 30; ++step) {
-            model->zero_grad();
-            loss().backward();
-            at::NoGradGuard no_grad;
-            for (auto& parameter : model->parameters()) parameter.sub_(0.1 * parameter.grad());
-        }
-        EXPECT_LT(loss().item<double>(), before / 2) << to_string(norm);
+        microbatch::test::expect_learns(*model, loss, 0.1, 30);
     }
 }
 
 TEST(ResNet, NamesTheSettingThatIsWrong) {
-    expect_contains(usage_message([] { ResNet(ResNetConfig{.channels = 0}); }), "resnet: channels is 0");
-    expect_contains(usage_message([] { ResNet(ResNetConfig{.classes = -1}); }), "resnet: classes is -1");
-    expect_contains(usage_message([] { ResNet(ResNetConfig{.width = 0}); }), "resnet: width is 0");
-    expect_contains(usage_message([] { ResNet(ResNetConfig{.blocks = 0}); }), "resnet: blocks is 0");
-    expect_contains(usage_message([] { ResNet(ResNetConfig{.width = INT64_MAX}); }), "resnet: width is 92233720");
-    expect_contains(usage_message([] { ResNet(ResNetConfig{.width = 12, .norm = ImageNorm::group}); }),
-                    "width 12 is not a multiple of the 8 groups");
+    expect_usage_error({"resnet: channels is 0"}, [] { ResNet(ResNetConfig{.channels = 0}); });
+    expect_usage_error({"resnet: classes is -1"}, [] { ResNet(ResNetConfig{.classes = -1}); });
+    expect_usage_error({"resnet: width is 0"}, [] { ResNet(ResNetConfig{.width = 0}); });
+    expect_usage_error({"resnet: blocks is 0"}, [] { ResNet(ResNetConfig{.blocks = 0}); });
+    expect_usage_error({"resnet: width is 92233720"}, [] { ResNet(ResNetConfig{.width = INT64_MAX}); });
+    expect_usage_error({"width 12 is not a multiple of the 8 groups"},
+                       [] { ResNet(ResNetConfig{.width = 12, .norm = ImageNorm::group}); });
     EXPECT_NO_THROW(ResNet(ResNetConfig{.width = 12}));
 }
 
 TEST(ResNet, RefusesImagesOfAnotherShape) {
     ResNet model(small(ImageNorm::group));
-    expect_contains(usage_message([&] { model->forward(at::randn({4, 3, 8, 8})); }), "[4, 3, 8, 8]");
-    expect_contains(usage_message([&] { model->forward(at::randn({2, 8, 8})); }), "give [samples, 2, height, width]");
+    expect_usage_error({"[4, 3, 8, 8]"}, [&] { model->forward(at::randn({4, 3, 8, 8})); });
+    expect_usage_error({"give [samples, 2, height, width]"}, [&] { model->forward(at::randn({2, 8, 8})); });
 }
 
 TEST(ImageNorm, GoesToTextAndBack) {
@@ -153,6 +145,5 @@ TEST(ImageNorm, GoesToTextAndBack) {
         EXPECT_EQ(microbatch::parse_image_norm(microbatch::to_string(norm)), norm);
     }
     EXPECT_EQ(microbatch::to_string(ImageNorm::group), "group");
-    expect_contains(usage_message([] { microbatch::parse_image_norm("Batch"); }),
-                    "\"Batch\"; there are batch and group");
+    expect_usage_error({"\"Batch\"; there are batch and group"}, [] { microbatch::parse_image_norm("Batch"); });
 }

@@ -1,7 +1,6 @@
 #include "microbatch/optim/clipping.h"
 
 #include <ATen/Context.h>
-#include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 #include <torch/nn/utils/clip_grad.h>
 
@@ -11,6 +10,7 @@
 #include <random>
 
 #include "microbatch/memory/budget_allocator.h"
+#include "support/one_thread.h"
 
 namespace microbatch {
 namespace {
@@ -31,15 +31,10 @@ double compensated_norm(const at::Tensor& tensor) {
     return std::sqrt(sum + lost);
 }
 
-class JointNorm : public ::testing::Test {
-protected:
-    void SetUp() override { at::set_num_threads(1); }
-};
-
 /// Between what fp64 gives in any sensible order (about 1e-13) and the best that fp32 could (6e-8).
 constexpr double fp64_accuracy = 1e-11;
 
-TEST_F(JointNorm, IsSummedInFp64OverFortyMillionElements) {
+TEST(JointNorm, IsSummedInFp64OverFortyMillionElements) {
     // One large element first: each of the small squares is lost beside 2^26 in fp32, all together weigh 0.3 of it.
     at::Tensor values = at::empty({40'000'000});
     float* data = values.mutable_data_ptr<float>();
@@ -60,19 +55,19 @@ TEST_F(JointNorm, IsSummedInFp64OverFortyMillionElements) {
     EXPECT_NEAR(joint_norm({values}) / compensated_norm(values), 1.0, fp64_accuracy);
 }
 
-TEST_F(JointNorm, NeitherOverflowsNorVanishesInFp32) {
+TEST(JointNorm, NeitherOverflowsNorVanishesInFp32) {
     EXPECT_NEAR(joint_norm({at::full({100}, 1e30F)}), 10 * static_cast<double>(1e30F), 1e18);
     EXPECT_NEAR(joint_norm({at::full({100}, 1e-42F)}), 10 * static_cast<double>(1e-42F), 1e-54);
 }
 
-TEST_F(JointNorm, IsOneNormOverAllTensors) {
+TEST(JointNorm, IsOneNormOverAllTensors) {
     EXPECT_EQ(joint_norm({}), 0.0);
     EXPECT_EQ(joint_norm({at::empty({0}), at::empty({3, 0})}), 0.0);
     EXPECT_EQ(joint_norm({at::full({}, -3.0), at::empty({0}), at::full({1, 1}, 4.0, at::kDouble)}), 5.0);
     EXPECT_EQ(joint_norm({at::full({4}, 3.0, at::kBFloat16), at::full({4, 4}, -4.0)}), std::sqrt(4 * 9.0 + 16 * 16.0));
 }
 
-TEST_F(JointNorm, DoesNotDependOnShapeOrderAndLayout) {
+TEST(JointNorm, DoesNotDependOnShapeOrderAndLayout) {
     at::manual_seed(1);
     const at::Tensor x = at::randn({60, 50}, at::kDouble);
     const double norm = joint_norm({x});
@@ -83,7 +78,7 @@ TEST_F(JointNorm, DoesNotDependOnShapeOrderAndLayout) {
     EXPECT_NEAR(joint_norm({x}), std::sqrt((x * x).sum().item<double>()), tolerance);
 }
 
-TEST_F(JointNorm, IsNotFiniteIfAnyElementIsNot) {
+TEST(JointNorm, IsNotFiniteIfAnyElementIsNot) {
     for (const double bad : {nan, infinity, -infinity}) {
         for (const auto dtype : {at::kFloat, at::kDouble}) {
             at::Tensor last = at::ones({1001}, dtype);
@@ -131,7 +126,7 @@ TEST(ClipCoefficient, IsOneWithoutALimit) {
     for (const double norm : {0.0, 1.0, 1e300, infinity, nan}) EXPECT_EQ(clip_coefficient(norm, infinity), 1.0);
 }
 
-TEST_F(JointNorm, NeedsLittleMemoryWhateverTheSize) {
+TEST(JointNorm, NeedsLittleMemoryWhateverTheSize) {
     install_budget_allocator();
     const at::Tensor large = at::ones({3000, 1000});
     const std::int64_t before = memory_use().live_bytes;

@@ -1,6 +1,5 @@
 // Values: what AdamW, Sgd and TorchOptimizer do to parameters, against torch::optim and formulas written by hand.
 #include <ATen/Context.h>
-#include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 #include <torch/optim/adamw.h>
 #include <torch/optim/sgd.h>
@@ -17,6 +16,7 @@
 #include "microbatch/optim/sgd.h"
 #include "microbatch/optim/torch_optimizer.h"
 #include "support/gradients.h"
+#include "support/one_thread.h"
 
 namespace microbatch {
 namespace {
@@ -86,10 +86,7 @@ void compare(Optimizer& ours, Tensors& parameters, torch::optim::Optimizer& thei
     EXPECT_GT(largest_difference(parameters[0], start[0]), 100 * bound(dtype));  // they did move
 }
 
-class EveryDtype : public ::testing::TestWithParam<at::ScalarType> {
-protected:
-    void SetUp() override { at::set_num_threads(1); }
-};
+class EveryDtype : public ::testing::TestWithParam<at::ScalarType> {};
 INSTANTIATE_TEST_SUITE_P(Optimizers, EveryDtype, ::testing::Values(at::kFloat, at::kDouble));
 
 struct AdamCase {

@@ -1,6 +1,5 @@
 // Which parameters, in which groups, with which settings: names, groups, and what is refused.
 #include <ATen/Context.h>
-#include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 #include <torch/nn/modules/linear.h>
 #include <torch/optim/sgd.h>
@@ -17,6 +16,7 @@
 #include "microbatch/optim/sgd.h"
 #include "microbatch/optim/torch_optimizer.h"
 #include "support/errors.h"
+#include "support/one_thread.h"
 
 namespace microbatch {
 namespace {
@@ -99,10 +99,7 @@ TEST(SplitByDecay, LeavesEmptyGroupsOut) {
 
 using Maker = std::function<std::unique_ptr<FusedOptimizer>(const std::vector<ParameterGroup>&)>;
 
-class EveryOptimizer : public ::testing::TestWithParam<Maker> {
-protected:
-    void SetUp() override { at::set_num_threads(1); }
-};
+class EveryOptimizer : public ::testing::TestWithParam<Maker> {};
 INSTANTIATE_TEST_SUITE_P(
     Groups, EveryOptimizer,
     ::testing::Values(

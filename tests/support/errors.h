@@ -3,7 +3,6 @@
 #include <gtest/gtest.h>
 
 #include <string>
-#include <string_view>
 #include <vector>
 
 #include "microbatch/core/error.h"
@@ -23,15 +22,20 @@ std::string error_message(ErrorKind kind, Call&& call) {
     return {};
 }
 
-/// The call throws a usage error whose text is one line and has all these parts.
+/// The call throws an error of this kind whose text is one line and has all these parts.
 template <class Call>
-void expect_usage_error(const std::vector<std::string>& parts, Call&& call) {
-    const std::string message = error_message(ErrorKind::usage, call);
+void expect_error(ErrorKind kind, const std::vector<std::string>& parts, Call&& call) {
+    const std::string message = error_message(kind, call);
     EXPECT_EQ(message.find('\n'), std::string::npos) << message;
     EXPECT_FALSE(message.empty());
     for (const std::string& part : parts) {
         EXPECT_NE(message.find(part), std::string::npos) << '"' << part << "\" is not in: " << message;
     }
+}
+
+template <class Call>
+void expect_usage_error(const std::vector<std::string>& parts, Call&& call) {
+    expect_error(ErrorKind::usage, parts, call);
 }
 
 }  // namespace microbatch::test

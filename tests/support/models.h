@@ -2,7 +2,6 @@
 
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
-#include <ATen/Parallel.h>
 #include <torch/nn/module.h>
 #include <torch/nn/modules/linear.h>
 
@@ -13,11 +12,9 @@
 
 #include "microbatch/train/dataset.h"
 #include "microbatch/train/weighted_loss.h"
+#include "support/one_thread.h"
 
 namespace microbatch::test {
-
-/// Tests of training run on one thread: their bits must not depend on the machine.
-inline const bool one_thread = (at::set_num_threads(1), true);
 
 /// A generator of the test's own, so that nothing else moves its numbers.
 inline at::Generator generator(std::uint64_t seed) {

@@ -1,15 +1,23 @@
 #pragma once
 
 #include <stdlib.h>
+#include <unistd.h>
 
 #include <filesystem>
 #include <fstream>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 #include <string_view>
 #include <system_error>
 
 namespace microbatch::test {
+
+/// All bytes of a file; none if it cannot be read.
+inline std::string read_file(const std::filesystem::path& path) {
+    std::ifstream file(path, std::ios::binary);
+    return {std::istreambuf_iterator<char>(file), {}};
+}
 
 /// A folder of the test's own below the system's one for temporary files, removed with all in it at the end.
 class TempFolder {
@@ -37,6 +45,20 @@ public:
         out.close();
         if (!out) throw std::runtime_error("cannot write " + file.string());
         return file;
+    }
+
+    /// Calls while nobody may read `path`, which is in this folder.
+    template <class Call>
+    void without_permission(const std::filesystem::path& path, Call&& call) const {
+        std::filesystem::permissions(path_, std::filesystem::perms::all);
+        std::filesystem::permissions(path, std::filesystem::perms::none);
+        const uid_t user = ::geteuid();
+        const uid_t nobody = 65534;
+        // Root may read everything: be nobody meanwhile.
+        if (user == 0 && ::seteuid(nobody) != 0) throw std::runtime_error("cannot become nobody");
+        call();
+        if (::seteuid(user) != 0) throw std::runtime_error("cannot become root again");
+        std::filesystem::permissions(path, std::filesystem::perms::owner_all);
     }
 
 private:

@@ -12,24 +12,15 @@
 #include <string>
 #include <vector>
 
-#include "microbatch/core/error.h"
+#include "support/errors.h"
 
 namespace microbatch {
 namespace {
 
+using test::expect_usage_error;
+
 using Indices = std::vector<std::int64_t>;
 constexpr std::int64_t largest = std::numeric_limits<std::int64_t>::max();
-
-template <class Call>
-void expect_usage_error(Call call, const std::string& part) {
-    try {
-        call();
-        FAIL() << "no error with \"" << part << "\"";
-    } catch (const Error& error) {
-        EXPECT_EQ(error.kind(), ErrorKind::usage);
-        EXPECT_NE(std::string(error.what()).find(part), std::string::npos) << error.what();
-    }
-}
 
 Sampler sampler_at(std::int64_t size, const SamplerState& state) {
     Sampler sampler(size, 0);
@@ -187,10 +178,10 @@ TEST(Sampler, ConsecutiveEpochsOfOneSeedAreIndependent) {
 }
 
 TEST(Sampler, RefusesWhatItCannotSample) {
-    expect_usage_error([] { Sampler(0, 1); }, "a sampler over a data set of 0 samples");
-    expect_usage_error([] { Sampler(-5, 1); }, "a sampler over a data set of -5 samples");
+    expect_usage_error({"a sampler over a data set of 0 samples"}, [] { Sampler(0, 1); });
+    expect_usage_error({"a sampler over a data set of -5 samples"}, [] { Sampler(-5, 1); });
     Sampler sampler(10, 1);
-    expect_usage_error([&] { sampler.next(-1); }, "asked for -1 samples");
+    expect_usage_error({"asked for -1 samples"}, [&] { sampler.next(-1); });
     EXPECT_THROW(sampler.next(largest), std::length_error);
     EXPECT_EQ(sampler.state(), (SamplerState{.seed = 1}));
 }
@@ -201,7 +192,7 @@ TEST(Sampler, RefusesAStateOutsideTheDataAndStaysWhereItIs) {
     const SamplerState before = sampler.state();
     for (const SamplerState& bad :
          {SamplerState{.position = 10}, SamplerState{.position = -1}, SamplerState{.epoch = -1}}) {
-        expect_usage_error([&] { sampler.restore(bad); }, "the data set has 10 samples");
+        expect_usage_error({"the data set has 10 samples"}, [&] { sampler.restore(bad); });
         EXPECT_EQ(sampler.state(), before);
     }
 }
@@ -210,7 +201,7 @@ TEST(Sampler, TheLastEpochThatCanBeCountedEndsInAnError) {
     Sampler sampler = sampler_at(2, {.seed = 1, .epoch = largest, .position = 0});
     EXPECT_EQ(sampler.next(1).size(), 1U);
     const SamplerState before = sampler.state();
-    expect_usage_error([&] { sampler.next(1); }, "is the last that 64 bits can count");
+    expect_usage_error({"is the last that 64 bits can count"}, [&] { sampler.next(1); });
     EXPECT_EQ(sampler.state(), before);
 }
 
