@@ -6,6 +6,8 @@ build := build/$(preset)
 export CCACHE_BASEDIR := $(CURDIR)
 export CCACHE_NOHASHDIR := 1
 
+# Setup, configuration and build follow one another, whatever -j says; ninja does the building in parallel.
+.NOTPARALLEL:
 .DEFAULT_GOAL := help
 .PHONY: help build test demo format lint clean setup-% configure
 
@@ -38,9 +40,13 @@ format: ## lay out all C++ by .clang-format
 clean: ## remove what was built; .venv and the compiler cache stay
 	@rm -rf build
 
+# The tests need packages that the command does without.
+tests := OFF
+test lint: tests := ON
+
 setup-%:
 	@scripts/setup.sh $*
 
 configure:
-	@cmake --preset $(preset) $(if $(shell command -v ccache),-DCMAKE_CXX_COMPILER_LAUNCHER=ccache) \
+	@cmake --preset $(preset) -DMICROBATCH_BUILD_TESTS=$(tests) $(if $(shell command -v ccache),-DCMAKE_CXX_COMPILER_LAUNCHER=ccache) \
 	    --log-level=WARNING > /dev/null

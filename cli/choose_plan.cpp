@@ -20,12 +20,13 @@ std::string explain(const Probe& probe, std::int64_t batch) {
 }  // namespace
 
 ChosenPlan choose_plan(const JobPlan& plan, std::int64_t budget_bytes) {
-    const std::int64_t batch = plan.settings.batch;
-    if (const auto given = micro_batch_of(plan.settings)) return {*given, std::nullopt, "as given"};
-    const Probe probe = probe_micro_batches(
-        batch, budget_bytes, [&plan, batch](std::int64_t size) { return measure_micro_batch(plan, batch, size); });
+    require_room_for_samples(plan, budget_bytes);
+    if (const auto given = micro_batch_of(plan.settings)) {
+        return {*given, measure_micro_batch(plan, *given, budget_bytes).peak_bytes, "as given"};
+    }
+    const Probe probe = probe_job(plan, budget_bytes);
     const Candidate& chosen = probe.candidates[probe.chosen];
-    return {chosen.micro_batch, chosen.measured->peak_bytes, explain(probe, batch)};
+    return {chosen.micro_batch, chosen.measured->peak_bytes, explain(probe, plan.batch)};
 }
 
 }  // namespace microbatch::cli

@@ -2,7 +2,6 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <chrono>
 #include <nlohmann/json.hpp>
 #include <optional>
 
@@ -29,6 +28,7 @@ struct Strategy {
     std::int64_t batch;
     std::int64_t micro_batch;
     // Below: measured.
+    bool can_run = true;
     bool ran = false;
     std::int64_t peak_bytes = 0;
     double step_seconds = 0.0;    // median
@@ -42,26 +42,23 @@ double median(std::vector<double> values) {
     return values[values.size() / 2];
 }
 
-std::int64_t measured_peak(const JobPlan& plan, std::int64_t batch, std::int64_t micro_batch) {
-    return measure_micro_batch(plan, batch, micro_batch).peak_bytes;
-}
-
 // The uncut batch can need more than the machine has; two small sizes tell before it is tried.
-std::int64_t predicted_peak(const JobPlan& plan, std::int64_t batch) {
-    if (batch <= 2) return measured_peak(plan, batch, batch);
-    const std::vector<MemoryPoint> points{{1, measured_peak(plan, batch, 1)}, {2, measured_peak(plan, batch, 2)}};
-    return fit_memory(points).predict(batch);
+std::int64_t predicted_peak(const JobPlan& plan, std::int64_t most_bytes) {
+    const std::int64_t batch = plan.batch;
+    std::vector<MemoryPoint> points;
+    for (const std::int64_t size : {std::int64_t{1}, std::min<std::int64_t>(2, batch)}) {
+        points.push_back({size, measure_micro_batch(plan, size, most_bytes).peak_bytes});
+    }
+    return batch <= 2 ? points.back().peak_bytes : fit_memory(points).predict(batch);
 }
 
 void train_strategy(std::FILE* out, const JobPlan& plan, const Job& job, std::int64_t samples, std::int64_t budget,
                     Strategy& strategy) {
     const Interval length{samples, Unit::samples};
-    Settings settings = plan.settings;
-    settings.batch = strategy.batch;
     Trainer trainer(*job.accumulator, *plan.data.train, job.loss,
                     {.batch = strategy.batch,
                      .length = length,
-                     .schedule = schedule_of(settings, length, plan.data.train->tokens_per_sample()),
+                     .schedule = schedule_of(plan.settings, length, plan.data.train->tokens_per_sample()),
                      .seed = static_cast<std::uint64_t>(plan.settings.seed)});
     ProgressLine progress(out, length, speed_unit(plan), budget);
     std::vector<double> seconds;
@@ -71,10 +68,10 @@ void train_strategy(std::FILE* out, const JobPlan& plan, const Job& job, std::in
         progress.update(report, memory_use().peak_bytes);
     }
     progress.finish();
-    if (seconds.empty()) return;
+    if (!trainer.done()) return;
     double total = 0.0;
     for (const double step : seconds) total += step;
-    strategy.ran = trainer.done();
+    strategy.ran = true;
     strategy.step_seconds = median(seconds);
     strategy.sample_seconds = total / static_cast<double>(trainer.progress().samples);
     strategy.peak_bytes = memory_use().peak_bytes;
@@ -90,30 +87,32 @@ void measure_variance(const JobPlan& plan, const Job& job, Strategy& strategy) {
             .variance;
 }
 
+void run_strategy(std::FILE* out, const JobPlan& plan, std::int64_t samples, std::int64_t budget, std::int64_t most,
+                  Strategy& strategy, std::vector<Strategy>* with_variance) {
+    fmt::print(out, "{}: batch {} in micro-batches of {}\n", strategy.name, strategy.batch, strategy.micro_batch);
+    const BudgetScope allowed(most);
+    reset_peak_memory();
+    const Job job = make_job(plan, strategy.micro_batch);
+    train_strategy(out, plan, job, samples, budget, strategy);
+    if (interrupted()) throw Interrupted();
+    if (with_variance == nullptr) return;
+    fmt::print(out, "gradient variance over {} batches of each strategy\n", variance_batches);
+    const BudgetScope lifted(no_budget);
+    for (Strategy& each : *with_variance) {
+        if (each.can_run) measure_variance(plan, job, each);
+    }
+}
+
 // The variance of every strategy is taken at the same parameters: those the accumulated run ended with.
 void run_all(std::FILE* out, const JobPlan& plan, std::int64_t samples, std::int64_t budget,
              std::vector<Strategy>& strategies) {
-    const std::size_t accumulated = 1;
-    for (const std::size_t i : {accumulated, std::size_t{0}, std::size_t{2}}) {
-        Strategy& strategy = strategies[i];
-        const std::int64_t most = i == 2 ? available_memory_bytes() / 10 * 9 : budget;
-        if (i == 2) {
-            strategy.peak_bytes = predicted_peak(plan, strategy.batch);
-            if (strategy.peak_bytes > most) continue;
-        }
-        fmt::print(out, "{}: batch {} in micro-batches of {}\n", strategy.name, strategy.batch, strategy.micro_batch);
-        const BudgetScope allowed(most);
-        reset_peak_memory();
-        const Job job = make_job(plan, strategy.micro_batch);
-        train_strategy(out, plan, job, samples, budget, strategy);
-        if (interrupted()) return;
-        if (i != accumulated) continue;
-        const BudgetScope lifted(no_budget);
-        fmt::print(out, "gradient variance over {} batches of each strategy\n", variance_batches);
-        for (Strategy& other : strategies) {
-            if (i != 2 || other.peak_bytes <= most) measure_variance(plan, job, other);
-        }
-    }
+    const std::int64_t machine = std::max(budget, available_memory_bytes() / 10 * 9);
+    Strategy &small = strategies[0], &accumulated = strategies[1], &native = strategies[2];
+    native.peak_bytes = predicted_peak(plan, machine);
+    native.can_run = native.peak_bytes <= machine;
+    run_strategy(out, plan, samples, budget, budget, accumulated, &strategies);
+    run_strategy(out, plan, samples, budget, budget, small, nullptr);
+    if (native.can_run) run_strategy(out, plan, samples, budget, machine, native, nullptr);
 }
 
 void print_strategies(std::FILE* out, const JobPlan& plan, const std::vector<Strategy>& strategies,
@@ -125,8 +124,9 @@ void print_strategies(std::FILE* out, const JobPlan& plan, const std::vector<Str
                                                 "held-out loss"}};
     for (const Strategy& s : strategies) {
         auto measured = [&s](const std::string& figure) { return s.ran ? figure : std::string("-"); };
-        rows.push_back({s.name, std::to_string(s.batch), std::to_string(s.micro_batch), format_bytes(s.peak_bytes),
-                        s.peak_bytes <= budget ? "yes" : "no", s.variance ? fmt::format("{:.3g}", *s.variance) : "-",
+        rows.push_back({s.name, std::to_string(s.batch), std::to_string(s.micro_batch),
+                        format_bytes(s.peak_bytes) + (s.ran ? "" : " predicted"), s.peak_bytes <= budget ? "yes" : "no",
+                        s.variance ? fmt::format("{:.3g}", *s.variance) : "-",
                         measured(fmt::format("{:.1f} ms", 1e3 * s.step_seconds)),
                         measured(fmt::format("{:.3f} ms", 1e3 * s.sample_seconds)),
                         measured(fmt::format("{:.4f}", s.held_out))});
@@ -150,7 +150,7 @@ void print_json(const JobPlan& plan, const std::vector<Strategy>& strategies, st
         row["batch"] = s.batch;
         row["micro_batch"] = s.micro_batch;
         row["ran"] = s.ran;
-        row["peak_bytes"] = s.peak_bytes;
+        row["peak_bytes"] = s.peak_bytes;  // predicted, if it was not run
         row["fits"] = s.peak_bytes <= budget;
         row["gradient_variance"] = s.variance ? json_number(*s.variance) : nlohmann::ordered_json();
         row["step_seconds"] = s.ran ? json_number(s.step_seconds) : nlohmann::ordered_json();
@@ -169,18 +169,20 @@ int compare(const Settings& settings) {
     if (settings.threads > 0) at::set_num_threads(static_cast<int>(settings.threads));
     install_budget_allocator();
     watch_interrupts();
-    const JobPlan plan = open_job(settings);
+    const JobPlan plan = open_job(settings, asked);
     const std::int64_t tokens_per_sample = plan.data.train->tokens_per_sample();
     const std::int64_t samples = convert(asked, Unit::samples, settings.batch, tokens_per_sample).count;
     schedule_of(settings, {samples, Unit::samples}, tokens_per_sample);
     const std::int64_t chosen = choose_plan(plan, budget).micro_batch;
-    // Where the whole batch is the best plan there is still something to compare: a quarter of it.
     const std::int64_t micro_batch = chosen < settings.batch ? chosen : std::max<std::int64_t>(1, settings.batch / 4);
+    if (micro_batch != chosen) {
+        fmt::print(out, "the whole batch of {} is the plan; to compare, it is also accumulated by {}\n", settings.batch,
+                   micro_batch);
+    }
     std::vector<Strategy> strategies{{.name = "small batch", .batch = micro_batch, .micro_batch = micro_batch},
                                      {.name = "accumulated", .batch = settings.batch, .micro_batch = micro_batch},
                                      {.name = "native", .batch = settings.batch, .micro_batch = settings.batch}};
     run_all(out, plan, samples, budget, strategies);
-    if (interrupted()) return interrupted_exit_code;
     print_strategies(out, plan, strategies, samples, budget);
     if (settings.json) print_json(plan, strategies, samples, budget);
     return 0;
@@ -193,7 +195,7 @@ void add_compare(CLI::App& application, Action& action) {
         "compare", "Train with a small batch, the batch accumulated and the batch at once, and compare");
     auto settings = std::make_shared<Settings>();
     add_job_options(*command, *settings);
-    add_length_options(*command, *settings);
+    add_length_options(*command, *settings, "16 batches");
     command->footer(
         "Example:\n"
         "  microbatch compare --data /usr/share/games/fortunes --batch 64 --memory 64MiB --samples 1280\n"
@@ -204,6 +206,7 @@ void add_compare(CLI::App& application, Action& action) {
         "mean gradient, all strategies at the same parameters.");
     command->callback([command, settings, &action] {
         action = [command, settings] {
+            refuse_empty_values(*command);
             apply_config(*command, *settings);
             return compare(*settings);
         };

@@ -37,9 +37,19 @@ std::vector<std::string> flag_names(CLI::App& command) {
     return names;
 }
 
+// One file serves train, plan and compare: what only another of them knows is left to it.
+bool is_flag_of_another(CLI::App& command, const std::string& key) {
+    for (CLI::App* other : command.get_parent()->get_subcommands([](CLI::App*) { return true; })) {
+        const std::vector<std::string> names = flag_names(*other);
+        if (std::find(names.begin(), names.end(), key) != names.end()) return true;
+    }
+    return false;
+}
+
 void apply_key(CLI::App& command, const std::string& file, const std::string& key, const toml::node& node) {
     const std::vector<std::string> names = flag_names(command);
     if (std::find(names.begin(), names.end(), key) == names.end()) {
+        if (is_flag_of_another(command, key)) return;
         const std::string suggestion = nearest(key, names);
         refuse(fmt::format("{} line {}: the key '{}' does not exist{}", file, node.source().begin.line, key,
                            suggestion.empty() ? "; run with --help for those that do"
@@ -47,6 +57,12 @@ void apply_key(CLI::App& command, const std::string& file, const std::string& ke
     }
     CLI::Option* option = command.get_option("--" + key);
     if (option->count() > 0) return;
+    const std::string where = fmt::format("{} line {}: the key {}", file, node.source().begin.line, key);
+    const std::string type = option->get_type_name();
+    const bool is_switch = option->get_expected_min() == 0;
+    const bool is_text = type == "PATH" || type == "NAME" || type == "DIR" || type == "INTERVAL" || type == "SIZE";
+    if (is_switch && !node.is_boolean()) refuse(where + " must be true or false");
+    if (is_text && !node.is_string()) refuse(where + " must be a string");
     try {
         option->add_result(as_text(node, key));
         option->run_callback();
@@ -63,9 +79,10 @@ void apply_config(CLI::App& command, const Settings& settings) {
     if (settings.config.empty()) return;
     const std::string& file = settings.config;
     std::ifstream stream(file, std::ios::binary);
-    if (!stream || stream.peek() == std::ifstream::traits_type::eof()) {
-        refuse(fmt::format("--config: {} is missing, empty or cannot be read", file));
-    }
+    // Opening a folder works; reading from it does not.
+    if (!stream || (stream.peek(), stream.bad()))
+        refuse(fmt::format("--config: {} is missing or cannot be read", file));
+    stream.clear();
     toml::table table;
     try {
         table = toml::parse(stream, file);
@@ -103,15 +120,15 @@ void write_config(const std::filesystem::path& folder, const JobPlan& plan, std:
     const Schedule schedule = schedule_of(s, length, plan.data.train->tokens_per_sample());
     table.insert("optimizer", s.optimizer);
     table.insert("lr", schedule.peak);
-    table.insert("final-lr", schedule.floor);
+    if (schedule.shape != ScheduleShape::constant) table.insert("final-lr", schedule.floor);
     table.insert("schedule", s.schedule);
     table.insert("warmup", s.warmup);
     if (schedule.shape == ScheduleShape::wsd) table.insert("decay", to_string(schedule.decay));
-    if (schedule.shape == ScheduleShape::polynomial) table.insert("power", s.power);
+    if (schedule.shape == ScheduleShape::polynomial) table.insert("power", schedule.power);
     table.insert("clip", s.clip);
     table.insert("weight-decay", weight_decay_of(s));
     if (s.optimizer == "sgd") {
-        table.insert("momentum", s.momentum);
+        table.insert("momentum", momentum_of(s));
         table.insert("nesterov", s.nesterov);
     }
     table.insert("seed", s.seed);

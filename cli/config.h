@@ -8,9 +8,9 @@
 
 namespace microbatch::cli {
 
-/// Fills what the flags left open from the TOML file that --config names: flags win. A key is a flag's name.
-/// Errors: ErrorKind::usage if the file cannot be read or parsed, or a key is no flag of this command: the message
-/// names
+/// Fills what the flags left open from the TOML file that --config names: flags win. A key is a flag's name; keys that
+/// only another command knows are left to it.
+/// Errors: ErrorKind::usage if the file cannot be read or parsed, or a key is no flag of any command: the message names
 ///         the nearest one that is.
 void apply_config(CLI::App& command, const Settings& settings);
 

@@ -23,10 +23,13 @@
 namespace microbatch::cli {
 namespace {
 
-// One line of the report: what was looked at, what was found, and whether that is as it should be.
+// good: as it should be; odd: slower or poorer than it could be; broken: nothing here can be trusted.
+enum class State { good, odd, broken };
+
+// One line of the report: what was looked at, and what was found.
 struct Finding {
     std::string name, value;
-    bool good = true;
+    State state = State::good;
 };
 
 Finding check_budget() {
@@ -39,7 +42,8 @@ Finding check_budget() {
         refused = true;
     }
     const bool good = refused && memory_use().live_bytes == before;
-    return {"memory budget", good ? "holds: an allocation beyond it is refused" : "does not hold", good};
+    return {"memory budget", good ? "holds: an allocation beyond it is refused" : "does not hold",
+            good ? State::good : State::broken};
 }
 
 Finding check_gradients() {
@@ -54,7 +58,7 @@ Finding check_gradients() {
         },
         3);
     return {"accumulated gradients", found.ok() ? "same as the whole batch's" : "differ from the whole batch's",
-            found.ok()};
+            found.ok() ? State::good : State::broken};
 }
 
 double matrix_product_gflops() {
@@ -78,7 +82,7 @@ Finding check_load() {
     return {"load",
             fmt::format("{:.1f} on {} cores{}", load, cores,
                         busy ? ": others are using them; expect steps several times slower" : ""),
-            !busy};
+            busy ? State::odd : State::good};
 }
 
 Finding check_data(const char* name, const char* path) {
@@ -103,16 +107,16 @@ std::vector<Finding> examine() {
 int doctor(bool json) {
     install_budget_allocator();
     const std::vector<Finding> findings = examine();
-    bool good = true;
+    bool broken = false;
     nlohmann::ordered_json document;
-    std::vector<std::string> lines;
     for (const Finding& finding : findings) {
-        good = good && finding.good;
-        document[finding.name] = {{"value", finding.value}, {"good", finding.good}};
-        if (!json) fmt::print("{}  {:<22} {}\n", finding.good ? "ok" : "!!", finding.name, finding.value);
+        broken = broken || finding.state == State::broken;
+        document[finding.name] = {{"value", finding.value}, {"good", finding.state == State::good}};
+        if (!json)
+            fmt::print("{}  {:<22} {}\n", finding.state == State::good ? "ok" : "!!", finding.name, finding.value);
     }
     if (json) fmt::print("{}\n", document.dump(2));
-    return 0;
+    return broken ? 1 : 0;
 }
 
 }  // namespace

@@ -9,7 +9,10 @@
 #include <numeric>
 #include <vector>
 
+#include "cli/interrupt.h"
+#include "cli/machine.h"
 #include "microbatch/core/error.h"
+#include "microbatch/core/units.h"
 #include "microbatch/memory/budget_allocator.h"
 #include "microbatch/models/gpt.h"
 #include "microbatch/models/mlp.h"
@@ -104,10 +107,31 @@ void use_optimizer(Job& job, const Settings& settings) {
     const auto groups = split_by_decay(job.parameters, weight_decay_of(settings));
     if (sgd) {
         job.optimizer = std::make_unique<Sgd>(groups, SgdOptions{.learning_rate = learning_rate_of(settings),
-                                                                 .momentum = settings.momentum,
+                                                                 .momentum = momentum_of(settings),
                                                                  .nesterov = settings.nesterov});
     } else {
         job.optimizer = std::make_unique<AdamW>(groups, AdamWOptions{.learning_rate = learning_rate_of(settings)});
+    }
+}
+
+// Every size as a flag would give it, so that config.toml holds it whatever the presets are by then.
+void resolve_sizes(JobPlan& plan) {
+    Settings& settings = plan.settings;
+    if (is_gpt(plan.model)) {
+        const GptConfig config = gpt_config(plan.model, settings, plan.data.classes);
+        settings.layers = config.layers;
+        settings.heads = config.heads;
+        settings.width = config.width;
+        settings.length = config.length;
+    } else if (plan.model == "resnet") {
+        const ResNetConfig config = resnet_config(plan);
+        settings.layers = config.blocks;
+        settings.width = config.width;
+        settings.norm = to_string(config.norm);
+    } else {
+        const MlpConfig config = mlp_config(plan);
+        settings.layers = config.layers;
+        settings.width = config.width;
     }
 }
 
@@ -154,7 +178,7 @@ Batch first_batch(const Dataset& dataset, std::int64_t batch) {
 
 }  // namespace
 
-JobPlan open_job(const Settings& settings) {
+JobPlan open_job(const Settings& settings, Interval length) {
     JobPlan plan;
     plan.settings = settings;
     plan.model = settings.model;
@@ -163,15 +187,22 @@ JobPlan open_job(const Settings& settings) {
         require_flags_of(plan.model, settings);
     }
     const bool needs_length = plan.model.empty() || is_gpt(plan.model);
-    const std::int64_t length =
+    const std::int64_t tokens =
         needs_length ? gpt_config(plan.model.empty() ? "gpt-tiny" : plan.model, settings, 256).length : 1;
-    plan.data = open_data(settings.data, length);
+    plan.data = open_data(settings.data, tokens);
     if (plan.model.empty()) {
         plan.model = plan.data.kind == DataKind::images ? "resnet" : "gpt-tiny";
         require_flags_of(plan.model, settings);
     }
     require_match(plan.model, plan.data, settings.data);
+    resolve_sizes(plan);
     plan.model_description = describe_model(plan);
+    const std::int64_t tokens_per_sample = plan.data.train->tokens_per_sample();
+    plan.steps = convert(length, Unit::steps, settings.batch, tokens_per_sample).count;
+    plan.batch =
+        length.unit == Unit::steps
+            ? settings.batch
+            : std::min(settings.batch, convert(length, Unit::samples, settings.batch, tokens_per_sample).count);
     return plan;
 }
 
@@ -192,22 +223,25 @@ Job make_job(const JobPlan& plan, std::int64_t micro_batch) {
     return job;
 }
 
-Measurement measure_micro_batch(const JobPlan& plan, std::int64_t batch, std::int64_t micro_batch) {
-    const BudgetScope lifted(no_budget);
+Measurement measure_micro_batch(const JobPlan& plan, std::int64_t size, std::int64_t most_bytes) {
+    const BudgetScope budget(most_bytes);
     reset_peak_memory();
+    const std::int64_t batch = plan.batch;
+    const std::int64_t micro_batch = std::min(size, batch);
     const Job job = make_job(plan, micro_batch);
     const Batch data = first_batch(*plan.data.train, batch);
     Measurement result{.micro_batch = micro_batch, .micro_batch_seconds = 1e300, .update_seconds = 1e300};
     const std::int64_t count = std::min<std::int64_t>(2, micro_batch_count(batch, micro_batch));
-    for (int step = 0; step < 2; ++step) {
+    // A run of a single step never holds the optimizer's state during a forward pass.
+    for (int step = 0; step < std::min<std::int64_t>(2, plan.steps); ++step) {
         job.accumulator->begin();
         for (std::int64_t i = 0; i < count; ++i) {
             const auto started = std::chrono::steady_clock::now();
             // The last micro-batch may be a ragged one; a full one is what is to be timed.
             const std::int64_t begin = std::min(i * micro_batch, batch - micro_batch);
             job.accumulator->add(job.loss(data.slice(begin, begin + micro_batch)));
-            if (step > 0 || i > 0)
-                result.micro_batch_seconds = std::min(result.micro_batch_seconds, seconds_since(started));
+            const bool warm = step > 0 || i > 0 || (count == 1 && plan.steps == 1);
+            if (warm) result.micro_batch_seconds = std::min(result.micro_batch_seconds, seconds_since(started));
         }
         const auto started = std::chrono::steady_clock::now();
         job.accumulator->finish();
@@ -216,6 +250,43 @@ Measurement measure_micro_batch(const JobPlan& plan, std::int64_t batch, std::in
     }
     result.peak_bytes = memory_use().peak_bytes;
     return result;
+}
+
+std::int64_t parameter_bytes(const JobPlan& plan) {
+    std::int64_t bytes = 0;
+    for (const Parameter& parameter : make_job(plan, 1).parameters) {
+        bytes += static_cast<std::int64_t>(parameter.tensor.nbytes());
+    }
+    return bytes;
+}
+
+void require_room_for_samples(const JobPlan& plan, std::int64_t budget_bytes) {
+    double bytes = 0.0;
+    for (const at::Tensor& field : first_batch(*plan.data.train, 1).fields)
+        bytes += static_cast<double>(field.nbytes());
+    bytes *= static_cast<double>(plan.batch);
+    if (bytes <= static_cast<double>(budget_bytes) || bytes <= static_cast<double>(parameter_bytes(plan))) return;
+    throw Error(ErrorKind::does_not_fit,
+                fmt::format("--batch {}: its samples alone take {}, more than the memory budget of {}; take a smaller "
+                            "--batch or raise --memory",
+                            plan.batch, format_bytes(static_cast<std::int64_t>(bytes)), format_bytes(budget_bytes)));
+}
+
+Probe probe_job(const JobPlan& plan, std::int64_t budget_bytes) {
+    const auto measure = [&plan, budget_bytes](std::int64_t size) {
+        if (interrupted()) throw Interrupted();
+        try {
+            return measure_micro_batch(plan, size, budget_bytes);
+        } catch (const c10::OutOfMemoryError&) {
+            if (size > 1) throw;
+        }
+        // Out of the handler, where the failed step's tensors are gone: how much would the smallest need?
+        return measure_micro_batch(plan, size, std::max(budget_bytes, available_memory_bytes() / 10 * 9));
+    };
+    const Probe probe =
+        probe_micro_batches(plan.batch, budget_bytes, measure, /*uncut_saving_bytes=*/parameter_bytes(plan));
+    if (interrupted()) throw Interrupted();
+    return probe;
 }
 
 double held_out_loss(const JobPlan& plan, const Job& job, std::int64_t micro_batch) {

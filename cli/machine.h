@@ -4,7 +4,7 @@
 
 namespace microbatch::cli {
 
-/// Bytes that a process can still take without swapping: MemAvailable, or the control group's limit if that is lower.
+/// Bytes that a process can still take without swapping: MemAvailable, or the container's limit if that is lower.
 /// Where the system does not say: half of the physical memory.
 std::int64_t available_memory_bytes();
 

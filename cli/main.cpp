@@ -8,6 +8,8 @@
 #include <new>
 
 #include "cli/commands.h"
+#include "cli/interrupt.h"
+#include "cli/job.h"
 #include "cli/nearest.h"
 #include "cli/settings.h"
 #include "microbatch/core/error.h"
@@ -39,13 +41,23 @@ std::string did_you_mean(const std::string& given, const std::vector<std::string
     return suggestion.empty() ? std::string() : fmt::format(" (did you mean {}?)", suggestion);
 }
 
+// The first command that has this flag; empty if none has.
+std::string command_with(const CLI::App& application, const std::string& flag) {
+    for (const CLI::App* command : application.get_subcommands([](const CLI::App*) { return true; })) {
+        if (command->get_option_no_throw(flag) != nullptr) return command->get_name();
+    }
+    return {};
+}
+
 // What CLI11 says, or better where a flag or a command was mistyped.
 std::string explain(const CLI::App& application, const CLI::ParseError& error, const std::vector<std::string>& words) {
     const auto called = application.get_subcommands();
     if (called.empty()) {
         if (words.empty()) return "name a command: train, compare, plan or doctor";
         const std::string& word = words.front();
-        if (word.starts_with("-")) return fmt::format("{} is no flag here: name a command first", word);
+        if (word.starts_with("-")) {
+            return fmt::format("{} is no flag before a command{}", word, did_you_mean(word, flags_of(application)));
+        }
         return fmt::format("there is no command '{}'{}", word, did_you_mean(word, names_of_commands(application)));
     }
     if (dynamic_cast<const CLI::ExtrasError*>(&error) == nullptr) return cli::reworded(error);
@@ -53,7 +65,9 @@ std::string explain(const CLI::App& application, const CLI::ParseError& error, c
     for (const std::string& word : words) {
         const std::string flag = word.substr(0, word.find('='));
         if (!flag.starts_with("-") || std::find(flags.begin(), flags.end(), flag) != flags.end()) continue;
-        return fmt::format("{} has no flag {}{}", called.front()->get_name(), flag, did_you_mean(flag, flags));
+        const std::string owner = command_with(application, flag);
+        return fmt::format("{} has no flag {}{}", called.front()->get_name(), flag,
+                           owner.empty() ? did_you_mean(flag, flags) : fmt::format("; {} has", owner));
     }
     return error.what();
 }
@@ -64,9 +78,17 @@ int fail(int code, const std::string& message) {
     return code;
 }
 
+// A full disk behind stdout is an error, too.
+int flushed(int code) {
+    const bool written = std::fflush(stdout) == 0 && std::ferror(stdout) == 0;
+    return written ? code : fail(internal_error, "the output could not be written");
+}
+
 int run(const cli::Action& action) {
     try {
-        return action();
+        return flushed(action());
+    } catch (const cli::Interrupted&) {
+        return cli::interrupted_exit_code;
     } catch (const Error& error) {
         return fail(error.exit_code(), error.what());
     } catch (const c10::OutOfMemoryError& error) {
@@ -76,7 +98,8 @@ int run(const cli::Action& action) {
     } catch (const std::bad_alloc&) {
         return fail(static_cast<int>(ErrorKind::does_not_fit), "out of memory: the machine has no more to give");
     } catch (const c10::Error& error) {
-        return fail(internal_error, error.what_without_backtrace());
+        // A model that does not take the data, most of all.
+        return fail(static_cast<int>(ErrorKind::usage), fmt::format("torch: {}", error.what_without_backtrace()));
     } catch (const std::exception& error) {
         return fail(internal_error, error.what());
     }
@@ -97,6 +120,7 @@ int main(int count, char** arguments) {
         "Exit codes: 0 done, 2 bad usage or configuration, 3 does not fit the budget, 4 stopped by the guard,\n"
         "5 bad data or checkpoint, 130 interrupted.\n"
         "`microbatch COMMAND --help` tells more of each.");
+    std::setvbuf(stdout, nullptr, _IOLBF, BUFSIZ);  // in a pipe, too, a line is to be read when it is written
     cli::Action action;
     cli::add_train(application, action);
     cli::add_compare(application, action);

@@ -25,7 +25,8 @@ std::size_t edit_distance(std::string_view a, std::string_view b) {
 
 std::string nearest(std::string_view given, const std::vector<std::string>& names) {
     std::string best;
-    std::size_t best_distance = std::max<std::size_t>(2, given.size() / 2) + 1;
+    // A short word has little to be similar with: "a" is near to nothing.
+    std::size_t best_distance = std::min(given.size(), std::max<std::size_t>(3, given.size() / 3 + 1));
     for (const std::string& name : names) {
         const std::size_t distance = edit_distance(given, name);
         if (distance < best_distance) {

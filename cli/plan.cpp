@@ -5,8 +5,10 @@
 
 #include "cli/commands.h"
 #include "cli/config.h"
+#include "cli/interrupt.h"
 #include "cli/job.h"
 #include "cli/output.h"
+#include "microbatch/core/batch_plan.h"
 #include "microbatch/core/units.h"
 #include "microbatch/memory/budget_allocator.h"
 #include "microbatch/memory/probe.h"
@@ -30,10 +32,11 @@ void print_candidates(const JobPlan& plan, const Probe& probe, std::int64_t budg
                         candidate.fits ? "yes" : "no"});
     }
     print_table(stdout, rows);
-    fmt::print("\npeak memory = {} + {} x micro-batch, within {:.1f} % of what was measured\n",
-               format_bytes(static_cast<std::int64_t>(probe.memory.fixed_bytes)),
-               format_bytes(static_cast<std::int64_t>(probe.memory.bytes_per_sample)),
-               100.0 * probe.memory.worst_relative_error);
+    if (probe.memory.fixed_bytes > 0.0)
+        fmt::print("\npeak memory = {} + {} x micro-batch, within {:.1f} % of what was measured\n",
+                   format_bytes(static_cast<std::int64_t>(probe.memory.fixed_bytes)),
+                   format_bytes(static_cast<std::int64_t>(probe.memory.bytes_per_sample)),
+                   100.0 * probe.memory.worst_relative_error);
     const Candidate& chosen = probe.candidates[probe.chosen];
     if (chosen.micro_batches == 1)
         fmt::print("accumulation is not needed: the whole batch fits and nothing is faster\n");
@@ -65,15 +68,31 @@ void print_json(const JobPlan& plan, const Probe& probe, std::int64_t budget) {
     fmt::print("{}\n", document.dump(2));
 }
 
+// The micro-batch that the user names is the only candidate.
+Probe measure_given(const JobPlan& plan, std::int64_t budget) {
+    const std::int64_t size = *micro_batch_of(plan.settings);
+    const Measurement measured = measure_micro_batch(plan, size, budget);
+    const std::int64_t count = micro_batch_count(plan.batch, size);
+    const double share = static_cast<double>(plan.batch) / static_cast<double>(size);
+    return {.candidates = {{.micro_batch = size,
+                            .micro_batches = count,
+                            .predicted_peak_bytes = measured.peak_bytes,
+                            .measured = measured,
+                            .step_seconds = share * measured.micro_batch_seconds + measured.update_seconds,
+                            .fits = true}},
+            .chosen = 0,
+            .memory = {}};
+}
+
 int plan_batch(const Settings& settings) {
     validate(settings);
     const std::int64_t budget = memory_budget_of(settings);
     if (settings.threads > 0) at::set_num_threads(static_cast<int>(settings.threads));
     install_budget_allocator();
-    const JobPlan plan = open_job(settings);
-    const Probe probe = probe_micro_batches(settings.batch, budget, [&plan, &settings](std::int64_t size) {
-        return measure_micro_batch(plan, settings.batch, size);
-    });
+    const JobPlan plan = open_job(settings, {2, Unit::steps});
+    watch_interrupts();
+    require_room_for_samples(plan, budget);
+    const Probe probe = micro_batch_of(settings) ? measure_given(plan, budget) : probe_job(plan, budget);
     if (settings.json) {
         print_json(plan, probe, budget);
     } else {
@@ -95,6 +114,7 @@ void add_plan(CLI::App& application, Action& action) {
         "take.");
     command->callback([command, settings, &action] {
         action = [command, settings] {
+            refuse_empty_values(*command);
             apply_config(*command, *settings);
             return plan_batch(*settings);
         };

@@ -6,6 +6,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
+#include <string_view>
 
 #include "cli/output.h"
 
@@ -21,6 +23,20 @@ std::size_t terminal_columns(int descriptor) {
     return size.ws_col;
 }
 
+bool is_dumb_terminal() {
+    const char* name = std::getenv("TERM");
+    return name != nullptr && std::string_view(name) == "dumb";
+}
+
+// As long as there is room for beside the figures, which matter more.
+std::string bar(double share, std::size_t columns, std::size_t figures) {
+    constexpr std::size_t longest = 20, shortest = 5, frame = 4;
+    if (columns < figures + frame + shortest) return {};
+    const std::size_t length = std::min(longest, columns - figures - frame);
+    const auto filled = static_cast<std::size_t>(share * static_cast<double>(length));
+    return fmt::format("[{}{}] ", std::string(filled, '#'), std::string(length - filled, '.'));
+}
+
 double seconds_between(std::chrono::steady_clock::time_point a, std::chrono::steady_clock::time_point b) {
     return std::chrono::duration<double>(b - a).count();
 }
@@ -29,7 +45,7 @@ double seconds_between(std::chrono::steady_clock::time_point a, std::chrono::ste
 
 ProgressLine::ProgressLine(std::FILE* stream, Interval length, const char* speed_unit, std::int64_t budget_bytes)
     : stream_(stream),
-      terminal_(isatty(fileno(stream)) != 0),
+      terminal_(isatty(fileno(stream)) != 0 && !is_dumb_terminal()),
       length_(length),
       speed_unit_(speed_unit),
       budget_bytes_(budget_bytes),
@@ -40,7 +56,7 @@ void ProgressLine::update(const TrainerReport& report, std::int64_t peak_bytes) 
     last_ = report;
     peak_bytes_ = std::max(peak_bytes_, peak_bytes);
     if (std::isfinite(report.step.loss) && report.step.weight > 0.0) {
-        const double share = std::max(0.1, 1.0 / static_cast<double>(report.progress.steps));
+        const double share = std::max(0.1, 1.0 / static_cast<double>(++losses_));
         loss_ += share * (report.step.loss - loss_);
     }
     pending_ = true;
@@ -62,16 +78,13 @@ std::string ProgressLine::line() const {
     const double share =
         std::min(1.0, static_cast<double>(progress.in(length_.unit)) / static_cast<double>(length_.count));
     const double speed = static_cast<double>(progress.tokens) / std::max(elapsed, 1e-9);
-    std::string bar;
-    if (terminal_) {
-        const auto filled = static_cast<std::size_t>(share * 20.0);
-        bar = fmt::format("[{}{}] ", std::string(filled, '#'), std::string(20 - filled, '.'));
-    }
     const double mebibyte = 1024.0 * 1024.0;
-    return fmt::format("{}{:3.0f} %  step {}  loss {:.4f}  {} {}/s  peak {:.1f} of {:.1f} MiB  {} left", bar,
-                       100.0 * share, progress.steps, loss_, format_count(std::llround(speed)), speed_unit_,
-                       static_cast<double>(peak_bytes_) / mebibyte, static_cast<double>(budget_bytes_) / mebibyte,
-                       clock_time(share > 0.0 ? elapsed / share * (1.0 - share) : -1.0));
+    const std::string figures =
+        fmt::format("{:3.0f} %  step {}  loss {:.4f}  {} {}/s  peak {:.1f} of {:.1f} MiB  {} left", 100.0 * share,
+                    progress.steps, loss_, format_count(std::llround(speed)), speed_unit_,
+                    static_cast<double>(peak_bytes_) / mebibyte, static_cast<double>(budget_bytes_) / mebibyte,
+                    clock_time(share > 0.0 ? elapsed / share * (1.0 - share) : -1.0));
+    return terminal_ ? bar(share, terminal_columns(fileno(stream_)), figures.size()) + figures : figures;
 }
 
 void ProgressLine::draw(const std::string& line) {

@@ -37,6 +37,7 @@ private:
     std::int64_t peak_bytes_ = 0;
     bool pending_ = false;
     bool drawn_once_ = false;
+    std::int64_t losses_ = 0;
     double loss_ = 0.0;  // mean over the last steps, the newest counting most
 };
 

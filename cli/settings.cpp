@@ -12,8 +12,6 @@
 namespace microbatch::cli {
 namespace {
 
-const std::vector<std::string> length_flags = {"steps", "samples", "tokens"};
-
 [[noreturn]] void refuse(const std::string& message) {
     throw Error(ErrorKind::usage, message);
 }
@@ -34,14 +32,20 @@ void require(bool holds, const char* flag, const auto& value, const char* allowe
 
 // A flag that counts: "64", "10k", "1M".
 template <class Target>
-CLI::Option* add_count(CLI::App& command, const char* flag, Target& target, const char* help) {
+CLI::Option* add_count(CLI::App& command, const char* flag, Target& target, const char* help, std::int64_t least = 0) {
     return command.add_option_function<std::string>(
-        flag, [flag, &target](const std::string& text) { target = read_flag(flag, [&] { return parse_count(text); }); },
+        flag,
+        [flag, &target, least](const std::string& text) {
+            const std::int64_t count = read_flag(flag, [&] { return parse_count(text); });
+            if (count < least) refuse(fmt::format("{} is {}; it must be at least {}", flag, count, least));
+            target = count;
+        },
         help);
 }
 
-std::string& length_text(Settings& settings, std::size_t index) {
-    return index == 0 ? settings.steps : index == 1 ? settings.samples : settings.tokens;
+const std::string& length_text(const Settings& settings, Unit unit) {
+    if (unit == Unit::steps) return settings.steps;
+    return unit == Unit::samples ? settings.samples : settings.tokens;
 }
 
 void validate_optimizer(const Settings& settings) {
@@ -50,6 +54,10 @@ void validate_optimizer(const Settings& settings) {
     if (settings.optimizer == "adamw" && settings.nesterov) {
         refuse("--nesterov contradicts --optimizer adamw: it is a setting of sgd");
     }
+    if (settings.optimizer == "adamw" && settings.momentum) {
+        refuse("--momentum contradicts --optimizer adamw: it is a setting of sgd");
+    }
+    if (settings.nesterov && momentum_of(settings) == 0.0) refuse("--nesterov contradicts --momentum 0");
     if (settings.lr)
         require(std::isfinite(*settings.lr) && *settings.lr >= 0.0, "--lr", *settings.lr, "finite and 0 or more");
     require(settings.clip > 0.0, "--clip", settings.clip, "above 0 (inf: no clipping)");
@@ -57,13 +65,24 @@ void validate_optimizer(const Settings& settings) {
         require(std::isfinite(*settings.weight_decay) && *settings.weight_decay >= 0.0, "--weight-decay",
                 *settings.weight_decay, "finite and 0 or more");
     }
-    require(settings.momentum >= 0.0 && settings.momentum < 1.0, "--momentum", settings.momentum, "from 0 to below 1");
+    const double momentum = momentum_of(settings);
+    require(momentum >= 0.0 && momentum < 1.0, "--momentum", momentum, "from 0 to below 1");
 }
 
 }  // namespace
 
+void refuse_empty_values(const CLI::App& command) {
+    for (const CLI::Option* option : command.get_options()) {
+        for (const std::string& value : option->results()) {
+            if (value.empty()) refuse(fmt::format("{} is empty: give it a value, or leave it out", option->get_name()));
+        }
+    }
+}
+
 std::string reworded(const CLI::Error& error) {
     const std::string message = error.what();
+    const std::size_t twice = message.find(": At Most 1 required but received");
+    if (twice != std::string::npos) return message.substr(0, twice) + " is given twice";
     const std::string prefix = "Could not convert: ";
     if (!message.starts_with(prefix)) return message;
     return fmt::format("cannot read {}: a number is expected", message.substr(prefix.size()));
@@ -79,7 +98,7 @@ void add_job_options(CLI::App& command, Settings& s) {
         ->group(what);
     command
         .add_option("--model", s.model,
-                    "gpt-tiny (0.8M parameters), gpt-small (10.7M), gpt2 (124M), resnet or mlp; without it resnet for "
+                    "gpt-tiny (0.8M parameters), gpt-small (10.8M), gpt2 (124M), resnet or mlp; without it resnet for "
                     "images and gpt-tiny for the rest")
         ->type_name("NAME")
         ->group(what);
@@ -88,7 +107,7 @@ void add_job_options(CLI::App& command, Settings& s) {
         ->group(what);
     add_count(command, "--heads", s.heads, "Attention heads of a gpt")->type_name("N")->group(what);
     add_count(command, "--width", s.width, "Width of the model")->type_name("N")->group(what);
-    add_count(command, "--length", s.length, "Tokens a sample, for a gpt")->type_name("N")->group(what);
+    add_count(command, "--length", s.length, "Tokens a sample, for a gpt", 1)->type_name("N")->group(what);
     command.add_option("--norm", s.norm, "batch or group, for a resnet (default batch)")
         ->type_name("NAME")
         ->group(what);
@@ -143,7 +162,7 @@ void add_job_options(CLI::App& command, Settings& s) {
     add_count(command, "--seed", s.seed, "Same seed, threads and cut: same bits (default 1)")
         ->type_name("N")
         ->group(run);
-    add_count(command, "--threads", s.threads, "Threads of torch's kernels (default: torch's own choice)")
+    add_count(command, "--threads", s.threads, "Threads of torch's kernels (default: torch's own choice)", 1)
         ->type_name("N")
         ->group(run);
     command.add_option("--config", s.config, "TOML file with any of these flags as keys; flags win")
@@ -153,8 +172,8 @@ void add_job_options(CLI::App& command, Settings& s) {
         ->group(run);
 }
 
-void add_length_options(CLI::App& command, Settings& s) {
-    const char* group = "How long (one of them)";
+void add_length_options(CLI::App& command, Settings& s, const std::string& fallback) {
+    const std::string group = fmt::format("How long (one of them; default {})", fallback);
     command.add_option("--steps", s.steps, "Optimizer steps, such as 500 or 10k")->type_name("N")->group(group);
     command.add_option("--samples", s.samples, "Samples, such as 60000 or 1M")->type_name("N")->group(group);
     command.add_option("--tokens", s.tokens, "Tokens, such as 10M (an image counts as one)")
@@ -178,16 +197,14 @@ std::optional<std::int64_t> micro_batch_of(const Settings& settings) {
     return size;
 }
 
-Interval length_of(const Settings& given, Interval fallback) {
-    Settings settings = given;
+Interval length_of(const Settings& settings, Interval fallback) {
     std::optional<Interval> found;
-    const Unit units[] = {Unit::steps, Unit::samples, Unit::tokens};
-    for (std::size_t i = 0; i < length_flags.size(); ++i) {
-        const std::string& text = length_text(settings, i);
+    for (const Unit unit : {Unit::steps, Unit::samples, Unit::tokens}) {
+        const std::string& text = length_text(settings, unit);
         if (text.empty()) continue;
-        const std::string flag = "--" + length_flags[i];
+        const std::string flag = fmt::format("--{}", to_string(unit));
         if (found) refuse(fmt::format("{} contradicts --{}: say once how long", flag, to_string(found->unit)));
-        found = Interval{read_flag(flag.c_str(), [&] { return parse_count(text); }), units[i]};
+        found = Interval{read_flag(flag.c_str(), [&] { return parse_count(text); }), unit};
         require(found->count > 0, flag.c_str(), found->count, "above 0");
     }
     return found.value_or(fallback);
@@ -195,13 +212,27 @@ Interval length_of(const Settings& given, Interval fallback) {
 
 Schedule schedule_of(const Settings& settings, Interval length, std::int64_t tokens_per_sample) {
     auto in_lengths_unit = [&](const char* flag, const std::string& text) {
-        return read_flag(flag,
-                         [&] { return convert(parse_interval(text), length.unit, settings.batch, tokens_per_sample); });
+        return read_flag(flag, [&] {
+            const Interval interval = parse_interval(text);
+            Interval converted = convert(interval, length.unit, settings.batch, tokens_per_sample);
+            // A last, smaller batch makes a run of n steps shorter than n batches.
+            const Interval steps = convert(length, Unit::steps, settings.batch, tokens_per_sample);
+            if (interval.unit == Unit::steps && interval.count <= steps.count) {
+                converted.count = std::min(converted.count, length.count);
+            }
+            return converted;
+        });
     };
     Schedule schedule;
     schedule.shape = read_flag("--schedule", [&] { return parse_schedule(settings.schedule); });
     schedule.peak = learning_rate_of(settings);
-    schedule.floor = settings.final_lr;
+    schedule.floor = settings.final_lr.value_or(0.0);
+    if (settings.final_lr && schedule.shape == ScheduleShape::constant) {
+        refuse("--final-lr contradicts --schedule constant: its rate does not change");
+    }
+    if (settings.power && schedule.shape != ScheduleShape::polynomial) {
+        refuse(fmt::format("--power contradicts --schedule {}: it is a setting of polynomial", settings.schedule));
+    }
     schedule.warmup = in_lengths_unit("--warmup", settings.warmup);
     schedule.length = length;
     if (schedule.shape == ScheduleShape::wsd) {
@@ -210,12 +241,16 @@ Schedule schedule_of(const Settings& settings, Interval length, std::int64_t tok
     } else if (!settings.decay.empty()) {
         refuse(fmt::format("--decay contradicts --schedule {}: it is a setting of wsd", settings.schedule));
     }
-    schedule.power = settings.power;
+    schedule.power = settings.power.value_or(schedule.power);
     read_flag("--schedule", [&] {
         microbatch::validate(schedule);
         return true;
     });
     return schedule;
+}
+
+double momentum_of(const Settings& settings) {
+    return settings.momentum.value_or(0.9);
 }
 
 double learning_rate_of(const Settings& settings) {
@@ -230,8 +265,11 @@ void validate(const Settings& settings) {
     if (settings.data.empty()) refuse("--data is missing: name a text file, a .bin of tokens or a folder with images");
     constexpr std::int64_t largest_batch = std::int64_t{1} << 31;
     require(settings.batch >= 1 && settings.batch <= largest_batch, "--batch", settings.batch, "from 1 to 2^31");
-    require(settings.threads <= 1024, "--threads", settings.threads, "from 1 to 1024 (0: torch's own choice)");
+    require(settings.threads <= 1024, "--threads", settings.threads, "from 1 to 1024");
     require(settings.dropout >= 0.0 && settings.dropout < 1.0, "--dropout", settings.dropout, "from 0 to below 1");
+    if (!settings.norm.empty()) {
+        require(settings.norm == "batch" || settings.norm == "group", "--norm", settings.norm, "batch or group");
+    }
     validate_optimizer(settings);
     micro_batch_of(settings);
     memory_budget_of(settings);

@@ -27,14 +27,14 @@ struct Settings {
 
     std::string optimizer = "adamw";
     std::optional<double> lr;
-    double final_lr = 0.0;
+    std::optional<double> final_lr;
     std::string schedule = "cosine";
     std::string warmup = "0 steps";
     std::string decay;
-    double power = 2.0;
+    std::optional<double> power;
     double clip = 1.0;
     std::optional<double> weight_decay;
-    double momentum = 0.9;
+    std::optional<double> momentum;
     bool nesterov = false;
 
     std::int64_t seed = 1;
@@ -47,11 +47,14 @@ struct Settings {
 /// Declares the flags that describe a job: model, data, batch, memory, optimizer, seed, threads, --config and --json.
 void add_job_options(CLI::App& command, Settings& settings);
 
+/// Errors: ErrorKind::usage if a flag was given an empty value.
+void refuse_empty_values(const CLI::App& command);
+
 /// What CLI11 says of a value that it cannot read, in words for the one who wrote it.
 std::string reworded(const CLI::Error& error);
 
-/// Declares --steps, --samples and --tokens.
-void add_length_options(CLI::App& command, Settings& settings);
+/// Declares --steps, --samples and --tokens; `fallback` is what the help says holds without them.
+void add_length_options(CLI::App& command, Settings& settings, const std::string& fallback);
 
 /// The --memory budget in bytes; without the flag four fifths of what the machine has available now.
 std::int64_t memory_budget_of(const Settings& settings);
@@ -67,7 +70,8 @@ Interval length_of(const Settings& settings, Interval fallback);
 /// Errors: ErrorKind::usage, naming the flag.
 Schedule schedule_of(const Settings& settings, Interval length, std::int64_t tokens_per_sample);
 
-/// The --lr and --weight-decay, or what the optimizer starts from without them.
+/// The --momentum, --lr and --weight-decay, or what the optimizer starts from without them.
+double momentum_of(const Settings& settings);
 double learning_rate_of(const Settings& settings);
 double weight_decay_of(const Settings& settings);
 

@@ -2,10 +2,12 @@
 #include <fmt/format.h>
 #include <torch/nn/module.h>
 
+#include <c10/util/Exception.h>
 #include <chrono>
 #include <ctime>
 #include <filesystem>
 #include <nlohmann/json.hpp>
+#include <optional>
 
 #include "cli/choose_plan.h"
 #include "cli/commands.h"
@@ -27,7 +29,7 @@ namespace {
 struct Outcome {
     TrainerReport last;
     double first_loss = 0.0;
-    double held_out = 0.0;
+    std::optional<double> held_out;  // not measured when interrupted
     double seconds = 0.0;
     std::int64_t peak_bytes = 0;
     std::int64_t refused = 0;
@@ -47,17 +49,39 @@ std::filesystem::path run_folder(const Settings& settings, const std::string& mo
     return folder;
 }
 
-// Two micro-batches of different sizes, small enough for the plan: equal ones would hide a mean of means.
-void check_decomposition(std::FILE* out, const JobPlan& plan, const Job& job, std::int64_t micro_batch) {
-    const std::int64_t samples = std::min({std::int64_t{5}, micro_batch, plan.data.train->size()});
-    if (samples < 2) {
-        fmt::print(out, "verify    skipped: the plan has room for one sample, two are needed\n");
+// Nothing of the run may be overwritten, and that is to be known before anything is measured.
+void refuse_used_folder(const std::filesystem::path& folder) {
+    for (const char* name : {"config.toml", "metrics.jsonl", "model.safetensors"}) {
+        if (std::filesystem::exists(std::filesystem::symlink_status(folder / name))) {
+            throw Error(ErrorKind::usage, fmt::format("--run {}: {} exists already; name a new folder for this run",
+                                                      folder.string(), name));
+        }
+    }
+}
+
+// A few samples whole and in two micro-batches of different sizes: equal ones could hide a mean of means.
+std::optional<Verification> verify_samples(const JobPlan& plan, const Job& job, std::int64_t samples,
+                                           std::int64_t cut) {
+    if (plan.data.train->size() < samples) return std::nullopt;
+    const std::vector<std::int64_t> all{0, 1, 2, 3, 4};
+    try {
+        const Batch batch = plan.data.train->get(std::span(all).first(static_cast<std::size_t>(samples)));
+        return verify(*job.model, batch, job.loss, cut);
+    } catch (const c10::OutOfMemoryError&) {
+        return std::nullopt;
+    }
+}
+
+void check_decomposition(std::FILE* out, const JobPlan& plan, const Job& job) {
+    std::int64_t samples = 5;
+    std::int64_t cut = 3;
+    std::optional<Verification> verified = verify_samples(plan, job, samples, cut);
+    if (!verified) verified = verify_samples(plan, job, samples = 3, cut = 2);
+    if (!verified) {
+        fmt::print(out, "verify    skipped: three samples at once and two more copies of the gradients do not fit\n");
         return;
     }
-    const std::vector<std::int64_t> all{0, 1, 2, 3, 4};
-    const Batch batch = plan.data.train->get(std::span(all).first(static_cast<std::size_t>(samples)));
-    const std::int64_t cut = std::min(samples - 1, samples / 2 + 1);
-    const Verification found = verify(*job.model, batch, job.loss, cut);
+    const Verification& found = *verified;
     if (found.ok()) {
         fmt::print(out, "verify    {} samples whole and in {} + {}: same gradients\n", samples, cut, samples - cut);
         return;
@@ -79,10 +103,8 @@ void print_header(std::FILE* out, const JobPlan& plan, const ChosenPlan& chosen,
     const std::int64_t count = micro_batch_count(batch, chosen.micro_batch);
     const std::string cut = count == 1 ? "uncut" : fmt::format("in {} micro-batches of {}", count, chosen.micro_batch);
     fmt::print(out, "batch     {} samples per step, {} ({})\n", batch, cut, chosen.why);
-    fmt::print(out, "memory    budget {}{}\n", format_bytes(budget),
-               chosen.predicted_peak_bytes
-                   ? fmt::format(", predicted peak {}", format_bytes(*chosen.predicted_peak_bytes))
-                   : std::string());
+    fmt::print(out, "memory    budget {}, predicted peak {}\n", format_bytes(budget),
+               format_bytes(chosen.predicted_peak_bytes));
     fmt::print(out, "optimizer {}, learning rate {:g}, schedule {}, {}, clip {:g}\n", plan.settings.optimizer,
                learning_rate_of(plan.settings), plan.settings.schedule, to_string(length), plan.settings.clip);
     fmt::print(out, "run       {}, seed {}, {} threads\n", folder.string(), plan.settings.seed, at::get_num_threads());
@@ -111,8 +133,17 @@ Outcome train_to_the_end(std::FILE* out, const JobPlan& plan, const Job& job, co
     progress.finish();
     outcome.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
     outcome.interrupted = !trainer.done();
-    outcome.held_out = held_out_loss(plan, job, chosen.micro_batch);
+    if (log.lines() == 0) return outcome;
+    if (!outcome.interrupted) outcome.held_out = held_out_loss(plan, job, chosen.micro_batch);
     return outcome;
+}
+
+// A run that never made a step leaves nothing, so that the same command can be given again.
+void remove_unused_folder(const std::filesystem::path& folder) {
+    std::error_code ignored;
+    std::filesystem::remove(folder / "config.toml", ignored);
+    std::filesystem::remove(folder / "metrics.jsonl", ignored);
+    std::filesystem::remove(folder, ignored);  // only if nothing else is in it
 }
 
 void save_weights(const std::filesystem::path& folder, const Job& job) {
@@ -131,14 +162,13 @@ void print_summary(std::FILE* out, const JobPlan& plan, const ChosenPlan& chosen
     fmt::print(out, "{}{} steps, {} samples in {}: {} {}/s\n", outcome.interrupted ? "stopped   " : "done      ",
                format_count(progress.steps), format_count(progress.samples), clock_time(outcome.seconds),
                format_count(std::llround(speed(outcome))), speed_unit(plan));
-    fmt::print(out, "loss      {:.4f} at the first step, {:.4f} at the last, {:.4f} held out\n", outcome.first_loss,
-               outcome.last.step.loss, outcome.held_out);
+    fmt::print(out, "loss      {:.4f} at the first step, {:.4f} at the last", outcome.first_loss,
+               outcome.last.step.loss);
+    fmt::print(out, "{}\n", outcome.held_out ? fmt::format(", {:.4f} held out", *outcome.held_out) : std::string());
     fmt::print(out, "memory    peak {} measured", format_bytes(outcome.peak_bytes));
-    if (chosen.predicted_peak_bytes) {
-        const auto predicted = static_cast<double>(*chosen.predicted_peak_bytes);
-        fmt::print(out, ", {} predicted ({:+.1f} %)", format_bytes(*chosen.predicted_peak_bytes),
-                   100.0 * (predicted / static_cast<double>(outcome.peak_bytes) - 1.0));
-    }
+    const auto predicted = static_cast<double>(chosen.predicted_peak_bytes);
+    fmt::print(out, ", {} predicted ({:+.1f} %)", format_bytes(chosen.predicted_peak_bytes),
+               100.0 * (predicted / static_cast<double>(outcome.peak_bytes) - 1.0));
     fmt::print(out, ", budget {}\n", format_bytes(budget));
     if (outcome.refused > 0) {
         fmt::print(out, "refused   {} steps were not applied; the reasons are in metrics.jsonl\n", outcome.refused);
@@ -158,12 +188,11 @@ void print_json(const JobPlan& plan, const ChosenPlan& chosen, const Outcome& ou
     document["tokens"] = outcome.last.progress.tokens;
     document["first_loss"] = json_number(outcome.first_loss);
     document["loss"] = json_number(outcome.last.step.loss);
-    document["held_out_loss"] = json_number(outcome.held_out);
+    document["held_out_loss"] = outcome.held_out ? json_number(*outcome.held_out) : nullptr;
     document["seconds"] = outcome.seconds;
     document["tokens_per_second"] = speed(outcome);
     document["peak_bytes"] = outcome.peak_bytes;
-    document["predicted_peak_bytes"] = nullptr;
-    if (chosen.predicted_peak_bytes) document["predicted_peak_bytes"] = *chosen.predicted_peak_bytes;
+    document["predicted_peak_bytes"] = chosen.predicted_peak_bytes;
     document["budget_bytes"] = budget;
     document["refused_steps"] = outcome.refused;
     document["interrupted"] = outcome.interrupted;
@@ -179,7 +208,8 @@ int train(const Settings& settings) {
     if (settings.threads > 0) at::set_num_threads(static_cast<int>(settings.threads));
     install_budget_allocator();
     watch_interrupts();
-    const JobPlan plan = open_job(settings);
+    if (!settings.run.empty()) refuse_used_folder(settings.run);
+    const JobPlan plan = open_job(settings, length);
     schedule_of(settings, length, plan.data.train->tokens_per_sample());
     const ChosenPlan chosen = choose_plan(plan, budget);
     if (interrupted()) return interrupted_exit_code;
@@ -189,8 +219,18 @@ int train(const Settings& settings) {
     RunLog log(folder);
     write_config(folder, plan, chosen.micro_batch, length, budget);
     print_header(out, plan, chosen, budget, length, folder);
-    if (!settings.no_verify) check_decomposition(out, plan, job, chosen.micro_batch);
-    const Outcome outcome = train_to_the_end(out, plan, job, chosen, length, budget, log);
+    if (!settings.no_verify) check_decomposition(out, plan, job);
+    Outcome outcome;
+    try {
+        outcome = train_to_the_end(out, plan, job, chosen, length, budget, log);
+    } catch (...) {
+        if (log.lines() == 0) remove_unused_folder(folder);
+        throw;
+    }
+    if (log.lines() == 0) {
+        remove_unused_folder(folder);
+        return interrupted_exit_code;
+    }
     save_weights(folder, job);
     print_summary(out, plan, chosen, outcome, budget, folder);
     if (settings.json) print_json(plan, chosen, outcome, budget, folder);
@@ -203,7 +243,7 @@ void add_train(CLI::App& application, Action& action) {
     CLI::App* command = application.add_subcommand("train", "Train a model with the batch you want in a memory budget");
     auto settings = std::make_shared<Settings>();
     add_job_options(*command, *settings);
-    add_length_options(*command, *settings);
+    add_length_options(*command, *settings, "100 steps");
     command
         ->add_option("--run", settings->run, "Folder of this run; it must not hold one yet (default runs/MODEL-TIME)")
         ->type_name("DIR")
@@ -221,6 +261,7 @@ void add_train(CLI::App& application, Action& action) {
         "Ctrl-C finishes the step, writes the weights and ends with exit code 130.");
     command->callback([command, settings, &action] {
         action = [command, settings] {
+            refuse_empty_values(*command);
             apply_config(*command, *settings);
             return train(*settings);
         };

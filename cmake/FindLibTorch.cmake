@@ -1,10 +1,18 @@
 # Finds LibTorch: MICROBATCH_TORCH, then CMAKE_PREFIX_PATH, then the project's own .venv.
-file(GLOB venv_torch "${PROJECT_SOURCE_DIR}/.venv/lib/python3*/site-packages/torch/share/cmake")
-if(MICROBATCH_TORCH)
-    list(PREPEND CMAKE_PREFIX_PATH "${MICROBATCH_TORCH}")
-elseif(venv_torch)
-    list(APPEND CMAKE_PREFIX_PATH ${venv_torch})
-endif()
+# Looked for anew in every configuration: a folder found before must not win over one that is named now.
+unset(Torch_DIR CACHE)
 # The wheel's package file looks for a profiler library that the wheel does not ship, and warns.
 set(kineto_LIBRARY c10 CACHE STRING "Silences the wheel's search for kineto")
-find_package(Torch REQUIRED)
+
+if(DEFINED ENV{MICROBATCH_TORCH} AND NOT "$ENV{MICROBATCH_TORCH}" STREQUAL "")
+    set(MICROBATCH_TORCH "$ENV{MICROBATCH_TORCH}" CACHE PATH "An existing LibTorch" FORCE)
+endif()
+if(MICROBATCH_TORCH)
+    find_package(Torch REQUIRED PATHS "${MICROBATCH_TORCH}" NO_DEFAULT_PATH)
+else()
+    find_package(Torch QUIET)
+    if(NOT Torch_FOUND)
+        file(GLOB venv_torch "${PROJECT_SOURCE_DIR}/.venv/lib/python3*/site-packages/torch")
+        find_package(Torch REQUIRED PATHS ${venv_torch} NO_DEFAULT_PATH)
+    endif()
+endif()

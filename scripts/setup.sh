@@ -42,8 +42,18 @@ install_packages() {
     rm -f "$log"
 }
 
+# True if CMAKE_PREFIX_PATH leads to a LibTorch; it may be there for other reasons.
+prefix_path_has_torch() {
+    local folders folder
+    IFS=':;' read -ra folders <<< "${CMAKE_PREFIX_PATH:-}"
+    for folder in "${folders[@]}"; do
+        [ -e "$folder/share/cmake/Torch/TorchConfig.cmake" ] || [ -e "$folder/Torch/TorchConfig.cmake" ] && return 0
+    done
+    return 1
+}
+
 install_torch() {
-    if [ -n "${MICROBATCH_TORCH:-}" ] || [ -n "${CMAKE_PREFIX_PATH:-}" ]; then return; fi
+    if [ -n "${MICROBATCH_TORCH:-}" ] || prefix_path_has_torch; then return; fi
     # Written last, so that an interrupted installation is begun again.
     local marker=.venv/torch-$torch_version
     [ -e "$marker" ] && return

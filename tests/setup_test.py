@@ -61,7 +61,10 @@ def test_a_named_libtorch_is_used_and_nothing_is_downloaded(tmp_path):
         (folder / "bin").mkdir(parents=True)
         (folder / "bin" / "python3").write_text(f"#!/bin/sh\ntouch {folder}/called\nexit 1\n")
         (folder / "bin" / "python3").chmod(0o755)
-        environment = {"MICROBATCH_TORCH": "", "CMAKE_PREFIX_PATH": "", name: "/somewhere"}
+        torch = folder / "libtorch"
+        (torch / "share" / "cmake" / "Torch").mkdir(parents=True)
+        (torch / "share" / "cmake" / "Torch" / "TorchConfig.cmake").touch()
+        environment = {"MICROBATCH_TORCH": "", "CMAKE_PREFIX_PATH": "", name: f"{torch}"}
         environment["PATH"] = f"{folder}/bin:{os.environ['PATH']}"
         run = subprocess.run([str(ROOT / "scripts" / "setup.sh"), "build"], env={**os.environ, **environment},
                              capture_output=True, text=True, timeout=60)

@@ -38,7 +38,12 @@ GradientVariance gradient_variance(const Parameters& parameters, std::int64_t ba
             throw Error(ErrorKind::usage, "a batch of weight 0 has no gradient to measure");
         }
         squares += gathered.gradient_norm * gathered.gradient_norm;
-        add_mean_gradients(gatherer.parameters(), gathered.weight, sums);
+        try {
+            add_mean_gradients(gatherer.parameters(), gathered.weight, sums);
+        } catch (...) {
+            gatherer.clear();
+            throw;
+        }
         gatherer.clear();
     }
     std::erase_if(sums, [](const at::Tensor& sum) { return !sum.defined(); });

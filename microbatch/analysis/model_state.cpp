@@ -33,13 +33,17 @@ ModelStateScope::~ModelStateScope() {
 }
 
 void ModelStateScope::restore() {
+    restore_model();
+    for (Draws& draws : draws_) draws.generator.set_state(draws.state);
+}
+
+void ModelStateScope::restore_model() {
     at::NoGradGuard no_grad;
     // train(bool) sets the submodules too; they come later in the list and get their own flag then.
     for (const Flag& flag : flags_) {
         if (flag.module->is_training() != flag.training) flag.module->train(flag.training);
     }
     for (const Buffer& buffer : buffers_) buffer.live.copy_(buffer.copy);
-    for (Draws& draws : draws_) draws.generator.set_state(draws.state);
 }
 
 bool ModelStateScope::buffers_changed() const {

@@ -23,6 +23,9 @@ public:
     /// Puts everything back now.
     void restore();
 
+    /// Puts buffers and training flags back, and lets the generators go on.
+    void restore_model();
+
     /// True if a buffer holds other values than at construction.
     bool buffers_changed() const;
 

@@ -52,6 +52,9 @@ public:
             result_.causes.push_back(Cause::not_finite);
         } else if (!result_.differences.empty()) {
             diagnose(whole, moves_buffers);
+        } else if (batch_.size() % cut_ == 0 && is_averaged()) {
+            // Micro-batches of one size hide a mean of means; the next ragged batch would not.
+            result_.causes.push_back(Cause::averaged_loss);
         }
         return result_;
     }
@@ -68,13 +71,22 @@ private:
 
     // Every call begins with the same generators and buffers, unless the draws are to differ.
     Gradients gradients(const Plan& plan, bool same_draws = true) {
-        if (same_draws) before_.restore();
+        same_draws ? before_.restore() : before_.restore_model();
         if (evaluate_) model_.train(false);
         const Gathered gathered = gatherer_.gather(batch_, plan, loss_);
+        if (gathered.weight == 0.0) {
+            gatherer_.clear();
+            throw Error(ErrorKind::usage, "the batch to verify has weight 0: there is no gradient to compare");
+        }
         Gradients result{gathered.loss(), gathered.gradient_norm, {}};
-        for (const Parameter& parameter : gatherer_.parameters()) {
-            const at::Tensor& gradient = parameter.tensor.grad();
-            result.mean.push_back(gradient.defined() ? gradient / gathered.weight : at::Tensor());
+        try {
+            for (const Parameter& parameter : gatherer_.parameters()) {
+                const at::Tensor& gradient = parameter.tensor.grad();
+                result.mean.push_back(gradient.defined() ? gradient / gathered.weight : at::Tensor());
+            }
+        } catch (...) {
+            gatherer_.clear();
+            throw;
         }
         gatherer_.clear();
         return result;
@@ -106,12 +118,18 @@ private:
         return relative(joint_norm({difference}), scale);
     }
 
+    // Draws again: dropout is silent in evaluation mode, noise that the loss function itself adds is not.
+    bool is_random(const Gradients& whole) { return !compare(whole, gradients(Plan{}, /*same_draws=*/false)).empty(); }
+
     void diagnose(const Gradients& whole, bool moves_buffers) {
-        const bool random = !compare(whole, gradients(Plan{}, /*same_draws=*/false)).empty();
+        const bool random = is_random(whole);
         evaluate_ = true;
-        const bool coupled_in_evaluation = !compare(gradients(Plan{}), gradients(Plan{cut_})).empty();
-        if (coupled_in_evaluation)
+        const Gradients evaluated = gradients(Plan{});
+        if (random && is_random(evaluated)) {
+            if (is_averaged()) result_.causes.push_back(Cause::averaged_loss);
+        } else if (!compare(evaluated, gradients(Plan{cut_})).empty()) {
             result_.causes.push_back(is_averaged() ? Cause::averaged_loss : Cause::coupled_samples);
+        }
         if (moves_buffers) result_.causes.push_back(Cause::batch_statistics);
         if (random) result_.causes.push_back(Cause::randomness);
         if (result_.causes.empty()) result_.causes.push_back(Cause::unknown);
@@ -124,7 +142,7 @@ private:
         const auto [sum, weight] = value(batch_);
         const auto [sum_twice, weight_twice] = value(twice);
         const bool sum_grows = !above(std::abs(sum_twice - 2.0 * sum), result_.tolerance * std::abs(2.0 * sum));
-        const bool sum_stays = !above(std::abs(sum_twice - sum), result_.tolerance * std::abs(sum));
+        const bool sum_stays = sum != 0.0 && !above(std::abs(sum_twice - sum), result_.tolerance * std::abs(sum));
         const bool weight_grows = !above(std::abs(weight_twice - 2.0 * weight), result_.tolerance * 2.0 * weight);
         return sum_stays || (sum_grows && !weight_grows);
     }

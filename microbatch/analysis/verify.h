@@ -43,12 +43,14 @@ struct Verification {
 /// Compares the gradients of `batch` as a whole with those of the same batch cut into `micro_batch` samples, on the
 /// user's own model, and says which parameters differ and why.
 ///
-/// Take a batch that the micro-batch does not divide (5 in 3 and 2): equal micro-batches hide a mean of means.
+/// Take a batch that the micro-batch does not divide (5 in 3 and 2): equal micro-batches hide a mean of means, which is
+/// then looked for by giving the loss function every sample twice.
 /// Tolerance: the square root of the dtype's epsilon: half of the digits. Cutting differently changes rounding alone,
 ///            thousands of times less; each known mistake is thousands of times more. Tensors whose gradient is
 ///            mathematically zero (a key bias) are measured against 1 % of the root mean square over all parameters.
-/// Errors:    ErrorKind::usage unless 1 <= micro_batch < batch; as Gatherer's; what the loss function throws.
-/// State:     leaves no trace, after an exception neither: gradients cleared, buffers (BatchNorm), training flags and
+/// Errors:    ErrorKind::usage unless 1 <= micro_batch < batch, or if the batch has weight 0; as Gatherer's; what the
+/// loss function throws. State:     leaves no trace, after an exception neither: gradients cleared, buffers
+/// (BatchNorm), training flags and
 ///            torch's generators as before.
 /// Cost:      at most ten passes over the batch; three copies of the gradients.
 /// Threads:   no other use of the model at the same time.

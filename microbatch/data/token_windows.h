@@ -33,9 +33,8 @@ std::int64_t vocabulary_of(const Tokens& tokens);
 /// (both ends included), so a window's last target is the next window's first input.
 ///
 /// Shapes: get() gives two int64 fields, inputs [b, length] and targets [b, length], targets one token later.
-/// Errors: the constructor throws ErrorKind::usage if length < 1, ErrorKind::bad_data if there are fewer than length +
-/// 1
-///         tokens; get() throws std::out_of_range.
+/// Errors: the constructor throws ErrorKind::usage if length < 1, ErrorKind::bad_data if there are not more than
+///         `length` tokens; get() throws std::out_of_range.
 class TokenWindows final : public Dataset {
 public:
     /// length: tokens per sample.

@@ -44,6 +44,7 @@ void RunLog::write(const TrainerReport& report, const StepMemory& memory) {
     line["reason"] = report.step.reason;
     file_ << line.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) << '\n' << std::flush;
     if (!file_) throw Error(ErrorKind::usage, text("cannot write ", path_.string(), ": is the disk full?"));
+    ++lines_;
 }
 
 }  // namespace microbatch

@@ -31,9 +31,15 @@ public:
     /// Errors: ErrorKind::usage if the line cannot be written (disk full); it names the file.
     void write(const TrainerReport& report, const StepMemory& memory);
 
+    /// Lines written so far.
+    std::int64_t lines() const { return lines_; }
+
+    const std::filesystem::path& path() const { return path_; }
+
 private:
     std::filesystem::path path_;
     std::ofstream file_;
+    std::int64_t lines_ = 0;
 };
 
 }  // namespace microbatch

@@ -60,12 +60,8 @@ std::string make_header(const Parameters& tensors) {
     return text;
 }
 
-}  // namespace
-
-void write_safetensors(const std::filesystem::path& path, const Parameters& tensors) {
-    const std::string header = make_header(tensors);
-    const std::filesystem::path temporary = path.string() + ".part";
-    std::ofstream file(temporary, std::ios::binary | std::ios::trunc);
+void write_all(const std::filesystem::path& path, const std::string& header, const Parameters& tensors) {
+    std::ofstream file(path, std::ios::binary | std::ios::trunc);
     const std::uint64_t length = header.size();
     file.write(reinterpret_cast<const char*>(&length), sizeof(length));
     file << header;
@@ -74,14 +70,26 @@ void write_safetensors(const std::filesystem::path& path, const Parameters& tens
         file.write(static_cast<const char*>(data.const_data_ptr()), static_cast<std::streamsize>(data.nbytes()));
     }
     file.close();
-    std::error_code failure;
     if (!file) {
-        std::filesystem::remove(temporary, failure);
         throw Error(ErrorKind::usage,
-                    text("cannot write ", temporary.string(), ": is the folder there and the disk not full?"));
+                    text("cannot write ", path.string(), ": is the folder there and the disk not full?"));
     }
-    std::filesystem::rename(temporary, path, failure);
-    if (failure) throw Error(ErrorKind::usage, text("cannot write ", path.string(), ": ", failure.message()));
+}
+
+}  // namespace
+
+void write_safetensors(const std::filesystem::path& path, const Parameters& tensors) {
+    const std::string header = make_header(tensors);
+    const std::filesystem::path temporary = path.string() + ".part";
+    try {
+        write_all(temporary, header, tensors);
+        std::filesystem::rename(temporary, path);
+    } catch (const std::exception& error) {
+        std::error_code ignored;
+        std::filesystem::remove(temporary, ignored);
+        if (dynamic_cast<const std::filesystem::filesystem_error*>(&error) == nullptr) throw;
+        throw Error(ErrorKind::usage, text("cannot write ", path.string(), ": ", error.what()));
+    }
 }
 
 }  // namespace microbatch

@@ -1,5 +1,7 @@
 #include "microbatch/memory/probe.h"
 
+#include <c10/util/Exception.h>
+
 #include <algorithm>
 #include <limits>
 
@@ -17,18 +19,21 @@ constexpr double tie = 1.02;
 
 class Prober {
 public:
-    Prober(std::int64_t batch, std::int64_t budget, const Measure& measure)
-        : batch_(batch), budget_(budget), measure_(measure) {}
+    Prober(std::int64_t batch, std::int64_t budget, const Measure& measure, std::int64_t uncut_saving)
+        : batch_(batch), budget_(budget), measure_(measure), uncut_saving_(uncut_saving) {}
 
     Probe run() {
-        add_measured(1, 0);
-        require_smallest_fits();
-        if (batch_ >= 2) add_measured(2, 0);
-        for (std::int64_t size = 4; size < batch_ && pays(); size = size > batch_ / 2 ? batch_ : 2 * size) {
-            if (!add_if_it_fits(size)) break;
+        try_size(1);
+        if (!result_.candidates.front().fits) {
+            try_uncut_only();
+        } else {
+            if (batch_ >= 2) try_size(2);
+            for (std::int64_t size = 4; size < batch_ && pays(); size = size > batch_ / 2 ? batch_ : 2 * size) {
+                if (!try_if_predicted_to_fit(size)) break;
+            }
+            if (batch_ > 2) try_largest();
+            if (batch_ > 2) consider_uncut();
         }
-        if (batch_ > 2 && fits_all_so_far()) add_largest();
-        if (batch_ > 2 && result_.candidates.back().micro_batch != batch_) add_unmeasured(batch_);
         std::sort(result_.candidates.begin(), result_.candidates.end(),
                   [](const Candidate& a, const Candidate& b) { return a.micro_batch < b.micro_batch; });
         choose();
@@ -37,60 +42,91 @@ public:
     }
 
 private:
-    void add_measured(std::int64_t size, std::int64_t predicted) {
-        Candidate candidate = make(size, predicted);
-        const Measurement measured = measure_(size);
-        if (predicted == 0) candidate.predicted_peak_bytes = measured.peak_bytes;
-        candidate.measured = measured;
-        candidate.fits = measured.peak_bytes <= budget_;
-        candidate.step_seconds =
-            static_cast<double>(batch_) / static_cast<double>(size) * measured.micro_batch_seconds +
-            measured.update_seconds;
-        points_.push_back({size, measured.peak_bytes});
-        not_paying_ = candidate.step_seconds < worthwhile * best_seconds_ ? 0 : not_paying_ + 1;
-        if (candidate.fits) best_seconds_ = std::min(best_seconds_, candidate.step_seconds);
+    // Measures a size and keeps what came of it.
+    void try_size(std::int64_t size) {
+        Candidate candidate{.micro_batch = size, .micro_batches = micro_batch_count(batch_, size)};
+        if (points_.size() >= 2) candidate.predicted_peak_bytes = predict(size);
+        candidate.measured = measure(size);
+        if (candidate.measured) {
+            const Measurement& measured = *candidate.measured;
+            if (points_.size() < 2) candidate.predicted_peak_bytes = measured.peak_bytes;
+            candidate.fits = measured.peak_bytes <= budget_;
+            candidate.step_seconds =
+                static_cast<double>(batch_) / static_cast<double>(size) * measured.micro_batch_seconds +
+                measured.update_seconds;
+            points_.push_back({size, measured.peak_bytes + saving(size)});
+        }
+        judge_pace(candidate);
+        last_fits_ = candidate.fits;
         result_.candidates.push_back(candidate);
+    }
+
+    std::optional<Measurement> measure(std::int64_t size) const {
+        try {
+            return measure_(size);
+        } catch (const c10::OutOfMemoryError&) {
+            return std::nullopt;
+        }
+    }
+
+    void judge_pace(const Candidate& candidate) {
+        const bool faster = candidate.fits && candidate.step_seconds < worthwhile * best_seconds_;
+        not_paying_ = faster ? 0 : not_paying_ + 1;
+        if (candidate.fits) best_seconds_ = std::min(best_seconds_, candidate.step_seconds);
     }
 
     void add_unmeasured(std::int64_t size) {
-        Candidate candidate = make(size, fit_memory(points_).predict(size));
-        candidate.fits = candidate.predicted_peak_bytes <= budget_;
+        Candidate candidate{.micro_batch = size, .micro_batches = micro_batch_count(batch_, size)};
+        if (points_.size() >= 2) {
+            candidate.predicted_peak_bytes = predict(size);
+            candidate.fits = candidate.predicted_peak_bytes <= budget_;
+        }
         result_.candidates.push_back(candidate);
     }
 
-    bool add_if_it_fits(std::int64_t size) {
-        const std::int64_t predicted = fit_memory(points_).predict(size);
-        if (predicted > budget_) {
+    bool try_if_predicted_to_fit(std::int64_t size) {
+        if (predict(size) > budget_) {
             add_unmeasured(size);
             return false;
         }
-        add_measured(size, predicted);
+        try_size(size);
         return result_.candidates.back().fits;
     }
 
     // Between the last doubling and the next lies the largest that fits; with few, large samples that matters.
-    void add_largest() {
+    void try_largest() {
         if (!pays()) return;
-        const MemoryModel memory = fit_memory(points_);
-        const std::int64_t largest = largest_that_fits(memory, budget_, batch_);
-        if (largest > points_.back().micro_batch) add_measured(largest, memory.predict(largest));
+        const std::int64_t largest = largest_that_fits(fit_memory(points_), budget_, batch_);
+        if (largest > points_.back().micro_batch) try_size(largest);
     }
 
-    bool fits_all_so_far() const { return points_.back().peak_bytes <= budget_; }
-    bool pays() const { return not_paying_ < 2 && fits_all_so_far(); }
-
-    Candidate make(std::int64_t size, std::int64_t predicted) const {
-        return {size, micro_batch_count(batch_, size), predicted, std::nullopt, 0.0, false};
+    // The uncut batch is the last row, measured if it may fit and larger ones still pay.
+    void consider_uncut() {
+        const bool known = std::any_of(result_.candidates.begin(), result_.candidates.end(),
+                                       [this](const Candidate& c) { return c.micro_batch == batch_; });
+        if (known) return;
+        const bool measurable = uncut_saving_ > 0 && points_.size() >= 2 && predict(batch_) <= budget_;
+        measurable&& not_paying_ < 2 ? try_size(batch_) : add_unmeasured(batch_);
     }
 
-    void require_smallest_fits() const {
-        const std::int64_t needed = points_.front().peak_bytes;
-        if (needed <= budget_) return;
-        throw Error(ErrorKind::does_not_fit,
-                    text("a micro-batch of 1 sample needs ", format_bytes(needed), ", ", format_bytes(needed - budget_),
-                         " more than the memory budget of ", format_bytes(budget_),
-                         ": raise the budget, or take a smaller model or shorter samples"));
+    void try_uncut_only() {
+        const auto& smallest = result_.candidates.front().measured;
+        const bool hopeless =
+            batch_ == 1 || uncut_saving_ == 0 || (smallest && smallest->peak_bytes - uncut_saving_ > budget_);
+        if (!hopeless) try_size(batch_);
+        if (!hopeless && result_.candidates.back().fits) return;
+        const std::string needed =
+            smallest ? text("needs ", format_bytes(smallest->peak_bytes), ", ",
+                            format_bytes(smallest->peak_bytes - budget_), " more than the memory budget of ")
+                     : std::string("does not fit the memory budget of ");
+        throw Error(ErrorKind::does_not_fit, text("a micro-batch of 1 sample ", needed, format_bytes(budget_),
+                                                  ": raise the budget, or take a smaller model or shorter samples"));
     }
+
+    bool pays() const { return not_paying_ < 2 && points_.size() >= 2 && last_fits_; }
+
+    std::int64_t saving(std::int64_t size) const { return size == batch_ ? uncut_saving_ : 0; }
+    std::int64_t predict(std::int64_t size) const { return fit_memory(points_).predict(size) - saving(size); }
 
     void choose() {
         double fastest = std::numeric_limits<double>::infinity();
@@ -107,20 +143,23 @@ private:
     std::int64_t batch_;
     std::int64_t budget_;
     const Measure& measure_;
+    std::int64_t uncut_saving_;
     Probe result_;
     std::vector<MemoryPoint> points_;
     double best_seconds_ = std::numeric_limits<double>::infinity();
-    int not_paying_ = 0;
+    int not_paying_ = 0;      // sizes measured in a row that were not worthwhile
+    bool last_fits_ = false;  // the size measured last
 };
 
 }  // namespace
 
-Probe probe_micro_batches(std::int64_t batch, std::int64_t budget_bytes, const Measure& measure) {
+Probe probe_micro_batches(std::int64_t batch, std::int64_t budget_bytes, const Measure& measure,
+                          std::int64_t uncut_saving_bytes) {
     if (batch < 1) throw Error(ErrorKind::usage, text("the batch is ", batch, "; it must be at least 1"));
     if (budget_bytes < 1) {
         throw Error(ErrorKind::usage, text("the memory budget is ", budget_bytes, " bytes; it must be above 0"));
     }
-    return Prober(batch, budget_bytes, measure).run();
+    return Prober(batch, budget_bytes, measure, uncut_saving_bytes).run();
 }
 
 }  // namespace microbatch

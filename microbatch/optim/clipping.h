@@ -6,7 +6,8 @@
 
 namespace microbatch {
 
-/// Euclidean norm over all the tensors together, summed in fp64; NaN or infinity if any element is. 0 for no tensor.
+/// Euclidean norm over all the tensors together, its squares summed in fp64; NaN or infinity if any element is, or if
+/// the sum leaves fp64 (a norm above 1e154). 0 for no tensor.
 /// Cost: one pass; on the CPU 2 MiB of memory, whatever the size.
 double joint_norm(const std::vector<at::Tensor>& tensors);
 

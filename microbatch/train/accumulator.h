@@ -54,8 +54,9 @@ public:
     /// Covers parameters that were added to the model; give them to the optimizer too.
     void track(const Parameters& parameters) { gatherer_.track(parameters); }
 
-    /// gather(), then apply(), or discard() if there is a reason_to_refuse(). On an exception nothing has changed but
-    /// what the loss function itself changed (generators, batch statistics).
+    /// gather(), then apply(), or discard() if there is a reason_to_refuse(). If the loss function, its backward or
+    /// anything else throws before the optimizer steps, no gradient is left and no parameter has changed; what the loss
+    /// function itself changed (generators, batch statistics) has.
     StepReport step(const Batch& batch, const LossFunction& loss);
 
     /// All gradients of the batch, no update yet. Errors: see Gatherer::gather().

@@ -86,16 +86,24 @@ void Gatherer::add_checked(const WeightedLoss& loss) {
 
 Gathered Gatherer::finish() {
     if (state_ != State::open) throw Error(ErrorKind::usage, "no batch is open: call begin() before finish()");
+    try {
+        measure();
+    } catch (...) {
+        clear();
+        throw;
+    }
+    state_ = State::gathered;
+    return gathered_;
+}
+
+void Gatherer::measure() {
     const std::vector<at::Tensor> sums = gradients();
     if (gathered_.weight > 0.0 && sums.empty()) {
-        clear();
         throw Error(ErrorKind::usage,
                     "no parameter got a gradient: are these the parameters of the model that the loss function uses?");
     }
     if (loss_sum_.defined()) gathered_.loss_sum = loss_sum_.item<double>();
     if (gathered_.weight > 0.0) gathered_.gradient_norm = joint_norm(sums) / gathered_.weight;
-    state_ = State::gathered;
-    return gathered_;
 }
 
 Gathered Gatherer::gather(const Batch& batch, const Plan& plan, const LossFunction& loss) {

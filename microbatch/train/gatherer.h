@@ -70,6 +70,7 @@ private:
 
     void refuse_stale_gradients();
     void add_checked(const WeightedLoss& loss);
+    void measure();
 
     Parameters parameters_;
     State state_ = State::idle;

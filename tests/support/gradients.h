@@ -74,7 +74,7 @@ inline bool same_bits(const at::Tensor& left, const at::Tensor& right) {
     const at::Tensor a = left.contiguous();
     const at::Tensor b = right.contiguous();
     return a.scalar_type() == b.scalar_type() && a.sizes() == b.sizes() &&
-           std::memcmp(a.const_data_ptr(), b.const_data_ptr(), a.nbytes()) == 0;
+           (a.nbytes() == 0 || std::memcmp(a.const_data_ptr(), b.const_data_ptr(), a.nbytes()) == 0);
 }
 
 inline void expect_same_bits(const Named& left, const Named& right) {

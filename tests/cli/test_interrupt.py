@@ -1,0 +1,110 @@
+"""Ctrl-C at any moment: what was done is whole and on the disk, and the command ends soon."""
+
+import json
+import signal
+import subprocess
+import time
+
+import pytest
+
+from conftest import FORTUNES, Result
+
+
+def wait_for(condition, process, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def lines_of(run, name="run"):
+    file = run.folder / name / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else -1
+
+
+@pytest.fixture
+def interrupted(run):
+    """A long run that got the signal after three steps."""
+
+    def stop(sent, **flags):
+        process = run.start("train", steps="30M", micro_batch=8, **flags)
+        wait_for(lambda: lines_of(run) >= 3, process)
+        process.send_signal(sent)
+        out, err = process.communicate(timeout=60)
+        return Result(process.returncode, out, err, run.folder / "run")
+
+    return stop
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_with_everything_written(interrupted, sent):
+    result = interrupted(sent)
+    assert result.returncode == 130 and result.stderr == ""
+    steps = result.column("step")
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) >= 3
+    assert sum(len(numbers) for _, numbers in result.weights.values()) == 21472
+    summary = result.stdout[result.stdout.index("stopped") :]
+    assert f"{len(steps):,} steps" in summary and "model.safetensors" in summary and "peak" in summary
+
+
+def test_the_document_tells_that_the_run_was_interrupted(interrupted):
+    result = interrupted(signal.SIGINT, json=True)
+    assert result.returncode == 130
+    assert result.document["interrupted"] is True and result.document["steps"] == len(result.metrics)
+
+
+@pytest.mark.parametrize("seconds", [0.5, 1, 2])
+def test_a_signal_while_the_micro_batch_is_sought_ends_the_command(run, seconds):
+    process = run.start("plan", data=FORTUNES, model="gpt-small", layers=2, width=192, length=128, batch=512,
+                        memory="2GiB")
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGINT), out  # half a search is not shown as a plan
+
+
+def test_a_comparison_can_be_interrupted(run):
+    process = run.start("compare", samples="30M")
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+
+
+def test_two_signals_end_at_once(run):
+    # A step of many seconds, so that the first signal cannot have ended the run by itself.
+    process = run.start("train", batch=100_000, micro_batch=1, steps=100)
+    wait_for(lambda: lines_of(run) == 0, process)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=3)
+    assert process.returncode in (130, -signal.SIGINT)
+
+
+def test_the_end_after_a_signal_does_not_wait_for_the_held_out_samples(run):
+    # A tenth of all fortunes are thousands of held-out samples: many times longer than the step that is being finished.
+    process = run.start("train", data=FORTUNES, layers=6, heads=4, width=256, length=128, micro_batch=8, steps="30M",
+                        memory="1GiB")
+    wait_for(lambda: lines_of(run) >= 1, process)
+    process.send_signal(signal.SIGINT)
+    try:
+        process.communicate(timeout=4)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        pytest.fail("still busy four seconds after the signal, weights written: "
+                    f"{(run.folder / 'run' / 'model.safetensors').exists()}")
+    assert process.returncode == 130 and (run.folder / "run" / "model.safetensors").exists()
+
+
+def test_a_run_that_was_killed_leaves_whole_lines(run):
+    process = run.start("train", steps="30M", micro_batch=8)
+    wait_for(lambda: lines_of(run) >= 3, process)
+    process.kill()
+    process.communicate()
+    raw = (run.folder / "run" / "metrics.jsonl").read_bytes()
+    assert raw.endswith(b"\n") and [json.loads(line)["step"] for line in raw.splitlines()][:3] == [1, 2, 3]

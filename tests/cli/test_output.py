@@ -1,0 +1,201 @@
+"""What the user sees: help, drawing on a terminal, plain lines in a pipe, one document for a program, the schedules."""
+
+import fcntl
+import math
+import os
+import pty
+import re
+import select
+import struct
+import subprocess
+import termios
+import time
+
+import pytest
+
+from conftest import COMMAND, OF_COMMAND, TEXT, words_of
+
+JOB = ["data", "model", "layers", "heads", "width", "length", "norm", "dropout", "batch", "micro-batch", "memory",
+       "optimizer", "lr", "clip", "weight-decay", "momentum", "nesterov", "schedule", "warmup", "final-lr", "decay",
+       "power", "seed", "threads", "config", "json", "help"]
+LENGTH = ["steps", "samples", "tokens"]
+FLAGS = {"train": JOB + LENGTH + ["run", "no-verify"], "plan": JOB, "compare": JOB + LENGTH, "doctor": ["json", "help"]}
+
+
+# Help
+
+def test_the_version_is_one_line(run):
+    assert re.fullmatch(r"microbatch \d+\.\d+\.\d+\n", run("--version").ok().stdout)
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_help_explains_every_flag(run, command):
+    for word in ("--help", "-h"):
+        result = run(command, word).ok()
+        assert result.stderr == ""
+        told = dict(re.findall(r"^ +(?:-\w,)?--([\w-]+) (.*)$", result.stdout, re.MULTILINE))
+        assert set(told) == set(FLAGS[command])
+        assert [flag for flag, text in told.items() if len(text.split("  ")[-1].split()) < 3] == []
+        assert max(map(len, result.stdout.splitlines())) < 200
+
+
+def test_help_names_commands_exit_codes_and_an_example(run):
+    text = run("--help").ok().stdout
+    assert [name for name in FLAGS if not re.search(rf"^  {name} +[A-Z]", text, re.MULTILINE)] == []
+    assert all(code in text for code in ("0 done", "2 bad usage", "3 does not fit", "4 stopped", "5 bad data", "130 "))
+    assert "microbatch train --data" in text
+
+
+def test_help_tells_how_long_a_run_is_by_itself(run):
+    text = run("train", "--help").ok().stdout
+    assert re.search(r"default.*100 steps|100 steps.*default", text.split("How long")[1])
+
+
+# Lines in a pipe
+
+def test_a_pipe_gets_plain_lines(run):
+    result = run.text("train", steps=20).ok()
+    assert result.stderr == "" and "\r" not in result.stdout and "\x1b" not in result.stdout
+    progress = [line for line in result.stdout.splitlines() if re.match(r" *\d+ %  step", line)]
+    assert progress
+    for line in progress:
+        assert re.search(r"loss \d+\.\d+ .* [\d,]+ tokens/s .*peak [\d.]+ of 64\.0 MiB .*\d:\d\d left", line)
+
+
+def test_images_are_counted_as_images(run):
+    assert "images/s" in run.images("train").ok().stdout
+
+
+def test_a_summary_is_at_the_end(run):
+    result = run.text("train", steps=3).ok()
+    done, loss, memory, written = result.stdout.splitlines()[-4:]
+    assert re.match(r"done +3 steps, 24 samples in .* tokens/s", done)
+    first, last = (f"{result.column('loss')[at]:.4f}" for at in (0, -1))
+    assert re.match(rf"loss +{first} at the first step, {last} at the last, [\d.]+ held out", loss)
+    assert re.match(r"memory +peak .* measured, .* predicted .*, budget 64 MiB", memory)
+    assert written.split()[1] == "run:" and "metrics.jsonl" in written
+
+
+def test_the_first_lines_reach_a_pipe_before_the_first_step_ends(run):
+    process = run.start("train", batch=100_000, micro_batch=1)
+    metrics = run.folder / "run" / "metrics.jsonl"
+    while not metrics.exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    ready, _, _ = select.select([process.stdout], [], [], 2)
+    still = metrics.read_bytes() == b""
+    process.kill()
+    process.communicate()
+    assert ready and still
+
+
+def test_an_output_that_cannot_be_written_is_an_error(run):
+    with open("/dev/full", "w") as full:
+        for words in (["plan", "--json"], ["train", "--json", "--steps", "1", "--run", "run"], ["doctor", "--json"]):
+            job = [] if words[0] == "doctor" else words_of({"data": run.data.text} | TEXT)
+            result = run(*words, *job, stdout=full, stderr=subprocess.PIPE, capture_output=False)
+            assert result.returncode != 0, words
+
+
+# A terminal
+
+@pytest.fixture
+def terminal(run):
+    """Train on a terminal of so many columns: the exit code and what came."""
+
+    def train(columns, **flags):
+        ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        words = words_of({"data": run.data.text} | TEXT | OF_COMMAND["train"] | flags)
+        process = subprocess.Popen([COMMAND, "train", *words], cwd=run.folder, stdin=theirs, stdout=theirs,
+                                   stderr=theirs)
+        os.close(theirs)
+        seen = b""
+        try:
+            while part := os.read(ours, 65536):
+                seen += part
+        except OSError:  # the other end is closed
+            pass
+        os.close(ours)
+        return process.wait(60), seen.decode().replace("\r\n", "\n")
+
+    return train
+
+
+def drawn(seen):
+    """What each redrawing of the progress line shows, without the codes."""
+    return [re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", part.split("\n")[0]) for part in seen.split("\r")[1:]]
+
+
+@pytest.mark.parametrize("columns", [40, 120])
+def test_a_terminal_gets_one_line_that_is_drawn_again(terminal, columns):
+    code, seen = terminal(columns, steps=1500, micro_batch=8)
+    assert code == 0
+    shown = [text for text in drawn(seen) if "%" in text]
+    assert len(shown) >= 3 and "100 %" in shown[-1]
+    assert max(map(len, shown)) < columns
+    assert len([line for line in seen.split("\n") if "\r" in line]) == 1  # no scrolling
+    assert re.search(r"\ndone +1,500 steps", seen)
+
+
+def test_a_terminal_of_80_columns_shows_loss_speed_peak_and_time_left(terminal):
+    _, seen = terminal(80, steps=300, micro_batch=8)
+    last = [text for text in drawn(seen) if "%" in text][-1]
+    assert re.search(r"loss \d\.\d+.*tokens/s.*peak [\d.]+ .*\d:\d\d", last), last
+
+
+def test_a_dumb_terminal_gets_no_codes(terminal, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    assert "\x1b" not in terminal(80, steps=30)[1]
+
+
+# One document
+
+@pytest.mark.parametrize("command", ["train", "compare", "plan"])
+def test_json_is_one_document_and_the_rest_goes_to_the_other_stream(run, command):
+    result = run.text(command, json=True).ok()
+    assert result.stdout.startswith("{") and isinstance(result.document, dict)
+    assert "\x1b" not in result.stderr and (result.stderr != "" or command == "plan")
+
+
+def test_the_document_of_a_run_is_what_its_metrics_say(run):
+    result = run.text("train", steps=3, json=True).ok()
+    told, last = result.document, result.metrics[-1]
+    assert [told[key] for key in ("samples", "tokens", "loss", "micro_batch")] == [
+        last[key] for key in ("samples", "tokens", "loss", "micro_batch")]
+    assert told["steps"] == 3 and told["first_loss"] == result.metrics[0]["loss"] and told["interrupted"] is False
+    assert told["peak_bytes"] == max(result.column("peak_bytes")) <= told["budget_bytes"] == 64 * 2**20
+
+
+def test_an_error_leaves_the_document_away(run):
+    run.text("plan", json=True, batch=0).refused(2, "--batch")
+
+
+# The learning rate in the metrics is that of the schedule
+
+def rates(run, **flags):
+    return run.images("train", model="mlp", norm=None, lr=0.01, no_verify=True, **flags).ok().column("learning_rate")
+
+
+@pytest.mark.parametrize("schedule, shape", [
+    ("constant", lambda way: 1), ("linear", lambda way: 1 - way),
+    ("cosine", lambda way: (1 + math.cos(math.pi * way)) / 2),
+    ("polynomial", lambda way: (1 - way) ** 2), ("wsd", lambda way: 1 - max(0, (way * 5 - 2) / 3)),
+])
+def test_the_learning_rate_follows_the_schedule(run, schedule, shape):
+    floor = 0 if schedule == "constant" else 0.001
+    flags = {"decay": "3 steps"} if schedule == "wsd" else {}
+    seen = rates(run, steps=8, schedule=schedule, warmup="3 steps", **({"final_lr": floor} if floor else {}), **flags)
+    rest = [floor + (0.01 - floor) * shape(done / 5) for done in range(5)]
+    assert seen == pytest.approx([0.01 / 3, 0.02 / 3, 0.01, *rest], rel=1e-12)
+
+
+@pytest.mark.parametrize("warmup", ["4 steps", "32 samples", "32 tokens"])
+def test_warmup_has_the_same_meaning_in_every_unit(run, warmup):
+    assert rates(run, steps=6, schedule="constant", warmup=warmup) == pytest.approx(
+        [0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01], rel=1e-12)
+
+
+def test_a_schedule_in_samples_counts_the_smaller_last_batch(run):
+    seen = rates(run, steps=None, samples=60, schedule="linear", warmup="20 samples")
+    assert seen == pytest.approx([0.004, 0.008, 0.01, 0.009, 0.007, 0.005, 0.003, 0.001], rel=1e-12)
