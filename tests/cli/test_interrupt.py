@@ -54,14 +54,14 @@ def test_the_document_tells_that_the_run_was_interrupted(interrupted):
     assert result.document["interrupted"] is True and result.document["steps"] == len(result.metrics)
 
 
-@pytest.mark.parametrize("seconds", [0.5, 1, 2])
+@pytest.mark.parametrize("seconds", [0.5, 1])
 def test_a_signal_while_the_micro_batch_is_sought_ends_the_command(run, seconds):
-    process = run.start("plan", data=FORTUNES, model="gpt-small", layers=2, width=192, length=128, batch=512,
+    process = run.start("plan", data=FORTUNES, model="gpt-small", layers=6, width=384, length=256, batch=512,
                         memory="2GiB")
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode in (130, -signal.SIGINT), out  # half a search is not shown as a plan
+    assert process.returncode in (130, -signal.SIGINT) and "chosen" not in out
 
 
 def test_a_comparison_can_be_interrupted(run):
