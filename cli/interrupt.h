@@ -2,7 +2,7 @@
 
 namespace microbatch::cli {
 
-/// From now on the first SIGINT or SIGTERM is only remembered; a second one ends the process at once, as usual.
+/// From now on the first SIGINT, SIGTERM or SIGHUP is only remembered; a second one ends the process at once, as usual.
 void watch_interrupts();
 
 /// True once a signal has come. Threads: any.

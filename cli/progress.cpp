@@ -55,9 +55,12 @@ ProgressLine::ProgressLine(std::FILE* stream, Interval length, const char* speed
 void ProgressLine::update(const TrainerReport& report, std::int64_t peak_bytes) {
     last_ = report;
     peak_bytes_ = std::max(peak_bytes_, peak_bytes);
-    if (std::isfinite(report.step.loss) && report.step.weight > 0.0) {
+    if (!std::isfinite(report.step.loss)) {
+        loss_ = report.step.loss;
+        losses_ = 0;
+    } else if (report.step.weight > 0.0) {
         const double share = std::max(0.1, 1.0 / static_cast<double>(++losses_));
-        loss_ += share * (report.step.loss - loss_);
+        loss_ = losses_ == 1 ? report.step.loss : loss_ + share * (report.step.loss - loss_);
     }
     pending_ = true;
     const auto now = std::chrono::steady_clock::now();

@@ -26,6 +26,9 @@
 namespace microbatch::cli {
 namespace {
 
+// A step is refused before it does harm, but steps that are all refused train nothing.
+constexpr int most_refused_in_a_row = 10;
+
 struct Outcome {
     TrainerReport last;
     double first_loss = 0.0;
@@ -33,6 +36,7 @@ struct Outcome {
     double seconds = 0.0;
     std::int64_t peak_bytes = 0;
     std::int64_t refused = 0;
+    int refused_in_a_row = 0;  // up to the last step; batches of weight 0 do not count
     bool interrupted = false;
 };
 
@@ -120,21 +124,24 @@ Outcome train_to_the_end(std::FILE* out, const JobPlan& plan, const Job& job, co
     ProgressLine progress(out, length, speed_unit(plan), budget);
     Outcome outcome;
     const auto started = std::chrono::steady_clock::now();
-    while (!trainer.done() && !interrupted()) {
+    while (!trainer.done() && !interrupted() && outcome.refused_in_a_row < most_refused_in_a_row) {
         reset_peak_memory();
         outcome.last = trainer.step();
         const std::int64_t peak = memory_use().peak_bytes;
         outcome.peak_bytes = std::max(outcome.peak_bytes, peak);
         if (outcome.last.progress.steps == 1) outcome.first_loss = outcome.last.step.loss;
         if (!outcome.last.step.applied) ++outcome.refused;
+        const bool bad = !outcome.last.step.applied && outcome.last.step.weight > 0.0;
+        outcome.refused_in_a_row = bad ? outcome.refused_in_a_row + 1 : 0;
         log.write(outcome.last, {chosen.micro_batch, peak, chosen.predicted_peak_bytes});
         progress.update(outcome.last, peak);
     }
     progress.finish();
     outcome.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
-    outcome.interrupted = !trainer.done();
+    outcome.interrupted = !trainer.done() && outcome.refused_in_a_row == 0;
     if (log.lines() == 0) return outcome;
-    if (!outcome.interrupted) outcome.held_out = held_out_loss(plan, job, chosen.micro_batch);
+    if (!outcome.interrupted && outcome.refused_in_a_row == 0)
+        outcome.held_out = held_out_loss(plan, job, chosen.micro_batch);
     return outcome;
 }
 
@@ -144,6 +151,15 @@ void remove_unused_folder(const std::filesystem::path& folder) {
     std::filesystem::remove(folder / "config.toml", ignored);
     std::filesystem::remove(folder / "metrics.jsonl", ignored);
     std::filesystem::remove(folder, ignored);  // only if nothing else is in it
+}
+
+void report_divergence(const Outcome& outcome, const Settings& settings) {
+    if (outcome.refused_in_a_row == 0) return;
+    throw Error(
+        ErrorKind::stopped,
+        fmt::format("the run diverged: the last {} steps were refused, because the {}; take a smaller --lr than {:g}, "
+                    "a --warmup or a smaller --clip",
+                    outcome.refused_in_a_row, outcome.last.step.reason, learning_rate_of(settings)));
 }
 
 void save_weights(const std::filesystem::path& folder, const Job& job) {
@@ -159,7 +175,8 @@ double speed(const Outcome& outcome) {
 void print_summary(std::FILE* out, const JobPlan& plan, const ChosenPlan& chosen, const Outcome& outcome,
                    std::int64_t budget, const std::filesystem::path& folder) {
     const Progress& progress = outcome.last.progress;
-    fmt::print(out, "{}{} steps, {} samples in {}: {} {}/s\n", outcome.interrupted ? "stopped   " : "done      ",
+    fmt::print(out, "{}{} steps, {} samples in {}: {} {}/s\n",
+               outcome.interrupted || outcome.refused_in_a_row > 0 ? "stopped   " : "done      ",
                format_count(progress.steps), format_count(progress.samples), clock_time(outcome.seconds),
                format_count(std::llround(speed(outcome))), speed_unit(plan));
     fmt::print(out, "loss      {:.4f} at the first step, {:.4f} at the last", outcome.first_loss,
@@ -234,6 +251,7 @@ int train(const Settings& settings) {
     save_weights(folder, job);
     print_summary(out, plan, chosen, outcome, budget, folder);
     if (settings.json) print_json(plan, chosen, outcome, budget, folder);
+    report_divergence(outcome, settings);
     return outcome.interrupted ? interrupted_exit_code : 0;
 }
 

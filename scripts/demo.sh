@@ -9,10 +9,10 @@ runs=runs/demo-$(date +%Y%m%d-%H%M%S)
 step() { printf '\n== %s\n\n' "$1"; }
 show() { printf '$ microbatch %s\n' "$*"; "$microbatch" "$@"; }
 
-step "English text (fortunes): a batch of 64 samples that needs 157 MiB at once, in 64 MiB"
+step "English text (fortunes): a batch of 64 samples in 64 MiB, which do not hold it at once"
 show train --data $text --model gpt-tiny --batch 64 --memory 64MiB --steps 150 --warmup "10 steps" --run "$runs/text"
 
-step "Images (Fashion-MNIST): a batch of 512 samples that needs 432 MiB at once, in 100 MiB"
+step "Images (Fashion-MNIST): a batch of 512 samples in 100 MiB, which do not hold it at once"
 show train --data $images --model resnet --norm group --batch 512 --memory 100MiB --samples 30000 --warmup "3 steps" --lr 0.003 \
     --run "$runs/images"
 

@@ -33,6 +33,11 @@ def test_the_commands_work_as_they_stand(line, tmp_path):
     assert result.stdout.strip()
 
 
+def test_the_table_is_there_with_its_three_strategies():
+    for strategy in ("small batch", "accumulated", "native"):
+        assert len(re.findall(rf"^{strategy} +\d+ ", README, re.MULTILINE)) == 2
+
+
 def test_every_file_that_the_readme_links_to_exists():
     links = re.findall(r"\]\(([^)#:]+)\)", README)
     assert links and not [link for link in links if not (ROOT / link).exists()]

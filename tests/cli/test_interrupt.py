@@ -37,7 +37,7 @@ def interrupted(run):
     return stop
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_run_with_everything_written(interrupted, sent):
     result = interrupted(sent)
     assert result.returncode == 130 and result.stderr == ""

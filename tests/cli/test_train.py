@@ -196,3 +196,11 @@ def test_a_loss_that_is_not_finite_is_written_as_a_string_and_not_applied(run):
     assert result.returncode in (0, 4)
     bad = [line for line in result.metrics if not line["applied"]]
     assert bad and all(line["loss"] in ("nan", "inf") and "not finite" in line["reason"] for line in bad)
+
+
+def test_a_run_that_diverges_is_stopped_and_says_so(run):
+    result = run.text("train", optimizer="sgd", lr="1e30", clip="inf", steps=100)
+    assert result.returncode == 4
+    assert "diverged" in result.stderr and "--lr" in result.stderr and "not finite" in result.stderr
+    assert result.column("applied").count(False) == 10 and result.column("reason")[-1] == "loss is not finite"
+    assert "loss nan" in result.stdout
