@@ -29,10 +29,10 @@ build: setup-build configure ## install what is missing and build the command: b
 
 test: setup-test configure ## build and run every test, C++ and command line
 	@cmake --build $(build)
-	@ctest --test-dir $(build) --output-on-failure -j 2
+	@ctest --preset $(preset) -j 2
 
 lint: setup-test configure ## format and clang-tidy alone (they are part of `make test`)
-	@ctest --test-dir $(build) --output-on-failure -R '^lint/'
+	@ctest --preset $(preset) -R '^lint/'
 
 format: ## lay out all C++ by .clang-format
 	@git ls-files '*.h' '*.cpp' | xargs clang-format -i

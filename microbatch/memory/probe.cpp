@@ -110,7 +110,7 @@ private:
     }
 
     void try_uncut_only() {
-        const auto& smallest = result_.candidates.front().measured;
+        const std::optional<Measurement> smallest = result_.candidates.front().measured;
         const bool hopeless =
             batch_ == 1 || uncut_saving_ == 0 || (smallest && smallest->peak_bytes - uncut_saving_ > budget_);
         if (!hopeless) try_size(batch_);
