@@ -4,59 +4,120 @@
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/alloc_cpu.h>
 #include <c10/util/Exception.h>
+#include <pthread.h>
 
 #include <algorithm>
-#include <atomic>
-#include <cstring>
+#include <mutex>
+#include <utility>
 
 #include "microbatch/core/error.h"
 #include "microbatch/core/text.h"
 #include "microbatch/core/units.h"
+#include "microbatch/memory/block_cache.h"
 
 namespace microbatch {
 namespace {
 
-// The size stands in front of the data, one alignment unit wide, so that a block can be freed by its pointer alone.
-constexpr std::size_t header_bytes = c10::gAlignment;
-static_assert(header_bytes >= sizeof(std::int64_t));
-constexpr std::size_t largest_block = std::numeric_limits<std::int64_t>::max() - header_bytes;
+/// All there is to know, behind one lock: a request that is refused in one thread must not crowd out another's, and the
+/// process must not be above the budget even for a moment. Where memory is reused the lock is held some nanoseconds.
+struct Books {
+    std::mutex mutex;
+    BlockCache cache;
+    std::int64_t live = 0;
+    std::int64_t peak = 0;
+    std::int64_t highest = 0;  // the most ever live, whatever reset the peak
+    std::int64_t budget = no_budget;
+    std::int64_t allocations = 0;
+    std::int64_t fail_in = 0;  // so many allocations from now; 0 is never
 
-std::atomic<std::int64_t> live{0};
-std::atomic<std::int64_t> peak{0};
-std::atomic<std::int64_t> budget{no_budget};
+    // What all blocks may take, cached ones included. A sixteenth above the most that was live is room enough for
+    // what rounding and fragments cost.
+    std::int64_t allowed() const { return std::min(budget, highest + highest / 16 + (std::int64_t{1} << 20)); }
+};
 
-void raise_peak(std::int64_t now) {
-    std::int64_t before = peak.load(std::memory_order_relaxed);
-    while (before < now && !peak.compare_exchange_weak(before, now, std::memory_order_relaxed)) {
+// Never destroyed: tensors with static lifetime are freed after every destructor that could be written here.
+constinit Books books;
+
+enum class Refusal { none, budget, system, rehearsed };
+
+/// The answer to a request for memory, with the figures as they were then.
+struct Answer {
+    Block* block = nullptr;
+    Refusal refusal = Refusal::none;
+    std::int64_t live = 0;
+    std::int64_t cached = 0;
+    std::int64_t budget = 0;
+};
+
+bool fits_budget(std::size_t bytes) {
+    return books.live <= books.budget && bytes <= static_cast<std::uint64_t>(books.budget - books.live);
+}
+
+Refusal take(std::size_t bytes, Block*& block) {
+    ++books.allocations;
+    if (books.fail_in > 0 && --books.fail_in == 0) return Refusal::rehearsed;
+    if (!fits_budget(bytes)) return Refusal::budget;
+    if (bytes > largest_block_bytes) return Refusal::system;
+    const std::int64_t live = books.live + static_cast<std::int64_t>(bytes);
+    const std::int64_t highest_before = books.highest;
+    books.highest = std::max(books.highest, live);
+    block = books.cache.reuse(bytes);
+    if (block == nullptr) block = books.cache.add(bytes, books.allowed());
+    if (block == nullptr) {
+        books.highest = highest_before;
+        return Refusal::system;
     }
+    books.live = live;
+    books.peak = std::max(books.peak, live);
+    return Refusal::none;
 }
 
-// Counts the bytes only if they fit, and returns what is live then: a request that is refused in one thread must not
-// crowd out another's.
-std::int64_t take(std::size_t bytes) {
-    const std::int64_t allowed = budget.load(std::memory_order_relaxed);
-    std::int64_t before = live.load(std::memory_order_relaxed);
-    do {
-        const bool fits = before <= allowed && bytes <= static_cast<std::uint64_t>(allowed - before);
-        TORCH_CHECK_WITH(OutOfMemoryError, fits && bytes <= largest_block, "a tensor of ",
-                         format_bytes(static_cast<std::int64_t>(std::min(bytes, largest_block))),
-                         " does not fit: ", format_bytes(before), " of the memory budget of ", format_bytes(allowed),
-                         " are in use");
-    } while (!live.compare_exchange_weak(before, before + static_cast<std::int64_t>(bytes), std::memory_order_relaxed));
-    return before + static_cast<std::int64_t>(bytes);
+Answer request(std::size_t bytes) {
+    const std::lock_guard lock(books.mutex);
+    Answer answer;
+    answer.refusal = take(bytes, answer.block);
+    answer.live = books.live;
+    answer.cached = books.cache.cached_bytes();
+    answer.budget = books.budget;
+    return answer;
 }
 
-void give_back(std::int64_t bytes) {
-    live.fetch_sub(bytes, std::memory_order_relaxed);
+[[noreturn]] void refuse(std::size_t bytes, const Answer& answer) {
+    const auto size = static_cast<std::int64_t>(std::min<std::size_t>(bytes, no_budget));
+    c10::reportOutOfMemoryToProfiler(size, static_cast<std::size_t>(answer.live),
+                                     static_cast<std::size_t>(answer.live + answer.cached), at::kCPU);
+    TORCH_CHECK_WITH(OutOfMemoryError, answer.refusal != Refusal::rehearsed, "a tensor of ", format_bytes(size),
+                     " is refused because fail_allocation() asked for it");
+    TORCH_CHECK_WITH(OutOfMemoryError, answer.refusal != Refusal::system, "the machine has no ", format_bytes(size),
+                     " left for a tensor; ", format_bytes(answer.live), " are in use");
+    TORCH_CHECK_WITH(OutOfMemoryError, false, "a tensor of ", format_bytes(size),
+                     " does not fit: ", format_bytes(answer.live), " of the memory budget of ",
+                     format_bytes(answer.budget), " are in use");
+}
+
+void tell_profiler(void* data, std::int64_t bytes, std::int64_t live, std::int64_t cached) {
+    if (!c10::memoryProfilingEnabled()) return;
+    c10::reportMemoryUsageToProfiler(data, bytes, static_cast<std::size_t>(live),
+                                     static_cast<std::size_t>(live + cached), at::kCPU);
 }
 
 void release(void* data) {
     if (data == nullptr) return;
-    char* block = static_cast<char*>(data) - header_bytes;
-    std::int64_t size = 0;
-    std::memcpy(&size, block, sizeof(size));
-    give_back(size);
-    c10::free_cpu(block);
+    Block* block = block_of(data);
+    // oneDNN frees by the allocator of the day what it took from the one before.
+    if (block == nullptr) return c10::free_cpu(data);
+    const std::int64_t bytes = block->asked_bytes;
+    std::int64_t live = 0, cached = 0;
+    {
+        const std::lock_guard lock(books.mutex);
+        books.live -= bytes;
+        books.cache.keep(block);
+        // Only where the budget was set below what was live: what is freed then is not kept.
+        if (books.cache.held_bytes() > books.budget) books.cache.shrink(books.budget);
+        live = books.live;
+        cached = books.cache.cached_bytes();
+    }
+    tell_profiler(data, -bytes, live, cached);
 }
 
 class BudgetAllocator final : public c10::Allocator {
@@ -64,19 +125,10 @@ public:
     c10::DataPtr allocate(std::size_t bytes) override {
         const at::Device cpu(at::kCPU);
         if (bytes == 0) return {nullptr, nullptr, &release, cpu};
-        const auto size = static_cast<std::int64_t>(bytes);
-        const std::int64_t now = take(bytes);
-        char* block = nullptr;
-        try {
-            block = static_cast<char*>(c10::alloc_cpu(bytes + header_bytes));
-        } catch (const c10::Error&) {
-            give_back(size);
-            TORCH_CHECK_WITH(OutOfMemoryError, false, "the machine has no ", format_bytes(size), " left for a tensor; ",
-                             format_bytes(now - size), " are in use");
-        }
-        raise_peak(now);
-        std::memcpy(block, &size, sizeof(size));
-        char* data = block + header_bytes;
+        const Answer answer = request(bytes);
+        if (answer.refusal != Refusal::none) refuse(bytes, answer);
+        void* data = data_of(answer.block);
+        tell_profiler(data, static_cast<std::int64_t>(bytes), answer.live, answer.cached);
         return {data, data, &release, cpu};
     }
 
@@ -90,9 +142,11 @@ public:
 }  // namespace
 
 void install_budget_allocator() {
-    // Never destroyed: tensors with static lifetime outlive every destructor that could be written here.
+    // Never destroyed, as the books.
     static auto* allocator = [] {
         auto* made = new BudgetAllocator;
+        // A fork in another thread must not leave the child with a lock that nobody will open.
+        ::pthread_atfork([] { books.mutex.lock(); }, [] { books.mutex.unlock(); }, [] { books.mutex.unlock(); });
         c10::SetCPUAllocator(made, /*priority=*/10);
         return made;
     }();
@@ -100,20 +154,43 @@ void install_budget_allocator() {
 }
 
 MemoryUse memory_use() {
-    return {live.load(std::memory_order_relaxed), peak.load(std::memory_order_relaxed)};
+    const std::lock_guard lock(books.mutex);
+    return {books.live, books.peak, books.cache.cached_bytes()};
+}
+
+void release_cached_memory() {
+    const std::lock_guard lock(books.mutex);
+    books.cache.shrink(0);
 }
 
 void reset_peak_memory() {
-    peak.store(live.load(std::memory_order_relaxed), std::memory_order_relaxed);
+    const std::lock_guard lock(books.mutex);
+    books.peak = books.live;
 }
 
 std::int64_t set_memory_budget(std::int64_t bytes) {
     if (bytes <= 0) throw Error(ErrorKind::usage, text("the memory budget is ", bytes, " bytes; it must be above 0"));
-    return budget.exchange(bytes, std::memory_order_relaxed);
+    const std::lock_guard lock(books.mutex);
+    books.cache.shrink(bytes);
+    return std::exchange(books.budget, bytes);
 }
 
 std::int64_t memory_budget() {
-    return budget.load(std::memory_order_relaxed);
+    const std::lock_guard lock(books.mutex);
+    return books.budget;
+}
+
+void fail_allocation(std::int64_t countdown) {
+    if (countdown < 0) {
+        throw Error(ErrorKind::usage, text("allocation ", countdown, " from now cannot fail; the next one is 1"));
+    }
+    const std::lock_guard lock(books.mutex);
+    books.fail_in = countdown;
+}
+
+std::int64_t allocation_count() {
+    const std::lock_guard lock(books.mutex);
+    return books.allocations;
 }
 
 }  // namespace microbatch
