@@ -1,0 +1,47 @@
+#pragma once
+
+#include <c10/core/Device.h>
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+namespace microbatch {
+
+/// Live bytes of a device after every allocation and release, in their order, from now until stop().
+///
+/// Those of this thread, the backward pass included; what other threads allocate is in the figures, but no event of its
+/// own: the workers of at::parallel_for come in an order of chance. The same program on another size of micro-batch
+/// gives a trace of the same length.
+///
+/// State:   a trace made while another one lives hides that one's events until it stops; so does torch's profiler.
+///          Traces end in the opposite order of their beginning, in the thread in which they began.
+/// Threads: live_bytes() and clear() only while nothing allocates.
+/// Cost:    8 bytes and some tens of nanoseconds an event.
+class MemoryTrace {
+public:
+    explicit MemoryTrace(at::Device device);
+    MemoryTrace(const MemoryTrace&) = delete;
+    MemoryTrace& operator=(const MemoryTrace&) = delete;
+    ~MemoryTrace();
+
+    /// Nothing is recorded from now on; a second call does nothing.
+    void stop();
+
+    /// Ends before the first event that there was no memory to record: see complete().
+    const std::vector<std::int64_t>& live_bytes() const;
+
+    /// False where memory for the trace itself ran out.
+    bool complete() const;
+
+    void clear();
+
+private:
+    class Recorder;
+    class Guard;
+
+    std::shared_ptr<Recorder> recorder_;
+    std::unique_ptr<Guard> guard_;
+};
+
+}  // namespace microbatch
