@@ -25,7 +25,7 @@ struct Books {
     BlockCache cache;
     std::int64_t live = 0;
     std::int64_t peak = 0;
-    std::int64_t highest = 0;  // the most ever live, whatever reset the peak
+    std::int64_t highest = 0;  // the most live since release_cached_memory(), whatever reset the peak
     std::int64_t budget = no_budget;
     std::int64_t allocations = 0;
     std::int64_t fail_in = 0;  // so many allocations from now; 0 is never
@@ -161,6 +161,7 @@ MemoryUse memory_use() {
 void release_cached_memory() {
     const std::lock_guard lock(books.mutex);
     books.cache.shrink(0);
+    books.highest = books.live;
 }
 
 void reset_peak_memory() {
