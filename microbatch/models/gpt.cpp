@@ -162,7 +162,7 @@ GptImpl::GptImpl(const GptConfig& config) : config_(config) {
     norm_ = register_module("norm", LayerNorm(LayerNormOptions({config.width})));
 }
 
-at::Tensor GptImpl::forward(const at::Tensor& tokens) {
+at::Tensor GptImpl::hidden(const at::Tensor& tokens) {
     if (tokens.dim() != 2 || tokens.scalar_type() != at::kLong) {
         throw Error(ErrorKind::usage, text("gpt: the tokens are ", tokens.scalar_type(), " of shape ", tokens.sizes(),
                                            "; give int64 of shape [samples, tokens]"));
@@ -174,8 +174,15 @@ at::Tensor GptImpl::forward(const at::Tensor& tokens) {
     }
     at::Tensor x = token_embedding_->forward(tokens) + position_embedding_->weight.narrow(0, 0, length);
     x = dropout_->forward(x);
-    for (const auto& block : blocks_) x = block->forward(x);
-    return at::linear(norm_->forward(x), token_embedding_->weight);
+    for (const auto& block : blocks_) {
+        const auto run = [block](const at::Tensor& input) { return block->forward(input); };
+        x = recompute_ ? recompute(run, x, block) : run(x);
+    }
+    return norm_->forward(x);
+}
+
+at::Tensor GptImpl::forward(const at::Tensor& tokens) {
+    return at::linear(hidden(tokens), head_weight());
 }
 
 }  // namespace microbatch

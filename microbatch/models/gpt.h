@@ -11,6 +11,8 @@
 #include <string_view>
 #include <vector>
 
+#include "microbatch/nn/recompute.h"
+
 namespace microbatch {
 
 /// Sizes of a `Gpt`.
@@ -43,7 +45,7 @@ class GptBlock;
 ///         same generator in training mode, and from none if it is 0.
 /// Source: Radford et al. 2019 (GPT-2), section 2.3.
 /// Cost:   dropout leaves the attention weights alone, for torch's attention would then need memory quadratic in T.
-class GptImpl : public torch::nn::Module {
+class GptImpl : public torch::nn::Module, public Recomputable {
 public:
     explicit GptImpl(const GptConfig& config = {});
 
@@ -53,8 +55,22 @@ public:
     ///         [0, vocabulary).
     at::Tensor forward(const at::Tensor& tokens);
 
+    /// What the head makes the scores of: forward(tokens) is at::linear(hidden(tokens), head_weight()). With
+    /// `linear_cross_entropy_sum` the loss needs no scores as large as [b, T, vocabulary].
+    /// Shapes: tokens [b, T] -> [b, T, width].
+    /// Errors: as for forward.
+    at::Tensor hidden(const at::Tensor& tokens);
+
+    /// Shapes: [vocabulary, width].
+    const at::Tensor& head_weight() const { return token_embedding_->weight; }
+
+    /// Recomputes every block, attention and MLP, in backward: see `recompute`.
+    void set_recompute(bool on) override { recompute_ = on; }
+    bool recomputes() const override { return recompute_; }
+
 private:
     GptConfig config_;
+    bool recompute_ = false;
     torch::nn::Embedding token_embedding_ = nullptr;
     torch::nn::Embedding position_embedding_ = nullptr;
     torch::nn::Dropout dropout_ = nullptr;

@@ -6,6 +6,7 @@
 #include <torch/nn/modules/conv.h>
 #include <torch/nn/modules/normalization.h>
 
+#include <memory>
 #include <string>
 
 #include "microbatch/core/error.h"
@@ -101,7 +102,13 @@ at::Tensor ResNetImpl::forward(const at::Tensor& images) {
         throw Error(ErrorKind::usage, text("resnet: images of shape ", images.sizes(), "; give [samples, ",
                                            config_.channels, ", height, width] or set channels"));
     }
-    return head_->forward(blocks_->forward(stem_->forward(images)).mean({2, 3}));
+    at::Tensor x = stem_->forward(images);
+    for (const auto& any : *blocks_) {
+        const auto block = std::dynamic_pointer_cast<ResidualBlock>(any.ptr());
+        const auto run = [block](const at::Tensor& input) { return block->forward(input); };
+        x = recompute_ ? recompute(run, x, block) : run(x);
+    }
+    return head_->forward(x.mean({2, 3}));
 }
 
 }  // namespace microbatch

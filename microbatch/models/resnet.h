@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <string_view>
 
+#include "microbatch/nn/recompute.h"
+
 namespace microbatch {
 
 /// What normalises between the convolutions. Batch norm makes a sample's result depend on its micro-batch, so the
@@ -38,7 +40,7 @@ struct ResNetConfig {
 ///         has running statistics as buffers: training mode changes them in every forward.
 /// Source: He et al. 2016, section 4.2, with 1x1 convolutions where a shortcut changes shape (option B); He et al.
 ///         2015 for the initial weights.
-class ResNetImpl : public torch::nn::Module {
+class ResNetImpl : public torch::nn::Module, public Recomputable {
 public:
     explicit ResNetImpl(const ResNetConfig& config = {});
 
@@ -47,8 +49,13 @@ public:
     /// Errors: ErrorKind::usage for another shape.
     at::Tensor forward(const at::Tensor& images);
 
+    /// Recomputes every residual block in backward: see `recompute`.
+    void set_recompute(bool on) override { recompute_ = on; }
+    bool recomputes() const override { return recompute_; }
+
 private:
     ResNetConfig config_;
+    bool recompute_ = false;
     torch::nn::Sequential stem_ = nullptr;
     torch::nn::Sequential blocks_ = nullptr;
     torch::nn::Linear head_ = nullptr;
