@@ -5,6 +5,7 @@
 #include <ATen/ops/equal.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/function_hook.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/nn/module.h>
 
@@ -168,12 +169,29 @@ at::Tensor run_again(const FirstRun& first, const at::Tensor& x) {
     return first.block(x);
 }
 
-/// A backward that only adds to .grad gives for this parameter what one inside it gives. Hooks would run in both.
+/// Backward, run inside another, gives this parameter what the outer one would. Hooks would run in both.
 bool only_accumulates(const at::Tensor& parameter) {
     if (!parameter.is_leaf() || !torch::autograd::impl::hooks(parameter).empty()) return false;
     const auto accumulator = torch::autograd::impl::try_get_grad_accumulator(parameter);
     return !accumulator || (accumulator->pre_hooks().empty() && accumulator->post_hooks().empty());
 }
+
+/// The hooks of some tensors are put away as long as this lives.
+class HooksAway {
+public:
+    explicit HooksAway(const variable_list& tensors) : tensors_(tensors), away_(tensors.size()) { exchange(); }
+    HooksAway(const HooksAway&) = delete;
+    HooksAway& operator=(const HooksAway&) = delete;
+    ~HooksAway() { exchange(); }
+
+private:
+    void exchange() {
+        for (std::size_t i = 0; i < tensors_.size(); ++i) away_[i].swap(torch::autograd::impl::hooks(tensors_[i]));
+    }
+
+    const variable_list& tensors_;
+    std::vector<std::vector<std::unique_ptr<torch::autograd::FunctionPreHook>>> away_;
+};
 
 class Recompute : public Function<Recompute> {
 public:
@@ -239,6 +257,7 @@ private:
             needed.push_back(sources[i]);
             places.push_back(i);
         }
+        const HooksAway hooks(needed);  // the backward that this is part of calls them
         variable_list found = torch::autograd::grad({y}, needed, {gradient}, /*retain_graph=*/false,
                                                     /*create_graph=*/false, /*allow_unused=*/true);
         for (std::size_t i = 0; i < places.size(); ++i) results[places[i]] = std::move(found[i]);

@@ -1,0 +1,422 @@
+#include "microbatch/nn/recompute.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/autocast_mode.h>
+#include <gtest/gtest.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/nn/modules/batchnorm.h>
+#include <torch/nn/modules/dropout.h>
+#include <torch/nn/modules/linear.h>
+
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+#include "microbatch/memory/budget_allocator.h"
+#include "support/errors.h"
+#include "support/gradients.h"
+#include "support/one_thread.h"
+
+namespace microbatch {
+namespace {
+
+using test::expect_same_bits;
+using test::Named;
+using test::same_bits;
+
+constexpr std::int64_t width = 24;
+
+/// Linear, batch norm, dropout, linear around a shortcut, and a buffer that the result depends on and that moves.
+struct Part : torch::nn::Module {
+    Part()
+        : up(register_module("up", torch::nn::Linear(width, 2 * width))),
+          norm(register_module("norm", torch::nn::BatchNorm1d(2 * width))),
+          dropout(register_module("dropout", torch::nn::Dropout(0.3))),
+          down(register_module("down", torch::nn::Linear(2 * width, width))),
+          scale(register_buffer("scale", at::ones({}))) {}
+
+    at::Tensor forward(const at::Tensor& x) {
+        ++runs;
+        if (is_training()) scale.mul_(0.9);
+        const at::Tensor y = x + down->forward(dropout->forward(norm->forward(up->forward(x)).tanh())) * scale.clone();
+        if (fail) throw std::runtime_error("no luck");
+        return y;
+    }
+
+    torch::nn::Linear up;
+    torch::nn::BatchNorm1d norm;
+    torch::nn::Dropout dropout;
+    torch::nn::Linear down;
+    at::Tensor scale;
+    int runs = 0;
+    bool fail = false;
+};
+
+struct Chain : torch::nn::Module {
+    explicit Chain(int length) {
+        for (int i = 0; i < length; ++i) {
+            parts.push_back(register_module("part" + std::to_string(i), std::make_shared<Part>()));
+        }
+    }
+    at::Tensor forward(const at::Tensor& input) {
+        at::Tensor x = input;
+        for (const auto& part : parts) {
+            const auto block = [part](const at::Tensor& in) { return part->forward(in); };
+            x = on ? recompute(block, x, part) : block(x);
+        }
+        return x;
+    }
+    std::vector<std::shared_ptr<Part>> parts;
+    bool on = false;
+};
+
+std::shared_ptr<Chain> make_chain(bool on, int length = 3) {
+    at::manual_seed(7);
+    auto chain = std::make_shared<Chain>(length);
+    chain->on = on;
+    return chain;
+}
+
+at::Tensor input(bool requires_grad = true) {
+    at::manual_seed(8);
+    return at::randn({6, width}).requires_grad_(requires_grad);
+}
+
+at::Tensor generator_state() {
+    return at::globalContext().defaultGenerator(at::kCPU).get_state();
+}
+
+Named buffers_and_generator(const torch::nn::Module& module) {
+    Named all = {{"generator", generator_state()}};
+    for (const auto& b : module.named_buffers()) all.push_back({b.key(), b.value().clone()});
+    return all;
+}
+
+/// All that a backward leaves behind: gradients too.
+Named traces(const torch::nn::Module& module) {
+    Named all = buffers_and_generator(module);
+    for (const auto& p : module.named_parameters()) {
+        all.push_back({p.key(), p.value().grad().defined() ? p.value().grad().clone() : at::empty({0})});
+    }
+    return all;
+}
+
+using Prepare = std::function<void(Chain&)>;
+
+/// Some forward passes, then their backward passes in the other order, so that generator and buffers have moved on.
+Named train(bool on, bool input_grad, const Prepare& prepare) {
+    const auto chain = make_chain(on);
+    prepare(*chain);
+    const at::Tensor x = input(input_grad);
+    at::manual_seed(9);
+    std::vector<at::Tensor> outputs;
+    for (int pass = 0; pass < 3; ++pass) outputs.push_back(chain->forward(x * (1 + pass)));
+    for (int pass = 2; pass >= 0; --pass) outputs[pass].square().sum().backward();
+    Named all = traces(*chain);
+    for (const at::Tensor& y : outputs) all.push_back({"output", y.detach()});
+    if (x.grad().defined()) all.push_back({"input", x.grad()});
+    return all;
+}
+
+void expect_no_difference(
+    bool input_grad = true, const Prepare& prepare = [](Chain&) {}) {
+    const Named plain = train(false, input_grad, prepare);
+    EXPECT_EQ(plain.back().name, input_grad ? "input" : "output");
+    expect_same_bits(train(true, input_grad, prepare), plain);
+}
+
+TEST(Recompute, ChangesNoBitWithDropoutBatchNormAndMovingBuffers) {
+    for (const int threads : {1, 2}) {
+        at::set_num_threads(threads);
+        expect_no_difference();
+    }
+    at::set_num_threads(1);
+}
+
+TEST(Recompute, RunsABlockTwiceAndOnlyForAGradient) {
+    const auto chain = make_chain(true, 1);
+    at::Tensor y = chain->forward(input());
+    EXPECT_EQ(chain->parts[0]->runs, 1);
+    y.sum().backward();
+    EXPECT_EQ(chain->parts[0]->runs, 2);
+    const at::NoGradGuard no_grad;
+    EXPECT_FALSE(chain->forward(input()).requires_grad());
+    EXPECT_EQ(chain->parts[0]->runs, 3);
+}
+
+TEST(Recompute, TracksParametersWhereTheInputNeedsNoGradient) {
+    expect_no_difference(false);
+}
+
+TEST(Recompute, LeavesFrozenParametersAlone) {
+    expect_no_difference(true, [](Chain& chain) {
+        chain.parts[0]->up->weight.requires_grad_(false);
+        for (const at::Tensor& parameter : chain.parts[1]->parameters()) parameter.set_requires_grad(false);
+    });
+    const auto chain = make_chain(true);
+    for (const at::Tensor& parameter : chain->parameters()) parameter.set_requires_grad(false);
+    EXPECT_FALSE(chain->forward(input(false)).requires_grad());
+    const at::Tensor x = input();
+    chain->forward(x).sum().backward();
+    EXPECT_TRUE(x.grad().defined());
+    for (const at::Tensor& parameter : chain->parameters()) EXPECT_FALSE(parameter.grad().defined());
+}
+
+TEST(Recompute, EvaluatesWithGradientsInEvaluationMode) {
+    expect_no_difference(true, [](Chain& chain) { chain.eval(); });
+}
+
+TEST(Recompute, RunsUnderTheTrainingFlagsOfForward) {
+    const auto late_change = [](bool on) {
+        const auto chain = make_chain(on);
+        chain->parts[1]->norm->eval();
+        at::manual_seed(9);
+        const at::Tensor y = chain->forward(input());
+        chain->eval();
+        chain->parts[2]->dropout->train();
+        y.square().sum().backward();
+        EXPECT_FALSE(chain->parts[0]->is_training());
+        EXPECT_FALSE(chain->parts[1]->dropout->is_training());
+        EXPECT_TRUE(chain->parts[2]->dropout->is_training());
+        return traces(*chain);
+    };
+    expect_same_bits(late_change(true), late_change(false));
+}
+
+TEST(Recompute, NestsInRecomputedBlocks) {
+    const auto nested = [](bool on) {
+        const auto chain = make_chain(on);
+        const auto block = [chain](const at::Tensor& x) { return chain->forward(x); };
+        const at::Tensor x = input();
+        at::manual_seed(9);
+        for (int pass = 0; pass < 2; ++pass) (on ? recompute(block, x, chain) : block(x)).square().sum().backward();
+        EXPECT_EQ(chain->parts[0]->runs, on ? 6 : 2);
+        Named all = traces(*chain);
+        all.push_back({"input", x.grad()});
+        return all;
+    };
+    expect_same_bits(nested(true), nested(false));
+}
+
+TEST(Recompute, GivesGradientsOfChosenInputs) {
+    const auto chosen = [](bool on) {
+        const auto chain = make_chain(on);
+        const at::Tensor x = input();
+        const auto& part = *chain->parts[1];
+        const at::Tensor unused = at::ones({1}).requires_grad_();
+        const auto found = torch::autograd::grad({chain->forward(x).square().sum()},
+                                                 {part.up->weight, x, chain->parts[0]->down->bias, unused}, {}, {},
+                                                 false, /*allow_unused=*/true);
+        EXPECT_FALSE(found[3].defined());
+        Named all = traces(*chain);  // no gradient there
+        for (int i = 0; i < 3; ++i) all.push_back({"chosen", found[i]});
+        torch::autograd::backward({chain->forward(x).square().sum()}, {}, {}, false, {part.down->weight});
+        EXPECT_FALSE(part.up->weight.grad().defined());
+        EXPECT_FALSE(x.grad().defined());
+        all.push_back({"backward of an input", part.down->weight.grad()});
+        return all;
+    };
+    expect_same_bits(chosen(true), chosen(false));
+}
+
+TEST(Recompute, CountsAParameterOfTwoNamesOnce) {
+    const auto of_two_names = [](bool on, bool chosen) {
+        const auto chain = make_chain(on, 2);
+        chain->parts[0]->register_parameter("again", chain->parts[0]->up->weight);
+        const at::Tensor y = chain->forward(input()).square().sum();
+        if (chosen) return torch::autograd::grad({y}, {chain->parts[0]->up->weight})[0];
+        y.backward();
+        return chain->parts[0]->up->weight.grad();
+    };
+    for (const bool chosen : {false, true}) {
+        EXPECT_TRUE(same_bits(of_two_names(true, chosen), of_two_names(false, chosen)));
+    }
+}
+
+TEST(Recompute, CallsHooksOnceWithTheGradient) {
+    const auto chain = make_chain(true);
+    int calls = 0;
+    chain->parts[1]->up->weight.register_hook([&](const at::Tensor& gradient) {
+        ++calls;
+        return gradient * 0;
+    });
+    chain->forward(input()).square().sum().backward();
+    EXPECT_EQ(calls, 1);
+    EXPECT_EQ(chain->parts[1]->up->weight.grad().abs().max().item<float>(), 0);
+    EXPECT_GT(chain->parts[1]->down->weight.grad().abs().max().item<float>(), 0);
+}
+
+TEST(Recompute, PassesTheGradientOnInItsOwnLayout) {
+    for (const bool on : {false, true}) {
+        const auto part = std::make_shared<Part>();
+        const at::Tensor x = input() * 1;
+        std::vector<std::int64_t> strides;
+        x.register_hook([&](const at::Tensor& gradient) { strides = gradient.strides().vec(); });
+        const auto transpose = [](const at::Tensor& in) { return in.t(); };
+        (on ? recompute(transpose, x, part) : transpose(x)).mul(at::ones({width, 6})).sum().backward();
+        EXPECT_EQ(strides, (std::vector<std::int64_t>{1, 6})) << on;
+    }
+}
+
+TEST(Recompute, GoesBackTwiceIfTheGraphIsRetained) {
+    const auto twice = [](bool on) {
+        const auto chain = make_chain(on);
+        const at::Tensor y = chain->forward(input()).square().sum();
+        y.backward({}, /*retain_graph=*/true);
+        y.backward();
+        return traces(*chain);
+    };
+    expect_same_bits(twice(true), twice(false));
+}
+
+TEST(Recompute, RefusesAGradientOfAGradient) {
+    const auto chain = make_chain(true);
+    const at::Tensor x = input();
+    const at::Tensor y = chain->forward(x).square().sum();
+    test::expect_usage_error({"create_graph", "turn recompute off"},
+                             [&] { torch::autograd::grad({y}, {x}, {}, {}, /*create_graph=*/true); });
+}
+
+TEST(Recompute, NoticesAnInputOrAParameterChangedInPlace) {
+    for (const bool of_input : {true, false}) {
+        const auto chain = make_chain(true, 1);
+        const at::Tensor x = input() * 1;
+        const at::Tensor y = chain->forward(x);
+        const at::NoGradGuard no_grad;
+        (of_input ? x : chain->parts[0]->up->weight).add_(1);
+        EXPECT_THROW(y.sum().backward(), c10::Error);
+        EXPECT_EQ(chain->parts[0]->runs, 1);
+    }
+}
+
+TEST(Recompute, GivesNoGradientWhereTheBlockDetaches) {
+    const at::Tensor x = input();
+    const auto cut = [](const at::Tensor& in) { return in.detach() * 2; };
+    recompute(cut, x, std::make_shared<Part>()).sum().backward();
+    EXPECT_FALSE(x.grad().defined());
+}
+
+TEST(Recompute, RunsUnderTheAutocastOfForward) {
+    const auto cast = [](bool on) {
+        const auto chain = make_chain(on);
+        at::manual_seed(9);
+        at::autocast::set_autocast_enabled(at::kCPU, true);
+        at::autocast::set_autocast_dtype(at::kCPU, at::kBFloat16);
+        const at::Tensor y = chain->forward(input());
+        at::autocast::clear_cache();
+        at::autocast::set_autocast_enabled(at::kCPU, false);
+        y.square().sum().backward();
+        EXPECT_FALSE(at::autocast::is_autocast_enabled(at::kCPU));
+        EXPECT_TRUE(at::autocast::is_autocast_cache_enabled());
+        return traces(*chain);
+    };
+    const Named plain = cast(false);
+    EXPECT_EQ(plain.back().name, "part2.down.bias");
+    expect_same_bits(cast(true), plain);
+}
+
+/// With the budget allocator, whose bytes are exact.
+class RecomputeMemory : public ::testing::Test {
+protected:
+    static void SetUpTestSuite() { install_budget_allocator(); }
+
+    template <class Call>
+    static std::int64_t growth(Call&& call) {
+        const std::int64_t before = memory_use().live_bytes;
+        reset_peak_memory();
+        call();
+        return memory_use().peak_bytes - before;
+    }
+};
+
+TEST_F(RecomputeMemory, IsThatOfOneBlockAndTheInputsOfTheOthers) {
+    const auto peak = [](bool on, int length) {
+        const auto chain = make_chain(on, length);
+        const at::Tensor x = at::randn({2000, width});
+        chain->forward(x).sum().backward();  // the gradients exist from now on
+        return growth([&] { chain->forward(x).sum().backward(); });
+    };
+    const double input_bytes = 2000.0 * width * 4;
+    const auto per_block = [&](bool on) { return (peak(on, 24) - peak(on, 8)) / 16 / input_bytes; };
+    // Kept in plain training: up, norm and tanh at twice the width, dropout's result and mask, the product with scale.
+    EXPECT_GT(per_block(false), 6);
+    EXPECT_NEAR(per_block(true), 1, 0.1);  // the rest is the generator's state and the buffers
+}
+
+TEST_F(RecomputeMemory, HoldsTheGradientOfOneParameterAtATime) {
+    std::vector<std::shared_ptr<torch::nn::LinearImpl>> layers;
+    const auto all = std::make_shared<torch::nn::Module>();
+    for (int i = 0; i < 6; ++i) {
+        layers.push_back(all->register_module(std::to_string(i), std::make_shared<torch::nn::LinearImpl>(512, 512)));
+    }
+    const auto block = [&](at::Tensor x) {
+        for (const auto& layer : layers) x = layer->forward(x);
+        return x;
+    };
+    const at::Tensor x = at::randn({1, 512});
+    recompute(block, x, all).sum().backward();
+    const std::int64_t one_weight = 512 * 512 * 4;
+    EXPECT_LT(growth([&] { recompute(block, x, all).sum().backward(); }), 2 * one_weight);
+}
+
+TEST_F(RecomputeMemory, IsGivenBackWithEverythingElseAfterAnExceptionInTheSecondRun) {
+    const auto chain = make_chain(true);
+    const at::Tensor x = input();
+    const std::int64_t live = memory_use().live_bytes;
+    {
+        const at::Tensor y = chain->forward(x).sum();
+        chain->parts[1]->norm->eval();
+        const Named before = traces(*chain);
+        chain->parts[2]->fail = true;
+        EXPECT_THROW(y.backward(), std::runtime_error);
+        chain->parts[2]->fail = false;
+        EXPECT_EQ(chain->parts[2]->runs, 2);
+        expect_same_bits(traces(*chain), before);
+        EXPECT_FALSE(chain->parts[1]->norm->is_training());
+        EXPECT_TRUE(chain->parts[2]->norm->is_training());
+    }
+    EXPECT_EQ(memory_use().live_bytes, live);
+}
+
+TEST_F(RecomputeMemory, CanRunOutAnywhereWithoutATrace) {
+    const auto chain = make_chain(true, 2);
+    const at::Tensor x = at::randn({400, width}, at::TensorOptions().requires_grad(true));
+    const auto clear = [&] {
+        chain->zero_grad();
+        x.mutable_grad() = at::Tensor();
+    };
+    const std::int64_t live = memory_use().live_bytes;
+    int failures = 0;
+    for (bool fits = false; !fits; clear()) {
+        EXPECT_EQ(memory_use().live_bytes, live);
+        const at::Tensor y = chain->forward(x).square().sum();
+        const Named before = buffers_and_generator(*chain);
+        try {
+            const BudgetScope budget(memory_use().live_bytes + 1 + 4'000 * std::int64_t{failures});
+            y.backward();
+            fits = true;
+        } catch (const c10::OutOfMemoryError&) {
+            ++failures;
+        }
+        expect_same_bits(buffers_and_generator(*chain), before);
+    }
+    EXPECT_EQ(memory_use().live_bytes, live);
+    EXPECT_GT(failures, 50);
+
+    const auto gradients = [&](bool on) {
+        const auto fresh = make_chain(on, 2);
+        for (std::size_t i = 0; i < fresh->buffers().size(); ++i) fresh->buffers()[i].copy_(chain->buffers()[i]);
+        Chain& used = on ? *chain : *fresh;
+        at::manual_seed(9);
+        used.forward(x).square().sum().backward();
+        Named all = traces(used);
+        clear();
+        return all;
+    };
+    expect_same_bits(gradients(true), gradients(false));
+}
+
+}  // namespace
+}  // namespace microbatch
