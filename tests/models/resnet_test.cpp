@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <utility>
+#include <vector>
 
 #include "microbatch/nn/cross_entropy.h"
 #include "models/modules.h"
@@ -120,6 +121,31 @@ TEST(ResNet, LearnsAFixedBatch) {
         const at::Tensor images = at::randn({8, 2, 8, 8}), targets = at::randint(0, 3, {8}, at::kLong);
         const auto loss = [&] { return microbatch::cross_entropy_sum(model->forward(images), targets) / 8; };
         microbatch::test::expect_learns(*model, loss, 0.1, 30);
+    }
+}
+
+TEST(ResNet, HasTheSameBitsWhenItRecomputes) {
+    const auto train = [](ImageNorm norm, bool on) {
+        at::manual_seed(1);
+        ResNet model(small(norm));
+        model->set_recompute(on);
+        EXPECT_EQ(model->recomputes(), on);
+        std::vector<at::Tensor> all;
+        for (int micro_batch = 0; micro_batch < 3; ++micro_batch) {
+            const at::Tensor images = at::randn({4, 2, 8, 8}), targets = at::randint(0, 3, {4}, at::kLong);
+            const at::Tensor loss = microbatch::cross_entropy_sum(model->forward(images), targets);
+            loss.backward();
+            all.push_back(loss.detach());
+        }
+        for (const at::Tensor& parameter : model->parameters()) all.push_back(parameter.grad());
+        for (const at::Tensor& buffer : model->buffers()) all.push_back(buffer);
+        return all;
+    };
+    for (const ImageNorm norm : {ImageNorm::batch, ImageNorm::group}) {
+        const auto plain = train(norm, false), recomputed = train(norm, true);
+        for (std::size_t i = 0; i < plain.size(); ++i) {
+            EXPECT_TRUE(at::equal(recomputed[i], plain[i])) << to_string(norm) << ' ' << i;
+        }
     }
 }
 
