@@ -9,36 +9,14 @@
 
 #include "microbatch/core/error.h"
 #include "microbatch/core/text.h"
+#include "microbatch/nn/require.h"
 
 namespace microbatch {
 
-namespace {
-
-void require_targets(const at::Tensor& targets) {
-    if (!targets.defined()) throw Error(ErrorKind::usage, "the targets are an undefined tensor");
-    if (targets.scalar_type() != at::kLong) {
-        throw Error(ErrorKind::usage,
-                    text("the targets are ", targets.scalar_type(), ", not int64; convert them by .to(at::kLong)"));
-    }
-}
-
-void require_logits(const at::Tensor& logits, const at::Tensor& targets) {
-    if (!logits.defined()) throw Error(ErrorKind::usage, "the logits are an undefined tensor");
-    if (!logits.is_floating_point()) {
-        throw Error(ErrorKind::usage, text("the logits are ", logits.scalar_type(), ", not floating point"));
-    }
-    if (logits.dim() == 0 || logits.sizes().slice(0, logits.dim() - 1) != targets.sizes()) {
-        throw Error(ErrorKind::usage, text("logits of shape ", logits.sizes(), " do not go with targets of shape ",
-                                           targets.sizes(), "; give [..., classes] and [...]"));
-    }
-    if (logits.size(-1) == 0) throw Error(ErrorKind::usage, text("logits of shape ", logits.sizes(), " have no class"));
-}
-
-}  // namespace
-
 at::Tensor cross_entropy_sum(const at::Tensor& logits, const at::Tensor& targets, std::int64_t ignored) {
     require_targets(targets);
-    require_logits(logits, targets);
+    require_rows("logits", "classes", logits, targets);
+    if (logits.size(-1) == 0) throw Error(ErrorKind::usage, text("logits of shape ", logits.sizes(), " have no class"));
     const at::Tensor rows = logits.reshape({targets.numel(), logits.size(-1)});
     // A sum of many losses keeps only two or three digits in half precision.
     const at::Tensor log_probabilities = at::log_softmax(rows, 1, at::toOpMathType(logits.scalar_type()));
