@@ -5,16 +5,12 @@
 #include <ATen/autocast_mode.h>
 #include <gtest/gtest.h>
 #include <torch/csrc/autograd/autograd.h>
-#include <torch/nn/modules/batchnorm.h>
-#include <torch/nn/modules/dropout.h>
-#include <torch/nn/modules/linear.h>
 
 #include <functional>
 #include <memory>
-#include <stdexcept>
 #include <vector>
 
-#include "microbatch/memory/budget_allocator.h"
+#include "nn/chain.h"
 #include "support/errors.h"
 #include "support/gradients.h"
 #include "support/one_thread.h"
@@ -22,86 +18,7 @@
 namespace microbatch {
 namespace {
 
-using test::expect_same_bits;
-using test::Named;
-using test::same_bits;
-
-constexpr std::int64_t width = 24;
-
-/// Linear, batch norm, dropout, linear around a shortcut, and a buffer that the result depends on and that moves.
-struct Part : torch::nn::Module {
-    Part()
-        : up(register_module("up", torch::nn::Linear(width, 2 * width))),
-          norm(register_module("norm", torch::nn::BatchNorm1d(2 * width))),
-          dropout(register_module("dropout", torch::nn::Dropout(0.3))),
-          down(register_module("down", torch::nn::Linear(2 * width, width))),
-          scale(register_buffer("scale", at::ones({}))) {}
-
-    at::Tensor forward(const at::Tensor& x) {
-        ++runs;
-        if (is_training()) scale.mul_(0.9);
-        const at::Tensor y = x + down->forward(dropout->forward(norm->forward(up->forward(x)).tanh())) * scale.clone();
-        if (fail) throw std::runtime_error("no luck");
-        return y;
-    }
-
-    torch::nn::Linear up;
-    torch::nn::BatchNorm1d norm;
-    torch::nn::Dropout dropout;
-    torch::nn::Linear down;
-    at::Tensor scale;
-    int runs = 0;
-    bool fail = false;
-};
-
-struct Chain : torch::nn::Module {
-    explicit Chain(int length) {
-        for (int i = 0; i < length; ++i) {
-            parts.push_back(register_module("part" + std::to_string(i), std::make_shared<Part>()));
-        }
-    }
-    at::Tensor forward(const at::Tensor& input) {
-        at::Tensor x = input;
-        for (const auto& part : parts) {
-            const auto block = [part](const at::Tensor& in) { return part->forward(in); };
-            x = on ? recompute(block, x, part) : block(x);
-        }
-        return x;
-    }
-    std::vector<std::shared_ptr<Part>> parts;
-    bool on = false;
-};
-
-std::shared_ptr<Chain> make_chain(bool on, int length = 3) {
-    at::manual_seed(7);
-    auto chain = std::make_shared<Chain>(length);
-    chain->on = on;
-    return chain;
-}
-
-at::Tensor input(bool requires_grad = true) {
-    at::manual_seed(8);
-    return at::randn({6, width}).requires_grad_(requires_grad);
-}
-
-at::Tensor generator_state() {
-    return at::globalContext().defaultGenerator(at::kCPU).get_state();
-}
-
-Named buffers_and_generator(const torch::nn::Module& module) {
-    Named all = {{"generator", generator_state()}};
-    for (const auto& b : module.named_buffers()) all.push_back({b.key(), b.value().clone()});
-    return all;
-}
-
-/// All that a backward leaves behind: gradients too.
-Named traces(const torch::nn::Module& module) {
-    Named all = buffers_and_generator(module);
-    for (const auto& p : module.named_parameters()) {
-        all.push_back({p.key(), p.value().grad().defined() ? p.value().grad().clone() : at::empty({0})});
-    }
-    return all;
-}
+using namespace test;
 
 using Prepare = std::function<void(Chain&)>;
 
@@ -315,107 +232,6 @@ TEST(Recompute, RunsUnderTheAutocastOfForward) {
     const Named plain = cast(false);
     EXPECT_EQ(plain.back().name, "part2.down.bias");
     expect_same_bits(cast(true), plain);
-}
-
-/// With the budget allocator, whose bytes are exact.
-class RecomputeMemory : public ::testing::Test {
-protected:
-    static void SetUpTestSuite() { install_budget_allocator(); }
-
-    template <class Call>
-    static std::int64_t growth(Call&& call) {
-        const std::int64_t before = memory_use().live_bytes;
-        reset_peak_memory();
-        call();
-        return memory_use().peak_bytes - before;
-    }
-};
-
-TEST_F(RecomputeMemory, IsThatOfOneBlockAndTheInputsOfTheOthers) {
-    const auto peak = [](bool on, int length) {
-        const auto chain = make_chain(on, length);
-        const at::Tensor x = at::randn({2000, width});
-        chain->forward(x).sum().backward();  // the gradients exist from now on
-        return growth([&] { chain->forward(x).sum().backward(); });
-    };
-    const double input_bytes = 2000.0 * width * 4;
-    const auto per_block = [&](bool on) { return (peak(on, 24) - peak(on, 8)) / 16 / input_bytes; };
-    // Kept in plain training: up, norm and tanh at twice the width, dropout's result and mask, the product with scale.
-    EXPECT_GT(per_block(false), 6);
-    EXPECT_NEAR(per_block(true), 1, 0.1);  // the rest is the generator's state and the buffers
-}
-
-TEST_F(RecomputeMemory, HoldsTheGradientOfOneParameterAtATime) {
-    std::vector<std::shared_ptr<torch::nn::LinearImpl>> layers;
-    const auto all = std::make_shared<torch::nn::Module>();
-    for (int i = 0; i < 6; ++i) {
-        layers.push_back(all->register_module(std::to_string(i), std::make_shared<torch::nn::LinearImpl>(512, 512)));
-    }
-    const auto block = [&](at::Tensor x) {
-        for (const auto& layer : layers) x = layer->forward(x);
-        return x;
-    };
-    const at::Tensor x = at::randn({1, 512});
-    recompute(block, x, all).sum().backward();
-    const std::int64_t one_weight = 512 * 512 * 4;
-    EXPECT_LT(growth([&] { recompute(block, x, all).sum().backward(); }), 2 * one_weight);
-}
-
-TEST_F(RecomputeMemory, IsGivenBackWithEverythingElseAfterAnExceptionInTheSecondRun) {
-    const auto chain = make_chain(true);
-    const at::Tensor x = input();
-    const std::int64_t live = memory_use().live_bytes;
-    {
-        const at::Tensor y = chain->forward(x).sum();
-        chain->parts[1]->norm->eval();
-        const Named before = traces(*chain);
-        chain->parts[2]->fail = true;
-        EXPECT_THROW(y.backward(), std::runtime_error);
-        chain->parts[2]->fail = false;
-        EXPECT_EQ(chain->parts[2]->runs, 2);
-        expect_same_bits(traces(*chain), before);
-        EXPECT_FALSE(chain->parts[1]->norm->is_training());
-        EXPECT_TRUE(chain->parts[2]->norm->is_training());
-    }
-    EXPECT_EQ(memory_use().live_bytes, live);
-}
-
-TEST_F(RecomputeMemory, CanRunOutAnywhereWithoutATrace) {
-    const auto chain = make_chain(true, 2);
-    const at::Tensor x = at::randn({400, width}, at::TensorOptions().requires_grad(true));
-    const auto clear = [&] {
-        chain->zero_grad();
-        x.mutable_grad() = at::Tensor();
-    };
-    const std::int64_t live = memory_use().live_bytes;
-    int failures = 0;
-    for (bool fits = false; !fits; clear()) {
-        EXPECT_EQ(memory_use().live_bytes, live);
-        const at::Tensor y = chain->forward(x).square().sum();
-        const Named before = buffers_and_generator(*chain);
-        try {
-            const BudgetScope budget(memory_use().live_bytes + 1 + 4'000 * std::int64_t{failures});
-            y.backward();
-            fits = true;
-        } catch (const c10::OutOfMemoryError&) {
-            ++failures;
-        }
-        expect_same_bits(buffers_and_generator(*chain), before);
-    }
-    EXPECT_EQ(memory_use().live_bytes, live);
-    EXPECT_GT(failures, 50);
-
-    const auto gradients = [&](bool on) {
-        const auto fresh = make_chain(on, 2);
-        for (std::size_t i = 0; i < fresh->buffers().size(); ++i) fresh->buffers()[i].copy_(chain->buffers()[i]);
-        Chain& used = on ? *chain : *fresh;
-        at::manual_seed(9);
-        used.forward(x).square().sum().backward();
-        Named all = traces(used);
-        clear();
-        return all;
-    };
-    expect_same_bits(gradients(true), gradients(false));
 }
 
 }  // namespace
