@@ -30,9 +30,9 @@ struct Books {
     std::int64_t allocations = 0;
     std::int64_t fail_in = 0;  // so many allocations from now; 0 is never
 
-    // What all blocks may take, cached ones included. A sixteenth above the most that was live is room enough for
-    // what rounding and fragments cost.
-    std::int64_t allowed() const { return std::min(budget, highest + highest / 16 + (std::int64_t{1} << 20)); }
+    // What all blocks may take, cached ones included. This much above the most that was live is room enough for what
+    // rounding and fragments cost, of a small job with a few large tensors, too.
+    std::int64_t allowed() const { return std::min(budget, highest + highest / 16 + (std::int64_t{4} << 20)); }
 };
 
 // Never destroyed: tensors with static lifetime are freed after every destructor that could be written here.

@@ -20,7 +20,7 @@ inline constexpr std::int64_t no_budget = std::numeric_limits<std::int64_t>::max
 /// allocator that made them frees them. A second call does nothing.
 ///
 /// Before memory is taken from the system, freed blocks are given back to it until all blocks together are within the
-/// budget and within a sixteenth (and 1 MiB) of the most that was live at once since the last release_cached_memory().
+/// budget and within a sixteenth (and 4 MiB) of the most that was live at once since the last release_cached_memory().
 ///
 /// Threads: any. A child of fork() may go on allocating.
 /// Cost:    less than torch's own allocator; tens of nanoseconds for a block that is reused.
