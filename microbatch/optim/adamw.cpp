@@ -2,6 +2,7 @@
 
 #include <ATen/ops/_foreach_add.h>
 #include <ATen/ops/_fused_adamw.h>
+#include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
@@ -24,9 +25,13 @@ std::vector<at::Tensor> AdamW::make_state(const at::Tensor& parameter) const {
     return {at::zeros_like(parameter), at::zeros_like(parameter), at::zeros({}, parameter.options().dtype(at::kFloat))};
 }
 
+at::Tensor AdamW::make_constant(const at::Tensor& parameter, double, double) const {
+    return at::ones({}, parameter.options().dtype(at::kFloat));  // what a step adds to the counts
+}
+
 void AdamW::update(Bucket& bucket, double learning_rate, double weight_decay) const {
     const auto& [first_moments, second_moments, steps] = std::tie(bucket.state[0], bucket.state[1], bucket.state[2]);
-    at::_foreach_add_(steps, 1);
+    at::_foreach_add_(steps, bucket.constant);
     at::_fused_adamw_(bucket.parameters, bucket.gradients, first_moments, second_moments, /*max_exp_avg_sqs=*/{}, steps,
                       learning_rate, options_.beta1, options_.beta2, weight_decay, options_.epsilon,
                       /*amsgrad=*/false, /*maximize=*/false);

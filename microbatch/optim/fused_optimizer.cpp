@@ -59,7 +59,7 @@ void FusedOptimizer::add_group(const ParameterGroup& group) {
                             text(name_, ": parameter ", parameter.name, " is in another group already"));
             }
         }
-        made.slots.push_back({parameter, {}});
+        made.slots.push_back({parameter, {}, {}});
     }
     groups_.push_back(std::move(made));
 }
@@ -80,31 +80,82 @@ std::vector<at::Tensor> FusedOptimizer::parameters() const {
 void FusedOptimizer::step() {
     at::NoGradGuard no_grad;
     // All buckets before any update: a gradient that is refused leaves every parameter as it was.
-    std::vector<std::vector<Bucket>> buckets;
-    for (Group& group : groups_) buckets.push_back(buckets_of(group));
-    for (std::size_t i = 0; i < groups_.size(); ++i) {
-        const Group& group = groups_[i];
-        for (Bucket& bucket : buckets[i])
-            update(bucket, learning_rate_ * group.learning_rate_scale, group.weight_decay);
+    auto buckets = prepare(&Slot::state);
+    update_all(buckets);
+}
+
+void FusedOptimizer::rehearse() {
+    at::NoGradGuard no_grad;
+    auto buckets = prepare(&Slot::rehearsed_state);
+    for (auto& group : buckets) {
+        for (Bucket& bucket : group) bucket.parameters = bucket.gradients;
+    }
+    update_all(buckets);
+}
+
+void FusedOptimizer::end_rehearsal() {
+    for (Group& group : groups_) {
+        for (Slot& slot : group.slots) slot.rehearsed_state.clear();
     }
 }
 
-std::vector<FusedOptimizer::Bucket> FusedOptimizer::buckets_of(Group& group) const {
+bool FusedOptimizer::has_state() const {
+    bool any = false;
+    for (const Group& group : groups_) {
+        for (const Slot& slot : group.slots) {
+            if (slot.state.empty() && slot.parameter.tensor.requires_grad()) return false;
+            any = any || !slot.state.empty();
+        }
+    }
+    return any;
+}
+
+std::vector<std::vector<FusedOptimizer::Bucket>> FusedOptimizer::prepare(State state) {
+    std::vector<Slot*> without_state;
+    for (Group& group : groups_) {
+        for (Slot& slot : group.slots) {
+            if ((slot.*state).empty()) without_state.push_back(&slot);
+        }
+    }
+    try {
+        std::vector<std::vector<Bucket>> buckets;
+        for (Group& group : groups_) buckets.push_back(buckets_of(group, state));
+        return buckets;
+    } catch (...) {
+        for (Slot* slot : without_state) (slot->*state).clear();
+        throw;
+    }
+}
+
+std::vector<FusedOptimizer::Bucket> FusedOptimizer::buckets_of(Group& group, State state) const {
     std::map<std::pair<std::string, at::ScalarType>, Bucket> buckets;
     for (Slot& slot : group.slots) {
         const at::Tensor& parameter = slot.parameter.tensor;
         if (!parameter.grad().defined()) continue;
         const at::Tensor gradient = dense_gradient(slot.parameter);
-        if (slot.state.empty()) slot.state = make_state(parameter);
+        std::vector<at::Tensor>& tensors = slot.*state;
+        if (tensors.empty()) tensors = make_state(parameter);
         Bucket& bucket = buckets[{parameter.device().str(), parameter.scalar_type()}];
+        if (!bucket.constant.defined()) {
+            bucket.constant = make_constant(parameter, rate_of(group), group.weight_decay);
+        }
         bucket.parameters.push_back(parameter);
         bucket.gradients.push_back(gradient);
-        bucket.state.resize(slot.state.size());
-        for (std::size_t i = 0; i < slot.state.size(); ++i) bucket.state[i].push_back(slot.state[i]);
+        bucket.state.resize(tensors.size());
+        for (std::size_t i = 0; i < tensors.size(); ++i) bucket.state[i].push_back(tensors[i]);
     }
     std::vector<Bucket> result;
     for (auto& [key, bucket] : buckets) result.push_back(std::move(bucket));
     return result;
+}
+
+void FusedOptimizer::update_all(std::vector<std::vector<Bucket>>& buckets) const {
+    for (std::size_t i = 0; i < groups_.size(); ++i) {
+        const Group& group = groups_[i];
+        for (Bucket& bucket : buckets[i]) {
+            update(bucket, rate_of(group), group.weight_decay);
+        }
+    }
 }
 
 }  // namespace microbatch

@@ -9,6 +9,9 @@ namespace microbatch {
 class FusedOptimizer : public Optimizer {
 public:
     void step() final;
+    void rehearse() final;
+    void end_rehearsal() final;
+    bool has_state() const final;
     double learning_rate() const final { return learning_rate_; }
     void set_learning_rate(double rate) final;
     std::vector<at::Tensor> parameters() const final;
@@ -23,6 +26,7 @@ protected:
     struct Bucket {
         std::vector<at::Tensor> parameters, gradients;
         std::vector<std::vector<at::Tensor>> state;
+        at::Tensor constant;
     };
 
     /// `name` begins every message.
@@ -31,13 +35,18 @@ protected:
     /// The state of a parameter before its first step.
     virtual std::vector<at::Tensor> make_state(const at::Tensor& parameter) const = 0;
 
-    /// One step of the bucket at this learning rate.
+    /// A number that update() needs as a tensor, beside a parameter: a number alone would be made into one in the midst
+    /// of the updates.
+    virtual at::Tensor make_constant(const at::Tensor& parameter, double learning_rate, double weight_decay) const = 0;
+
+    /// One step of the bucket at this learning rate. Must not allocate: running out of memory between the buckets would
+    /// leave some of the parameters updated.
     virtual void update(Bucket& bucket, double learning_rate, double weight_decay) const = 0;
 
 private:
     struct Slot {
         Parameter parameter;
-        std::vector<at::Tensor> state;
+        std::vector<at::Tensor> state, rehearsed_state;
     };
     struct Group {
         std::vector<Slot> slots;
@@ -45,7 +54,14 @@ private:
         double learning_rate_scale;
     };
 
-    std::vector<Bucket> buckets_of(Group& group) const;
+    double rate_of(const Group& group) const { return learning_rate_ * group.learning_rate_scale; }
+
+    using State = std::vector<at::Tensor> Slot::*;
+
+    /// Everything that a step allocates. If it throws, no state is kept that was not there before.
+    std::vector<std::vector<Bucket>> prepare(State state);
+    std::vector<Bucket> buckets_of(Group& group, State state) const;
+    void update_all(std::vector<std::vector<Bucket>>& buckets) const;
 
     const char* name_;
     std::vector<Group> groups_;

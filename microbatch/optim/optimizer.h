@@ -17,8 +17,19 @@ public:
     virtual ~Optimizer() = default;
 
     /// Updates every parameter that has a gradient, by the gradient as it stands; the others keep value and state.
-    /// State: gradients are read, never cleared.
+    /// State: gradients are read, never cleared. If it throws c10::OutOfMemoryError nothing has changed.
     virtual void step() = 0;
+
+    /// Takes a step for its memory and its time alone: parameters and state are not touched. What stands in for them
+    /// are the gradients themselves, whose values are lost, and a state that is begun anew and kept until
+    /// end_rehearsal().
+    virtual void rehearse() = 0;
+
+    /// Drops the state that rehearse() made.
+    virtual void end_rehearsal() = 0;
+
+    /// True once steps have made the state of every parameter that requires a gradient.
+    virtual bool has_state() const = 0;
 
     /// The learning rate of the groups whose learning_rate_scale is 1.
     virtual double learning_rate() const = 0;

@@ -2,6 +2,7 @@
 
 #include <ATen/ops/_foreach_mul.h>
 #include <ATen/ops/_fused_sgd.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/zeros_like.h>
 
 #include "microbatch/core/error.h"
@@ -26,9 +27,13 @@ std::vector<at::Tensor> Sgd::make_state(const at::Tensor& parameter) const {
     return {at::zeros_like(parameter)};
 }
 
+at::Tensor Sgd::make_constant(const at::Tensor& parameter, double learning_rate, double weight_decay) const {
+    return at::full({}, 1.0 - learning_rate * weight_decay, parameter.options());  // what decoupled decay leaves
+}
+
 void Sgd::update(Bucket& bucket, double learning_rate, double weight_decay) const {
     const bool decoupled = options_.decoupled_weight_decay;
-    if (decoupled && weight_decay != 0.0) at::_foreach_mul_(bucket.parameters, 1.0 - learning_rate * weight_decay);
+    if (decoupled && weight_decay != 0.0) at::_foreach_mul_(bucket.parameters, bucket.constant);
     at::_fused_sgd_(bucket.parameters, bucket.gradients,
                     bucket.state.empty() ? std::vector<at::Tensor>{} : bucket.state[0], decoupled ? 0.0 : weight_decay,
                     options_.momentum, learning_rate, /*dampening=*/0.0, options_.nesterov, /*maximize=*/false,

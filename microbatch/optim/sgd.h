@@ -25,6 +25,7 @@ public:
 
 private:
     std::vector<at::Tensor> make_state(const at::Tensor& parameter) const override;
+    at::Tensor make_constant(const at::Tensor& parameter, double learning_rate, double weight_decay) const override;
     void update(Bucket& bucket, double learning_rate, double weight_decay) const override;
 
     SgdOptions options_;

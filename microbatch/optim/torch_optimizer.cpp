@@ -1,6 +1,12 @@
 #include "microbatch/optim/torch_optimizer.h"
 
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <utility>
+
 #include "microbatch/core/error.h"
+#include "microbatch/core/text.h"
 
 namespace microbatch {
 
@@ -10,6 +16,81 @@ TorchOptimizer::TorchOptimizer(torch::optim::Optimizer& optimizer) : optimizer_(
     for (const auto& group : optimizer_.param_groups()) {
         scales_.push_back(first == 0.0 ? 1.0 : group.options().get_lr() / first);
     }
+}
+
+void TorchOptimizer::step() {
+    try {
+        optimizer_.step();
+    } catch (const c10::OutOfMemoryError& error) {
+        throw Error(ErrorKind::does_not_fit,
+                    text("the torch optimizer ran out of memory between its updates, and some parameters may have been "
+                         "updated: go on from weights that were saved before, with a larger budget (AdamW and Sgd of "
+                         "this library update all or none); ",
+                         error.what_without_backtrace()));
+    }
+}
+
+namespace {
+
+using States = std::vector<std::unique_ptr<torch::optim::OptimizerParamState>>;
+
+// Puts gradients in the place of the parameters, and other states in the place of theirs; puts all back at its end.
+class StandIns {
+public:
+    StandIns(torch::optim::Optimizer& optimizer, States& states) : optimizer_(optimizer), states_(states) {
+        state_.swap(optimizer_.state());
+        std::size_t i = 0;
+        for (auto& group : optimizer_.param_groups()) {
+            parameters_.push_back(group.params());
+            for (at::Tensor& parameter : group.params()) {
+                if (parameter.grad().defined()) parameter = stand_in(parameter.grad());
+                if (states_.size() <= i) states_.emplace_back();
+                if (states_[i]) optimizer_.state()[parameter.unsafeGetTensorImpl()] = std::move(states_[i]);
+                ++i;
+            }
+        }
+    }
+    StandIns(const StandIns&) = delete;
+    StandIns& operator=(const StandIns&) = delete;
+    ~StandIns() {
+        std::size_t i = 0;
+        auto& groups = optimizer_.param_groups();
+        for (std::size_t g = 0; g < groups.size(); ++g) {
+            for (const at::Tensor& parameter : groups[g].params()) {
+                const auto made = optimizer_.state().find(parameter.unsafeGetTensorImpl());
+                if (made != optimizer_.state().end()) states_[i] = std::move(made->second);
+                ++i;
+            }
+            groups[g].params() = parameters_[g];
+        }
+        optimizer_.state().swap(state_);
+    }
+
+private:
+    static at::Tensor stand_in(const at::Tensor& gradient) {
+        at::Tensor result = gradient.detach();
+        result.mutable_grad() = gradient;
+        return result.set_requires_grad(true);
+    }
+
+    torch::optim::Optimizer& optimizer_;
+    States& states_;
+    std::vector<std::vector<at::Tensor>> parameters_;
+    std::remove_reference_t<decltype(std::declval<torch::optim::Optimizer&>().state())> state_;
+};
+
+}  // namespace
+
+void TorchOptimizer::rehearse() {
+    const StandIns stand_ins(optimizer_, rehearsed_);
+    optimizer_.step();
+}
+
+bool TorchOptimizer::has_state() const {
+    const std::vector<at::Tensor> all = parameters();
+    return !all.empty() && std::all_of(all.begin(), all.end(), [this](const at::Tensor& parameter) {
+        return !parameter.requires_grad() || optimizer_.state().count(parameter.unsafeGetTensorImpl()) > 0;
+    });
 }
 
 double TorchOptimizer::learning_rate() const {

@@ -15,7 +15,14 @@ public:
     /// Errors: ErrorKind::usage if the optimizer has no parameter group.
     explicit TorchOptimizer(torch::optim::Optimizer& optimizer);
 
-    void step() override { optimizer_.step(); }
+    /// Errors: ErrorKind::does_not_fit if it runs out of memory: torch's optimizers allocate between their updates, so
+    /// that some parameters may have been updated and others not.
+    void step() override;
+
+    /// The torch optimizer sees the gradients for its parameters and no state for as long as this lasts.
+    void rehearse() override;
+    void end_rehearsal() override { rehearsed_.clear(); }
+    bool has_state() const override;
 
     /// The first group's learning rate.
     double learning_rate() const override;
@@ -29,6 +36,7 @@ public:
 private:
     torch::optim::Optimizer& optimizer_;
     std::vector<double> scales_;
+    std::vector<std::unique_ptr<torch::optim::OptimizerParamState>> rehearsed_;  // one for each parameter, in order
 };
 
 }  // namespace microbatch

@@ -247,6 +247,9 @@ struct Broken : Optimizer {
         tensor_.detach().fill_(7);
         if (fails) throw std::runtime_error("disk is full");
     }
+    void rehearse() override {}
+    void end_rehearsal() override {}
+    bool has_state() const override { return false; }
     double learning_rate() const override { return 0; }
     void set_learning_rate(double) override {}
     std::vector<at::Tensor> parameters() const override { return {tensor_}; }
