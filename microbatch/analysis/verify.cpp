@@ -6,11 +6,11 @@
 #include <algorithm>
 #include <cmath>
 
-#include "microbatch/analysis/model_state.h"
 #include "microbatch/core/error.h"
 #include "microbatch/core/text.h"
 #include "microbatch/optim/clipping.h"
 #include "microbatch/train/gatherer.h"
+#include "microbatch/train/model_state.h"
 
 namespace microbatch {
 namespace {

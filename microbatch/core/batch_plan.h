@@ -12,6 +12,8 @@ inline constexpr std::int64_t whole_batch = std::numeric_limits<std::int64_t>::m
 struct Plan {
     /// Samples per forward and backward, at least 1.
     std::int64_t micro_batch = whole_batch;
+    /// The activations inside the model's blocks are computed again in backward instead of kept.
+    bool recompute = false;
 
     bool operator==(const Plan&) const = default;
 };

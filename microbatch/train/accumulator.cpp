@@ -3,11 +3,17 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/_foreach_div.h>
 
+#include <c10/util/Exception.h>
+#include <torch/nn/module.h>
+
+#include <algorithm>
 #include <cmath>
 #include <unordered_set>
 
 #include "microbatch/core/error.h"
 #include "microbatch/core/text.h"
+#include "microbatch/memory/budget_allocator.h"
+#include "microbatch/nn/recompute.h"
 #include "microbatch/optim/clipping.h"
 
 namespace microbatch {
@@ -32,7 +38,18 @@ void Accumulator::set_plan(const Plan& plan) {
     if (plan.micro_batch < 1) {
         throw Error(ErrorKind::usage, text("the micro-batch is ", plan.micro_batch, "; it must be at least 1"));
     }
+    if (plan.recompute && recomputable() == nullptr) {
+        throw Error(ErrorKind::usage, "the plan recomputes, but the accumulator has no model that offers it");
+    }
     options_.plan = plan;
+    limits_.clear();
+    if (Recomputable* model = recomputable()) model->set_recompute(plan.recompute);
+    // The blocks of another plan's sizes would be in the way of this one's.
+    release_cached_memory();
+}
+
+Recomputable* Accumulator::recomputable() const {
+    return dynamic_cast<Recomputable*>(options_.model);
 }
 
 void Accumulator::refuse_unknown_parameters() const {
@@ -47,21 +64,115 @@ void Accumulator::refuse_unknown_parameters() const {
 }
 
 StepReport Accumulator::step(const Batch& batch, const LossFunction& loss) {
-    const Gathered gathered = gather(batch, loss);
-    const std::string_view reason = reason_to_refuse(gathered);
-    return reason.empty() ? apply() : discard(reason);
+    std::int64_t lost = 0;
+    for (bool again = false;; again = true) {
+        const Gathered gathered = gather(batch, loss);
+        const std::string_view reason = reason_to_refuse(gathered);
+        if (!reason.empty()) return discard(reason);
+        StepReport report;
+        if (try_apply(report)) {
+            report.out_of_memory += lost;
+            return report;
+        }
+        // Out of the handler, where what the failed update held is gone. A smaller micro-batch would not help it.
+        undo();
+        if (again) {
+            throw Error(ErrorKind::does_not_fit,
+                        text("the optimizer's step ran out of memory, whatever the micro-batch; parameters and "
+                             "optimizer are as before it: raise the memory budget, or take an optimizer with less "
+                             "state (SGD); ",
+                             out_of_memory_message_));
+        }
+        lost += out_of_memory_ + 1;
+    }
 }
 
 Gathered Accumulator::gather(const Batch& batch, const LossFunction& loss) {
     refuse_unknown_parameters();
-    gathered_ = gatherer_.gather(batch, options_.plan, loss);
-    ready_ = true;
+    gatherer_.require_idle();
+    const std::int64_t samples = batch.size();
+    plan_ = limits_.within(options_.plan, batch);
+    plan_.micro_batch = std::clamp<std::int64_t>(plan_.micro_batch, 1, std::max<std::int64_t>(samples, 1));
+    out_of_memory_ = 0;
+    while (!try_gather(batch, loss)) {
+        // Out of the handler: an exception that is being handled keeps the tensors of the failed attempt alive.
+        undo();
+        const std::optional<Plan> smaller = smaller_plan();
+        if (!smaller) give_up(text("out of memory with a micro-batch of 1 sample: ", out_of_memory_message_));
+        release_cached_memory();
+        plan_ = *smaller;
+        ++out_of_memory_;
+    }
+    // Not before it has shown that it can run.
+    if (out_of_memory_ > 0) limits_.remember(batch, plan_);
     return gathered_;
+}
+
+bool Accumulator::try_gather(const Batch& batch, const LossFunction& loss) {
+    std::string failure;
+    try {
+        std::vector<at::Tensor> tensors;
+        for (const Parameter& parameter : parameters()) tensors.push_back(parameter.tensor);
+        before_.emplace(options_.model, tensors);
+        if (Recomputable* model = recomputable()) model->set_recompute(plan_.recompute);
+        gathered_ = gatherer_.gather(batch, plan_, loss);
+        ready_ = true;
+        return true;
+    } catch (const c10::OutOfMemoryError& error) {
+        out_of_memory_message_ = error.what_without_backtrace();
+        return false;
+    } catch (const std::exception& error) {
+        undo();
+        if (out_of_memory_ == 0) throw;
+        failure = error.what();
+    } catch (...) {
+        undo();
+        throw;
+    }
+    give_up(text("out of memory, and with a micro-batch of ", plan_.micro_batch,
+                 " the loss function fails: ", failure.substr(0, failure.find('\n')), "; ", out_of_memory_message_));
+}
+
+void Accumulator::give_up(const std::string& why) {
+    if (Recomputable* model = recomputable()) model->set_recompute(options_.plan.recompute);
+    throw Error(ErrorKind::does_not_fit, text(why,
+                                              "; everything is as before the step: raise the memory budget, or take "
+                                              "shorter samples"));
+}
+
+bool Accumulator::try_apply(StepReport& report) {
+    try {
+        report = apply();
+        return true;
+    } catch (const c10::OutOfMemoryError& error) {
+        out_of_memory_message_ = error.what_without_backtrace();
+        return false;
+    }
+}
+
+void Accumulator::undo() {
+    if (before_) before_->restore();
+    before_.reset();
+}
+
+std::optional<Plan> Accumulator::smaller_plan() const {
+    Plan plan = plan_;
+    if (plan.micro_batch > 1) {
+        plan.micro_batch /= 2;
+        return plan;
+    }
+    if (plan.recompute || recomputable() == nullptr) return std::nullopt;
+    plan.recompute = true;
+    return plan;
 }
 
 void Accumulator::begin() {
     refuse_unknown_parameters();
     gatherer_.begin();
+    before_.reset();
+    plan_ = {.micro_batch = 0, .recompute = options_.plan.recompute};
+    out_of_memory_ = 0;
+    if (Recomputable* model = recomputable()) model->set_recompute(plan_.recompute);
 }
 
 void Accumulator::add(const WeightedLoss& loss) {
@@ -79,17 +190,34 @@ StepReport Accumulator::apply() {
     if (gathered_.weight == 0.0) return discard("zero weight");
     StepReport result = report();
     try {
-        at::NoGradGuard no_grad;
-        const double divisor = gathered_.weight / clip_coefficient(gathered_.gradient_norm, options_.clip_norm);
-        if (divisor != 1.0) at::_foreach_div_(gatherer_.gradients(), divisor);
+        divide();
         optimizer_.step();
+    } catch (const c10::OutOfMemoryError&) {
+        gatherer_.clear();
+        ready_ = false;
+        throw;
     } catch (...) {
-        discard({});
+        gatherer_.clear();
+        before_.reset();
+        ready_ = false;
         throw;
     }
     result.applied = true;
+    before_.reset();
     discard({});
     return result;
+}
+
+void Accumulator::rehearse_apply() {
+    if (!ready_) throw Error(ErrorKind::usage, "nothing is gathered to rehearse with: call gather() or finish() first");
+    if (gathered_.weight > 0.0) divide();
+    optimizer_.rehearse();
+}
+
+void Accumulator::divide() {
+    at::NoGradGuard no_grad;
+    const double divisor = gathered_.weight / clip_coefficient(gathered_.gradient_norm, options_.clip_norm);
+    if (divisor != 1.0) at::_foreach_div_(gatherer_.gradients(), divisor);
 }
 
 StepReport Accumulator::discard(std::string_view reason) {
@@ -98,6 +226,8 @@ StepReport Accumulator::discard(std::string_view reason) {
     gatherer_.clear();
     gathered_ = {};
     ready_ = false;
+    if (before_) before_->restore_model();
+    before_.reset();
     return result;
 }
 
@@ -106,7 +236,9 @@ StepReport Accumulator::report() const {
             .weight = gathered_.weight,
             .gradient_norm = gathered_.gradient_norm,
             .learning_rate = optimizer_.learning_rate(),
-            .micro_batches = gathered_.micro_batches};
+            .micro_batches = gathered_.micro_batches,
+            .plan = plan_,
+            .out_of_memory = out_of_memory_};
 }
 
 }  // namespace microbatch

@@ -1,16 +1,25 @@
 #pragma once
 
 #include <limits>
+#include <optional>
+#include <string>
 #include <string_view>
 
 #include "microbatch/optim/optimizer.h"
 #include "microbatch/train/gatherer.h"
+#include "microbatch/train/model_state.h"
+#include "microbatch/train/shape_limits.h"
 
 namespace microbatch {
+
+class Recomputable;
 
 struct AccumulatorOptions {
     Plan plan = {};                                              ///< how a batch is cut
     double clip_norm = std::numeric_limits<double>::infinity();  ///< largest norm of the mean gradient that is applied
+    /// The model that the loss function uses, borrowed: its buffers are put back when a step is undone, and its blocks
+    /// recompute where the plan says so. Without one neither happens.
+    torch::nn::Module* model = nullptr;
 };
 
 /// What became of one batch.
@@ -20,6 +29,8 @@ struct StepReport {
     double gradient_norm = 0.0;      ///< of the batch's mean gradient, before clipping
     double learning_rate = 0.0;      ///< at which the step was, or would have been, taken
     std::int64_t micro_batches = 0;  ///< how many the batch was cut into
+    Plan plan = {};                  ///< how it was run in the end; 0 as micro-batch if the caller cut it
+    std::int64_t out_of_memory = 0;  ///< how many times it ran out of memory and was begun again, with a smaller plan
     bool applied = false;            ///< false: the parameters are as they were
     std::string_view reason = {};    ///< why not applied; empty if it was
 };
@@ -40,6 +51,14 @@ std::string_view reason_to_refuse(const Gathered& gathered);
 ///     accumulator.finish();
 ///     accumulator.apply();
 ///
+/// Out of memory: step() and gather() are transactions. A batch that runs out of memory (c10::OutOfMemoryError) is
+/// undone:
+///           gradients dropped, generators and the model's buffers as before; then it is run again with half the
+///           micro-batch, at 1 with recompute if the model offers it. The update is bit for bit the one that the
+///           smaller plan alone would have made, of a loss function that keeps no state of its own between calls, draws
+///           from torch's default generators and lets c10::OutOfMemoryError pass. The smaller plan is kept for samples
+///           of this shape and larger ones.
+///
 /// Formula:  g = (sum of the micro-batches' loss-sum gradients) / (sum of their weights), clipped once, one step.
 /// Source:   reference: docs/how-it-works.md, section 1. Deviation: none.
 /// State:    between gather (or finish) and apply everything about the batch is known and no parameter has changed.
@@ -48,18 +67,19 @@ std::string_view reason_to_refuse(const Gathered& gathered);
 class Accumulator {
 public:
     /// Errors: ErrorKind::usage if the optimizer updates a tensor that is not among the parameters (its gradients would
-    /// never be cleared), the plan's micro-batch is below 1, clip_norm is not above 0, or as Gatherer's constructor.
+    /// never be cleared), clip_norm is not above 0, or as set_plan() and Gatherer's constructor.
     Accumulator(const Parameters& parameters, Optimizer& optimizer, AccumulatorOptions options = {});
 
     /// Covers parameters that were added to the model; give them to the optimizer too.
     void track(const Parameters& parameters) { gatherer_.track(parameters); }
 
-    /// gather(), then apply(), or discard() if there is a reason_to_refuse(). If the loss function, its backward or
-    /// anything else throws before the optimizer steps, no gradient is left and no parameter has changed; what the loss
-    /// function itself changed (generators, batch statistics) has.
+    /// gather(), then apply(), or discard() if there is a reason_to_refuse(). If it throws before the optimizer steps,
+    /// everything is as before the step: no gradient is left, and parameters, buffers and generators are unchanged.
+    /// Errors: as gather(); ErrorKind::does_not_fit if the optimizer's step itself runs out of memory twice.
     StepReport step(const Batch& batch, const LossFunction& loss);
 
-    /// All gradients of the batch, no update yet. Errors: see Gatherer::gather().
+    /// All gradients of the batch, no update yet. Errors: see Gatherer::gather(); ErrorKind::does_not_fit if the batch
+    /// runs out of memory whatever the plan. Whatever is thrown, everything is as before the call.
     Gathered gather(const Batch& batch, const LossFunction& loss);
 
     void begin();                        ///< see Gatherer::begin()
@@ -71,22 +91,47 @@ public:
     /// gathered. If the optimizer throws, the gradients are cleared and the parameters are as it left them.
     StepReport apply();
 
-    /// Drops what is gathered, without an update; the report says why. Allowed at any time.
+    /// Drops what is gathered, without an update; the report says why. Allowed at any time. The model's buffers are as
+    /// before gather(); generators go on.
     StepReport discard(std::string_view reason);
 
-    /// How the next batch is cut. Errors: ErrorKind::usage if the micro-batch is below 1.
+    /// Does to memory and time what apply() would do, and leaves parameters and optimizer as they are; what is gathered
+    /// is lost. The optimizer keeps its rehearsed state until its end_rehearsal(). Errors: as apply().
+    void rehearse_apply();
+
+    /// How batches are run from now on; what was learned from running out of memory is forgotten.
+    /// Errors: ErrorKind::usage if the micro-batch is below 1, or recompute is asked of a model that does not offer it.
     void set_plan(const Plan& plan);
     const Plan& plan() const { return options_.plan; }
 
+    /// The model, if there is one and it can recompute its blocks; null otherwise.
+    Recomputable* recomputable() const;
+
+    /// Throws ErrorKind::usage if a batch is open, or gathered and neither applied nor discarded.
+    void require_idle() const { gatherer_.require_idle(); }
+
     Optimizer& optimizer() const { return optimizer_; }
+    const Parameters& parameters() const { return gatherer_.parameters(); }
+    torch::nn::Module* model() const { return options_.model; }
 
 private:
     void refuse_unknown_parameters() const;
+    [[noreturn]] void give_up(const std::string& why);
+    bool try_gather(const Batch& batch, const LossFunction& loss);
+    bool try_apply(StepReport& report);
+    void undo();
+    std::optional<Plan> smaller_plan() const;
+    void divide();
     StepReport report() const;
 
     Gatherer gatherer_;
     Optimizer& optimizer_;
     AccumulatorOptions options_;
+    ShapeLimits limits_;
+    Plan plan_;                         // of the batch that is gathered
+    std::optional<ModelState> before_;  // the batch that is gathered
+    std::int64_t out_of_memory_ = 0;    // in this step
+    std::string out_of_memory_message_;
     Gathered gathered_;
     bool ready_ = false;  // gathered, and neither applied nor discarded
 };

@@ -41,7 +41,7 @@ void Gatherer::refuse_stale_gradients() {
     }
 }
 
-void Gatherer::begin() {
+void Gatherer::require_idle() const {
     if (state_ == State::open) {
         throw Error(ErrorKind::usage, "the batch before was not finished: call finish() after its last micro-batch");
     }
@@ -49,6 +49,10 @@ void Gatherer::begin() {
         throw Error(ErrorKind::usage,
                     "the batch before was gathered but neither applied nor discarded: call apply() or discard() first");
     }
+}
+
+void Gatherer::begin() {
+    require_idle();
     refuse_stale_gradients();
     clear();
     gathered_ = {};

@@ -43,6 +43,9 @@ public:
     /// parameter holds a gradient that somebody else left; it is named. A .grad of zeros is dropped without a word.
     void begin();
 
+    /// Throws ErrorKind::usage if a window is open, or gradients were gathered and neither used nor cleared.
+    void require_idle() const;
+
     /// Adds the gradients of one micro-batch: backward of the sum, then the graph is freed. A micro-batch of weight 0
     /// adds nothing and its loss is not looked at, so that a 0/0 in it does no harm.
     /// Errors: ErrorKind::usage if no window is open, the loss is not valid (see validate), it depends on nothing that

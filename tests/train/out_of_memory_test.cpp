@@ -6,6 +6,7 @@
 
 #include "microbatch/analysis/gradient_variance.h"
 #include "microbatch/analysis/verify.h"
+#include "microbatch/core/error.h"
 #include "microbatch/memory/budget_allocator.h"
 #include "microbatch/optim/sgd.h"
 #include "microbatch/train/accumulator.h"
@@ -32,12 +33,17 @@ protected:
         const std::int64_t live = memory_use().live_bytes;
         for (int failures = 0;; ++failures) {
             const BudgetScope budget(live + 1 + 20'000 * std::int64_t{failures});
+            bool failed = false;
             try {
                 call();
-                return failures;
             } catch (const c10::OutOfMemoryError&) {
-                for (const at::Tensor& parameter : model->parameters()) EXPECT_FALSE(parameter.grad().defined());
+                failed = true;
+            } catch (const Error& error) {
+                EXPECT_EQ(error.kind(), ErrorKind::does_not_fit) << error.what();
+                failed = true;
             }
+            if (!failed) return failures;
+            for (const at::Tensor& parameter : model->parameters()) EXPECT_FALSE(parameter.grad().defined());
             EXPECT_EQ(memory_use().live_bytes, live);
         }
     }
