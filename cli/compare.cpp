@@ -5,13 +5,13 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 
-#include "cli/choose_plan.h"
 #include "cli/commands.h"
 #include "cli/config.h"
 #include "cli/interrupt.h"
 #include "cli/job.h"
 #include "cli/machine.h"
 #include "cli/output.h"
+#include "cli/plan_job.h"
 #include "cli/progress.h"
 #include "microbatch/analysis/gradient_variance.h"
 #include "microbatch/core/units.h"
@@ -26,7 +26,7 @@ constexpr std::int64_t variance_batches = 8;
 struct Strategy {
     const char* name;
     std::int64_t batch;
-    std::int64_t micro_batch;
+    Plan plan;
     // Below: measured.
     bool can_run = true;
     bool ran = false;
@@ -36,21 +36,6 @@ struct Strategy {
     double held_out = 0.0;
     std::optional<double> variance = {};
 };
-
-double median(std::vector<double> values) {
-    std::sort(values.begin(), values.end());
-    return values[values.size() / 2];
-}
-
-// The uncut batch can need more than the machine has; two small sizes tell before it is tried.
-std::int64_t predicted_peak(const JobPlan& plan, std::int64_t most_bytes) {
-    const std::int64_t batch = plan.batch;
-    std::vector<MemoryPoint> points;
-    for (const std::int64_t size : {std::int64_t{1}, std::min<std::int64_t>(2, batch)}) {
-        points.push_back({size, measure_micro_batch(plan, size, most_bytes).peak_bytes});
-    }
-    return batch <= 2 ? points.back().peak_bytes : fit_memory(points).predict(batch);
-}
 
 void train_strategy(std::FILE* out, const JobPlan& plan, const Job& job, std::int64_t samples, std::int64_t budget,
                     Strategy& strategy) {
@@ -65,6 +50,7 @@ void train_strategy(std::FILE* out, const JobPlan& plan, const Job& job, std::in
     while (!trainer.done() && !interrupted()) {
         const TrainerReport report = trainer.step();
         seconds.push_back(report.seconds);
+        if (report.step.out_of_memory > 0) strategy.plan = report.step.plan;  // what it was run by in the end
         progress.update(report, memory_use().peak_bytes);
     }
     progress.finish();
@@ -75,24 +61,23 @@ void train_strategy(std::FILE* out, const JobPlan& plan, const Job& job, std::in
     strategy.step_seconds = median(seconds);
     strategy.sample_seconds = total / static_cast<double>(trainer.progress().samples);
     strategy.peak_bytes = memory_use().peak_bytes;
-    strategy.held_out = held_out_loss(plan, job, std::min(strategy.micro_batch, std::int64_t{64}));
+    strategy.held_out = held_out_loss(plan, job, std::min(strategy.plan.micro_batch, std::int64_t{64}));
 }
 
 void measure_variance(const JobPlan& plan, const Job& job, Strategy& strategy) {
     Sampler sampler(plan.data.train->size(), static_cast<std::uint64_t>(plan.settings.seed) + 1);
-    strategy.variance =
-        gradient_variance(
-            job.parameters, variance_batches, [&] { return plan.data.train->get(sampler.next(strategy.batch)); },
-            {.micro_batch = strategy.micro_batch}, job.loss)
-            .variance;
+    strategy.variance = gradient_variance(
+                            job.parameters, variance_batches,
+                            [&] { return plan.data.train->get(sampler.next(strategy.batch)); }, strategy.plan, job.loss)
+                            .variance;
 }
 
 void run_strategy(std::FILE* out, const JobPlan& plan, std::int64_t samples, std::int64_t budget, std::int64_t most,
                   Strategy& strategy, std::vector<Strategy>* with_variance) {
-    fmt::print(out, "{}: batch {} in micro-batches of {}\n", strategy.name, strategy.batch, strategy.micro_batch);
+    fmt::print(out, "{}: batch {} in micro-batches of {}\n", strategy.name, strategy.batch, strategy.plan.micro_batch);
     const BudgetScope allowed(most);
     reset_peak_memory();
-    const Job job = make_job(plan, strategy.micro_batch);
+    const Job job = make_job(plan, strategy.plan);
     train_strategy(out, plan, job, samples, budget, strategy);
     if (interrupted()) throw Interrupted();
     if (with_variance == nullptr) return;
@@ -108,8 +93,7 @@ void run_all(std::FILE* out, const JobPlan& plan, std::int64_t samples, std::int
              std::vector<Strategy>& strategies) {
     const std::int64_t machine = std::max(budget, available_memory_bytes() / 10 * 9);
     Strategy &small = strategies[0], &accumulated = strategies[1], &native = strategies[2];
-    native.peak_bytes = predicted_peak(plan, machine);
-    native.can_run = native.peak_bytes <= machine;
+    native.can_run = native.peak_bytes > 0 && native.peak_bytes <= machine;
     run_strategy(out, plan, samples, budget, budget, accumulated, &strategies);
     run_strategy(out, plan, samples, budget, budget, small, nullptr);
     if (native.can_run) run_strategy(out, plan, samples, budget, machine, native, nullptr);
@@ -124,7 +108,7 @@ void print_strategies(std::FILE* out, const JobPlan& plan, const std::vector<Str
                                                 "held-out loss"}};
     for (const Strategy& s : strategies) {
         auto measured = [&s](const std::string& figure) { return s.ran ? figure : std::string("-"); };
-        rows.push_back({s.name, std::to_string(s.batch), std::to_string(s.micro_batch),
+        rows.push_back({s.name, std::to_string(s.batch), std::to_string(s.plan.micro_batch),
                         format_bytes(s.peak_bytes) + (s.ran ? "" : " predicted"), s.peak_bytes <= budget ? "yes" : "no",
                         s.variance ? fmt::format("{:.3g}", *s.variance) : "-",
                         measured(fmt::format("{:.1f} ms", 1e3 * s.step_seconds)),
@@ -148,7 +132,8 @@ void print_json(const JobPlan& plan, const std::vector<Strategy>& strategies, st
         nlohmann::ordered_json row;
         row["strategy"] = s.name;
         row["batch"] = s.batch;
-        row["micro_batch"] = s.micro_batch;
+        row["micro_batch"] = s.plan.micro_batch;
+        row["recompute"] = s.plan.recompute;
         row["ran"] = s.ran;
         row["peak_bytes"] = s.peak_bytes;  // predicted, if it was not run
         row["fits"] = s.peak_bytes <= budget;
@@ -159,6 +144,28 @@ void print_json(const JobPlan& plan, const std::vector<Strategy>& strategies, st
         document["strategies"].push_back(row);
     }
     fmt::print("{}\n", document.dump(2));
+}
+
+struct PlannedCuts {
+    Plan cut;
+    std::int64_t native_peak_bytes = 0;
+};
+
+// How the batch is accumulated, and what it would need at once: it can be more than the machine has, and is not tried.
+PlannedCuts plan_cuts(std::FILE* out, const JobPlan& plan, std::int64_t budget) {
+    const Job job = make_job_to_plan(plan, budget);
+    PlannedCuts cuts{.cut = plan_job(plan, job, budget, out).choice().plan};
+    const std::int64_t machine = std::max(budget, available_memory_bytes() / 10 * 9);
+    const PlanReport native = plan_native(plan, job, machine);
+    for (const Candidate& candidate : native.candidates) {
+        if (candidate.micro_batches == 1) cuts.native_peak_bytes = candidate.peak_bytes();
+    }
+    if (cuts.cut.micro_batch == plan.batch && plan.batch > 1) {
+        cuts.cut.micro_batch = std::max<std::int64_t>(1, plan.batch / 4);
+        fmt::print(out, "the whole batch of {} is the plan; to compare, it is also accumulated by {}\n", plan.batch,
+                   cuts.cut.micro_batch);
+    }
+    return cuts;
 }
 
 int compare(const Settings& settings) {
@@ -173,15 +180,12 @@ int compare(const Settings& settings) {
     const std::int64_t tokens_per_sample = plan.data.train->tokens_per_sample();
     const std::int64_t samples = convert(asked, Unit::samples, settings.batch, tokens_per_sample).count;
     schedule_of(settings, {samples, Unit::samples}, tokens_per_sample);
-    const std::int64_t chosen = choose_plan(plan, budget).micro_batch;
-    const std::int64_t micro_batch = chosen < settings.batch ? chosen : std::max<std::int64_t>(1, settings.batch / 4);
-    if (micro_batch != chosen) {
-        fmt::print(out, "the whole batch of {} is the plan; to compare, it is also accumulated by {}\n", settings.batch,
-                   micro_batch);
-    }
-    std::vector<Strategy> strategies{{.name = "small batch", .batch = micro_batch, .micro_batch = micro_batch},
-                                     {.name = "accumulated", .batch = settings.batch, .micro_batch = micro_batch},
-                                     {.name = "native", .batch = settings.batch, .micro_batch = settings.batch}};
+    const PlannedCuts cuts = plan_cuts(out, plan, budget);
+    std::vector<Strategy> strategies{
+        {.name = "small batch", .batch = cuts.cut.micro_batch, .plan = cuts.cut},
+        {.name = "accumulated", .batch = settings.batch, .plan = cuts.cut},
+        {.name = "native", .batch = settings.batch, .plan = {.micro_batch = settings.batch}}};
+    strategies[2].peak_bytes = cuts.native_peak_bytes;
     run_all(out, plan, samples, budget, strategies);
     print_strategies(out, plan, strategies, samples, budget);
     if (settings.json) print_json(plan, strategies, samples, budget);

@@ -101,7 +101,7 @@ void apply_config(CLI::App& command, const Settings& settings) {
     }
 }
 
-void write_config(const std::filesystem::path& folder, const JobPlan& plan, std::int64_t micro_batch, Interval length,
+void write_config(const std::filesystem::path& folder, const JobPlan& plan, const Plan& cut, Interval length,
                   std::int64_t budget_bytes) {
     const Settings& s = plan.settings;
     toml::table table;
@@ -114,7 +114,8 @@ void write_config(const std::filesystem::path& folder, const JobPlan& plan, std:
     if (!s.norm.empty()) table.insert("norm", s.norm);
     if (s.dropout > 0.0) table.insert("dropout", s.dropout);
     table.insert("batch", s.batch);
-    table.insert("micro-batch", micro_batch);
+    table.insert("micro-batch", cut.micro_batch);
+    table.insert("recompute", cut.recompute ? "always" : "never");
     table.insert("memory", fmt::format("{}B", budget_bytes));
     table.insert(to_string(length.unit), length.count);
     const Schedule schedule = schedule_of(s, length, plan.data.train->tokens_per_sample());

@@ -16,7 +16,7 @@ void apply_config(CLI::App& command, const Settings& settings);
 
 /// Writes config.toml: every setting of the run as it was resolved. `--config` with it gives the same run again.
 /// Errors: ErrorKind::usage if the file cannot be written.
-void write_config(const std::filesystem::path& folder, const JobPlan& plan, std::int64_t micro_batch, Interval length,
+void write_config(const std::filesystem::path& folder, const JobPlan& plan, const Plan& cut, Interval length,
                   std::int64_t budget_bytes);
 
 }  // namespace microbatch::cli

@@ -5,19 +5,15 @@
 #include <torch/nn/module.h>
 
 #include <algorithm>
-#include <chrono>
-#include <numeric>
 #include <vector>
 
-#include "cli/interrupt.h"
-#include "cli/machine.h"
 #include "microbatch/core/error.h"
 #include "microbatch/core/units.h"
-#include "microbatch/memory/budget_allocator.h"
 #include "microbatch/models/gpt.h"
 #include "microbatch/models/mlp.h"
 #include "microbatch/models/resnet.h"
 #include "microbatch/nn/cross_entropy.h"
+#include "microbatch/nn/linear_cross_entropy.h"
 #include "microbatch/optim/adamw.h"
 #include "microbatch/optim/sgd.h"
 
@@ -92,14 +88,30 @@ void require_match(const std::string& model, const OpenedData& data, const std::
 }
 
 template <class Holder>
-void use_model(Job& job, Holder model, bool tokens) {
+void use_model(Job& job, Holder model, LossFunction loss) {
     job.model = model.ptr();
     job.parameters = parameters_of(model);
-    job.loss = [model, tokens](const Batch& micro) mutable -> WeightedLoss {
-        const at::Tensor& targets = micro.fields[1];
-        return {cross_entropy_sum(model->forward(micro.fields[0]), targets),
-                tokens ? count_targets(targets) : static_cast<double>(micro.size())};
-    };
+    job.loss = std::move(loss);
+}
+
+// Logits of a vocabulary much wider than the model are most of a step's memory: they are made a chunk at a time.
+void use_gpt(Job& job, const GptConfig& config) {
+    constexpr std::int64_t wide = 4096;
+    Gpt model(config);
+    const bool chunked = config.vocabulary >= wide;
+    use_model(job, model, [model, chunked](const Batch& micro) mutable -> WeightedLoss {
+        const at::Tensor &tokens = micro.fields[0], &targets = micro.fields[1];
+        const at::Tensor sum = chunked ? linear_cross_entropy_sum(model->hidden(tokens), model->head_weight(), targets)
+                                       : cross_entropy_sum(model->forward(tokens), targets);
+        return {sum, count_targets(targets)};
+    });
+}
+
+template <class Holder>
+void use_classifier(Job& job, Holder model) {
+    use_model(job, model, [model](const Batch& micro) mutable -> WeightedLoss {
+        return {cross_entropy_sum(model->forward(micro.fields[0]), micro.fields[1]), static_cast<double>(micro.size())};
+    });
 }
 
 void use_optimizer(Job& job, const Settings& settings) {
@@ -148,12 +160,8 @@ std::string describe_model(const JobPlan& plan) {
                            config.length);
     }
     std::int64_t count = 0;
-    for (const Parameter& parameter : make_job(plan, 1).parameters) count += parameter.tensor.numel();
+    for (const Parameter& parameter : make_job(plan).parameters) count += parameter.tensor.numel();
     return fmt::format("{}, {} parameters", plan.model, short_count(count));
-}
-
-double seconds_since(std::chrono::steady_clock::time_point start) {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 // The first samples of a dataset, so that an evaluation has a bounded cost.
@@ -169,12 +177,6 @@ private:
     const Dataset& all_;
     std::int64_t size_;
 };
-
-Batch first_batch(const Dataset& dataset, std::int64_t batch) {
-    std::vector<std::int64_t> indices(static_cast<std::size_t>(batch));
-    for (std::size_t i = 0; i < indices.size(); ++i) indices[i] = static_cast<std::int64_t>(i) % dataset.size();
-    return dataset.get(indices);
-}
 
 }  // namespace
 
@@ -206,87 +208,21 @@ JobPlan open_job(const Settings& settings, Interval length) {
     return plan;
 }
 
-Job make_job(const JobPlan& plan, std::int64_t micro_batch) {
+Job make_job(const JobPlan& plan, const Plan& cut) {
     at::manual_seed(plan.settings.seed);
     Job job;
     if (is_gpt(plan.model)) {
-        use_model(job, Gpt(gpt_config(plan.model, plan.settings, plan.data.classes)), true);
+        use_gpt(job, gpt_config(plan.model, plan.settings, plan.data.classes));
     } else if (plan.model == "resnet") {
-        use_model(job, ResNet(resnet_config(plan)), false);
+        use_classifier(job, ResNet(resnet_config(plan)));
     } else {
-        use_model(job, Mlp(mlp_config(plan)), false);
+        use_classifier(job, Mlp(mlp_config(plan)));
     }
     use_optimizer(job, plan.settings);
     job.accumulator = std::make_unique<Accumulator>(
         job.parameters, *job.optimizer,
-        AccumulatorOptions{.plan = {.micro_batch = micro_batch}, .clip_norm = plan.settings.clip});
+        AccumulatorOptions{.plan = cut, .clip_norm = plan.settings.clip, .model = job.model.get()});
     return job;
-}
-
-Measurement measure_micro_batch(const JobPlan& plan, std::int64_t size, std::int64_t most_bytes) {
-    const BudgetScope budget(most_bytes);
-    reset_peak_memory();
-    const std::int64_t batch = plan.batch;
-    const std::int64_t micro_batch = std::min(size, batch);
-    const Job job = make_job(plan, micro_batch);
-    const Batch data = first_batch(*plan.data.train, batch);
-    Measurement result{.micro_batch = micro_batch, .micro_batch_seconds = 1e300, .update_seconds = 1e300};
-    const std::int64_t count = std::min<std::int64_t>(2, micro_batch_count(batch, micro_batch));
-    // A run of a single step never holds the optimizer's state during a forward pass.
-    for (int step = 0; step < std::min<std::int64_t>(2, plan.steps); ++step) {
-        job.accumulator->begin();
-        for (std::int64_t i = 0; i < count; ++i) {
-            const auto started = std::chrono::steady_clock::now();
-            // The last micro-batch may be a ragged one; a full one is what is to be timed.
-            const std::int64_t begin = std::min(i * micro_batch, batch - micro_batch);
-            job.accumulator->add(job.loss(data.slice(begin, begin + micro_batch)));
-            const bool warm = step > 0 || i > 0 || (count == 1 && plan.steps == 1);
-            if (warm) result.micro_batch_seconds = std::min(result.micro_batch_seconds, seconds_since(started));
-        }
-        const auto started = std::chrono::steady_clock::now();
-        job.accumulator->finish();
-        job.accumulator->apply();
-        result.update_seconds = seconds_since(started);
-    }
-    result.peak_bytes = memory_use().peak_bytes;
-    return result;
-}
-
-std::int64_t parameter_bytes(const JobPlan& plan) {
-    std::int64_t bytes = 0;
-    for (const Parameter& parameter : make_job(plan, 1).parameters) {
-        bytes += static_cast<std::int64_t>(parameter.tensor.nbytes());
-    }
-    return bytes;
-}
-
-void require_room_for_samples(const JobPlan& plan, std::int64_t budget_bytes) {
-    double bytes = 0.0;
-    for (const at::Tensor& field : first_batch(*plan.data.train, 1).fields)
-        bytes += static_cast<double>(field.nbytes());
-    bytes *= static_cast<double>(plan.batch);
-    if (bytes <= static_cast<double>(budget_bytes) || bytes <= static_cast<double>(parameter_bytes(plan))) return;
-    throw Error(ErrorKind::does_not_fit,
-                fmt::format("--batch {}: its samples alone take {}, more than the memory budget of {}; take a smaller "
-                            "--batch or raise --memory",
-                            plan.batch, format_bytes(static_cast<std::int64_t>(bytes)), format_bytes(budget_bytes)));
-}
-
-Probe probe_job(const JobPlan& plan, std::int64_t budget_bytes) {
-    const auto measure = [&plan, budget_bytes](std::int64_t size) {
-        if (interrupted()) throw Interrupted();
-        try {
-            return measure_micro_batch(plan, size, budget_bytes);
-        } catch (const c10::OutOfMemoryError&) {
-            if (size > 1) throw;
-        }
-        // Out of the handler, where the failed step's tensors are gone: how much would the smallest need?
-        return measure_micro_batch(plan, size, std::max(budget_bytes, available_memory_bytes() / 10 * 9));
-    };
-    const Probe probe =
-        probe_micro_batches(plan.batch, budget_bytes, measure, /*uncut_saving_bytes=*/parameter_bytes(plan));
-    if (interrupted()) throw Interrupted();
-    return probe;
 }
 
 double held_out_loss(const JobPlan& plan, const Job& job, std::int64_t micro_batch) {

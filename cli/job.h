@@ -5,7 +5,6 @@
 
 #include "cli/settings.h"
 #include "microbatch/data/open.h"
-#include "microbatch/memory/probe.h"
 #include "microbatch/train/accumulator.h"
 #include "microbatch/train/trainer.h"
 
@@ -40,19 +39,7 @@ struct Job {
 JobPlan open_job(const Settings& settings, Interval length);
 
 /// The same seed makes the same parameters.
-Job make_job(const JobPlan& plan, std::int64_t micro_batch);
-
-/// Measures a micro-batch on a job of its own, at the job's real batch: first and later micro-batch, first and later
-/// step. Throws c10::OutOfMemoryError where it needs more than `most_bytes`.
-Measurement measure_micro_batch(const JobPlan& plan, std::int64_t micro_batch, std::int64_t most_bytes);
-
-/// Throws ErrorKind::does_not_fit if the batch's own samples are beyond the budget, and more than the
-/// model: no micro-batch could help.
-void require_room_for_samples(const JobPlan& plan, std::int64_t budget_bytes);
-
-/// probe_micro_batches for this job, never using more than the budget; only to say what a sample needs that does not
-/// fit it goes beyond, as far as the machine has memory. Stops with Interrupted if a signal comes.
-Probe probe_job(const JobPlan& plan, std::int64_t budget_bytes);
+Job make_job(const JobPlan& plan, const Plan& cut = {});
 
 /// Thrown where an interrupted command has nothing to keep.
 struct Interrupted {};

@@ -93,7 +93,7 @@ int run(const cli::Action& action) {
         return fail(error.exit_code(), error.what());
     } catch (const c10::OutOfMemoryError& error) {
         return fail(static_cast<int>(ErrorKind::does_not_fit),
-                    fmt::format("out of memory: {}: take a smaller --micro-batch (or auto), or raise --memory",
+                    fmt::format("out of memory: {}: raise --memory, or take a smaller --micro-batch (or auto)",
                                 error.what_without_backtrace()));
     } catch (const std::bad_alloc&) {
         return fail(static_cast<int>(ErrorKind::does_not_fit), "out of memory: the machine has no more to give");

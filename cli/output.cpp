@@ -1,9 +1,15 @@
 #include "cli/output.h"
 
 #include <fmt/format.h>
+#include <sys/ioctl.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
+#include <string_view>
+
+#include "microbatch/core/units.h"
 
 namespace microbatch::cli {
 
@@ -29,6 +35,30 @@ std::string clock_time(double seconds) {
     const std::int64_t hours = whole / 3600;
     if (hours > 0) return fmt::format("{}:{:02}:{:02}", hours, whole / 60 % 60, whole % 60);
     return fmt::format("{}:{:02}", whole / 60, whole % 60);
+}
+
+bool is_terminal(std::FILE* stream) {
+    const char* name = std::getenv("TERM");
+    const bool dumb = name != nullptr && std::string_view(name) == "dumb";
+    return isatty(fileno(stream)) != 0 && !dumb;
+}
+
+std::size_t terminal_columns(std::FILE* stream) {
+    winsize size{};
+    if (ioctl(fileno(stream), TIOCGWINSZ, &size) != 0 || size.ws_col == 0) return 100;
+    return size.ws_col;
+}
+
+std::string describe_parts(const MemoryParts& parts) {
+    return fmt::format("parameters {}, gradients {}, optimizer state {}, activations {}, other {}",
+                       format_bytes(parts.parameters), format_bytes(parts.gradients),
+                       format_bytes(parts.optimizer_state), format_bytes(parts.activations), format_bytes(parts.other));
+}
+
+double median(std::vector<double> values) {
+    const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
+    std::nth_element(values.begin(), middle, values.end());
+    return *middle;
 }
 
 }  // namespace microbatch::cli

@@ -1,13 +1,9 @@
 #include "cli/progress.h"
 
 #include <fmt/format.h>
-#include <sys/ioctl.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <string_view>
 
 #include "cli/output.h"
 
@@ -16,17 +12,6 @@ namespace {
 
 constexpr double terminal_interval = 0.1;
 constexpr double pipe_interval = 5.0;
-
-std::size_t terminal_columns(int descriptor) {
-    winsize size{};
-    if (ioctl(descriptor, TIOCGWINSZ, &size) != 0 || size.ws_col == 0) return 100;
-    return size.ws_col;
-}
-
-bool is_dumb_terminal() {
-    const char* name = std::getenv("TERM");
-    return name != nullptr && std::string_view(name) == "dumb";
-}
 
 // As long as there is room for beside the figures, which matter more.
 std::string bar(double share, std::size_t columns, std::size_t figures) {
@@ -45,7 +30,7 @@ double seconds_between(std::chrono::steady_clock::time_point a, std::chrono::ste
 
 ProgressLine::ProgressLine(std::FILE* stream, Interval length, const char* speed_unit, std::int64_t budget_bytes)
     : stream_(stream),
-      terminal_(isatty(fileno(stream)) != 0 && !is_dumb_terminal()),
+      terminal_(is_terminal(stream)),
       length_(length),
       speed_unit_(speed_unit),
       budget_bytes_(budget_bytes),
@@ -69,6 +54,11 @@ void ProgressLine::update(const TrainerReport& report, std::int64_t peak_bytes) 
     draw(line());
 }
 
+void ProgressLine::note(const std::string& text) {
+    fmt::print(stream_, "{}{}\n", terminal_ && drawn_once_ ? "\r\x1b[K" : "", text);
+    std::fflush(stream_);
+}
+
 void ProgressLine::finish() {
     if (pending_) draw(line());
     if (terminal_ && drawn_once_) fmt::print(stream_, "\n");
@@ -87,7 +77,7 @@ std::string ProgressLine::line() const {
                     progress.steps, loss_, format_count(std::llround(speed)), speed_unit_,
                     static_cast<double>(peak_bytes_) / mebibyte, static_cast<double>(budget_bytes_) / mebibyte,
                     clock_time(share > 0.0 ? elapsed / share * (1.0 - share) : -1.0));
-    return terminal_ ? bar(share, terminal_columns(fileno(stream_)), figures.size()) + figures : figures;
+    return terminal_ ? bar(share, terminal_columns(stream_), figures.size()) + figures : figures;
 }
 
 void ProgressLine::draw(const std::string& line) {
@@ -95,7 +85,7 @@ void ProgressLine::draw(const std::string& line) {
     drawn_once_ = true;
     if (terminal_) {
         // Cut to the window: a line that wraps could not be drawn over.
-        fmt::print(stream_, "\r{}\x1b[K", line.substr(0, terminal_columns(fileno(stream_)) - 1));
+        fmt::print(stream_, "\r{}\x1b[K", line.substr(0, terminal_columns(stream_) - 1));
     } else {
         fmt::print(stream_, "{}\n", line);
     }

@@ -20,6 +20,9 @@ public:
     /// After every step. peak_bytes: the largest so far.
     void update(const TrainerReport& report, std::int64_t peak_bytes);
 
+    /// A line of its own, for what happens seldom.
+    void note(const std::string& text);
+
     /// Draws the last state and ends the line; safe to call twice.
     void finish();
 

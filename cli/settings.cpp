@@ -121,6 +121,12 @@ void add_job_options(CLI::App& command, Settings& s) {
         ->type_name("N|auto")
         ->group(batch);
     command
+        .add_option("--recompute", s.recompute,
+                    "auto (the default), never or always: compute activations of blocks again in backward, not keep "
+                    "them; slower, less memory, the same gradients")
+        ->type_name("NAME")
+        ->group(batch);
+    command
         .add_option("--memory", s.memory,
                     "Budget of all tensors of the process, such as 400MiB or 2GiB; without it four fifths of the "
                     "memory that is free")
@@ -272,6 +278,9 @@ void validate(const Settings& settings) {
     }
     validate_optimizer(settings);
     micro_batch_of(settings);
+    if (settings.recompute != "auto" && settings.recompute != "never" && settings.recompute != "always") {
+        refuse(fmt::format("--recompute {}: choose auto, never or always", settings.recompute));
+    }
     memory_budget_of(settings);
 }
 

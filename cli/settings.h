@@ -22,6 +22,7 @@ struct Settings {
 
     std::int64_t batch = 64;
     std::string micro_batch = "auto";
+    std::string recompute = "auto";
     std::optional<std::string> memory;
     std::string steps, samples, tokens;
 

@@ -3,18 +3,22 @@
 #include <torch/nn/module.h>
 
 #include <c10/util/Exception.h>
+#include <algorithm>
 #include <chrono>
+#include <cstdlib>
 #include <ctime>
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <sstream>
+#include <vector>
 
-#include "cli/choose_plan.h"
 #include "cli/commands.h"
 #include "cli/config.h"
 #include "cli/interrupt.h"
 #include "cli/job.h"
 #include "cli/output.h"
+#include "cli/plan_job.h"
 #include "cli/progress.h"
 #include "microbatch/analysis/verify.h"
 #include "microbatch/core/error.h"
@@ -34,10 +38,23 @@ struct Outcome {
     double first_loss = 0.0;
     std::optional<double> held_out;  // not measured when interrupted
     double seconds = 0.0;
+    std::vector<double> step_seconds;
     std::int64_t peak_bytes = 0;
+    std::int64_t out_of_memory = 0;
     std::int64_t refused = 0;
     int refused_in_a_row = 0;  // up to the last step; batches of weight 0 do not count
     bool interrupted = false;
+
+    // Counts the last step in.
+    void add(std::int64_t peak) {
+        peak_bytes = std::max(peak_bytes, peak);
+        step_seconds.push_back(last.seconds);
+        out_of_memory += last.step.out_of_memory;
+        if (last.progress.steps == 1) first_loss = last.step.loss;
+        if (!last.step.applied) ++refused;
+        const bool bad = !last.step.applied && last.step.weight > 0.0;
+        refused_in_a_row = bad ? refused_in_a_row + 1 : 0;
+    }
 };
 
 // A folder of its own for a run that names none: runs/MODEL-DATE-TIME, with a number where that is taken.
@@ -99,50 +116,87 @@ void check_decomposition(std::FILE* out, const JobPlan& plan, const Job& job) {
     for (const Cause cause : found.causes) fmt::print(out, "          {}\n", describe(cause));
 }
 
-void print_header(std::FILE* out, const JobPlan& plan, const ChosenPlan& chosen, std::int64_t budget, Interval length,
+void print_header(std::FILE* out, const JobPlan& plan, const PlanReport& report, Interval length,
                   const std::filesystem::path& folder) {
-    const std::int64_t batch = plan.settings.batch;
+    const Candidate& chosen = report.choice();
     fmt::print(out, "model     {}\n", plan.model_description);
     fmt::print(out, "data      {}\n", plan.data.description);
-    const std::int64_t count = micro_batch_count(batch, chosen.micro_batch);
-    const std::string cut = count == 1 ? "uncut" : fmt::format("in {} micro-batches of {}", count, chosen.micro_batch);
-    fmt::print(out, "batch     {} samples per step, {} ({})\n", batch, cut, chosen.why);
-    fmt::print(out, "memory    budget {}, predicted peak {}\n", format_bytes(budget),
-               format_bytes(chosen.predicted_peak_bytes));
+    fmt::print(out, "batch     {} samples per step, {} ({})\n", plan.settings.batch, describe_cut(chosen), report.why);
+    fmt::print(out, "memory    budget {}, predicted peak {}: {}\n", format_bytes(report.budget_bytes),
+               format_bytes(chosen.peak_bytes()), describe_parts(parts_of(report, chosen)));
     fmt::print(out, "optimizer {}, learning rate {:g}, schedule {}, {}, clip {:g}\n", plan.settings.optimizer,
                learning_rate_of(plan.settings), plan.settings.schedule, to_string(length), plan.settings.clip);
     fmt::print(out, "run       {}, seed {}, {} threads\n", folder.string(), plan.settings.seed, at::get_num_threads());
 }
 
-Outcome train_to_the_end(std::FILE* out, const JobPlan& plan, const Job& job, const ChosenPlan& chosen, Interval length,
-                         std::int64_t budget, RunLog& log) {
+// MICROBATCH_BUDGET_DRILL="5 20MiB": after step 5 the budget is 20 MiB, to rehearse what a run does then.
+class BudgetDrill {
+public:
+    BudgetDrill() {
+        const char* drill = std::getenv("MICROBATCH_BUDGET_DRILL");
+        if (drill == nullptr) return;
+        std::istringstream words(drill);
+        std::string size;
+        if (!(words >> step_ >> size) || step_ < 1) {
+            throw Error(ErrorKind::usage,
+                        fmt::format("MICROBATCH_BUDGET_DRILL is \"{}\"; give a step and a size, \"5 20MiB\"", drill));
+        }
+        bytes_ = parse_bytes(size);
+    }
+
+    void after(const TrainerReport& report) const {
+        if (report.progress.steps == step_) set_memory_budget(bytes_);
+    }
+
+private:
+    std::int64_t step_ = 0, bytes_ = 0;
+};
+
+// A prediction is logged with the steps that it is of: the plan's own, and for the time of a full batch.
+StepMeasures measures_of(const TrainerReport& report, std::int64_t peak, std::int64_t batch, const Candidate& chosen) {
+    StepMeasures measures{.peak_bytes = peak};
+    if (report.step.plan != chosen.plan) return measures;
+    measures.predicted_peak_bytes = chosen.peak_bytes();
+    if (report.samples == batch) measures.predicted_step_seconds = chosen.step_seconds;
+    return measures;
+}
+
+void note_out_of_memory(ProgressLine& progress, const TrainerReport& report) {
+    if (report.step.out_of_memory == 0) return;
+    progress.note(fmt::format("step {}: out of memory; undone and made again in micro-batches of {}{}",
+                              report.progress.steps, report.step.plan.micro_batch,
+                              report.step.plan.recompute ? " with recompute" : ""));
+}
+
+// Trains until the run is done, interrupted, refused too often, or out of memory whatever the micro-batch: what came of
+// it is in `outcome` in any case.
+void train_to_the_end(std::FILE* out, const JobPlan& plan, const Job& job, const PlanReport& report, Interval length,
+                      const BudgetDrill& drill, RunLog& log, Outcome& outcome) {
     Trainer trainer(*job.accumulator, *plan.data.train, job.loss,
                     {.batch = plan.settings.batch,
                      .length = length,
                      .schedule = schedule_of(plan.settings, length, plan.data.train->tokens_per_sample()),
                      .seed = static_cast<std::uint64_t>(plan.settings.seed)});
-    ProgressLine progress(out, length, speed_unit(plan), budget);
-    Outcome outcome;
+    ProgressLine progress(out, length, speed_unit(plan), report.budget_bytes);
+    const Candidate& chosen = report.choice();
     const auto started = std::chrono::steady_clock::now();
     while (!trainer.done() && !interrupted() && outcome.refused_in_a_row < most_refused_in_a_row) {
         reset_peak_memory();
         outcome.last = trainer.step();
+        outcome.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
         const std::int64_t peak = memory_use().peak_bytes;
-        outcome.peak_bytes = std::max(outcome.peak_bytes, peak);
-        if (outcome.last.progress.steps == 1) outcome.first_loss = outcome.last.step.loss;
-        if (!outcome.last.step.applied) ++outcome.refused;
-        const bool bad = !outcome.last.step.applied && outcome.last.step.weight > 0.0;
-        outcome.refused_in_a_row = bad ? outcome.refused_in_a_row + 1 : 0;
-        log.write(outcome.last, {chosen.micro_batch, peak, chosen.predicted_peak_bytes});
+        outcome.add(peak);
+        log.write(outcome.last, measures_of(outcome.last, peak, plan.batch, chosen));
+        note_out_of_memory(progress, outcome.last);
         progress.update(outcome.last, peak);
+        drill.after(outcome.last);
     }
     progress.finish();
-    outcome.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
     outcome.interrupted = !trainer.done() && outcome.refused_in_a_row == 0;
-    if (log.lines() == 0) return outcome;
+    if (log.lines() == 0) return;
     if (!outcome.interrupted && outcome.refused_in_a_row == 0)
-        outcome.held_out = held_out_loss(plan, job, chosen.micro_batch);
-    return outcome;
+        outcome.held_out = held_out_loss(
+            plan, job, outcome.out_of_memory > 0 ? outcome.last.step.plan.micro_batch : chosen.plan.micro_batch);
 }
 
 // A run that never made a step leaves nothing, so that the same command can be given again.
@@ -172,9 +226,14 @@ double speed(const Outcome& outcome) {
     return static_cast<double>(outcome.last.progress.tokens) / std::max(outcome.seconds, 1e-9);
 }
 
-void print_summary(std::FILE* out, const JobPlan& plan, const ChosenPlan& chosen, const Outcome& outcome,
-                   std::int64_t budget, const std::filesystem::path& folder) {
+std::string against(double predicted, double measured) {
+    return fmt::format("{:+.1f} %", 100.0 * (predicted / measured - 1.0));
+}
+
+void print_summary(std::FILE* out, const JobPlan& plan, const PlanReport& report, const Outcome& outcome,
+                   const std::filesystem::path& folder) {
     const Progress& progress = outcome.last.progress;
+    const Candidate& chosen = report.choice();
     fmt::print(out, "{}{} steps, {} samples in {}: {} {}/s\n",
                outcome.interrupted || outcome.refused_in_a_row > 0 ? "stopped   " : "done      ",
                format_count(progress.steps), format_count(progress.samples), clock_time(outcome.seconds),
@@ -182,24 +241,35 @@ void print_summary(std::FILE* out, const JobPlan& plan, const ChosenPlan& chosen
     fmt::print(out, "loss      {:.4f} at the first step, {:.4f} at the last", outcome.first_loss,
                outcome.last.step.loss);
     fmt::print(out, "{}\n", outcome.held_out ? fmt::format(", {:.4f} held out", *outcome.held_out) : std::string());
-    fmt::print(out, "memory    peak {} measured", format_bytes(outcome.peak_bytes));
-    const auto predicted = static_cast<double>(chosen.predicted_peak_bytes);
-    fmt::print(out, ", {} predicted ({:+.1f} %)", format_bytes(chosen.predicted_peak_bytes),
-               100.0 * (predicted / static_cast<double>(outcome.peak_bytes) - 1.0));
-    fmt::print(out, ", budget {}\n", format_bytes(budget));
+    fmt::print(out, "memory    peak {} measured, {} predicted ({}), budget {}\n", format_bytes(outcome.peak_bytes),
+               format_bytes(chosen.peak_bytes()),
+               against(static_cast<double>(chosen.peak_bytes()), static_cast<double>(outcome.peak_bytes)),
+               format_bytes(report.budget_bytes));
+    const double seconds = median(outcome.step_seconds);
+    fmt::print(out, "time      {:.3f} s a step measured, {:.3f} s predicted ({})\n", seconds, chosen.step_seconds,
+               against(chosen.step_seconds, seconds));
+    if (outcome.out_of_memory > 0) {
+        fmt::print(
+            out,
+            "undone    {} times a step ran out of memory and was made again, in the end in micro-batches of {}{}\n",
+            outcome.out_of_memory, outcome.last.step.plan.micro_batch,
+            outcome.last.step.plan.recompute ? " with recompute" : "");
+    }
     if (outcome.refused > 0) {
         fmt::print(out, "refused   {} steps were not applied; the reasons are in metrics.jsonl\n", outcome.refused);
     }
     fmt::print(out, "written   {}: config.toml, metrics.jsonl, model.safetensors\n", folder.string());
 }
 
-void print_json(const JobPlan& plan, const ChosenPlan& chosen, const Outcome& outcome, std::int64_t budget,
+void print_json(const JobPlan& plan, const PlanReport& report, const Outcome& outcome,
                 const std::filesystem::path& folder) {
+    const Candidate& chosen = report.choice();
     nlohmann::ordered_json document;
     document["model"] = plan.model;
     document["data"] = plan.settings.data;
     document["batch"] = plan.settings.batch;
-    document["micro_batch"] = chosen.micro_batch;
+    document["micro_batch"] = outcome.last.step.plan.micro_batch;
+    document["recompute"] = outcome.last.step.plan.recompute;
     document["steps"] = outcome.last.progress.steps;
     document["samples"] = outcome.last.progress.samples;
     document["tokens"] = outcome.last.progress.tokens;
@@ -209,8 +279,11 @@ void print_json(const JobPlan& plan, const ChosenPlan& chosen, const Outcome& ou
     document["seconds"] = outcome.seconds;
     document["tokens_per_second"] = speed(outcome);
     document["peak_bytes"] = outcome.peak_bytes;
-    document["predicted_peak_bytes"] = chosen.predicted_peak_bytes;
-    document["budget_bytes"] = budget;
+    document["predicted_peak_bytes"] = chosen.peak_bytes();
+    document["step_seconds"] = median(outcome.step_seconds);
+    document["predicted_step_seconds"] = chosen.step_seconds;
+    document["budget_bytes"] = report.budget_bytes;
+    document["out_of_memory"] = outcome.out_of_memory;
     document["refused_steps"] = outcome.refused;
     document["interrupted"] = outcome.interrupted;
     document["run"] = folder.string();
@@ -223,25 +296,27 @@ int train(const Settings& settings) {
     const std::int64_t budget = memory_budget_of(settings);
     std::FILE* out = settings.json ? stderr : stdout;
     if (settings.threads > 0) at::set_num_threads(static_cast<int>(settings.threads));
+    const BudgetDrill drill;
     install_budget_allocator();
     watch_interrupts();
     if (!settings.run.empty()) refuse_used_folder(settings.run);
     const JobPlan plan = open_job(settings, length);
     schedule_of(settings, length, plan.data.train->tokens_per_sample());
-    const ChosenPlan chosen = choose_plan(plan, budget);
-    if (interrupted()) return interrupted_exit_code;
+    const Job job = make_job_to_plan(plan, budget);
+    const PlanReport report = plan_job(plan, job, budget, out);
+    job.accumulator->set_plan(report.choice().plan);
     set_memory_budget(budget);
-    const Job job = make_job(plan, chosen.micro_batch);
     const std::filesystem::path folder = run_folder(settings, plan.model);
     RunLog log(folder);
-    write_config(folder, plan, chosen.micro_batch, length, budget);
-    print_header(out, plan, chosen, budget, length, folder);
+    write_config(folder, plan, report.choice().plan, length, budget);
+    print_header(out, plan, report, length, folder);
     if (!settings.no_verify) check_decomposition(out, plan, job);
     Outcome outcome;
     try {
-        outcome = train_to_the_end(out, plan, job, chosen, length, budget, log);
+        train_to_the_end(out, plan, job, report, length, drill, log, outcome);
     } catch (...) {
-        if (log.lines() == 0) remove_unused_folder(folder);
+        // Whatever ended the run, its last step was undone: the weights are those of the step before.
+        log.lines() == 0 ? remove_unused_folder(folder) : save_weights(folder, job);
         throw;
     }
     if (log.lines() == 0) {
@@ -249,8 +324,8 @@ int train(const Settings& settings) {
         return interrupted_exit_code;
     }
     save_weights(folder, job);
-    print_summary(out, plan, chosen, outcome, budget, folder);
-    if (settings.json) print_json(plan, chosen, outcome, budget, folder);
+    print_summary(out, plan, report, outcome, folder);
+    if (settings.json) print_json(plan, report, outcome, folder);
     report_divergence(outcome, settings);
     return outcome.interrupted ? interrupted_exit_code : 0;
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "microbatch/core/error.h"
 #include "microbatch/core/text.h"
@@ -10,100 +11,85 @@
 namespace microbatch {
 namespace {
 
-double affine(const MemoryModel& model, std::int64_t micro_batch) {
-    return model.fixed_bytes + model.bytes_per_sample * static_cast<double>(micro_batch);
-}
-
-void check_points(std::span<const MemoryPoint> points) {
-    for (const MemoryPoint& point : points) {
-        if (point.micro_batch < 1 || point.peak_bytes < 1) {
-            throw Error(ErrorKind::usage, text("a memory point of micro-batch ", point.micro_batch, " and ",
-                                               point.peak_bytes, " bytes; both must be 1 or more"));
-        }
-    }
-    const bool has_two_sizes = std::any_of(points.begin(), points.end(), [&](const MemoryPoint& point) {
-        return point.micro_batch != points.front().micro_batch;
-    });
-    if (!has_two_sizes) {
+void check_points(const MemoryPoint& smaller, const MemoryPoint& larger) {
+    if (smaller.micro_batch < 1 || larger.micro_batch <= smaller.micro_batch) {
         throw Error(ErrorKind::usage,
-                    text("memory was measured at ", points.size(),
-                         " points but not with two different micro-batch sizes; measure a second one"));
+                    text("memory was measured at micro-batches of ", smaller.micro_batch, " and ", larger.micro_batch,
+                         "; give two sizes of at least 1, the smaller one first"));
+    }
+    if (smaller.profile.empty() || larger.profile.empty()) {
+        throw Error(ErrorKind::usage, "a memory profile is empty: nothing was measured");
     }
 }
 
-/// The least-squares line, slope of any sign.
-MemoryModel fit_line(std::span<const MemoryPoint> points) {
-    // Relative to the first point, as sums of integers: peaks that are exactly affine give exact coefficients, and the
-    // rounding up in predict() does not turn 1e-9 bytes into a whole one.
-    const MemoryPoint origin = points.front();
-    double sum_x = 0;
-    double sum_y = 0;
-    double sum_xx = 0;
-    double sum_xy = 0;
-    for (const MemoryPoint& point : points) {
-        const auto x = static_cast<double>(point.micro_batch - origin.micro_batch);
-        const auto y = static_cast<double>(point.peak_bytes - origin.peak_bytes);
-        sum_x += x;
-        sum_y += y;
-        sum_xx += x * x;
-        sum_xy += x * y;
+MemoryLine line_through(std::int64_t b1, std::int64_t bytes1, std::int64_t b2, std::int64_t bytes2) {
+    if (bytes2 <= bytes1) return {.fixed_bytes = static_cast<double>(bytes1), .bytes_per_sample = 0};
+    const double slope = static_cast<double>(bytes2 - bytes1) / static_cast<double>(b2 - b1);
+    return {.fixed_bytes = static_cast<double>(bytes1) - slope * static_cast<double>(b1), .bytes_per_sample = slope};
+}
+
+/// True if `middle` is nowhere above both its neighbours, by rising slope.
+bool is_covered(const MemoryLine& low, const MemoryLine& middle, const MemoryLine& high) {
+    return (high.fixed_bytes - low.fixed_bytes) * (middle.bytes_per_sample - low.bytes_per_sample) >=
+           (middle.fixed_bytes - low.fixed_bytes) * (high.bytes_per_sample - low.bytes_per_sample);
+}
+
+/// The upper envelope, for b >= 1.
+std::vector<MemoryLine> largest_lines(std::vector<MemoryLine> lines) {
+    std::sort(lines.begin(), lines.end(), [](const MemoryLine& left, const MemoryLine& right) {
+        return std::pair(left.bytes_per_sample, left.fixed_bytes) <
+               std::pair(right.bytes_per_sample, right.fixed_bytes);
+    });
+    std::vector<MemoryLine> hull;
+    for (const MemoryLine& line : lines) {
+        // The later line has the steeper slope: if it is the larger at 1 already, the earlier never is.
+        while (!hull.empty() && line.at(1) >= hull.back().at(1)) hull.pop_back();
+        while (hull.size() >= 2 && is_covered(hull[hull.size() - 2], hull.back(), line)) hull.pop_back();
+        hull.push_back(line);
     }
-    const auto n = static_cast<double>(points.size());
-    const double slope = (n * sum_xy - sum_x * sum_y) / (n * sum_xx - sum_x * sum_x);
-    const double offset = (sum_y - slope * sum_x) / n;
-    return {.fixed_bytes =
-                static_cast<double>(origin.peak_bytes) + offset - slope * static_cast<double>(origin.micro_batch),
-            .bytes_per_sample = slope};
+    return hull;
 }
 
 }  // namespace
 
-std::int64_t MemoryModel::predict(std::int64_t micro_batch) const {
-    if (!std::isfinite(fixed_bytes) || !std::isfinite(bytes_per_sample) || bytes_per_sample < 0) {
-        throw Error(ErrorKind::usage, text("a memory model of ", fixed_bytes, " bytes + ", bytes_per_sample,
-                                           " bytes per sample; both must be finite, the second 0 or more"));
-    }
+std::int64_t peak_of(const MemoryProfile& profile) {
+    return profile.empty() ? 0 : *std::max_element(profile.begin(), profile.end());
+}
+
+const MemoryLine& MemoryModel::line_at(std::int64_t micro_batch) const {
+    if (lines.empty()) throw Error(ErrorKind::usage, "a memory model of no lines predicts nothing: fit it first");
     if (micro_batch < 1) {
         throw Error(ErrorKind::usage, text("the micro-batch is ", micro_batch, " samples; it must be 1 or more"));
     }
-    const double bytes = std::ceil(affine(*this, micro_batch));
+    return *std::max_element(lines.begin(), lines.end(), [&](const MemoryLine& left, const MemoryLine& right) {
+        return left.at(micro_batch) < right.at(micro_batch);
+    });
+}
+
+std::int64_t MemoryModel::predict(std::int64_t micro_batch) const {
+    const double bytes = std::ceil(line_at(micro_batch).at(micro_batch));
     if (bytes <= 0) return 0;
     constexpr std::int64_t largest = std::numeric_limits<std::int64_t>::max();
     // As a double the limit is 2^63, just above it: everything below converts.
     return bytes < static_cast<double>(largest) ? static_cast<std::int64_t>(bytes) : largest;
 }
 
-MemoryModel fit_memory(std::span<const MemoryPoint> points) {
-    check_points(points);
-    MemoryModel model = fit_line(points);
-    if (model.bytes_per_sample < 0) {
-        const auto highest = std::max_element(
-            points.begin(), points.end(),
-            [](const MemoryPoint& left, const MemoryPoint& right) { return left.peak_bytes < right.peak_bytes; });
-        model = {.fixed_bytes = static_cast<double>(highest->peak_bytes), .bytes_per_sample = 0};
-    }
-    for (const MemoryPoint& point : points) {
-        const auto measured = static_cast<double>(point.peak_bytes);
-        const double error = std::abs(affine(model, point.micro_batch) - measured) / measured;
-        model.worst_relative_error = std::max(model.worst_relative_error, error);
-    }
-    return model;
-}
-
-std::int64_t largest_that_fits(const MemoryModel& model, std::int64_t budget_bytes, std::int64_t most) {
-    if (most < 0) throw Error(ErrorKind::usage, text("at most ", most, " samples fit; ask for 0 or more"));
-    // predict() never falls as the micro-batch grows (every rounding in it keeps the order), so bisection is exact.
-    std::int64_t fits = 0;
-    std::int64_t unknown_end = most;
-    while (fits < unknown_end) {
-        const std::int64_t middle = unknown_end - (unknown_end - fits) / 2;
-        if (model.predict(middle) <= budget_bytes) {
-            fits = middle;
-        } else {
-            unknown_end = middle - 1;
+MemoryModel fit_memory(const MemoryPoint& smaller, const MemoryPoint& larger) {
+    check_points(smaller, larger);
+    // A peak alone says nothing of how it came about.
+    const bool matched = smaller.profile.size() == larger.profile.size() && smaller.profile.size() > 1;
+    std::vector<MemoryLine> lines;
+    if (matched) {
+        lines.reserve(smaller.profile.size());
+        for (std::size_t i = 0; i < smaller.profile.size(); ++i) {
+            lines.push_back(
+                line_through(smaller.micro_batch, smaller.profile[i], larger.micro_batch, larger.profile[i]));
         }
+    } else {
+        lines.push_back(
+            line_through(smaller.micro_batch, peak_of(smaller.profile), larger.micro_batch, peak_of(larger.profile)));
     }
-    return fits;
+    return {.lines = largest_lines(std::move(lines)), .matched = matched};
 }
 
 }  // namespace microbatch

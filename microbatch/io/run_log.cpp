@@ -25,7 +25,7 @@ RunLog::RunLog(const std::filesystem::path& folder) : path_(folder / "metrics.js
     if (!file_) throw Error(ErrorKind::usage, text("cannot write ", path_.string(), ": ", std::strerror(errno)));
 }
 
-void RunLog::write(const TrainerReport& report, const StepMemory& memory) {
+void RunLog::write(const TrainerReport& report, const StepMeasures& measures) {
     nlohmann::ordered_json line;
     line["step"] = report.progress.steps;
     line["samples"] = report.progress.samples;
@@ -34,12 +34,16 @@ void RunLog::write(const TrainerReport& report, const StepMemory& memory) {
     line["weight"] = json_number(report.step.weight);
     line["learning_rate"] = json_number(report.step.learning_rate);
     line["gradient_norm"] = json_number(report.step.gradient_norm);
-    line["micro_batch"] = memory.micro_batch;
+    line["micro_batch"] = report.step.plan.micro_batch;
     line["micro_batches"] = report.step.micro_batches;
+    line["recompute"] = report.step.plan.recompute;
+    line["out_of_memory"] = report.step.out_of_memory;
     line["step_seconds"] = json_number(report.seconds);
-    line["peak_bytes"] = memory.peak_bytes;
+    line["predicted_step_seconds"] = nullptr;
+    if (measures.predicted_step_seconds) line["predicted_step_seconds"] = json_number(*measures.predicted_step_seconds);
+    line["peak_bytes"] = measures.peak_bytes;
     line["predicted_peak_bytes"] = nullptr;
-    if (memory.predicted_peak_bytes) line["predicted_peak_bytes"] = *memory.predicted_peak_bytes;
+    if (measures.predicted_peak_bytes) line["predicted_peak_bytes"] = *measures.predicted_peak_bytes;
     line["applied"] = report.step.applied;
     line["reason"] = report.step.reason;
     file_ << line.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) << '\n' << std::flush;

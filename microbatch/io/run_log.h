@@ -10,16 +10,17 @@
 namespace microbatch {
 
 /// What the log holds of a step beside the trainer's own report.
-struct StepMemory {
-    std::int64_t micro_batch = 0;  ///< samples per forward/backward
+struct StepMeasures {
     std::int64_t peak_bytes = 0;
-    std::optional<std::int64_t> predicted_peak_bytes;  ///< none if nothing was predicted
+    std::optional<std::int64_t> predicted_peak_bytes = {};  ///< none if nothing was predicted
+    std::optional<double> predicted_step_seconds = {};
 };
 
 /// metrics.jsonl: one JSON object a step, one a line, each written through at once.
 ///
-/// Keys: step, samples, tokens, loss, weight, learning_rate, gradient_norm, micro_batch, micro_batches, step_seconds,
-/// peak_bytes, predicted_peak_bytes (or null), applied, reason. Numbers that are not finite are the strings "nan",
+/// Keys: step, samples, tokens, loss, weight, learning_rate, gradient_norm, micro_batch, micro_batches, recompute,
+/// out_of_memory (how often the step was begun again), step_seconds, predicted_step_seconds (or null), peak_bytes,
+/// predicted_peak_bytes (or null), applied, reason. Numbers that are not finite are the strings "nan",
 /// "inf", "-inf".
 /// Threads: no two calls at the same time.
 class RunLog {
@@ -29,7 +30,7 @@ public:
     explicit RunLog(const std::filesystem::path& folder);
 
     /// Errors: ErrorKind::usage if the line cannot be written (disk full); it names the file.
-    void write(const TrainerReport& report, const StepMemory& memory);
+    void write(const TrainerReport& report, const StepMeasures& measures);
 
     /// Lines written so far.
     std::int64_t lines() const { return lines_; }

@@ -23,6 +23,9 @@ public:
     /// Tokens (or, for images, samples: 1) that one sample counts for in speeds and intervals.
     virtual std::int64_t tokens_per_sample() const { return 1; }
 
+    /// The sample that takes the most memory: plans are made for it. 0 where all samples have the same shape.
+    virtual std::int64_t longest_sample() const { return 0; }
+
     /// The samples at these indices, in this order, as freshly allocated tensors on the CPU.
     /// Requires: every index in [0, size()); an implementation may throw std::out_of_range otherwise.
     virtual Batch get(std::span<const std::int64_t> indices) const = 0;

@@ -10,13 +10,14 @@
 
 #include "microbatch/core/error.h"
 #include "microbatch/core/text.h"
+#include "microbatch/train/lazy_batch.h"
 
 namespace microbatch {
 
 Trainer::Trainer(Accumulator& accumulator, const Dataset& dataset, LossFunction loss, TrainerOptions options)
     : accumulator_(accumulator),
       dataset_(dataset),
-      loss_(std::move(loss)),
+      loss_(loss_on(dataset, std::move(loss))),
       options_(options),
       sampler_(dataset.size(), options.seed) {
     if (options_.batch < 1) {
@@ -51,11 +52,11 @@ TrainerReport Trainer::step() {
     const Progress batch{1, report.samples, tokens.count};
     report.progress = progress_ + batch;
     try {
-        const Batch data = dataset_.get(sampler_.next(report.samples));
+        const Batch samples = lazy_batch(sampler_.next(report.samples));
         if (options_.schedule) {
             accumulator_.optimizer().set_learning_rate(microbatch::learning_rate(*options_.schedule, progress_, batch));
         }
-        report.step = accumulator_.step(data, loss_);
+        report.step = accumulator_.step(samples, loss_);
     } catch (...) {
         sampler_.restore(position);
         throw;

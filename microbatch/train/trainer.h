@@ -26,7 +26,8 @@ struct TrainerReport {
     double seconds = 0.0;      ///< wall time, fetching the data included
 };
 
-/// Draws batches, sets the learning rate, steps: `while (!trainer.done()) report = trainer.step();`
+/// Draws batches, sets the learning rate, steps; the samples of a micro-batch are fetched when its turn comes, so that
+/// the batch is never held whole: `while (!trainer.done()) report = trainer.step();`
 ///
 /// Ownership: borrows accumulator and dataset, which must outlive this.
 /// Threads:   no two calls at the same time.
@@ -37,8 +38,8 @@ public:
     Trainer(Accumulator& accumulator, const Dataset& dataset, LossFunction loss, TrainerOptions options);
 
     /// Trains on the next batch: options.batch samples, or what is left of the length.
-    /// Errors: ErrorKind::usage if done(), or the progress would leave 64 bits. On any exception the position in the
-    /// data is as before.
+    /// Errors: as Accumulator::step() and the dataset's get(); ErrorKind::usage if done(), or the progress would leave
+    /// 64 bits. On any exception the position in the data is as before.
     TrainerReport step();
 
     bool done() const { return progress_.in(options_.length.unit) >= options_.length.count; }

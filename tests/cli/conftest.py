@@ -9,6 +9,7 @@ import gzip
 import json
 import os
 import pathlib
+import re
 import shutil
 import struct
 import subprocess
@@ -26,6 +27,7 @@ SHARED = {"threads": 1, "memory": "64MiB", "batch": 8}
 TEXT = SHARED | {"layers": 1, "heads": 2, "width": 32, "length": 16}
 IMAGES = SHARED | {"model": "resnet", "norm": "group", "layers": 1, "width": 8}
 OF_COMMAND = {"train": {"run": "run", "steps": 2}, "plan": {}, "compare": {"samples": 64}}
+PARTS = ["parameters", "gradients", "optimizer state", "activations", "other"]
 HINT = "Run with --help for more information."
 
 
@@ -64,6 +66,21 @@ class Result:
             assert self.stdout == ""
         return self
 
+    def misfit(self, *words):
+        """Nothing fits: the smallest peak, what it is made of in bytes, and what would help; {part: bytes}."""
+        assert self.returncode == 3, (self.returncode, self.stderr)
+        first, *parts, last = self.stderr.splitlines()
+        assert re.match(r"microbatch: (nothing fits: the smallest peak|the micro-batch of \d+ samples? that was asked "
+                        r"for does not fit:).* needs [\d.]+ \w+, .* more than the memory budget of [\d.]+ \w+$",
+                        first), first
+        assert last.startswith("what would help: a budget of "), last
+        for word in words:
+            assert word in self.stderr, f"no {word!r} in {self.stderr!r}"
+        assert "\x1b" not in self.stderr
+        told = dict(re.match(r"  ([a-z ]+?) {2,}([\d.]+ [KMGT]?i?B)\b", line).groups() for line in parts)
+        assert list(told) == PARTS
+        return {name: in_bytes(size) for name, size in told.items()}
+
     @property
     def document(self):
         return json.loads(self.stdout)
@@ -90,6 +107,12 @@ class Result:
         return {
             name: (entry["shape"], array("f", body[slice(*entry["data_offsets"])])) for name, entry in header.items()
         }
+
+
+def in_bytes(size):
+    """Bytes of a size as the command prints it, "1.5 MiB"."""
+    number, unit = size.split()
+    return float(number) * 1024 ** ["B", "KiB", "MiB", "GiB", "TiB"].index(unit)
 
 
 def words_of(flags):

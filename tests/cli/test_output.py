@@ -15,11 +15,13 @@ import pytest
 
 from conftest import COMMAND, OF_COMMAND, TEXT, words_of
 
-JOB = ["data", "model", "layers", "heads", "width", "length", "norm", "dropout", "batch", "micro-batch", "memory",
+JOB = ["data", "model", "layers", "heads", "width", "length", "norm", "dropout", "batch", "micro-batch",
+       "recompute", "memory",
        "optimizer", "lr", "clip", "weight-decay", "momentum", "nesterov", "schedule", "warmup", "final-lr", "decay",
        "power", "seed", "threads", "config", "json", "help"]
 LENGTH = ["steps", "samples", "tokens"]
-FLAGS = {"train": JOB + LENGTH + ["run", "no-verify"], "plan": JOB, "compare": JOB + LENGTH, "doctor": ["json", "help"]}
+FLAGS = {"train": JOB + LENGTH + ["run", "no-verify"], "plan": JOB + ["run"], "compare": JOB + LENGTH,
+         "doctor": ["json", "help"]}
 
 
 # Help
@@ -68,11 +70,12 @@ def test_images_are_counted_as_images(run):
 
 def test_a_summary_is_at_the_end(run):
     result = run.text("train", steps=3).ok()
-    done, loss, memory, written = result.stdout.splitlines()[-4:]
+    done, loss, memory, time_, written = result.stdout.splitlines()[-5:]
     assert re.match(r"done +3 steps, 24 samples in .* tokens/s", done)
     first, last = (f"{result.column('loss')[at]:.4f}" for at in (0, -1))
     assert re.match(rf"loss +{first} at the first step, {last} at the last, [\d.]+ held out", loss)
     assert re.match(r"memory +peak .* measured, .* predicted .*, budget 64 MiB", memory)
+    assert re.match(r"time +[\d.]+ s a step measured, [\d.]+ s predicted \([+-][\d.]+ %\)$", time_)
     assert written.split()[1] == "run:" and "metrics.jsonl" in written
 
 
@@ -134,7 +137,9 @@ def test_a_terminal_gets_one_line_that_is_drawn_again(terminal, columns):
     shown = [text for text in drawn(seen) if "%" in text]
     assert len(shown) >= 3 and "100 %" in shown[-1]
     assert max(map(len, shown)) < columns
-    assert len([line for line in seen.split("\n") if "\r" in line]) == 1  # no scrolling
+    # No scrolling: all trials are drawn in one line, and so is all progress.
+    assert len([line for line in seen.split("\n") if "\r" in line and "measuring" not in line]) == 1
+    assert len([line for line in seen.split("\n") if "measuring" in line]) == 1
     assert re.search(r"\ndone +1,500 steps", seen)
 
 
@@ -142,6 +147,11 @@ def test_a_terminal_of_80_columns_shows_loss_speed_peak_and_time_left(terminal):
     _, seen = terminal(80, steps=300, micro_batch=8)
     last = [text for text in drawn(seen) if "%" in text][-1]
     assert re.search(r"loss \d\.\d+.*tokens/s.*peak [\d.]+ .*\d:\d\d", last), last
+
+
+def test_trials_are_drawn_within_a_narrow_terminal(terminal):
+    shown = [text for text in drawn(terminal(40, micro_batch=8, recompute="always")[1]) if "measuring" in text]
+    assert shown and max(map(len, shown)) < 40
 
 
 def test_a_dumb_terminal_gets_no_codes(terminal, monkeypatch):

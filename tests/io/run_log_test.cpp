@@ -48,6 +48,8 @@ TrainerReport some_report() {
                    .gradient_norm = 0.75,
                    .learning_rate = 0.001,
                    .micro_batches = 5,
+                   .plan = {.micro_batch = 2, .recompute = true},
+                   .out_of_memory = 3,
                    .applied = true};
     report.progress = {.steps = 7, .samples = 70, .tokens = 4480};
     report.samples = 10;
@@ -58,8 +60,8 @@ TrainerReport some_report() {
 TEST(RunLog, WritesTheseKeysInThisOrder) {
     const TempFolder folder;
     RunLog log(folder.path());
-    log.write(some_report(), {.micro_batch = 2, .peak_bytes = 1000, .predicted_peak_bytes = 1010});
-    // By hand, from some_report(); the order is that of design.md.
+    log.write(some_report(), {.peak_bytes = 1000, .predicted_peak_bytes = 1010, .predicted_step_seconds = 0.25});
+    // By hand, from some_report().
     const Json expected = {{"step", 7},
                            {"samples", 70},
                            {"tokens", 4480},
@@ -69,7 +71,10 @@ TEST(RunLog, WritesTheseKeysInThisOrder) {
                            {"gradient_norm", 0.75},
                            {"micro_batch", 2},
                            {"micro_batches", 5},
+                           {"recompute", true},
+                           {"out_of_memory", 3},
                            {"step_seconds", 0.125},
+                           {"predicted_step_seconds", 0.25},
                            {"peak_bytes", 1000},
                            {"predicted_peak_bytes", 1010},
                            {"applied", true},
@@ -83,6 +88,7 @@ TEST(RunLog, WritesNullWhereNothingWasPredicted) {
     RunLog log(folder.path());
     log.write(some_report(), {});
     EXPECT_TRUE(lines(folder.path()).at(0).at("predicted_peak_bytes").is_null());
+    EXPECT_TRUE(lines(folder.path()).at(0).at("predicted_step_seconds").is_null());
 }
 
 TEST(RunLog, WritesNumbersThatAreNotFiniteAsStrings) {
@@ -152,7 +158,8 @@ TEST(RunLog, KeepsTheLargestCountsToTheLastDigit) {
     TrainerReport report = some_report();
     report.progress = {.steps = largest, .samples = largest - 1, .tokens = largest - 2};
     report.step.micro_batches = largest - 3;
-    log.write(report, {.micro_batch = largest, .peak_bytes = largest - 1, .predicted_peak_bytes = largest - 2});
+    report.step.plan.micro_batch = largest;
+    log.write(report, {.peak_bytes = largest - 1, .predicted_peak_bytes = largest - 2});
     const Json line = lines(folder.path()).at(0);
     EXPECT_EQ(line.at("step").get<std::int64_t>(), largest);
     EXPECT_EQ(line.at("samples").get<std::int64_t>(), largest - 1);

@@ -1,0 +1,132 @@
+#include "microbatch/core/plan_space.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace microbatch {
+namespace {
+
+std::int64_t sum(std::int64_t bytes, std::int64_t more) {
+    constexpr std::int64_t largest = std::numeric_limits<std::int64_t>::max();
+    return more > 0 && bytes > largest - more ? largest : bytes + more;
+}
+
+// Of the whole batch in micro-batches of this size.
+template <class Seconds>
+double step_of(std::int64_t batch, std::int64_t size, const Seconds& micro_batch_seconds) {
+    const std::int64_t rest = batch % size;
+    const std::int64_t count = batch / size;
+    const double full = static_cast<double>(count) * micro_batch_seconds(size);
+    return full + (rest > 0 ? micro_batch_seconds(rest) : 0.0);
+}
+
+}  // namespace
+
+bool PlanSpace::allowed(const Mode& mode) const {
+    if (mode.recompute) return options.offers_recompute && options.recompute != Recompute::never;
+    return options.recompute != Recompute::always;
+}
+
+std::int64_t PlanSpace::doubled(std::int64_t size) const {
+    return size > options.batch / 2 ? options.batch : 2 * size;
+}
+
+bool PlanSpace::hopeless() const {
+    return update_failed || (update && update->first_peak_bytes > options.budget_bytes);
+}
+
+bool PlanSpace::uncut_may_fit(const Mode& mode) const {
+    const auto one = mode.trials.peaks(1);
+    return !one || sum(one->first, later_state()) <= options.budget_bytes;
+}
+
+double PlanSpace::step_seconds(const Mode& mode, std::int64_t size) const {
+    const double update_seconds = update ? update->seconds : 0.0;
+    return update_seconds + step_of(options.batch, size, [&](std::int64_t each) { return mode.trials.seconds(each); });
+}
+
+double PlanSpace::least_step(const Mode& mode, std::int64_t size) const {
+    const double update_seconds = update ? update->seconds : 0.0;
+    return update_seconds + step_of(options.batch, size, [&](std::int64_t each) {
+               const double own = mode.trials.least_seconds(each);
+               const std::int64_t common = mode.trials.largest();
+               if (!mode.recompute || !kept.trials.contains(common)) return own;
+               // Mostly more is known without recompute: that rises in the same places.
+               const double without = kept.trials.least_seconds(each);
+               return std::max(own, without * mode.trials.seconds(common) / kept.trials.seconds(common));
+           });
+}
+
+std::int64_t PlanSpace::later_state() const {
+    return options.steps >= 2 && update ? update->state_bytes : 0;
+}
+
+std::optional<PhasePeaks> PlanSpace::predict(const Mode& mode, std::int64_t size) const {
+    const auto peaks = mode.trials.peaks(size);
+    if (!peaks || update_failed) return std::nullopt;
+    PhasePeaks result{.first_micro_batch = sum(peaks->first, later_state()),
+                      .later_micro_batches = peaks->later == 0 ? 0 : sum(peaks->later, later_state())};
+    if (update) result.first_update = update->first_peak_bytes;
+    if (update && options.steps >= 2) result.later_updates = update->later_peak_bytes;
+    return result;
+}
+
+bool PlanSpace::predicted_to_fit(const Mode& mode, std::int64_t size) const {
+    if (mode.trials.failed(size)) return false;
+    const auto peaks = predict(mode, size);
+    return peaks && peaks->largest() <= options.budget_bytes;
+}
+
+bool PlanSpace::fits(const Mode& mode, std::int64_t size) const {
+    return mode.trials.contains(size) && predicted_to_fit(mode, size);
+}
+
+std::int64_t PlanSpace::largest_that_fits(const Mode& mode) const {
+    std::int64_t fitting = 0;
+    std::int64_t end = options.batch;
+    while (fitting + 1 < end) {
+        const std::int64_t middle = fitting + (end - fitting) / 2;
+        (predicted_to_fit(mode, middle) ? fitting : end) = middle;
+    }
+    return fitting;
+}
+
+std::int64_t PlanSpace::evened(std::int64_t size) const {
+    return micro_batch_count(options.batch, micro_batch_count(options.batch, size));
+}
+
+std::set<std::int64_t> PlanSpace::sizes(const Mode& mode) const {
+    std::set<std::int64_t> result;
+    for (const auto& [size, trial] : mode.trials.all()) result.insert(size);
+    if (options.micro_batch && allowed(mode)) result.insert(*options.micro_batch);
+    if (options.micro_batch || mode.trials.empty()) return result;
+    for (std::int64_t size = 1; size < options.batch; size = doubled(size)) {
+        if (!predict(mode, size)) continue;
+        result.insert(size);
+        if (!predicted_to_fit(mode, size)) break;
+    }
+    // Once a size has failed the predictions are off: no use in going to the limit of another.
+    const std::int64_t largest = mode.trials.any_cut_failed() ? 0 : largest_that_fits(mode);
+    if (largest > 0) result.insert(evened(largest));
+    result.insert(options.batch);
+    return result;
+}
+
+Candidate PlanSpace::candidate(const Mode& mode, std::int64_t size) const {
+    const double seconds = mode.trials.empty() ? 0.0 : step_seconds(mode, size);
+    Candidate result{.plan = {.micro_batch = size, .recompute = mode.recompute},
+                     .micro_batches = micro_batch_count(options.batch, size),
+                     .step_seconds = std::isfinite(seconds) ? seconds : 0.0,
+                     .time_measured = mode.trials.contains(size),
+                     .fits = predicted_to_fit(mode, size)};
+    if (result.time_measured) {
+        result.measured = predict(mode, size);
+        const auto before = mode.expected.find(size);
+        if (before != mode.expected.end()) result.predicted = before->second;
+    } else {
+        result.predicted = predict(mode, size);
+    }
+    return result;
+}
+
+}  // namespace microbatch

@@ -1,0 +1,285 @@
+#include "microbatch/core/planner.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "microbatch/core/error.h"
+#include "microbatch/core/plan_space.h"
+#include "microbatch/core/text.h"
+
+namespace microbatch {
+namespace {
+
+// What is not this much faster than the best before does not pay.
+constexpr double worthwhile = 0.99;
+constexpr double tie = 1.02;
+// Peaks that matched allocations predicted to within this are taken for affine.
+constexpr double affine_error = 0.01;
+// Two trials of 1 and 2 are most of a step of such a batch: they do not count.
+constexpr std::int64_t small_batch = 16;
+// More than any search needs; a job whose times and bytes mean nothing must end, too.
+constexpr int most_trials = 100;
+constexpr double infinity = std::numeric_limits<double>::infinity();
+
+/// A plan to try.
+struct Target {
+    Mode* mode;
+    std::int64_t size;
+};
+
+// What no clock can mean is replaced.
+double time_or(double seconds, double otherwise) {
+    return seconds >= 0.0 && std::isfinite(seconds) ? seconds : otherwise;
+}
+
+class Planner {
+public:
+    Planner(const PlannerOptions& options, Rehearsal& rehearsal)
+        : options_(options),
+          rehearsal_(rehearsal),
+          known_{.options = options,
+                 .kept = {.recompute = false, .trials = Trials(options.batch)},
+                 .recomputed = {.recompute = true, .trials = Trials(options.batch)}} {}
+
+    PlanReport run() {
+        report_.batch = options_.batch;
+        report_.budget_bytes = options_.budget_bytes;
+        report_.given = options_.micro_batch.has_value();
+        report_.fixed = rehearsal_.fixed();
+        if (options_.micro_batch) {
+            try_given(*options_.micro_batch);
+        } else {
+            search();
+        }
+        finish();
+        return report_;
+    }
+
+private:
+    void try_given(std::int64_t size) {
+        for (Mode* mode : {&known_.kept, &known_.recomputed}) {
+            if (known_.allowed(*mode) && try_size(*mode, size)) return;
+        }
+        try_beyond_budget(size);
+    }
+
+    void search() {
+        for (Mode* mode : {&known_.kept, &known_.recomputed}) {
+            if (known_.allowed(*mode) && !known_.hopeless() && !may_do_without(*mode)) begin(*mode);
+        }
+        try_beyond_budget(1);
+        for (int trials = 0; trials < most_trials && try_next(); ++trials) {
+        }
+    }
+
+    // Recompute makes room, and never time.
+    bool may_do_without(const Mode& mode) const {
+        return mode.recompute && known_.predicted_to_fit(known_.kept, options_.batch);
+    }
+
+    // The two sizes that tell of all others. Without gradients in the forward pass the whole batch may fit where they
+    // do not.
+    void begin(Mode& mode) {
+        const bool both = try_size(mode, 1) && options_.batch > 1 && try_size(mode, 2);
+        // Some kernels take another way for a single sample. 3 then shows what 2 is like.
+        if (both && !mode.trials.matched() && options_.batch > 3) try_size(mode, 3);
+        if (options_.batch < small_batch) needed_seconds_ = spent_seconds();
+        if (both) return;
+        const std::int64_t batch = options_.batch;
+        const bool known = known_.predict(mode, batch).has_value() || mode.trials.failed(batch);
+        if (!known && !known_.hopeless() && known_.uncut_may_fit(mode) && may_spend_on(mode, batch))
+            try_size(mode, batch);
+    }
+
+    // Long strides come first: time per sample falls, and rises again where a cache overflows, which no line through
+    // small sizes tells. They leave time for the plan that promises most. False if there is nothing more to try.
+    bool try_next() {
+        const std::optional<Target> target = most_promising();
+        Mode& mode = known_.fits(known_.kept, 1) ? known_.kept : known_.recomputed;
+        if (!mode.trials.empty() && mode.not_paying < 2) {
+            const std::int64_t twice = known_.doubled(mode.trials.largest());
+            for (const std::int64_t stride : {known_.doubled(twice), twice}) {
+                const std::int64_t size = known_.evened(stride);
+                if (!may_try(mode, size) || !may_spend_on(mode, size)) continue;
+                if (target && !leaves_room(mode, size, *target)) continue;
+                try_size(mode, size);
+                return true;
+            }
+        }
+        if (target) try_size(*target->mode, target->size);
+        return target.has_value();
+    }
+
+    // Of the plans that were not tried; of a tie the one of the smallest micro-batch, which tells most for its time.
+    std::optional<Target> most_promising() {
+        std::vector<Target> targets;
+        double best = worthwhile * best_step();
+        for (Mode* mode : {&known_.kept, &known_.recomputed}) {
+            for (const std::int64_t row : known_.sizes(*mode)) {
+                for (const std::int64_t size : {row, row < options_.batch / 2 ? row + row / 2 : row}) {
+                    if (may_try(*mode, size) && may_spend_on(*mode, size)) targets.push_back({mode, size});
+                }
+            }
+        }
+        std::optional<Target> result;
+        const double enough = worthwhile * best_step();
+        for (const Target& one : targets) best = std::min(best, known_.least_step(*one.mode, one.size));
+        for (const Target& one : targets) {
+            const double seconds = known_.least_step(*one.mode, one.size);
+            if (seconds >= enough || seconds > tie * best || (result && result->size <= one.size)) continue;
+            result = one;
+        }
+        return result;
+    }
+
+    bool may_try(const Mode& mode, std::int64_t size) const {
+        return !mode.trials.contains(size) && known_.predicted_to_fit(mode, size);
+    }
+
+    // Runs one trial, after the first one the optimizer's too. False if it does not fit.
+    bool try_size(Mode& mode, std::int64_t size) {
+        const std::optional<PhasePeaks> expected = known_.predict(mode, size);
+        if (!run_trial(mode, size, options_.budget_bytes)) {
+            failed_seconds_ += time_or(mode.trials.seconds(size), 0.0);
+        } else if (const std::optional<PhasePeaks> measured = known_.predict(mode, size); expected && measured) {
+            mode.expected[size] = *expected;
+            check_prediction(*expected, *measured);
+        }
+        if (known_.fits(mode, size)) {
+            judge_pace(mode, size);
+            return true;
+        }
+        mode.trials.add_failure(size);
+        return false;
+    }
+
+    bool run_trial(Mode& mode, std::int64_t size, std::int64_t allowed_bytes) {
+        const Plan plan{.micro_batch = size, .recompute = mode.recompute};
+        if (options_.on_trial) options_.on_trial(plan);
+        std::optional<MicroBatchTrial> trial = rehearsal_.micro_batch(plan, size < options_.batch, allowed_bytes);
+        if (!trial) return false;
+        report_.spent_seconds += time_or(trial->spent_seconds, 0.0);
+        trial->seconds = time_or(trial->seconds, infinity);
+        mode.trials.add(size, std::move(*trial));
+        if (!known_.update && !known_.update_failed) try_update(allowed_bytes);
+        return true;
+    }
+
+    void try_update(std::int64_t allowed_bytes) {
+        known_.update = rehearsal_.update(allowed_bytes);
+        if (!known_.update && allowed_bytes < options_.most_bytes)
+            known_.update = rehearsal_.update(options_.most_bytes);
+        known_.update_failed = !known_.update;
+        if (known_.update_failed) return;
+        report_.spent_seconds += time_or(known_.update->spent_seconds, 0.0);
+        report_.fixed.optimizer_state += known_.update->state_bytes;
+        known_.update->seconds = time_or(known_.update->seconds, 0.0);
+        report_.update_seconds = known_.update->seconds;
+    }
+
+    // Not one trial fits: what would the smallest need?
+    void try_beyond_budget(std::int64_t size) {
+        if (!known_.kept.trials.empty() || !known_.recomputed.trials.empty()) return;
+        if (options_.most_bytes <= options_.budget_bytes) return;
+        run_trial(known_.allowed(known_.recomputed) ? known_.recomputed : known_.kept, size, options_.most_bytes);
+    }
+
+    // A trial takes two micro-batches; of a batch that is not cut, one.
+    double micro_batch_cost(const Mode& mode, std::int64_t size) const {
+        const double once = (mode.trials.empty() ? known_.kept : mode).trials.seconds(size);
+        return size < options_.batch ? 2.0 * once : once;
+    }
+
+    double spent_seconds() const { return report_.spent_seconds + failed_seconds_; }
+
+    bool may_spend(double seconds) const {
+        return spent_seconds() - needed_seconds_ + seconds <= options_.most_steps * best_step();
+    }
+
+    bool may_spend_on(const Mode& mode, std::int64_t size) const { return may_spend(micro_batch_cost(mode, size)); }
+
+    bool leaves_room(const Mode& mode, std::int64_t size, const Target& target) const {
+        const double both = micro_batch_cost(mode, size) + micro_batch_cost(*target.mode, target.size);
+        return spent_seconds() - needed_seconds_ + both <=
+               options_.most_steps * known_.least_step(*target.mode, target.size);
+    }
+
+    double best_step() const { return std::min(known_.kept.best_seconds, known_.recomputed.best_seconds); }
+
+    void judge_pace(Mode& mode, std::int64_t size) {
+        const double seconds = known_.step_seconds(mode, size);
+        mode.not_paying = seconds < worthwhile * mode.best_seconds ? 0 : mode.not_paying + 1;
+        mode.best_seconds = std::min(mode.best_seconds, seconds);
+    }
+
+    void check_prediction(const PhasePeaks& expected, const PhasePeaks& measured) {
+        const auto actual = static_cast<double>(std::max<std::int64_t>(measured.largest(), 1));
+        const double error = std::abs(static_cast<double>(expected.largest()) - actual) / actual;
+        report_.worst_relative_error = std::max(report_.worst_relative_error, error);
+    }
+
+    void finish() {
+        for (const Mode* mode : {&known_.kept, &known_.recomputed}) {
+            if (!mode->trials.matched()) report_.affine = false;
+            for (const std::int64_t size : known_.sizes(*mode))
+                report_.candidates.push_back(known_.candidate(*mode, size));
+        }
+        if (report_.worst_relative_error > affine_error) report_.affine = false;
+        choose();
+        report_.why =
+            explain_choice(report_, options_.micro_batch.has_value(), options_.recompute == Recompute::always);
+    }
+
+    // Only of what was tried: the budget is a promise, a prediction is not.
+    void choose() {
+        const auto seconds = [](const Candidate& one) {
+            return one.step_seconds > 0.0 ? one.step_seconds : std::numeric_limits<double>::infinity();
+        };
+        double fastest = infinity;
+        for (const Candidate& one : report_.candidates) {
+            if (one.fits && one.measured) fastest = std::min(fastest, seconds(one));
+        }
+        for (std::size_t i = 0; i < report_.candidates.size(); ++i) {
+            const Candidate& one = report_.candidates[i];
+            if (!one.fits || !one.measured || seconds(one) > tie * fastest) continue;
+            if (!report_.chosen || one.peak_bytes() < report_.candidates[*report_.chosen].peak_bytes()) {
+                report_.chosen = i;
+            }
+        }
+    }
+
+    const PlannerOptions& options_;
+    Rehearsal& rehearsal_;
+    PlanSpace known_;
+    double failed_seconds_ = 0.0;  // at most, of the trials that were out of memory
+    double needed_seconds_ = 0.0;  // of the trials that a small batch is granted
+    PlanReport report_;
+};
+
+void validate(const PlannerOptions& options) {
+    const auto require = [](bool good, const char* name, std::int64_t value, const char* rule) {
+        if (!good) throw Error(ErrorKind::usage, text("the ", name, " is ", value, "; it must be ", rule));
+    };
+    require(options.batch >= 1, "batch", options.batch, "at least 1");
+    require(options.budget_bytes >= 1, "memory budget in bytes", options.budget_bytes, "above 0");
+    require(options.steps >= 1, "number of steps", options.steps, "at least 1");
+    if (options.micro_batch) {
+        require(*options.micro_batch >= 1 && *options.micro_batch <= options.batch, "micro-batch", *options.micro_batch,
+                "from 1 to the batch");
+    }
+    if (options.recompute == Recompute::always && !options.offers_recompute) {
+        throw Error(ErrorKind::usage, "recompute is asked of a model that does not offer it");
+    }
+}
+
+}  // namespace
+
+PlanReport make_plan(const PlannerOptions& options, Rehearsal& rehearsal) {
+    validate(options);
+    return Planner(options, rehearsal).run();
+}
+
+}  // namespace microbatch
