@@ -55,6 +55,10 @@ std::string describe_parts(const MemoryParts& parts) {
                        format_bytes(parts.optimizer_state), format_bytes(parts.activations), format_bytes(parts.other));
 }
 
+std::string percent_off(double predicted, double measured) {
+    return fmt::format("{:+.1f} %", 100.0 * (predicted / measured - 1.0));
+}
+
 double median(std::vector<double> values) {
     const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
     std::nth_element(values.begin(), middle, values.end());

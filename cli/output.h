@@ -24,6 +24,9 @@ std::size_t terminal_columns(std::FILE* stream);
 /// "parameters 3.18 MiB, gradients 3.18 MiB, optimizer state 6.37 MiB, activations 36.1 MiB, other 64 KiB".
 std::string describe_parts(const MemoryParts& parts);
 
+/// How far a prediction is off, of what was measured: "+1.5 %".
+std::string percent_off(double predicted, double measured);
+
 /// Requires: at least one value.
 double median(std::vector<double> values);
 

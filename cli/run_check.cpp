@@ -79,10 +79,6 @@ std::vector<Steps> read_run(const std::string& folder) {
     return result;
 }
 
-std::string difference(double predicted, double measured) {
-    return fmt::format("{:+.1f} %", 100.0 * (predicted / measured - 1.0));
-}
-
 void print_run(const std::vector<Steps>& run) {
     std::vector<std::vector<std::string>> rows{{"steps", "micro-batch", "recompute", "predicted peak", "measured peak",
                                                 "", "predicted time", "measured time", "", "out of memory"}};
@@ -93,9 +89,9 @@ void print_run(const std::vector<Steps>& run) {
         rows.push_back({format_count(steps.count), std::to_string(steps.plan.micro_batch),
                         steps.plan.recompute ? "yes" : "no", peak ? format_bytes(*peak) : "-",
                         format_bytes(steps.peak_bytes),
-                        peak ? difference(static_cast<double>(*peak), static_cast<double>(steps.peak_bytes)) : "",
+                        peak ? percent_off(static_cast<double>(*peak), static_cast<double>(steps.peak_bytes)) : "",
                         time ? fmt::format("{:.3f} s", *time) : "-", fmt::format("{:.3f} s", seconds),
-                        time ? difference(*time, seconds) : "", std::to_string(steps.out_of_memory)});
+                        time ? percent_off(*time, seconds) : "", std::to_string(steps.out_of_memory)});
     }
     print_table(stdout, rows);
 }

@@ -226,10 +226,6 @@ double speed(const Outcome& outcome) {
     return static_cast<double>(outcome.last.progress.tokens) / std::max(outcome.seconds, 1e-9);
 }
 
-std::string against(double predicted, double measured) {
-    return fmt::format("{:+.1f} %", 100.0 * (predicted / measured - 1.0));
-}
-
 void print_summary(std::FILE* out, const JobPlan& plan, const PlanReport& report, const Outcome& outcome,
                    const std::filesystem::path& folder) {
     const Progress& progress = outcome.last.progress;
@@ -243,11 +239,11 @@ void print_summary(std::FILE* out, const JobPlan& plan, const PlanReport& report
     fmt::print(out, "{}\n", outcome.held_out ? fmt::format(", {:.4f} held out", *outcome.held_out) : std::string());
     fmt::print(out, "memory    peak {} measured, {} predicted ({}), budget {}\n", format_bytes(outcome.peak_bytes),
                format_bytes(chosen.peak_bytes()),
-               against(static_cast<double>(chosen.peak_bytes()), static_cast<double>(outcome.peak_bytes)),
+               percent_off(static_cast<double>(chosen.peak_bytes()), static_cast<double>(outcome.peak_bytes)),
                format_bytes(report.budget_bytes));
     const double seconds = median(outcome.step_seconds);
     fmt::print(out, "time      {:.3f} s a step measured, {:.3f} s predicted ({})\n", seconds, chosen.step_seconds,
-               against(chosen.step_seconds, seconds));
+               percent_off(chosen.step_seconds, seconds));
     if (outcome.out_of_memory > 0) {
         fmt::print(
             out,

@@ -56,8 +56,8 @@ struct PlannerOptions {
 /// Tries micro-batches of 1 and 2 (and 3 where those two do not allocate in the same way), matches their allocations
 /// one by one, and so knows the peak at every size; the times are taken for affine until seen otherwise. The same with
 /// recompute, unless the whole batch fits without. Then goes to the plan that promises most (among those within 2 % the
-/// smallest micro-batch), by doublings for as long as they leave time for it, until none promises 1 % more: the powers
-/// of two, the sizes midway, the fewest equal micro-batches that fit, the whole batch. Every trial checks the
+/// smallest micro-batch), by long strides for as long as they leave time for it, until none promises 1 % more: the
+/// powers of two, the sizes midway, the fewest equal micro-batches that fit, the whole batch. Every trial checks the
 /// prediction made before it, and is part of the next one. Only a plan that was tried and kept the budget is chosen:
 /// the smallest step time; a tie of 2 % goes to the smaller peak.
 ///
