@@ -122,8 +122,8 @@ std::int64_t count(const Parameters& parameters) {
     return total;
 }
 
-// The code, the kernels that oneDNN makes for a shape, the buffers of torch's libraries and what else such a step brings
-// in for good are not the allocator's. The largest resident size begins anew, too.
+// The code, the kernels that oneDNN makes for a shape, the buffers of torch's libraries and what else such a step
+// brings in for good are not the allocator's. The largest resident size begins anew, too.
 std::int64_t resident_when_warm(const std::string& model, const std::string& optimizer, const Plan& plan) {
     {
         const Job job = make_job(model, optimizer);
@@ -141,9 +141,11 @@ Json measure_peak(const std::string& model, const std::string& optimizer, std::i
         resident_when_warm(model, optimizer, {.micro_batch = size, .recompute = recompute});
     const Job job = make_job(model, optimizer);
     const Batch batch = job.batch(2 * size);
-    const PlanReport report = plan_batch(
-        *job.accumulator, batch, job.loss,
-        {.budget_bytes = all_memory, .recompute = recompute ? Recompute::always : Recompute::never, .most_steps = 0.0});
+    const PlanReport report = plan_batch(*job.accumulator, batch, job.loss,
+                                         {.budget_bytes = all_memory,
+                                          .recompute = recompute ? Recompute::always : Recompute::never,
+                                          .most_steps = 0.0,
+                                          .least_seconds = 0.0});
     const auto row = std::find_if(report.candidates.begin(), report.candidates.end(),
                                   [size](const Candidate& one) { return one.plan.micro_batch == size; });
     if (row == report.candidates.end() || row->time_measured) return {{"error", "the micro-batch was probed"}};

@@ -103,8 +103,12 @@ PlanReport plan_job(const JobPlan& plan, const Job& job, std::int64_t budget_byt
 }
 
 PlanReport plan_native(const JobPlan& plan, const Job& job, std::int64_t budget_bytes) {
-    return make_report(
-        plan, job, {.budget_bytes = budget_bytes, .recompute = Recompute::never, .most_steps = 0.0, .on_trial = {}});
+    return make_report(plan, job,
+                       {.budget_bytes = budget_bytes,
+                        .recompute = Recompute::never,
+                        .most_steps = 0.0,
+                        .least_seconds = 0.0,
+                        .on_trial = {}});
 }
 
 std::string describe_cut(const Candidate& candidate) {

@@ -16,6 +16,13 @@ namespace {
 // What is not this much faster than the best before does not pay.
 constexpr double worthwhile = 0.99;
 constexpr double tie = 1.02;
+// How much slower than the fastest a plan may look and be timed again: noise is as large.
+constexpr double close = 1.3;
+constexpr std::size_t most_finalists = 4;
+constexpr int most_turns = 9;
+// Of the time for measuring, what the search may take for plans that promise less than they may look off by.
+constexpr double search_share = 2.0 / 3.0;
+constexpr double large_gain = 0.95;
 // Peaks that matched allocations predicted to within this are taken for affine.
 constexpr double affine_error = 0.01;
 // Two trials of 1 and 2 are most of a step of such a batch: they do not count.
@@ -53,6 +60,7 @@ public:
             try_given(*options_.micro_batch);
         } else {
             search();
+            time_finalists();
         }
         finish();
         return report_;
@@ -73,6 +81,49 @@ private:
         try_beyond_budget(1);
         for (int trials = 0; trials < most_trials && try_next(); ++trials) {
         }
+    }
+
+    // The fastest few take turns with the time that is left: what disturbs the machine disturbs them alike.
+    void time_finalists() {
+        share_ = 1.0;
+        std::vector<Target> finalists = fastest();
+        if (finalists.size() < 2) return;
+        bool any = true;
+        for (int turn = 0; turn < most_turns && any; ++turn) {
+            any = false;
+            for (const Target& one : finalists) {
+                if (!may_spend_on(*one.mode, one.size)) continue;
+                time_again(one);
+                any = true;
+            }
+        }
+    }
+
+    // By their step time, those that were tried and are close to the best.
+    std::vector<Target> fastest() {
+        std::vector<std::pair<double, Target>> tried;
+        for (Mode* mode : {&known_.kept, &known_.recomputed}) {
+            for (const auto& [size, trial] : mode->trials.all()) {
+                const double seconds = known_.step_seconds(*mode, size);
+                if (known_.fits(*mode, size) && seconds <= close * best_step())
+                    tried.push_back({seconds, {mode, size}});
+            }
+        }
+        std::sort(tried.begin(), tried.end(),
+                  [](const auto& left, const auto& right) { return left.first < right.first; });
+        tried.resize(std::min(tried.size(), most_finalists));
+        std::vector<Target> result;
+        for (const auto& [seconds, target] : tried) result.push_back(target);
+        return result;
+    }
+
+    void time_again(const Target& one) {
+        const Plan plan{.micro_batch = one.size, .recompute = one.mode->recompute};
+        if (options_.on_trial) options_.on_trial(plan);
+        const bool cut = one.size < options_.batch;
+        const double seconds = time_or(rehearsal_.seconds_again(plan, cut, options_.budget_bytes), infinity);
+        report_.spent_seconds += time_or(micro_batch_cost(seconds, one.size), 0.0);
+        one.mode->trials.add_time(one.size, seconds);
     }
 
     // Recompute makes room, and never time.
@@ -97,7 +148,12 @@ private:
     // Long strides come first: time per sample falls, and rises again where a cache overflows, which no line through
     // small sizes tells. They leave time for the plan that promises most. False if there is nothing more to try.
     bool try_next() {
-        const std::optional<Target> target = most_promising();
+        share_ = 1.0;
+        std::optional<Target> target = most_promising();
+        if (!target || known_.least_step(*target->mode, target->size) > large_gain * best_step()) {
+            share_ = search_share;
+            target = most_promising();
+        }
         Mode& mode = known_.fits(known_.kept, 1) ? known_.kept : known_.recomputed;
         if (!mode.trials.empty() && mode.not_paying < 2) {
             const std::int64_t twice = known_.doubled(mode.trials.largest());
@@ -189,22 +245,28 @@ private:
 
     // A trial takes two micro-batches; of a batch that is not cut, one.
     double micro_batch_cost(const Mode& mode, std::int64_t size) const {
-        const double once = (mode.trials.empty() ? known_.kept : mode).trials.seconds(size);
-        return size < options_.batch ? 2.0 * once : once;
+        return micro_batch_cost((mode.trials.empty() ? known_.kept : mode).trials.seconds(size), size);
+    }
+
+    double micro_batch_cost(double seconds, std::int64_t size) const {
+        return size < options_.batch ? 2.0 * seconds : seconds;
     }
 
     double spent_seconds() const { return report_.spent_seconds + failed_seconds_; }
 
     bool may_spend(double seconds) const {
-        return spent_seconds() - needed_seconds_ + seconds <= options_.most_steps * best_step();
+        return spent_seconds() - needed_seconds_ + seconds <= most_seconds(best_step());
     }
 
     bool may_spend_on(const Mode& mode, std::int64_t size) const { return may_spend(micro_batch_cost(mode, size)); }
 
+    double most_seconds(double step) const {
+        return share_ * std::max(options_.most_steps * step, options_.least_seconds);
+    }
+
     bool leaves_room(const Mode& mode, std::int64_t size, const Target& target) const {
         const double both = micro_batch_cost(mode, size) + micro_batch_cost(*target.mode, target.size);
-        return spent_seconds() - needed_seconds_ + both <=
-               options_.most_steps * known_.least_step(*target.mode, target.size);
+        return spent_seconds() - needed_seconds_ + both <= most_seconds(known_.least_step(*target.mode, target.size));
     }
 
     double best_step() const { return std::min(known_.kept.best_seconds, known_.recomputed.best_seconds); }
@@ -256,6 +318,7 @@ private:
     PlanSpace known_;
     double failed_seconds_ = 0.0;  // at most, of the trials that were out of memory
     double needed_seconds_ = 0.0;  // of the trials that a small batch is granted
+    double share_ = 1.0;           // of the time for measuring that may be spent by now
     PlanReport report_;
 };
 

@@ -27,6 +27,10 @@ public:
     /// not fit in `allowed_bytes`.
     virtual std::optional<MicroBatchTrial> micro_batch(const Plan& plan, bool cut, std::int64_t allowed_bytes) = 0;
 
+    /// Seconds of a micro-batch of a plan that was tried and fitted, once more; infinity if it does not fit any longer.
+    /// What it costs is what a trial costs.
+    virtual double seconds_again(const Plan& plan, bool cut, std::int64_t allowed_bytes) = 0;
+
     /// The optimizer's first and later step. None if it does not fit in `allowed_bytes`.
     virtual std::optional<UpdateTrial> update(std::int64_t allowed_bytes) = 0;
 
@@ -47,7 +51,8 @@ struct PlannerOptions {
     Recompute recompute = Recompute::automatic;
     std::optional<std::int64_t> micro_batch = {};  ///< the only one to look at
     std::int64_t most_bytes = 0;  ///< may be used beyond the budget where no plan fits, to say what the smallest needs
-    double most_steps = 3.0;      ///< measuring ends once it has taken as long as this many steps of the best plan
+    double most_steps = 3.0;      ///< measuring ends once it has taken as long as this many steps of the best plan,
+    double least_seconds = 0.3;   ///< or this long, where steps are so short that nobody would notice
     std::function<void(const Plan&)> on_trial = {};  ///< called before each trial: progress, or throw to end it
 };
 
@@ -58,8 +63,10 @@ struct PlannerOptions {
 /// recompute, unless the whole batch fits without. Then goes to the plan that promises most (among those within 2 % the
 /// smallest micro-batch), by long strides for as long as they leave time for it, until none promises 1 % more: the
 /// powers of two, the sizes midway, the fewest equal micro-batches that fit, the whole batch. Every trial checks the
-/// prediction made before it, and is part of the next one. Only a plan that was tried and kept the budget is chosen:
-/// the smallest step time; a tie of 2 % goes to the smaller peak.
+/// prediction made before it, and is part of the next one. With what is left, a third of the time
+/// unless much was to be gained, the fastest few take turns, because one sample on a machine that others use, too,
+/// tells plans apart by chance. Only a plan that was tried and kept the budget is chosen: the smallest step time; a tie
+/// of 2 % goes to the smaller peak.
 ///
 /// An uncut batch never holds gradients during a forward pass, and can fit where a micro-batch of 1 does not.
 ///
@@ -68,8 +75,9 @@ struct PlannerOptions {
 /// recompute
 ///         is asked of a model that does not offer it. Nothing fits: no error, the report has none chosen. What the
 ///         rehearsal or on_trial throws passes through.
-/// Cost:   most_steps steps' time at most, as far as the time of a trial is known before it; with a batch below 16 that
-///         beside the trials of 1 and 2. Those, and the optimizer's step, are always tried.
+/// Cost:   most_steps steps' time at most, or least_seconds where that is more, as far as the time of a trial is known
+///         before it; with a batch below 16 that beside the trials of 1 and 2. Those, and the optimizer's step, are
+///         always tried.
 PlanReport make_plan(const PlannerOptions& options, Rehearsal& rehearsal);
 
 }  // namespace microbatch

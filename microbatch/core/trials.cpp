@@ -13,6 +13,16 @@ void Trials::add(std::int64_t size, MicroBatchTrial trial) {
     later_ = fit(&MicroBatchTrial::later);
 }
 
+void Trials::add_time(std::int64_t size, double seconds) {
+    std::vector<double>& times = more_times_[size];
+    times.push_back(seconds);
+    if (times.size() < 2) return;
+    std::vector<double> sorted = times;
+    std::sort(sorted.begin(), sorted.end());
+    // Of two the lesser: what disturbs a measurement makes it longer.
+    trials_.at(size).seconds = sorted[(sorted.size() - 1) / 2];
+}
+
 void Trials::add_failure(std::int64_t size) {
     if (size == batch_) {
         uncut_failed_ = true;

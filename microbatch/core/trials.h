@@ -4,6 +4,7 @@
 #include <limits>
 #include <map>
 #include <optional>
+#include <vector>
 
 #include "microbatch/core/memory_model.h"
 
@@ -29,6 +30,10 @@ public:
     explicit Trials(std::int64_t batch) : batch_(batch) {}
 
     void add(std::int64_t size, MicroBatchTrial trial);
+
+    /// A size that was tried was timed once more. From the second such time on theirs is the median, and the trial's
+    /// own time, which is of another moment, is forgotten.
+    void add_time(std::int64_t size, double seconds);
 
     /// The size, and with it every larger one of a cut batch, is known not to fit.
     void add_failure(std::int64_t size);
@@ -62,7 +67,8 @@ private:
     static double on_line(Trial left, Trial right, std::int64_t size);
 
     std::int64_t batch_;
-    std::map<std::int64_t, MicroBatchTrial> trials_;  // by micro-batch
+    std::map<std::int64_t, MicroBatchTrial> trials_;          // by micro-batch
+    std::map<std::int64_t, std::vector<double>> more_times_;  // by micro-batch
     std::optional<MemoryModel> first_;
     std::optional<MemoryModel> later_;
     std::int64_t smallest_failure_ = std::numeric_limits<std::int64_t>::max();

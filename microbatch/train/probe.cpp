@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <utility>
 #include <vector>
 
@@ -18,9 +19,10 @@
 namespace microbatch {
 namespace {
 
-// A micro-batch is timed again until it has been for this long, or this often: short ones are noisy.
-constexpr double enough_seconds = 0.1;
-constexpr std::size_t enough_times = 5;
+// A micro-batch is timed again until it has been for this long, or this often: short ones are noisy. The planner has
+// the best timed again anyhow, and would rather try more sizes.
+constexpr double enough_seconds = 0.025;
+constexpr std::size_t enough_times = 3;
 
 using Clock = std::chrono::steady_clock;
 
@@ -143,6 +145,10 @@ public:
         return result;
     }
 
+    double seconds_again(const Plan& plan, bool cut, std::int64_t allowed_bytes) override {
+        return attempt(allowed_bytes, [&] { return warm_seconds(plan, cut); }).value_or(HUGE_VAL);
+    }
+
     std::optional<UpdateTrial> update(std::int64_t allowed_bytes) override {
         const auto started = Clock::now();
         const bool had_state = accumulator_.optimizer().has_state();
@@ -219,6 +225,12 @@ private:
         }
         trial.seconds = median(seconds);
         return trial;
+    }
+
+    double warm_seconds(const Plan& plan, bool cut) {
+        begin(plan);
+        if (cut) add(plan.micro_batch, 0);
+        return seconds_of([&] { add(plan.micro_batch, cut ? 1 : 0); });
     }
 
     void begin(const Plan& plan) {

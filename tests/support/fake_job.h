@@ -40,6 +40,7 @@ struct FakeJob final : Rehearsal {
 
     std::vector<Plan> asked = {};
     int updates = 0;
+    int timed_again = 0;
     std::int64_t allowed_before = largest_int64;
     double optional_seconds = 0;
 
@@ -97,6 +98,15 @@ struct FakeJob final : Rehearsal {
         if (std::max(peak_of(result.first), peak_of(result.later)) > allowed_bytes) return std::nullopt;
         if (plan.micro_batch > 2) optional_seconds += result.spent_seconds;
         return result;
+    }
+
+    double seconds_again(const Plan& plan, bool cut, std::int64_t) override {
+        EXPECT_EQ(cut, plan.micro_batch < batch);
+        EXPECT_TRUE(was_asked(plan.micro_batch, plan.recompute)) << plan.micro_batch << " is timed again but never was";
+        const double seconds = this->seconds(plan, plan.micro_batch);
+        ++timed_again;
+        if (plan.micro_batch > 2) optional_seconds += (cut ? 2 : 1) * seconds;
+        return seconds;
     }
 
     std::optional<UpdateTrial> update(std::int64_t allowed_bytes) override {

@@ -255,8 +255,10 @@ TEST_F(ProbeTest, PredictsThePeakOfMicroBatchesThatItHasNotTried) {
                 SCOPED_TRACE(::testing::Message() << one.name << ", " << optimizer << ", micro-batch " << size);
                 Job job = one.make(optimizer);
                 const Batch batch = job.make_batch(2 * size);
-                const PlanReport report = plan_of(
-                    job, batch, {.recompute = one.recompute ? Recompute::always : Recompute::never, .most_steps = 0.0});
+                const PlanReport report = plan_of(job, batch,
+                                                  {.recompute = one.recompute ? Recompute::always : Recompute::never,
+                                                   .most_steps = 0.0,
+                                                   .least_seconds = 0.0});
                 const auto row = std::find_if(report.candidates.begin(), report.candidates.end(),
                                               [size](const Candidate& each) { return each.plan.micro_batch == size; });
                 ASSERT_NE(row, report.candidates.end());
