@@ -13,7 +13,7 @@ def includes(path):
 
 
 def sources(room, pattern="*"):
-    return [p for p in (ROOT / "microbatch" / room).glob(pattern) if p.suffix in (".h", ".cpp")]
+    return [p for p in (ROOT / "microbatch" / room).rglob(pattern) if p.suffix in (".h", ".cpp")]
 
 
 def test_every_room_has_sources():

@@ -9,6 +9,8 @@
 #include "microbatch/core/error.h"
 #include "microbatch/core/text.h"
 #include "microbatch/models/require.h"
+#include "microbatch/nn/causal_attention.h"
+#include "microbatch/nn/gelu.h"
 
 namespace microbatch {
 
@@ -54,13 +56,9 @@ public:
           dropout_(register_module("dropout", Dropout(config.dropout))) {}
 
     at::Tensor forward(const at::Tensor& x) {
-        const std::int64_t samples = x.size(0), length = x.size(1), width = x.size(2);
-        const at::Tensor qkv = apply_to_rows(qkv_, x).view({samples, length, 3, heads_, width / heads_});
-        const std::vector<at::Tensor> parts = qkv.unbind(2);
-        const auto by_head = [](const at::Tensor& part) { return part.transpose(1, 2); };
-        const at::Tensor mixed = at::scaled_dot_product_attention(by_head(parts[0]), by_head(parts[1]),
-                                                                  by_head(parts[2]), {}, 0.0, /*is_causal=*/true);
-        return dropout_->forward(apply_to_rows(projection_, mixed.transpose(1, 2).flatten(2)).view_as(x));
+        const at::Tensor qkv = apply_to_rows(qkv_, x).view({x.size(0), x.size(1), 3 * x.size(2)});
+        const at::Tensor mixed = causal_attention(qkv, heads_);
+        return dropout_->forward(apply_to_rows(projection_, mixed).view_as(x));
     }
 
 private:
@@ -78,7 +76,7 @@ public:
           dropout_(register_module("dropout", Dropout(config.dropout))) {}
 
     at::Tensor forward(const at::Tensor& x) {
-        const at::Tensor hidden = at::gelu(apply_to_rows(expansion_, x), "tanh");
+        const at::Tensor hidden = gelu_tanh(apply_to_rows(expansion_, x));
         return dropout_->forward(apply_to_rows(projection_, hidden).view_as(x));
     }
 

@@ -1,0 +1,25 @@
+// The kernels in vectors of 16 floats, compiled for avx512 (see CMakeLists.txt).
+#include <math.h>
+
+#include "microbatch/nn/kernels/kernels.h"
+
+namespace microbatch {
+namespace {
+#include "microbatch/nn/kernels/vector.inl"
+// After the vectors, which the others are made of.
+#include "microbatch/nn/kernels/gelu.inl"
+#include "microbatch/nn/kernels/tile.inl"
+// After the tiles.
+#include "microbatch/nn/kernels/attention.inl"
+}  // namespace
+
+extern const Kernels avx512_kernels;
+const Kernels avx512_kernels = {.name = "avx512",
+                                  .gelu = gelu,
+                                  .gelu_backward = gelu_backward,
+                                  .attention_forward_scratch = attention_forward_scratch,
+                                  .attention_forward = attention_forward,
+                                  .attention_backward_scratch = attention_backward_scratch,
+                                  .attention_backward = attention_backward};
+
+}  // namespace microbatch

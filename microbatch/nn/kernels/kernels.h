@@ -1,0 +1,42 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace microbatch {
+
+/// One head of one sample, for causal attention. Rows are one token each, their numbers side by side.
+struct AttentionHead {
+    std::int64_t tokens = 0;
+    std::int64_t size = 0;                                    ///< numbers a token in q, k, v and out
+    float scale = 1.0F;                                       ///< of q . k
+    std::int64_t row = 0, out_row = 0;                        ///< floats from one token to the next
+    const float *q = nullptr, *k = nullptr, *v = nullptr;     ///< row apart
+    float* out = nullptr;                                     ///< out_row apart
+    float* log_sums = nullptr;                                ///< [tokens], log of the sum of e^score of a query
+    const float* gradient = nullptr;                          ///< of out, out_row apart; backward only
+    float *of_q = nullptr, *of_k = nullptr, *of_v = nullptr;  ///< row apart, overwritten by backward
+};
+
+/// The loops that the compiler does not know how to make fast for a processor it does not know: one table for each kind
+/// of vector. All work on fp32, in the calling thread, on memory of the caller's; NaN and infinity come out as NaN
+/// where they do in exact arithmetic.
+struct Kernels {
+    const char* name;
+    void (*gelu)(const float* x, float* y, std::int64_t count);
+    /// result = gradient * gelu'(x).
+    void (*gelu_backward)(const float* x, const float* gradient, float* result, std::int64_t count);
+    /// In floats.
+    std::int64_t (*attention_forward_scratch)(std::int64_t tokens, std::int64_t size);
+    void (*attention_forward)(const AttentionHead& head, float* scratch);
+    std::int64_t (*attention_backward_scratch)(std::int64_t tokens, std::int64_t size);
+    void (*attention_backward)(const AttentionHead& head, float* scratch);
+};
+
+/// Those of the widest vectors that this processor has; chosen once. Threads: any.
+const Kernels& kernels();
+
+/// Every table that this processor can run, the narrowest vectors first.
+std::vector<const Kernels*> all_kernels();
+
+}  // namespace microbatch
