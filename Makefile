@@ -9,7 +9,7 @@ export CCACHE_NOHASHDIR := 1
 # Setup, configuration and build follow one another, whatever -j says; ninja does the building in parallel.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help build test demo format lint clean setup-% configure
+.PHONY: help build test demo bench format lint clean setup-% configure
 
 help: ## this list
 	@echo "Microbatch: train with the batch size you want in the memory you have"
@@ -33,6 +33,10 @@ test: setup-test configure ## build and run every test, C++ and command line
 
 lint: setup-test configure ## format and clang-tidy alone (they are part of `make test`)
 	@ctest --preset $(preset) -R '^lint/'
+
+bench: build ## compare speed with PyTorch loops, Accelerate, Lightning and the Hugging Face Trainer: docs/performance.md
+	@scripts/setup.sh demo
+	@bench/speed
 
 format: ## lay out all C++ by .clang-format
 	@git ls-files '*.h' '*.cpp' | xargs clang-format -i
