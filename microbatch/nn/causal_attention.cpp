@@ -72,7 +72,8 @@ private:
 template <class Call>
 void for_each_head(const Heads& heads, std::int64_t scratch, const at::TensorOptions& options, const Call& call) {
     // Counted by the budget, and asked for before any thread begins.
-    const at::Tensor memory = at::empty({std::min<std::int64_t>(at::get_num_threads(), heads.count()), scratch}, options);
+    const at::Tensor memory =
+        at::empty({std::min<std::int64_t>(at::get_num_threads(), heads.count()), scratch}, options);
     float* const start = memory.data_ptr<float>();
     at::parallel_for(0, heads.count(), 1, [&](std::int64_t begin, std::int64_t end) {
         float* own = start + at::get_thread_num() * scratch;
@@ -139,8 +140,8 @@ public:
 void require_valid(const at::Tensor& qkv, std::int64_t heads) {
     if (!qkv.defined() || !qkv.is_floating_point() || qkv.dim() != 3 || heads < 1 || qkv.size(2) % (3 * heads) != 0) {
         throw Error(ErrorKind::usage,
-                    qkv.defined() ? text("causal_attention: ", qkv.scalar_type(), " of shape ", qkv.sizes(), " and ", heads,
-                                         " heads; give floating point of [samples, tokens, 3 * heads * size]")
+                    qkv.defined() ? text("causal_attention: ", qkv.scalar_type(), " of shape ", qkv.sizes(), " and ",
+                                         heads, " heads; give floating point of [samples, tokens, 3 * heads * size]")
                                   : "causal_attention: queries, keys and values are an undefined tensor");
     }
 }

@@ -90,6 +90,7 @@ StepReport Accumulator::step(const Batch& batch, const LossFunction& loss) {
 Gathered Accumulator::gather(const Batch& batch, const LossFunction& loss) {
     refuse_unknown_parameters();
     gatherer_.require_idle();
+    threads_.look();
     const std::int64_t samples = batch.size();
     plan_ = limits_.within(options_.plan, batch);
     plan_.micro_batch = std::clamp<std::int64_t>(plan_.micro_batch, 1, std::max<std::int64_t>(samples, 1));
@@ -168,6 +169,7 @@ std::optional<Plan> Accumulator::smaller_plan() const {
 
 void Accumulator::begin() {
     refuse_unknown_parameters();
+    threads_.look();
     gatherer_.begin();
     before_.reset();
     plan_ = {.micro_batch = 0, .recompute = options_.plan.recompute};

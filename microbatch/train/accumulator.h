@@ -8,6 +8,7 @@
 #include "microbatch/optim/optimizer.h"
 #include "microbatch/train/gatherer.h"
 #include "microbatch/train/model_state.h"
+#include "microbatch/train/patient_threads.h"
 #include "microbatch/train/shape_limits.h"
 
 namespace microbatch {
@@ -124,6 +125,7 @@ private:
     void divide();
     StepReport report() const;
 
+    PatientThreads threads_;
     Gatherer gatherer_;
     Optimizer& optimizer_;
     AccumulatorOptions options_;

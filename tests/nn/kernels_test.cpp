@@ -88,7 +88,9 @@ struct Expected {
     }
 
 private:
-    static std::size_t at(std::int64_t i, std::int64_t row, std::int64_t k) { return static_cast<std::size_t>(i * row + k); }
+    static std::size_t at(std::int64_t i, std::int64_t row, std::int64_t k) {
+        return static_cast<std::size_t>(i * row + k);
+    }
 
     void add_query(const Sample& s, std::int64_t i) {
         const auto q = [&](std::int64_t token, std::int64_t k) { return double(s.inputs[at(token, s.row, k)]); };
@@ -196,7 +198,8 @@ TEST(Kernels, AttentionAndItsGradientAreThoseOfTheFormulaForEverySize) {
                 Sample sample(tokens, size, random);
                 sample.run(*table);
                 const Expected expected(sample);
-                const std::string what = std::string(table->name) + " " + std::to_string(tokens) + " x " + std::to_string(size);
+                const std::string what =
+                    std::string(table->name) + " " + std::to_string(tokens) + " x " + std::to_string(size);
                 // Sums of up to 300 products of numbers about 1, weighted to a sum of 1: fp32's 6e-8 times the square
                 // root of their number, and the exponential's two units in the last place, some times over.
                 expect_near(sample.out, expected.out, 4e-6, what);

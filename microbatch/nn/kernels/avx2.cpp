@@ -15,11 +15,11 @@ namespace {
 
 extern const Kernels avx2_kernels;
 const Kernels avx2_kernels = {.name = "avx2",
-                                  .gelu = gelu,
-                                  .gelu_backward = gelu_backward,
-                                  .attention_forward_scratch = attention_forward_scratch,
-                                  .attention_forward = attention_forward,
-                                  .attention_backward_scratch = attention_backward_scratch,
-                                  .attention_backward = attention_backward};
+                              .gelu = gelu,
+                              .gelu_backward = gelu_backward,
+                              .attention_forward_scratch = attention_forward_scratch,
+                              .attention_forward = attention_forward,
+                              .attention_backward_scratch = attention_backward_scratch,
+                              .attention_backward = attention_backward};
 
 }  // namespace microbatch

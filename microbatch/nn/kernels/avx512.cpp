@@ -15,11 +15,11 @@ namespace {
 
 extern const Kernels avx512_kernels;
 const Kernels avx512_kernels = {.name = "avx512",
-                                  .gelu = gelu,
-                                  .gelu_backward = gelu_backward,
-                                  .attention_forward_scratch = attention_forward_scratch,
-                                  .attention_forward = attention_forward,
-                                  .attention_backward_scratch = attention_backward_scratch,
-                                  .attention_backward = attention_backward};
+                                .gelu = gelu,
+                                .gelu_backward = gelu_backward,
+                                .attention_forward_scratch = attention_forward_scratch,
+                                .attention_forward = attention_forward,
+                                .attention_backward_scratch = attention_backward_scratch,
+                                .attention_backward = attention_backward};
 
 }  // namespace microbatch

@@ -15,11 +15,11 @@ namespace {
 
 extern const Kernels generic_kernels;
 const Kernels generic_kernels = {.name = "generic",
-                                  .gelu = gelu,
-                                  .gelu_backward = gelu_backward,
-                                  .attention_forward_scratch = attention_forward_scratch,
-                                  .attention_forward = attention_forward,
-                                  .attention_backward_scratch = attention_backward_scratch,
-                                  .attention_backward = attention_backward};
+                                 .gelu = gelu,
+                                 .gelu_backward = gelu_backward,
+                                 .attention_forward_scratch = attention_forward_scratch,
+                                 .attention_forward = attention_forward,
+                                 .attention_backward_scratch = attention_backward_scratch,
+                                 .attention_backward = attention_backward};
 
 }  // namespace microbatch

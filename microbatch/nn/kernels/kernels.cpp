@@ -12,8 +12,8 @@ std::vector<const Kernels*> all_kernels() {
     std::vector<const Kernels*> result{&generic_kernels};
 #if defined(MICROBATCH_X86_KERNELS)
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) result.push_back(&avx2_kernels);
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw")) {
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512bw")) {
         result.push_back(&avx512_kernels);
     }
 #endif

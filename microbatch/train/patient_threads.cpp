@@ -1,0 +1,101 @@
+#include "microbatch/train/patient_threads.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <filesystem>
+#include <fstream>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+namespace microbatch {
+namespace {
+
+constexpr double much_waiting = 0.25;  // of a core's time: somebody is there
+constexpr double no_waiting = 0.05;
+constexpr int quiet_looks = 20;  // in a row, before the threads may spin again
+constexpr std::chrono::milliseconds between_looks(100);
+
+}  // namespace
+
+// Sleeping OpenMP threads, more than there are cores together with torch's own.
+class PatientThreads::Crowd {
+public:
+    Crowd() : thread_([this] { run(); }) {
+        std::unique_lock lock(mutex_);
+        changed_.wait(lock, [this] { return there_; });
+    }
+    Crowd(const Crowd&) = delete;
+    Crowd& operator=(const Crowd&) = delete;
+    ~Crowd() {
+        {
+            const std::lock_guard lock(mutex_);
+            over_ = true;
+        }
+        changed_.notify_all();
+        thread_.join();
+    }
+
+private:
+    void run() {
+        const int cores = static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
+        const int count = std::max(2, cores - at::get_num_threads() + 2);
+        // A team of this thread; it stays as long as the thread does. Without work the compiler would leave it out.
+        std::atomic<int> members = 0;
+#pragma omp parallel num_threads(count)
+        members.fetch_add(1);
+        std::unique_lock lock(mutex_);
+        there_ = true;
+        changed_.notify_all();
+        changed_.wait(lock, [this] { return over_; });
+    }
+
+    std::mutex mutex_;
+    std::condition_variable changed_;
+    bool there_ = false, over_ = false;
+    std::thread thread_;
+};
+
+PatientThreads::PatientThreads() = default;
+PatientThreads::~PatientThreads() = default;
+
+std::optional<double> seconds_waited_for_cores() {
+    std::error_code error;
+    double nanoseconds = 0.0;
+    bool any = false;
+    for (const auto& thread : std::filesystem::directory_iterator("/proc/self/task", error)) {
+        std::ifstream file(thread.path() / "schedstat");
+        double ran = 0.0, waited = 0.0;
+        if (!(file >> ran >> waited)) continue;
+        nanoseconds += waited;
+        any = true;
+    }
+    if (error || !any) return std::nullopt;
+    return nanoseconds * 1e-9;
+}
+
+void PatientThreads::look() {
+    const auto now = Clock::now();
+    if (waited_before_ && now - looked_ < between_looks) return;
+    const std::optional<double> waited = seconds_waited_for_cores();
+    if (waited && waited_before_) {
+        // Less than before: a thread has ended, and its time is no longer counted.
+        judge(std::max(0.0, *waited - *waited_before_) / std::chrono::duration<double>(now - looked_).count());
+    }
+    waited_before_ = waited;
+    looked_ = now;
+}
+
+void PatientThreads::judge(double waiting_share) {
+    quiet_looks_ = waiting_share < no_waiting ? quiet_looks_ + 1 : 0;
+    if (!patient() && waiting_share > much_waiting) {
+        crowd_ = std::make_unique<Crowd>();
+    } else if (patient() && quiet_looks_ >= quiet_looks) {
+        crowd_.reset();
+    }
+}
+
+}  // namespace microbatch
