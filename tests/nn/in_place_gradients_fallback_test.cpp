@@ -111,7 +111,7 @@ TEST_F(InPlace, FallsBackForAHookOnTheWeight) {
 }
 
 struct CountPost : torch::autograd::FunctionPostHook {
-    explicit CountPost(std::vector<bool>& seen) : seen(seen) {}
+    explicit CountPost(std::vector<bool>& into) : seen(into) {}
     variable_list operator()(const variable_list& outputs, const variable_list& inputs) override {
         seen.push_back(inputs[0].defined());
         return outputs;
@@ -129,7 +129,7 @@ TEST_F(InPlace, FallsBackForAHookOnTheAccumulation) {
 }
 
 struct CountAccumulated : torch::autograd::PostAccumulateGradHook {
-    explicit CountAccumulated(std::vector<at::Tensor>& seen) : seen(seen) {}
+    explicit CountAccumulated(std::vector<at::Tensor>& into) : seen(into) {}
     void operator()(const at::Tensor& parameter) override { seen.push_back(parameter.grad().clone()); }
     std::vector<at::Tensor>& seen;
 };
@@ -151,6 +151,20 @@ TEST_F(InPlace, CallsAHookAfterAccumulationOnceWithTheWholeGradient) {
         return Named{{"weight", weight.grad()}};
     };
     for (const bool table : {false, true}) expect_agree(train(true, table), train(false, table), 1e-6);
+}
+
+struct DropGradient : torch::autograd::PostAccumulateGradHook {
+    void operator()(const at::Tensor& parameter) override { parameter.mutable_grad() = at::Tensor(); }
+};
+
+TEST_F(InPlace, SumsInPlaceUnderAHookAfterAccumulationWhichMayTakeTheGradient) {
+    const at::Tensor weight = weight_with_gradient();
+    torch::autograd::impl::set_post_acc_grad_hooks(weight, std::make_unique<DropGradient>());
+    const auto forward = [&] { return at::linear(at::ones({4, side}), weight); };
+    EXPECT_TRUE(sums_in_place(forward));
+    EXPECT_FALSE(weight.grad().defined());
+    EXPECT_FALSE(sums_in_place(forward));  // there is nothing to add to
+    EXPECT_FALSE(weight.grad().defined());
 }
 
 TEST_F(InPlace, FallsBackForAGradientOfAnotherKind) {
@@ -187,11 +201,9 @@ TEST_F(InPlace, FallsBackWhereTheGradientIsAlsoAFactor) {
 
 TEST_F(InPlace, FallsBackForDetectionOfAnomalies) {
     const at::Tensor weight = weight_with_gradient(), x = at::full({4, side}, NAN);
-    const torch::autograd::AnomalyMode mode;
-    torch::autograd::AnomalyMode::set_enabled(true);
+    const torch::autograd::DetectAnomalyGuard detect;
     const at::Tensor y = with_scope(true, [&] { return at::linear(x, weight); });
     EXPECT_THROW(y.backward(at::ones_like(y)), std::exception);  // a NaN in the weight's gradient
-    torch::autograd::AnomalyMode::set_enabled(false);
 }
 
 TEST_F(InPlace, FallsBackForAutocast) {
