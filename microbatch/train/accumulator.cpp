@@ -26,7 +26,7 @@ std::string_view reason_to_refuse(const Gathered& gathered) {
 }
 
 Accumulator::Accumulator(const Parameters& parameters, Optimizer& optimizer, AccumulatorOptions options)
-    : gatherer_(parameters), optimizer_(optimizer), options_(options) {
+    : gatherer_(parameters, options.sum_in_product), optimizer_(optimizer), options_(options) {
     set_plan(options.plan);
     if (!(options.clip_norm > 0.0)) {
         throw Error(ErrorKind::usage, text("clip_norm is ", options.clip_norm, "; it must be above 0"));

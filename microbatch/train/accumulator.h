@@ -21,6 +21,9 @@ struct AccumulatorOptions {
     /// The model that the loss function uses, borrowed: its buffers are put back when a step is undone, and its blocks
     /// recompute where the plan says so. Without one neither happens.
     torch::nn::Module* model = nullptr;
+    /// A weight's gradient is summed in the product that makes it: see InPlaceGradients. The same values to rounding,
+    /// in less time and memory.
+    bool sum_in_product = true;
 };
 
 /// What became of one batch.

@@ -10,7 +10,7 @@
 #include "microbatch/optim/clipping.h"
 
 namespace microbatch {
-Gatherer::Gatherer(const Parameters& parameters) {
+Gatherer::Gatherer(const Parameters& parameters, bool sum_in_product) : sum_in_product_(sum_in_product) {
     track(parameters);
 }
 
@@ -56,6 +56,7 @@ void Gatherer::begin() {
     refuse_stale_gradients();
     clear();
     gathered_ = {};
+    if (sum_in_product_) in_place_.emplace();
     state_ = State::open;
 }
 
@@ -96,6 +97,7 @@ Gathered Gatherer::finish() {
         clear();
         throw;
     }
+    in_place_.reset();
     state_ = State::gathered;
     return gathered_;
 }
@@ -130,6 +132,7 @@ Gathered Gatherer::gather(const Batch& batch, const Plan& plan, const LossFuncti
 void Gatherer::clear() {
     for (const Parameter& parameter : parameters_) parameter.tensor.mutable_grad() = at::Tensor();
     loss_sum_ = at::Tensor();
+    in_place_.reset();
     state_ = State::idle;
 }
 

@@ -2,8 +2,10 @@
 
 #include <cstdint>
 #include <limits>
+#include <optional>
 
 #include "microbatch/core/batch_plan.h"
+#include "microbatch/nn/in_place_gradients.h"
 #include "microbatch/optim/parameters.h"
 #include "microbatch/train/weighted_loss.h"
 
@@ -24,15 +26,18 @@ struct Gathered {
 ///
 /// Formula:  .grad = sum over micro-batches of the gradient of the summed loss; the mean gradient of the batch is
 ///           .grad / W with W the sum of all weights.
+/// Cost:     a weight's gradient is summed in the product that makes it, with no temporary: see InPlaceGradients, which
+///           is on in the window, for the thread that called begin().
 /// State:    a window is open from begin() to finish(); the gradients stay from finish() to clear().
 /// Errors:   what add(), finish() or the loss function given to gather() throws closes the window and clears the
 ///           gradients: as if begin() had not been called. A call out of turn throws and changes nothing.
 /// Threads:  no two calls at the same time.
 class Gatherer {
 public:
-    /// Takes each tensor once; frozen parameters may be among them and may be thawed later.
+    /// Takes each tensor once; frozen parameters may be among them and may be thawed later. `sum_in_product` false
+    /// leaves every gradient to autograd.
     /// Errors: ErrorKind::usage if a parameter is bfloat16 or half: sums of gradients stall in them.
-    explicit Gatherer(const Parameters& parameters);
+    explicit Gatherer(const Parameters& parameters, bool sum_in_product = true);
 
     /// Covers more parameters, such as a head added to the model. Those that are known already are passed over.
     /// Errors: ErrorKind::usage as in the constructor, or if a window is open.
@@ -76,6 +81,8 @@ private:
     void measure();
 
     Parameters parameters_;
+    bool sum_in_product_;
+    std::optional<InPlaceGradients> in_place_;  // while a window is open
     State state_ = State::idle;
     at::Tensor loss_sum_;  // fp64 on the loss's device, so that no micro-batch waits for the device
     Gathered gathered_;

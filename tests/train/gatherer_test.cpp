@@ -1,8 +1,12 @@
 #include "microbatch/train/gatherer.h"
 
+#include <algorithm>
+#include <functional>
 #include <limits>
 #include <random>
+#include <utility>
 
+#include "microbatch/memory/budget_allocator.h"
 #include "support/errors.h"
 #include "support/gradients.h"
 #include "support/models.h"
@@ -256,6 +260,60 @@ TEST(Gatherer, AgreesWithTheWholeBatchForAnyShapeCutAndWeights) {
         expect_any_cut_agrees(seed, at::kDouble, 1e-13);
         expect_any_cut_agrees(seed, at::kFloat, 1e-6);
     }
+}
+
+/// Whether a backward pass needs no second gradient as large as the weight's own.
+bool sums_in_product(const at::Tensor& weight) {
+    const at::Tensor y = at::linear(at::ones({4, weight.size(1)}), weight).sum();
+    const std::int64_t before = memory_use().live_bytes;
+    reset_peak_memory();
+    y.backward();
+    return memory_use().peak_bytes - before < static_cast<std::int64_t>(weight.nbytes());
+}
+
+TEST(Gatherer, SumsWeightGradientsInTheirProductsWhileAWindowIsOpen) {
+    install_budget_allocator();
+    const at::Tensor weight = at::ones({128, 128}).requires_grad_();
+    const auto end_by = [&](bool on, const std::function<void(Gatherer&)>& end) {
+        Gatherer gatherer({{"weight", weight}}, on);
+        weight.mutable_grad() = at::zeros({128, 128});
+        EXPECT_FALSE(sums_in_product(weight));
+        weight.mutable_grad() = at::Tensor();
+        gatherer.begin();
+        EXPECT_FALSE(sums_in_product(weight));  // the first gradient is made, not added to
+        EXPECT_EQ(sums_in_product(weight), on);
+        end(gatherer);
+        weight.mutable_grad() = at::zeros({128, 128});
+        EXPECT_FALSE(sums_in_product(weight));
+        weight.mutable_grad() = at::Tensor();
+    };
+    for (const bool on : {true, false}) {
+        end_by(on, [](Gatherer& gatherer) { gatherer.finish(); });
+        end_by(on, [](Gatherer& gatherer) { gatherer.clear(); });
+        end_by(on, [](Gatherer& gatherer) { EXPECT_THROW(gatherer.add({at::Tensor(), 1}), Error); });
+        end_by(on, [](Gatherer& gatherer) { const Gatherer gone = std::move(gatherer); });
+    }
+}
+
+TEST(Gatherer, HasTheBitsOfALoopInTorchWhereProductsDoNotSum) {
+    const auto model = make_mlp(1, at::kFloat, 20, 30, 10);
+    const Parameters parameters = parameters_of(*model);
+    const Batch batch = regression_batch(50, 2, at::kFloat, 20, 10);
+    const LossFunction loss = weighted_squares(model);
+    const auto gather = [&](bool on) {
+        Gatherer gatherer(parameters, on);
+        gatherer.gather(batch, {16}, loss);
+        const Named gradients = gradients_of(parameters);
+        gatherer.clear();
+        return gradients;
+    };
+    for (const std::int64_t i : {0, 16, 32, 48}) {
+        loss(batch.slice(i, std::min<std::int64_t>(i + 16, 50))).sum.backward();
+    }
+    const Named plain = gradients_of(parameters);
+    clear_gradients(parameters);
+    expect_same_bits(gather(false), plain);
+    expect_agree(gather(true), plain, 1e-6);
 }
 
 }  // namespace

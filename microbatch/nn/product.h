@@ -1,0 +1,18 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+namespace microbatch {
+
+/// at::mm(x, matrix), or at::addmm(bias, x, matrix), by that of torch's two libraries for it (MKL, oneDNN) which is the
+/// faster one for these shapes on this kind of processor. Same shapes and sizes: same library, always; nothing is
+/// timed. No gradient.
+///
+/// Shapes: x [rows, inputs], matrix [inputs, outputs], bias as for at::addmm -> [rows, outputs].
+/// Errors: torch's own.
+/// Cost:   the same number of allocations for every number of rows, so that MemoryTrace matches them.
+at::Tensor product(const at::Tensor& x, const at::Tensor& matrix, const std::optional<at::Tensor>& bias = {});
+
+}  // namespace microbatch
