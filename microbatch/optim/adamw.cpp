@@ -6,8 +6,12 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
+#include <cmath>
+#include <tuple>
+
 #include "microbatch/core/error.h"
 #include "microbatch/core/text.h"
+#include "microbatch/optim/one_pass.h"
 
 namespace microbatch {
 
@@ -29,11 +33,31 @@ at::Tensor AdamW::make_constant(const at::Tensor& parameter, double, double) con
     return at::ones({}, parameter.options().dtype(at::kFloat));  // what a step adds to the counts
 }
 
-void AdamW::update(Bucket& bucket, double learning_rate, double weight_decay) const {
+void AdamW::update(const Bucket& bucket, const Settings& settings) const {
+    const auto& [first_moments, second_moments, steps] = std::tie(bucket.state[0], bucket.state[1], bucket.state[2]);
+    for (const at::Tensor& step : steps) *step.mutable_data_ptr<float>() += 1.0F;
+    AdamWUpdate how{.beta1 = options_.beta1,
+                    .beta2 = options_.beta2,
+                    .epsilon = options_.epsilon,
+                    .kept = 1.0 - settings.learning_rate * settings.weight_decay,
+                    .length = 0.0,
+                    .correction = 0.0,
+                    .divisor = settings.divisor};
+    for_each_stretch(bucket.parameters, [&, how](std::size_t i, std::int64_t begin, std::int64_t end) {
+        const double step = *steps[i].const_data_ptr<float>();
+        AdamWUpdate at_step = how;
+        at_step.length = settings.learning_rate / (1.0 - std::pow(options_.beta1, step));
+        at_step.correction = 1.0 / std::sqrt(1.0 - std::pow(options_.beta2, step));
+        update_stretch(at_step, bucket.parameters[i], bucket.gradients[i], first_moments[i], second_moments[i], begin,
+                       end);
+    });
+}
+
+void AdamW::update_by_torch(Bucket& bucket, const Settings& settings) const {
     const auto& [first_moments, second_moments, steps] = std::tie(bucket.state[0], bucket.state[1], bucket.state[2]);
     at::_foreach_add_(steps, bucket.constant);
     at::_fused_adamw_(bucket.parameters, bucket.gradients, first_moments, second_moments, /*max_exp_avg_sqs=*/{}, steps,
-                      learning_rate, options_.beta1, options_.beta2, weight_decay, options_.epsilon,
+                      settings.learning_rate, options_.beta1, options_.beta2, settings.weight_decay, options_.epsilon,
                       /*amsgrad=*/false, /*maximize=*/false);
 }
 

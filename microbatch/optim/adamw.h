@@ -11,7 +11,7 @@ struct AdamWOptions {
     double epsilon = 1e-8;
 };
 
-/// AdamW over torch's fused kernel: one pass over parameter, gradient and both moments.
+/// AdamW in one pass over parameter, gradient and both moments, the division of the gradient included.
 ///
 /// Formula:  theta -= eta lambda theta;  m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;
 ///           theta -= eta (m / (1-b1^t)) / (sqrt(v / (1-b2^t)) + eps).
@@ -29,7 +29,8 @@ public:
 private:
     std::vector<at::Tensor> make_state(const at::Tensor& parameter) const override;
     at::Tensor make_constant(const at::Tensor& parameter, double learning_rate, double weight_decay) const override;
-    void update(Bucket& bucket, double learning_rate, double weight_decay) const override;
+    void update(const Bucket& bucket, const Settings& settings) const override;
+    void update_by_torch(Bucket& bucket, const Settings& settings) const override;
 
     AdamWOptions options_;
 };

@@ -3,38 +3,94 @@
 #include <ATen/ops/linalg_vector_norm.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 
+#include "microbatch/core/clones.h"
+#include "microbatch/nn/in_parallel.h"
+
 namespace microbatch {
+namespace squares {
+
 namespace {
 
-double squared_norm(const at::Tensor& tensor) {
-    const double norm = at::linalg_vector_norm(tensor, 2, std::nullopt, false, at::kDouble).item<double>();
-    return norm * norm;
+// Into as many sums as keep a core busy, added up in an order of their own.
+template <class Number>
+[[gnu::always_inline]] inline double sum(const Number* numbers, std::int64_t count) {
+    constexpr std::int64_t width = 16;
+    std::array<double, width> sums{};
+    std::int64_t i = 0;
+    for (; i + width <= count; i += width) {
+        for (std::int64_t j = 0; j < width; ++j) {
+            const double number = numbers[i + j];
+            sums[j] += number * number;
+        }
+    }
+    for (std::int64_t j = 0; i + j < count; ++j) sums[j] += static_cast<double>(numbers[i + j]) * numbers[i + j];
+    double all = 0.0;
+    for (const double each : sums) all += each;
+    return all;
 }
 
-// torch converts the whole tensor to fp64 before it sums: twice the tensor in memory, and page faults all the way.
-// A stretch at a time stays in the cache: 8 times faster at 38M elements. (fp32 sums there are off by 0.3 %.)
-double squared_norm_by_stretches(const at::Tensor& tensor) {
-    constexpr std::int64_t stretch = 1 << 18;
-    const at::Tensor flat = tensor.as_strided({tensor.numel()}, {1});
-    double sum = 0.0;
-    for (std::int64_t begin = 0; begin < flat.numel(); begin += stretch) {
-        sum += squared_norm(flat.narrow(0, begin, std::min(stretch, flat.numel() - begin)));
+}  // namespace
+
+MICROBATCH_CLONES double of(const float* numbers, std::int64_t count) {
+    return sum(numbers, count);
+}
+MICROBATCH_CLONES double of(const double* numbers, std::int64_t count) {
+    return sum(numbers, count);
+}
+
+}  // namespace squares
+
+namespace {
+
+/// A part of a tensor small enough for the threads to share the work evenly.
+struct Stretch {
+    const at::Tensor* tensor;
+    std::int64_t begin, end;
+
+    double sum_of_squares() const {
+        return tensor->scalar_type() == at::kFloat ? squares::of(tensor->const_data_ptr<float>() + begin, end - begin)
+                                                   : squares::of(tensor->const_data_ptr<double>() + begin, end - begin);
     }
-    return sum;
+};
+
+bool in_one_pass(const at::Tensor& tensor) {
+    return tensor.is_cpu() && tensor.is_non_overlapping_and_dense() &&
+           (tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble);
+}
+
+// torch converts a whole tensor of another type to fp64 before it sums.
+double by_torch(const at::Tensor& tensor) {
+    const double norm = at::linalg_vector_norm(tensor, 2, std::nullopt, false, at::kDouble).item<double>();
+    return norm * norm;
 }
 
 }  // namespace
 
 double joint_norm(const std::vector<at::Tensor>& tensors) {
-    double sum_of_squares = 0.0;
+    constexpr std::int64_t length = 1 << 16, grain = 1 << 15;
+    std::vector<Stretch> stretches;
+    std::int64_t elements = 0;
+    double all = 0.0;
     for (const at::Tensor& tensor : tensors) {
-        const bool by_stretches =
-            tensor.is_cpu() && tensor.scalar_type() != at::kDouble && tensor.is_non_overlapping_and_dense();
-        sum_of_squares += by_stretches ? squared_norm_by_stretches(tensor) : squared_norm(tensor);
+        if (!in_one_pass(tensor)) {
+            all += by_torch(tensor);
+            continue;
+        }
+        elements += tensor.numel();
+        for (std::int64_t begin = 0; begin < tensor.numel(); begin += length) {
+            stretches.push_back({&tensor, begin, std::min(begin + length, tensor.numel())});
+        }
     }
-    return std::sqrt(sum_of_squares);
+    std::vector<double> sums(stretches.size());
+    const auto count = static_cast<std::int64_t>(stretches.size());
+    in_parallel(count, elements < grain ? count + 1 : 0, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t i = begin; i < end; ++i) sums[i] = stretches[i].sum_of_squares();
+    });
+    for (const double each : sums) all += each;
+    return std::sqrt(all);
 }
 
 double clip_coefficient(double norm, double limit) {

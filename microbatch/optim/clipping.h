@@ -8,7 +8,9 @@ namespace microbatch {
 
 /// Euclidean norm over all the tensors together, its squares summed in fp64; NaN or infinity if any element is, or if
 /// the sum leaves fp64 (a norm above 1e154). 0 for no tensor.
-/// Cost: one pass; on the CPU 2 MiB of memory, whatever the size.
+/// The bits do not depend on the number of threads.
+/// Cost: one pass at the speed of memory and no tensor memory for dense float32 and float64 on the CPU; of other types
+/// there an fp64 copy of one tensor at a time.
 double joint_norm(const std::vector<at::Tensor>& tensors);
 
 /// What the gradients are multiplied by so that their norm is at most `limit`: min(1, limit / (norm + 1e-6)).

@@ -1,15 +1,16 @@
 #include "microbatch/optim/fused_optimizer.h"
 
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/_foreach_div.h>
 #include <ATen/ops/empty_like.h>
 
+#include <algorithm>
 #include <cmath>
-#include <map>
-#include <string>
 #include <utility>
 
 #include "microbatch/core/error.h"
 #include "microbatch/core/text.h"
+#include "microbatch/optim/one_pass.h"
 
 namespace microbatch {
 namespace {
@@ -25,7 +26,7 @@ void validate_group(const char* optimizer, const ParameterGroup& group) {
     }
 }
 
-// The gradient laid out as the parameter is, which the fused kernels take for granted.
+// The gradient laid out as the parameter is, which every update takes for granted.
 at::Tensor dense_gradient(const Parameter& parameter) {
     const at::Tensor& gradient = parameter.tensor.grad();
     if (gradient.layout() != at::kStrided) {
@@ -36,11 +37,39 @@ at::Tensor dense_gradient(const Parameter& parameter) {
         throw Error(ErrorKind::usage, text("parameter ", parameter.name, " is ", parameter.tensor.scalar_type(),
                                            ", its gradient ", gradient.scalar_type()));
     }
+    if (gradient.sizes() != parameter.tensor.sizes()) {
+        throw Error(ErrorKind::usage, text("parameter ", parameter.name, " has the shape ", parameter.tensor.sizes(),
+                                           ", its gradient ", gradient.sizes()));
+    }
     if (gradient.strides() == parameter.tensor.strides()) return gradient;
     return at::empty_like(parameter.tensor).copy_(gradient);
 }
 
+// Of the tensors that are as large as the parameter; a count of steps is not.
+void require_same_layout(const Parameter& parameter, const at::Tensor& state) {
+    const at::Tensor& tensor = parameter.tensor;
+    if (state.dim() == 0 && tensor.dim() > 0) return;
+    if (state.sizes() == tensor.sizes() && state.strides() == tensor.strides() &&
+        (state.dim() == 0 || state.scalar_type() == tensor.scalar_type())) {
+        return;
+    }
+    throw Error(ErrorKind::usage, text("parameter ", parameter.name, " is now ", tensor.scalar_type(), " of shape ",
+                                       tensor.sizes(), " and not as when its state was made: make the optimizer anew"));
+}
+
 }  // namespace
+
+/// Lets go of the gradients at the end of a step, however it ends.
+struct FusedOptimizer::Forget {
+    Parts& parts;
+
+    explicit Forget(Parts& held) : parts(held) {}
+    Forget(const Forget&) = delete;
+    Forget& operator=(const Forget&) = delete;
+    ~Forget() {
+        for (Part& part : parts) std::fill(part.bucket.gradients.begin(), part.bucket.gradients.end(), at::Tensor());
+    }
+};
 
 FusedOptimizer::FusedOptimizer(const char* name, const std::vector<ParameterGroup>& groups, double learning_rate)
     : name_(name), learning_rate_(learning_rate) {
@@ -62,6 +91,7 @@ void FusedOptimizer::add_group(const ParameterGroup& group) {
         made.slots.push_back({parameter, {}, {}});
     }
     groups_.push_back(std::move(made));
+    parts_.clear();
 }
 
 void FusedOptimizer::set_learning_rate(double rate) {
@@ -77,20 +107,21 @@ std::vector<at::Tensor> FusedOptimizer::parameters() const {
     return result;
 }
 
-void FusedOptimizer::step() {
-    at::NoGradGuard no_grad;
-    // All buckets before any update: a gradient that is refused leaves every parameter as it was.
-    auto buckets = prepare(&Slot::state);
-    update_all(buckets);
+void FusedOptimizer::step(double divisor) {
+    const at::NoGradGuard no_grad;
+    if (!still_right(parts_)) parts_ = make_parts(&Slot::state);
+    // Everything before any update: a gradient that is refused leaves every parameter as it was.
+    const Forget forget{parts_};
+    refresh(parts_, divisor);
+    update_all(parts_, divisor);
 }
 
-void FusedOptimizer::rehearse() {
-    at::NoGradGuard no_grad;
-    auto buckets = prepare(&Slot::rehearsed_state);
-    for (auto& group : buckets) {
-        for (Bucket& bucket : group) bucket.parameters = bucket.gradients;
-    }
-    update_all(buckets);
+void FusedOptimizer::rehearse(double divisor) {
+    const at::NoGradGuard no_grad;
+    Parts parts = make_parts(&Slot::rehearsed_state);
+    refresh(parts, divisor);
+    for (Part& part : parts) part.bucket.parameters = part.bucket.gradients;
+    update_all(parts, divisor);
 }
 
 void FusedOptimizer::end_rehearsal() {
@@ -110,7 +141,7 @@ bool FusedOptimizer::has_state() const {
     return any;
 }
 
-std::vector<std::vector<FusedOptimizer::Bucket>> FusedOptimizer::prepare(State state) {
+FusedOptimizer::Parts FusedOptimizer::make_parts(State state) {
     std::vector<Slot*> without_state;
     for (Group& group : groups_) {
         for (Slot& slot : group.slots) {
@@ -118,42 +149,86 @@ std::vector<std::vector<FusedOptimizer::Bucket>> FusedOptimizer::prepare(State s
         }
     }
     try {
-        std::vector<std::vector<Bucket>> buckets;
-        for (Group& group : groups_) buckets.push_back(buckets_of(group, state));
-        return buckets;
+        Parts parts;
+        for (std::size_t i = 0; i < groups_.size(); ++i) {
+            for (Slot& slot : groups_[i].slots) {
+                if (slot.parameter.tensor.grad().defined()) add_to(parts, slot, i, state);
+            }
+        }
+        return parts;
     } catch (...) {
         for (Slot* slot : without_state) (slot->*state).clear();
         throw;
     }
 }
 
-std::vector<FusedOptimizer::Bucket> FusedOptimizer::buckets_of(Group& group, State state) const {
-    std::map<std::pair<std::string, at::ScalarType>, Bucket> buckets;
-    for (Slot& slot : group.slots) {
-        const at::Tensor& parameter = slot.parameter.tensor;
-        if (!parameter.grad().defined()) continue;
-        const at::Tensor gradient = dense_gradient(slot.parameter);
-        std::vector<at::Tensor>& tensors = slot.*state;
-        if (tensors.empty()) tensors = make_state(parameter);
-        Bucket& bucket = buckets[{parameter.device().str(), parameter.scalar_type()}];
-        if (!bucket.constant.defined()) {
-            bucket.constant = make_constant(parameter, rate_of(group), group.weight_decay);
-        }
-        bucket.parameters.push_back(parameter);
-        bucket.gradients.push_back(gradient);
-        bucket.state.resize(tensors.size());
-        for (std::size_t i = 0; i < tensors.size(); ++i) bucket.state[i].push_back(tensors[i]);
-    }
-    std::vector<Bucket> result;
-    for (auto& [key, bucket] : buckets) result.push_back(std::move(bucket));
-    return result;
+void FusedOptimizer::add_to(Parts& parts, Slot& slot, std::size_t group, State state) const {
+    const at::Tensor& parameter = slot.parameter.tensor;
+    const auto belongs = [&](const Part& part) {
+        const at::Tensor& first = part.bucket.parameters.front();
+        return part.group == group && first.device() == parameter.device() &&
+               first.scalar_type() == parameter.scalar_type();
+    };
+    auto part = std::find_if(parts.begin(), parts.end(), belongs);
+    if (part == parts.end()) part = parts.insert(part, Part{{}, {}, group});
+    std::vector<at::Tensor>& tensors = slot.*state;
+    if (tensors.empty()) tensors = make_state(parameter);
+    Bucket& bucket = part->bucket;
+    part->slots.push_back(&slot);
+    bucket.parameters.push_back(parameter);
+    bucket.gradients.emplace_back();
+    bucket.state.resize(tensors.size());
+    for (std::size_t i = 0; i < tensors.size(); ++i) bucket.state[i].push_back(tensors[i]);
 }
 
-void FusedOptimizer::update_all(std::vector<std::vector<Bucket>>& buckets) const {
-    for (std::size_t i = 0; i < groups_.size(); ++i) {
-        const Group& group = groups_[i];
-        for (Bucket& bucket : buckets[i]) {
-            update(bucket, rate_of(group), group.weight_decay);
+bool FusedOptimizer::still_right(const Parts& parts) const {
+    std::size_t held = 0, with_gradient = 0;
+    for (const Part& part : parts) {
+        const at::Tensor& first = part.bucket.parameters.front();
+        for (const Slot* slot : part.slots) {
+            const at::Tensor& parameter = slot->parameter.tensor;
+            if (!parameter.grad().defined() || parameter.device() != first.device() ||
+                parameter.scalar_type() != first.scalar_type()) {
+                return false;
+            }
+            ++held;
+        }
+    }
+    for (const Group& group : groups_) {
+        for (const Slot& slot : group.slots) with_gradient += slot.parameter.tensor.grad().defined() ? 1 : 0;
+    }
+    return held == with_gradient;
+}
+
+void FusedOptimizer::refresh(Parts& parts, double divisor) const {
+    for (Part& part : parts) {
+        Bucket& bucket = part.bucket;
+        for (std::size_t i = 0; i < part.slots.size(); ++i) {
+            bucket.gradients[i] = dense_gradient(part.slots[i]->parameter);
+            for (const auto& tensors : bucket.state) require_same_layout(part.slots[i]->parameter, tensors[i]);
+            bucket.parameters[i].mutable_data_ptr();  // a copy that is still to be made on writing is made now
+        }
+    }
+    for (Part& part : parts) {
+        Bucket& bucket = part.bucket;
+        if (updates_in_one_pass(bucket.parameters.front())) continue;
+        const Group& group = groups_[part.group];
+        bucket.constant = make_constant(bucket.parameters.front(), rate_of(group), group.weight_decay);
+        if (divisor != 1.0) at::_foreach_div_(bucket.gradients, divisor);
+    }
+}
+
+void FusedOptimizer::update_all(Parts& parts, double divisor) const {
+    for (Part& part : parts) {
+        Bucket& bucket = part.bucket;
+        const Group& group = groups_[part.group];
+        const Settings settings{rate_of(group), group.weight_decay, divisor};
+        if (updates_in_one_pass(bucket.parameters.front())) {
+            update(bucket, settings);
+            // As torch's own operators do: a graph that has saved the parameter must notice.
+            for (const at::Tensor& parameter : bucket.parameters) parameter.unsafeGetTensorImpl()->bump_version();
+        } else {
+            update_by_torch(bucket, settings);
         }
     }
 }

@@ -4,12 +4,17 @@
 
 namespace microbatch {
 
-/// What AdamW and Sgd share: groups, lazily made state, and one call of torch's fused kernel for all tensors of a
-/// device and dtype.
+/// What AdamW and Sgd share: groups, lazily made state, and one update for all tensors of a group, device and dtype:
+/// our own in one pass where there is one (float and double on the CPU), otherwise torch's fused kernel after a pass
+/// that divides.
 class FusedOptimizer : public Optimizer {
 public:
-    void step() final;
-    void rehearse() final;
+    /// Gradients are left as they were by our own update, divided by torch's.
+    /// Errors: ErrorKind::usage if a gradient is sparse or of another dtype or shape than its parameter, or a parameter
+    /// has changed its own since its state was made; nothing has changed then.
+    void step(double divisor) final;
+    using Optimizer::step;
+    void rehearse(double divisor) final;
     void end_rehearsal() final;
     bool has_state() const final;
     double learning_rate() const final { return learning_rate_; }
@@ -22,11 +27,14 @@ public:
     void add_group(const ParameterGroup& group);
 
 protected:
-    /// Tensors for one call of a kernel. state[i] holds the i-th state tensor of every parameter.
+    /// Tensors that are updated together. state[i] holds the i-th state tensor of every parameter.
     struct Bucket {
         std::vector<at::Tensor> parameters, gradients;
         std::vector<std::vector<at::Tensor>> state;
-        at::Tensor constant;
+        at::Tensor constant;  // for torch's kernel alone
+    };
+    struct Settings {
+        double learning_rate, weight_decay, divisor;
     };
 
     /// `name` begins every message.
@@ -35,19 +43,30 @@ protected:
     /// The state of a parameter before its first step.
     virtual std::vector<at::Tensor> make_state(const at::Tensor& parameter) const = 0;
 
-    /// A number that update() needs as a tensor, beside a parameter: a number alone would be made into one in the midst
-    /// of the updates.
-    virtual at::Tensor make_constant(const at::Tensor& parameter, double learning_rate, double weight_decay) const = 0;
+    /// One step of a bucket of which updates_in_one_pass(). Neither this nor update_by_torch() may allocate: running
+    /// out of memory between the buckets would leave some of the parameters updated.
+    virtual void update(const Bucket& bucket, const Settings& settings) const = 0;
 
-    /// One step of the bucket at this learning rate. Must not allocate: running out of memory between the buckets would
-    /// leave some of the parameters updated.
-    virtual void update(Bucket& bucket, double learning_rate, double weight_decay) const = 0;
+    /// The same by torch's kernel, with gradients that are divided already.
+    virtual void update_by_torch(Bucket& bucket, const Settings& settings) const = 0;
+
+    /// A number that update_by_torch() needs as a tensor, beside a parameter: a number alone would be made into one in
+    /// the midst of the updates.
+    virtual at::Tensor make_constant(const at::Tensor& parameter, double learning_rate, double weight_decay) const = 0;
 
 private:
     struct Slot {
         Parameter parameter;
         std::vector<at::Tensor> state, rehearsed_state;
     };
+    /// A bucket, and where it is from.
+    struct Part {
+        Bucket bucket;
+        std::vector<const Slot*> slots;
+        std::size_t group;
+    };
+    using Parts = std::vector<Part>;
+    struct Forget;
     struct Group {
         std::vector<Slot> slots;
         double weight_decay;
@@ -58,13 +77,21 @@ private:
 
     using State = std::vector<at::Tensor> Slot::*;
 
-    /// Everything that a step allocates. If it throws, no state is kept that was not there before.
-    std::vector<std::vector<Bucket>> prepare(State state);
-    std::vector<Bucket> buckets_of(Group& group, State state) const;
-    void update_all(std::vector<std::vector<Bucket>>& buckets) const;
+    /// All parameters that have a gradient, without their gradients. If it throws, no state is kept that was not there
+    /// before.
+    Parts make_parts(State state);
+    void add_to(Parts& parts, Slot& slot, std::size_t group, State state) const;
+
+    /// False if parameters have been given their first gradient since, or have lost it.
+    bool still_right(const Parts& parts) const;
+
+    /// Takes the gradients as they are now, and all else that a step allocates.
+    void refresh(Parts& parts, double divisor) const;
+    void update_all(Parts& parts, double divisor) const;
 
     const char* name_;
     std::vector<Group> groups_;
+    Parts parts_;  // of the last step
     double learning_rate_;
 };
 

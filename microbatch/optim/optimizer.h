@@ -16,14 +16,19 @@ public:
     Optimizer& operator=(const Optimizer&) = delete;
     virtual ~Optimizer() = default;
 
-    /// Updates every parameter that has a gradient, by the gradient as it stands; the others keep value and state.
-    /// State: gradients are read, never cleared. If it throws c10::OutOfMemoryError nothing has changed.
-    virtual void step() = 0;
+    /// Updates every parameter that has a gradient, by the gradient over `divisor`; the others keep value and state.
+    /// The gradients of a batch are sums: its weight is what they are divided by, over the clip coefficient.
+    /// State: gradients are not cleared, but may be left divided. If it throws c10::OutOfMemoryError no parameter has
+    /// changed, nor any state.
+    virtual void step(double divisor) = 0;
+
+    /// By the gradients as they stand.
+    void step() { step(1.0); }
 
     /// Takes a step for its memory and its time alone: parameters and state are not touched. What stands in for them
     /// are the gradients themselves, whose values are lost, and a state that is begun anew and kept until
     /// end_rehearsal().
-    virtual void rehearse() = 0;
+    virtual void rehearse(double divisor) = 0;
 
     /// Drops the state that rehearse() made.
     virtual void end_rehearsal() = 0;

@@ -7,6 +7,7 @@
 
 #include "microbatch/core/error.h"
 #include "microbatch/core/text.h"
+#include "microbatch/optim/one_pass.h"
 
 namespace microbatch {
 
@@ -31,12 +32,27 @@ at::Tensor Sgd::make_constant(const at::Tensor& parameter, double learning_rate,
     return at::full({}, 1.0 - learning_rate * weight_decay, parameter.options());  // what decoupled decay leaves
 }
 
-void Sgd::update(Bucket& bucket, double learning_rate, double weight_decay) const {
+void Sgd::update(const Bucket& bucket, const Settings& settings) const {
     const bool decoupled = options_.decoupled_weight_decay;
-    if (decoupled && weight_decay != 0.0) at::_foreach_mul_(bucket.parameters, bucket.constant);
+    const SgdUpdate how{.learning_rate = settings.learning_rate,
+                        .momentum = options_.momentum,
+                        .nesterov = options_.nesterov,
+                        .kept = decoupled ? 1.0 - settings.learning_rate * settings.weight_decay : 1.0,
+                        .decay = decoupled ? 0.0 : settings.weight_decay,
+                        .divisor = settings.divisor};
+    for_each_stretch(bucket.parameters, [&](std::size_t i, std::int64_t begin, std::int64_t end) {
+        update_stretch(how, bucket.parameters[i], bucket.gradients[i],
+                       bucket.state.empty() ? at::Tensor() : bucket.state[0][i], begin, end);
+    });
+}
+
+void Sgd::update_by_torch(Bucket& bucket, const Settings& settings) const {
+    const bool decoupled = options_.decoupled_weight_decay;
+    if (decoupled && settings.weight_decay != 0.0) at::_foreach_mul_(bucket.parameters, bucket.constant);
     at::_fused_sgd_(bucket.parameters, bucket.gradients,
-                    bucket.state.empty() ? std::vector<at::Tensor>{} : bucket.state[0], decoupled ? 0.0 : weight_decay,
-                    options_.momentum, learning_rate, /*dampening=*/0.0, options_.nesterov, /*maximize=*/false,
+                    bucket.state.empty() ? std::vector<at::Tensor>{} : bucket.state[0],
+                    decoupled ? 0.0 : settings.weight_decay, options_.momentum, settings.learning_rate,
+                    /*dampening=*/0.0, options_.nesterov, /*maximize=*/false,
                     /*is_first_step=*/false);
 }
 

@@ -11,7 +11,7 @@ struct SgdOptions {
     bool decoupled_weight_decay = true;  ///< false: the decay is added to the gradient, as torch::optim::SGD does
 };
 
-/// Stochastic gradient descent with momentum over torch's fused kernel.
+/// Stochastic gradient descent with momentum, in one pass, the division of the gradient included.
 ///
 /// Formula:  theta -= eta lambda theta (decoupled);  v = mu v + g;  theta -= eta v, or eta (g + mu v) with Nesterov.
 /// Source:   Sutskever et al. 2013, in torch::optim::SGD's form; Loshchilov and Hutter 2019, arXiv:1711.05101 (SGDW).
@@ -26,7 +26,8 @@ public:
 private:
     std::vector<at::Tensor> make_state(const at::Tensor& parameter) const override;
     at::Tensor make_constant(const at::Tensor& parameter, double learning_rate, double weight_decay) const override;
-    void update(Bucket& bucket, double learning_rate, double weight_decay) const override;
+    void update(const Bucket& bucket, const Settings& settings) const override;
+    void update_by_torch(Bucket& bucket, const Settings& settings) const override;
 
     SgdOptions options_;
 };

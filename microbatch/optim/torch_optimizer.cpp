@@ -1,5 +1,7 @@
 #include "microbatch/optim/torch_optimizer.h"
 
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/_foreach_div.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -18,7 +20,8 @@ TorchOptimizer::TorchOptimizer(torch::optim::Optimizer& optimizer) : optimizer_(
     }
 }
 
-void TorchOptimizer::step() {
+void TorchOptimizer::step(double divisor) {
+    divide_gradients(divisor);
     try {
         optimizer_.step();
     } catch (const c10::OutOfMemoryError& error) {
@@ -81,9 +84,20 @@ private:
 
 }  // namespace
 
-void TorchOptimizer::rehearse() {
+void TorchOptimizer::rehearse(double divisor) {
+    divide_gradients(divisor);
     const StandIns stand_ins(optimizer_, rehearsed_);
     optimizer_.step();
+}
+
+void TorchOptimizer::divide_gradients(double divisor) const {
+    if (divisor == 1.0) return;
+    const at::NoGradGuard no_grad;
+    std::vector<at::Tensor> gradients;
+    for (const at::Tensor& parameter : parameters()) {
+        if (parameter.grad().defined()) gradients.push_back(parameter.grad());
+    }
+    if (!gradients.empty()) at::_foreach_div_(gradients, divisor);
 }
 
 bool TorchOptimizer::has_state() const {

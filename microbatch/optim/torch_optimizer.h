@@ -17,10 +17,12 @@ public:
 
     /// Errors: ErrorKind::does_not_fit if it runs out of memory: torch's optimizers allocate between their updates, so
     /// that some parameters may have been updated and others not.
-    void step() override;
+    /// It divides the gradients in place, unless the divisor is 1.
+    void step(double divisor) override;
+    using Optimizer::step;
 
     /// The torch optimizer sees the gradients for its parameters and no state for as long as this lasts.
-    void rehearse() override;
+    void rehearse(double divisor) override;
     void end_rehearsal() override { rehearsed_.clear(); }
     bool has_state() const override;
 
@@ -34,6 +36,8 @@ public:
     std::vector<at::Tensor> parameters() const override;
 
 private:
+    void divide_gradients(double divisor) const;
+
     torch::optim::Optimizer& optimizer_;
     std::vector<double> scales_;
     std::vector<std::unique_ptr<torch::optim::OptimizerParamState>> rehearsed_;  // one for each parameter, in order

@@ -1,14 +1,12 @@
 #include "microbatch/train/accumulator.h"
 
-#include <ATen/core/grad_mode.h>
-#include <ATen/ops/_foreach_div.h>
-
 #include <c10/util/Exception.h>
 #include <torch/nn/module.h>
 
 #include <algorithm>
 #include <cmath>
 #include <unordered_set>
+#include <utility>
 
 #include "microbatch/core/error.h"
 #include "microbatch/core/text.h"
@@ -52,15 +50,19 @@ Recomputable* Accumulator::recomputable() const {
     return dynamic_cast<Recomputable*>(options_.model);
 }
 
-void Accumulator::refuse_unknown_parameters() const {
+void Accumulator::refuse_unknown_parameters() {
+    std::vector<at::Tensor> updated = optimizer_.parameters();
+    const auto same = [](const at::Tensor& one, const at::Tensor& other) { return one.is_same(other); };
+    if (std::equal(updated.begin(), updated.end(), known_.begin(), known_.end(), same)) return;
     std::unordered_set<const void*> known;
     for (const Parameter& parameter : gatherer_.parameters()) known.insert(parameter.tensor.unsafeGetTensorImpl());
-    for (const at::Tensor& tensor : optimizer_.parameters()) {
+    for (const at::Tensor& tensor : updated) {
         if (known.count(tensor.unsafeGetTensorImpl()) == 0) {
             throw Error(ErrorKind::usage, text("the optimizer updates a parameter of shape ", tensor.sizes(),
                                                " that the accumulator does not know; give it to track()"));
         }
     }
+    known_ = std::move(updated);
 }
 
 StepReport Accumulator::step(const Batch& batch, const LossFunction& loss) {
@@ -192,8 +194,7 @@ StepReport Accumulator::apply() {
     if (gathered_.weight == 0.0) return discard("zero weight");
     StepReport result = report();
     try {
-        divide();
-        optimizer_.step();
+        optimizer_.step(divisor());
     } catch (const c10::OutOfMemoryError&) {
         gatherer_.clear();
         ready_ = false;
@@ -212,14 +213,11 @@ StepReport Accumulator::apply() {
 
 void Accumulator::rehearse_apply() {
     if (!ready_) throw Error(ErrorKind::usage, "nothing is gathered to rehearse with: call gather() or finish() first");
-    if (gathered_.weight > 0.0) divide();
-    optimizer_.rehearse();
+    optimizer_.rehearse(gathered_.weight > 0.0 ? divisor() : 1.0);
 }
 
-void Accumulator::divide() {
-    at::NoGradGuard no_grad;
-    const double divisor = gathered_.weight / clip_coefficient(gathered_.gradient_norm, options_.clip_norm);
-    if (divisor != 1.0) at::_foreach_div_(gatherer_.gradients(), divisor);
+double Accumulator::divisor() const {
+    return gathered_.weight / clip_coefficient(gathered_.gradient_norm, options_.clip_norm);
 }
 
 StepReport Accumulator::discard(std::string_view reason) {

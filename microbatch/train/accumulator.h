@@ -119,19 +119,20 @@ public:
     torch::nn::Module* model() const { return options_.model; }
 
 private:
-    void refuse_unknown_parameters() const;
+    void refuse_unknown_parameters();
     [[noreturn]] void give_up(const std::string& why);
     bool try_gather(const Batch& batch, const LossFunction& loss);
     bool try_apply(StepReport& report);
     void undo();
     std::optional<Plan> smaller_plan() const;
-    void divide();
+    double divisor() const;
     StepReport report() const;
 
     PatientThreads threads_;
     Gatherer gatherer_;
     Optimizer& optimizer_;
     AccumulatorOptions options_;
+    std::vector<at::Tensor> known_;  // what the optimizer updated when it was last checked
     ShapeLimits limits_;
     Plan plan_;                         // of the batch that is gathered
     std::optional<ModelState> before_;  // the batch that is gathered

@@ -243,11 +243,11 @@ TEST(Accumulator, StreamingGivesTheBitsOfStep) {
 /// An optimizer that changes a parameter and then fails.
 struct Broken : Optimizer {
     explicit Broken(at::Tensor tensor) : tensor_(std::move(tensor)) {}
-    void step() override {
+    void step(double) override {
         tensor_.detach().fill_(7);
         if (fails) throw std::runtime_error("disk is full");
     }
-    void rehearse() override {}
+    void rehearse(double) override {}
     void end_rehearsal() override {}
     bool has_state() const override { return false; }
     double learning_rate() const override { return 0; }

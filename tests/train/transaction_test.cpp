@@ -108,8 +108,12 @@ protected:
             test::expect_same_bits(trained.job.state(), reference.after_step);
             test::expect_same_bits(after_one_more(trained), reference.after_all);
         }
-        EXPECT_GT(in_gather_, 300);
-        EXPECT_GT(in_apply_, 5);
+        EXPECT_GT(in_gather_, 250);
+        if (before == 0) {
+            EXPECT_GT(in_apply_, 5);  // makes the optimizer's state
+        } else {
+            EXPECT_EQ(in_apply_, 0);  // has all it needs
+        }
     }
 
     int in_gather_ = 0;

@@ -1,0 +1,36 @@
+#include "microbatch/nn/in_parallel.h"
+
+#include <ATen/TensorIterator.h>
+#include <ATen/ops/from_blob.h>
+
+#include <array>
+
+namespace microbatch {
+
+namespace {
+
+// Ranges end at multiples of count / shares: fine enough for an even split among this many threads and fewer.
+constexpr std::int64_t shares = 1024;
+
+// A TensorIterator runs over this: what it hands out is where in it a thread begins, and how far that thread goes.
+std::array<std::uint8_t, shares> places;
+
+}  // namespace
+
+void in_parallel(std::int64_t count, std::int64_t grain, const std::function<void(std::int64_t, std::int64_t)>& work) {
+    if (count < grain) {
+        if (count > 0) work(0, count);
+        return;
+    }
+    const at::Tensor all = at::from_blob(places.data(), {shares}, at::kByte);
+    at::TensorIterator iterator = at::TensorIteratorConfig().add_owned_const_input(all).build();
+    const auto border = [count](std::int64_t share) { return count / shares * share + count % shares * share / shares; };
+    const auto loop = [&](char** data, const std::int64_t*, std::int64_t length, std::int64_t) {
+        const std::int64_t first = reinterpret_cast<std::uint8_t*>(data[0]) - places.data();
+        const std::int64_t begin = border(first), end = border(first + length);
+        if (begin < end) work(begin, end);
+    };
+    iterator.for_each(loop, /*grain_size=*/1);
+}
+
+}  // namespace microbatch

@@ -1,0 +1,17 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace microbatch {
+
+/// Calls work(begin, end) for ranges that make up [0, count), one for each of torch's threads; once, for all of it,
+/// where count is below `grain` or this is one of those threads already.
+///
+/// Unlike at::parallel_for, which is compiled into its caller and needs OpenMP there, this runs in LibTorch's own
+/// threads, whatever they are.
+/// Errors: one of what the calls throw.
+/// Cost:   no tensor memory; one parallel region.
+void in_parallel(std::int64_t count, std::int64_t grain, const std::function<void(std::int64_t, std::int64_t)>& work);
+
+}  // namespace microbatch
