@@ -66,15 +66,14 @@ void print_optimizer(const std::string& preset, int rounds) {
     };
     AdamW ours(split_by_decay(parameters, 0.1), {.learning_rate = 1e-4});
     double norm = 0.0;
-    const std::vector<double> seconds = medians({[&] { target.copy_(source); },
-                                                 [&] {
-                                                     at::_foreach_div_(g, divisor);
-                                                     fused(std::nullopt);
-                                                 },
-                                                 [&] { fused(scale.fill_(divisor)); },
-                                                 [&] { ours.step(divisor); },
-                                                 [&] { norm += joint_norm(g); }},
-                                                rounds);
+    const std::vector<double> seconds =
+        medians({[&] { target.copy_(source); },
+                 [&] {
+                     at::_foreach_div_(g, divisor);
+                     fused(std::nullopt);
+                 },
+                 [&] { fused(scale.fill_(divisor)); }, [&] { ours.step(divisor); }, [&] { norm += joint_norm(g); }},
+                rounds);
     const double copied = 8.0 * (128 << 20) / seconds[0];
     const auto row = [&](const char* name, double bytes, double taken) {
         fmt::print("| {} | {:.1f}M | {} | {} | {:.2f} | {:.1f} | {:.2f} |\n", preset, count / 1e6,

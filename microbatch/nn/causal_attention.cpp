@@ -17,6 +17,7 @@
 
 #include "microbatch/core/error.h"
 #include "microbatch/core/text.h"
+#include "microbatch/nn/in_parallel.h"
 #include "microbatch/nn/kernels/kernels.h"
 
 namespace microbatch {
@@ -75,7 +76,7 @@ void for_each_head(const Heads& heads, std::int64_t scratch, const at::TensorOpt
     const at::Tensor memory =
         at::empty({std::min<std::int64_t>(at::get_num_threads(), heads.count()), scratch}, options);
     float* const start = memory.data_ptr<float>();
-    at::parallel_for(0, heads.count(), 1, [&](std::int64_t begin, std::int64_t end) {
+    in_parallel(heads.count(), 1, [&](std::int64_t begin, std::int64_t end) {
         float* own = start + at::get_thread_num() * scratch;
         for (std::int64_t number = begin; number < end; ++number) call(number, own);
     });

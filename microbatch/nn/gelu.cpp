@@ -1,12 +1,12 @@
 #include "microbatch/nn/gelu.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/gelu_backward.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "microbatch/nn/in_parallel.h"
 #include "microbatch/nn/kernels/kernels.h"
 
 namespace microbatch {
@@ -15,7 +15,7 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-constexpr std::int64_t grain = 16384;  // elements that are worth a thread
+constexpr std::int64_t grain = 16384;  // elements from which on threads pay
 
 class Gelu : public torch::autograd::Function<Gelu> {
 public:
@@ -24,7 +24,7 @@ public:
         at::Tensor y = at::empty_like(x);
         const float* from = x.const_data_ptr<float>();
         float* to = y.mutable_data_ptr<float>();
-        at::parallel_for(0, x.numel(), grain, [&](std::int64_t begin, std::int64_t end) {
+        in_parallel(x.numel(), grain, [&](std::int64_t begin, std::int64_t end) {
             kernels().gelu(from + begin, to + begin, end - begin);
         });
         return y;
@@ -37,7 +37,7 @@ public:
         at::Tensor result = at::empty_like(x);
         const float *values = x.const_data_ptr<float>(), *factors = gradient.const_data_ptr<float>();
         float* to = result.mutable_data_ptr<float>();
-        at::parallel_for(0, x.numel(), grain, [&](std::int64_t begin, std::int64_t end) {
+        in_parallel(x.numel(), grain, [&](std::int64_t begin, std::int64_t end) {
             kernels().gelu_backward(values + begin, factors + begin, to + begin, end - begin);
         });
         return {result};

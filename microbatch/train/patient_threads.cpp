@@ -1,9 +1,9 @@
 #include "microbatch/train/patient_threads.h"
 
 #include <ATen/Parallel.h>
+#include <dlfcn.h>
 
 #include <algorithm>
-#include <atomic>
 #include <condition_variable>
 #include <filesystem>
 #include <fstream>
@@ -18,6 +18,14 @@ constexpr double much_waiting = 0.25;  // of a core's time: somebody is there
 constexpr double no_waiting = 0.05;
 constexpr int quiet_looks = 20;  // in a row, before the threads may spin again
 constexpr std::chrono::milliseconds between_looks(100);
+
+// What GCC makes of "#pragma omp parallel", in the OpenMP that torch brought along: the library is compiled without
+// one.
+using Parallel = void (*)(void (*work)(void*), void* data, unsigned threads, unsigned flags);
+
+Parallel libgomp_parallel() {
+    return reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+}
 
 }  // namespace
 
@@ -42,11 +50,9 @@ public:
 private:
     void run() {
         const int cores = static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
-        const int count = std::max(2, cores - at::get_num_threads() + 2);
-        // A team of this thread; it stays as long as the thread does. Without work the compiler would leave it out.
-        std::atomic<int> members = 0;
-#pragma omp parallel num_threads(count)
-        members.fetch_add(1);
+        const auto count = static_cast<unsigned>(std::max(2, cores - at::get_num_threads() + 2));
+        // A team of this thread; it stays as long as the thread does.
+        if (const auto parallel = libgomp_parallel()) parallel([](void*) {}, nullptr, count, 0);
         std::unique_lock lock(mutex_);
         there_ = true;
         changed_.notify_all();

@@ -32,8 +32,8 @@ const std::vector<std::function<std::unique_ptr<Optimizer>(const Groups&)>> make
     [](const Groups& groups) { return std::make_unique<Sgd>(groups); },
     [](const Groups& groups) { return std::make_unique<Sgd>(groups, SgdOptions{.momentum = 0.9}); },
     [](const Groups& groups) {
-        return std::make_unique<Sgd>(
-            groups, SgdOptions{.momentum = 0.9, .nesterov = true, .decoupled_weight_decay = false});
+        return std::make_unique<Sgd>(groups,
+                                     SgdOptions{.momentum = 0.9, .nesterov = true, .decoupled_weight_decay = false});
     },
 };
 
