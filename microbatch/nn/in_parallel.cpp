@@ -24,7 +24,9 @@ void in_parallel(std::int64_t count, std::int64_t grain, const std::function<voi
     }
     const at::Tensor all = at::from_blob(places.data(), {shares}, at::kByte);
     at::TensorIterator iterator = at::TensorIteratorConfig().add_owned_const_input(all).build();
-    const auto border = [count](std::int64_t share) { return count / shares * share + count % shares * share / shares; };
+    const auto border = [count](std::int64_t share) {
+        return count / shares * share + count % shares * share / shares;
+    };
     const auto loop = [&](char** data, const std::int64_t*, std::int64_t length, std::int64_t) {
         const std::int64_t first = reinterpret_cast<std::uint8_t*>(data[0]) - places.data();
         const std::int64_t begin = border(first), end = border(first + length);
