@@ -1,5 +1,6 @@
 // What docs/decisions/one-pass-optimizer.md says about time: prints its tables.
 //   one_pass_case optimizer   an AdamW step and the gradients' norm, against the rate of a copy
+//   one_pass_case loss        forward and backward of the loss of GPT-2's vocabulary and of a small one, 2 threads
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
@@ -12,7 +13,10 @@
 #include <string>
 #include <vector>
 
+#include "microbatch/memory/budget_allocator.h"
 #include "microbatch/models/gpt.h"
+#include "microbatch/nn/cross_entropy.h"
+#include "microbatch/nn/linear_cross_entropy.h"
 #include "microbatch/optim/adamw.h"
 #include "microbatch/optim/clipping.h"
 
@@ -86,9 +90,53 @@ void print_optimizer(const std::string& preset, int rounds) {
     row("norm of the gradients", 4 * count, seconds[4]);
 }
 
+void print_loss(std::int64_t rows, std::int64_t width, std::int64_t vocabulary, int rounds) {
+    const at::Tensor hidden = at::randn({rows, width}).requires_grad_();
+    const at::Tensor weight = (at::randn({vocabulary, width}) * 0.02).requires_grad_();
+    const at::Tensor targets = at::randint(vocabulary, {rows}, at::kLong);
+    const auto with_gradients = [&](const std::function<at::Tensor()>& loss) {
+        return [&hidden, &weight, loss] {
+            hidden.mutable_grad() = weight.mutable_grad() = at::Tensor();
+            loss().backward();
+        };
+    };
+    std::vector<std::string> names = {"at::linear and cross_entropy_sum"};
+    std::vector<std::function<void()>> works = {
+        with_gradients([&] { return cross_entropy_sum(at::linear(hidden, weight), targets); })};
+    for (const std::int64_t mebibytes : {8, 16, 32, 64, 128}) {
+        names.push_back(fmt::format("linear_cross_entropy_sum, {} MiB", mebibytes));
+        works.push_back(
+            with_gradients([=] { return linear_cross_entropy_sum(hidden, weight, targets, -100, mebibytes << 20); }));
+    }
+    names.emplace_back("linear_cross_entropy_sum, 32 MiB, no gradient");
+    works.emplace_back([&] {
+        const at::NoGradGuard no_grad;
+        linear_cross_entropy_sum(hidden, weight, targets);
+    });
+    const std::vector<double> seconds = medians(works, rounds);
+    for (std::size_t i = 0; i < works.size(); ++i) {
+        const double products = i + 1 == works.size() ? 1 : 3;
+        const double operations = products * 2 * static_cast<double>(rows * width * vocabulary);
+        fmt::print("| {} | {} | {} | {} | {:.2f} | {:.0f} | {:.2f} |\n", rows, width, vocabulary, names[i],
+                   1e3 * seconds[i], operations / seconds[i] / 1e9, seconds[i] / seconds[0]);
+    }
+}
+
+void print_small_loss(std::int64_t rows, std::int64_t classes) {
+    const at::Tensor logits = at::randn({rows, classes}).requires_grad_();
+    const at::Tensor targets = at::randint(classes, {rows}, at::kLong);
+    const std::vector<double> seconds = medians({[&] {
+                                                    logits.mutable_grad() = at::Tensor();
+                                                    cross_entropy_sum(logits, targets).backward();
+                                                }},
+                                                201);
+    fmt::print("| {} | | {} | cross_entropy_sum alone | {:.3f} | | |\n", rows, classes, 1e3 * seconds[0]);
+}
+
 }  // namespace
 
 int main(int argument_count, char** argument_values) {
+    install_budget_allocator();
     const std::string what = argument_count == 2 ? argument_values[1] : "";
     if (what == "optimizer") {
         fmt::print("| model | parameters | threads | what | ms | GB/s needed | of a copy's |\n");
@@ -97,6 +145,14 @@ int main(int argument_count, char** argument_values) {
             at::set_num_threads(threads);
             for (const char* preset : {"gpt-tiny", "gpt-small", "gpt2"}) print_optimizer(preset, 15);
         }
+        return 0;
+    }
+    if (what == "loss") {
+        at::set_num_threads(2);
+        fmt::print("| rows | width | vocabulary | what | ms | GFLOP/s needed | of the first |\n");
+        fmt::print("| ---: | ---: | ---: | --- | ---: | ---: | ---: |\n");
+        print_loss(1024, 768, 50257, 7);
+        for (const std::int64_t rows : {512, 1024}) print_small_loss(rows, 256);
         return 0;
     }
     fmt::print(stderr, "usage: see the head of bench/one_pass_case.cpp\n");

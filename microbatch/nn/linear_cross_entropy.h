@@ -6,20 +6,22 @@
 
 namespace microbatch {
 
-/// cross_entropy_sum(at::linear(hidden, weight), targets), without ever holding all logits: a tile of them is computed
-/// at a time, in forward and once more in backward.
+/// cross_entropy_sum(at::linear(hidden, weight), targets), without ever holding all logits: those of some rows at a
+/// time are computed, once. Where gradients are wanted they are made on the way, from the same logits, and backward
+/// only hands them over.
 ///
 /// Shapes: hidden [..., width], weight [vocabulary, width], targets the same as hidden without the last dimension,
-///         int64. A tile is as large as fits in `chunk_bytes`, in both directions, but at least one logit.
+///         int64. As many rows at a time as fit in `chunk_bytes`, but at least one.
 /// Units:  nats. The type is that of hidden, float32 for float16 and bfloat16.
 /// Errors: ErrorKind::usage if a tensor is undefined, shapes or types do not match, hidden is not floating point, the
-///         targets are not int64, the vocabulary is empty or chunk_bytes below 1; in backward under create_graph; on
-///         the CPU c10::IndexError for a target outside [0, vocabulary) that is not `ignored`.
-/// Cost:   kept until backward: hidden, weight, targets and two numbers a row. Forward needs one tile beside them,
-///         backward that and the gradients that are wanted, which for half precision are summed in float32. The
-///         logits are computed twice: 4/3 of the arithmetic. Tiles below 32 MiB take longer where the vocabulary is
-///         large.
-/// Source: Wijmans et al. 2024, arXiv:2411.09009, and Hsu et al. 2024, arXiv:2410.10989.
+///         targets are not int64, the vocabulary is empty or chunk_bytes below 1; in backward under create_graph, or
+///         for the second time (retain_graph); on the CPU c10::IndexError for a target outside [0, vocabulary) that is
+///         not `ignored`.
+/// State:  the gradients are those at the values that forward saw, whatever hidden and weight are at backward.
+/// Cost:   forward needs one chunk and, where they are wanted, the gradients of hidden and weight, which are kept until
+///         backward; for half precision that of the weight is summed in float32. The arithmetic is that of the plain
+///         loss; a chunk reads and writes the weight's gradient once, so that smaller ones take longer.
+/// Source: Wijmans et al. 2024, arXiv:2411.09009; Hsu et al. 2024, arXiv:2410.10989, for gradients in the forward pass.
 at::Tensor linear_cross_entropy_sum(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
                                     std::int64_t ignored = -100, std::int64_t chunk_bytes = std::int64_t{32} << 20);
 

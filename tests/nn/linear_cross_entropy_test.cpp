@@ -202,6 +202,52 @@ TEST(LinearCrossEntropy, RefusesAGradientOfAGradient) {
                        [&] { torch::autograd::grad({sum}, {p.hidden}, {}, {}, /*create_graph=*/true); });
 }
 
+TEST(LinearCrossEntropy, RefusesASecondBackwardThroughTheSameGraph) {
+    at::manual_seed(1);
+    const Problem p({3}, 2, 4, at::kDouble);
+    const at::Tensor sum = linear_cross_entropy_sum(p.hidden, p.weight, p.targets);
+    sum.backward({}, /*retain_graph=*/true);
+    const at::Tensor gradient = p.weight.grad().clone();
+    expect_usage_error({"retain_graph", "call it again"}, [&] { sum.backward(); });
+    EXPECT_TRUE(at::equal(p.weight.grad(), gradient));
+}
+
+TEST(LinearCrossEntropy, AddsUpOverCallsLikeAnyLoss) {
+    at::manual_seed(1);
+    const Problem p({40}, 8, 12, at::kDouble);
+    Result once = in_chunks(p, 500);
+    for (int call = 0; call < 3; ++call) {
+        linear_cross_entropy_sum(p.hidden, p.weight, p.targets, -100, 500).backward();
+    }
+    // fp64: each gradient was multiplied by 1.5 in the one, and three were added in the other.
+    EXPECT_LE(relative_difference(p.weight.grad() / 2, once.weight_gradient), 1e-15);
+    EXPECT_LE(relative_difference(p.hidden.grad() / 2, once.hidden_gradient), 1e-15);
+}
+
+TEST(LinearCrossEntropy, HasTheGradientAtTheWeightThatForwardSaw) {
+    at::manual_seed(1);
+    const Problem p({40}, 8, 12, at::kDouble);
+    const Result right = in_chunks(p, 500);
+    const at::Tensor sum = linear_cross_entropy_sum(p.hidden, p.weight, p.targets, -100, 500) * 1.5;
+    {
+        const at::NoGradGuard no_grad;
+        p.weight.mul_(2);
+        p.hidden.zero_();
+    }
+    sum.backward();
+    EXPECT_TRUE(at::equal(p.weight.grad(), right.weight_gradient));
+    EXPECT_TRUE(at::equal(p.hidden.grad(), right.hidden_gradient));
+}
+
+TEST(LinearCrossEntropy, TakesAVocabularyOfSeveralTilesOfAnOddSize) {
+    at::manual_seed(1);
+    for (const at::ScalarType type : {at::kFloat, at::kDouble}) {
+        const Problem p({70}, 8, 2501, type);
+        // Rounding of 6e-8 (1e-16) in sums of some thousand terms.
+        expect_agree(in_chunks(p, 20 * 2501 * 4), whole(p), type == at::kFloat ? 1e-5 : 1e-12);
+    }
+}
+
 TEST(LinearCrossEntropy, RefusesTargetsOutsideTheVocabulary) {
     for (const std::int64_t target : {-1L, 3L, -101L, 1L << 40}) {
         const at::Tensor targets = at::tensor({0L, target}, longs);
@@ -241,20 +287,32 @@ protected:
     static void SetUpTestSuite() { install_budget_allocator(); }
 };
 
-TEST_F(LinearCrossEntropyMemory, IsAChunkAndTheGradients) {
+TEST_F(LinearCrossEntropyMemory, IsAChunkAndTheGradientsWhichAreHandedOverWithoutACopy) {
     constexpr std::int64_t rows = 1024, vocabulary = 65536, width = 2, chunk = std::int64_t{16} << 20;
     static_assert(rows * vocabulary * 4 == 256 << 20);
     const Problem p({rows}, width, vocabulary, at::kFloat);
     const std::int64_t before = memory_use().live_bytes;
+    constexpr std::int64_t numbers = 64 * rows;  // some columns of one number a row
+    constexpr std::int64_t gradients = (rows + vocabulary) * width * 4;
     reset_peak_memory();
     const at::Tensor sum = linear_cross_entropy_sum(p.hidden, p.weight, p.targets, -100, chunk);
-    constexpr std::int64_t numbers = 64 * rows;  // some columns of one number a row
-    EXPECT_LT(memory_use().peak_bytes - before, chunk + numbers);
-    EXPECT_LT(memory_use().live_bytes - before, numbers);
+    EXPECT_LT(memory_use().peak_bytes - before, chunk + gradients + numbers);
+    EXPECT_GT(memory_use().peak_bytes - before, chunk / 2);
+    EXPECT_LT(memory_use().live_bytes - before, gradients + numbers);
+    const std::int64_t between = memory_use().live_bytes;
     reset_peak_memory();
     sum.backward();
-    EXPECT_LT(memory_use().peak_bytes - before, chunk + (rows + vocabulary) * width * 4 + numbers);
-    EXPECT_GT(memory_use().peak_bytes - before, chunk / 2);
+    EXPECT_LT(memory_use().peak_bytes - between, numbers);
+}
+
+TEST_F(LinearCrossEntropyMemory, IsAChunkAloneWithoutAGradient) {
+    constexpr std::int64_t rows = 1024, vocabulary = 16384, chunk = std::int64_t{4} << 20;
+    const Problem p({rows}, 16, vocabulary, at::kFloat);
+    const at::NoGradGuard no_grad;
+    const std::int64_t before = memory_use().live_bytes;
+    reset_peak_memory();
+    linear_cross_entropy_sum(p.hidden, p.weight, p.targets, -100, chunk);
+    EXPECT_LT(memory_use().peak_bytes - before, chunk + 64 * rows);
 }
 
 TEST_F(LinearCrossEntropyMemory, CanRunOutAnywhereWithoutATrace) {
