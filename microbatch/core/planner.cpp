@@ -113,6 +113,7 @@ private:
                   [](const auto& left, const auto& right) { return left.first < right.first; });
         tried.resize(std::min(tried.size(), most_finalists));
         std::vector<Target> result;
+        result.reserve(tried.size());
         for (const auto& [seconds, target] : tried) result.push_back(target);
         return result;
     }

@@ -72,9 +72,8 @@ private:
 /// Calls with every head and memory for it, a share of the heads in each thread.
 template <class Call>
 void for_each_head(const Heads& heads, std::int64_t scratch, const at::TensorOptions& options, const Call& call) {
-    // Counted by the budget, and asked for before any thread begins.
-    const at::Tensor memory =
-        at::empty({std::min<std::int64_t>(at::get_num_threads(), heads.count()), scratch}, options);
+    // Counted by the budget, and asked for before any thread begins; the one that has work may be any of them.
+    const at::Tensor memory = at::empty({at::get_num_threads(), scratch}, options);
     float* const start = memory.data_ptr<float>();
     in_parallel(heads.count(), 1, [&](std::int64_t begin, std::int64_t end) {
         float* own = start + at::get_thread_num() * scratch;

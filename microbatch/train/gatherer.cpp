@@ -4,6 +4,7 @@
 #include <ATen/ops/count_nonzero.h>
 
 #include <cmath>
+#include <limits>
 
 #include "microbatch/core/error.h"
 #include "microbatch/core/text.h"
@@ -109,6 +110,8 @@ void Gatherer::measure() {
                     "no parameter got a gradient: are these the parameters of the model that the loss function uses?");
     }
     if (loss_sum_.defined()) gathered_.loss_sum = loss_sum_.item<double>();
+    // Its sign says nothing, and would be printed.
+    if (std::isnan(gathered_.loss_sum)) gathered_.loss_sum = std::numeric_limits<double>::quiet_NaN();
     if (gathered_.weight > 0.0) gathered_.gradient_norm = joint_norm(sums) / gathered_.weight;
 }
 
