@@ -19,6 +19,7 @@
 #include "microbatch/models/mlp.h"
 #include "microbatch/models/resnet.h"
 #include "microbatch/nn/cross_entropy.h"
+#include "microbatch/nn/in_place_gradients.h"
 #include "microbatch/nn/linear_cross_entropy.h"
 #include "microbatch/nn/recompute.h"
 #include "microbatch/optim/adamw.h"

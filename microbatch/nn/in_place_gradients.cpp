@@ -55,8 +55,8 @@ c10::DispatchKeySet to_autograd(c10::DispatchKeySet keys) {
 
 /// The leaf that a matrix of a product is, or is the transpose of.
 struct Weight {
-    at::Tensor leaf;  // undefined where the matrix comes from elsewhere
-    bool transposed = false;
+    at::Tensor leaf;            // undefined where the matrix comes from elsewhere
+    Node* transpose = nullptr;  // that made the matrix, if it is not the leaf; lives as long as the product's own node
 };
 
 bool is_transpose(const at::Tensor& matrix, const at::Tensor& of) {
@@ -76,11 +76,11 @@ Weight weight_of(const at::Tensor& matrix) {
     const std::string name = made_by->name();
     if (name != "TBackward0" && name != "TransposeBackward0") return {};
     const auto* accumulate = dynamic_cast<const AccumulateGrad*>(made_by->next_edge(0).function.get());
-    if (accumulate == nullptr || !is_transpose(matrix, accumulate->variable) || has_hooks(*made_by)) return {};
-    return {accumulate->variable, /*transposed=*/true};
+    if (accumulate == nullptr || !is_transpose(matrix, accumulate->variable)) return {};
+    return {accumulate->variable, made_by.get()};
 }
 
-/// The lock under which torch adds to a .grad.
+/// The lock under which torch adds to a .grad, which it keeps to its own nodes.
 class AccumulationLock : Node {
 public:
     static std::unique_lock<std::mutex> of(Node& accumulate) {
@@ -169,8 +169,9 @@ private:
     };
 
     static bool add_weight_gradient(const Weight& weight, const at::Tensor& x, const at::Tensor& gradient) {
+        if (weight.transpose != nullptr && has_hooks(*weight.transpose)) return false;
         return sum_in_place(weight.leaf, {x, gradient}, [&](at::Tensor& sum) {
-            weight.transposed ? sum.addmm_(gradient.t(), x) : sum.addmm_(x.t(), gradient);
+            weight.transpose != nullptr ? sum.addmm_(gradient.t(), x) : sum.addmm_(x.t(), gradient);
         });
     }
 };

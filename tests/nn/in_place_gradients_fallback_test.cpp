@@ -1,7 +1,7 @@
 // Where autograd must have its way, and does.
 #include <ATen/autocast_mode.h>
 #include <ATen/functorch/DynamicLayer.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <ATen/functorch/TensorWrapper.h>
 #include <torch/csrc/autograd/anomaly_mode.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/function_hook.h>
@@ -52,8 +52,9 @@ TEST_F(InPlace, FallsBackForTheGradientOfAGradient) {
         1e-5);
     expect_as_autograd(
         [](const at::Tensor& x, const at::Tensor& weight) -> variable_list {
-            const at::Tensor before = weight.grad().detach().clone();
+            const at::Tensor before = weight.grad().detach(), copy = before.clone();
             at::linear(x, weight).square().sum().backward({}, {}, /*create_graph=*/true);
+            EXPECT_TRUE(same_bits(before, copy));  // another tensor is the gradient now
             EXPECT_TRUE(weight.grad().requires_grad());
             const at::Tensor second = torch::autograd::grad({weight.grad().square().sum()}, {x})[0];
             weight.mutable_grad() = before;
@@ -94,14 +95,18 @@ TEST_F(InPlace, FallsBackForAHookOnTheWeight) {
         weight.remove_hook(hook);
         return {};
     });
-    expect_as_autograd([&](const at::Tensor& x, const at::Tensor& weight) -> variable_list {
-        calls = 0;
-        const at::Tensor transposed = weight.t();
-        transposed.register_hook(twice);
-        x.mm(transposed).sum().backward();
-        EXPECT_EQ(calls, 1);
-        return {};
-    });
+    for (const bool early : {true, false}) {
+        expect_as_autograd([&](const at::Tensor& x, const at::Tensor& weight) -> variable_list {
+            calls = 0;
+            const at::Tensor transposed = weight.t();
+            if (early) transposed.register_hook(twice);
+            const at::Tensor y = x.mm(transposed);
+            if (!early) transposed.register_hook(twice);
+            y.sum().backward();
+            EXPECT_EQ(calls, 1);
+            return {};
+        });
+    }
     expect_as_autograd([](const at::Tensor& x, const at::Tensor& weight) -> variable_list {
         const at::Tensor transposed = weight.t();
         transposed.retain_grad();
@@ -233,14 +238,33 @@ TEST_F(InPlace, FallsBackForForwardDifferentiation) {
 }
 
 TEST_F(InPlace, FallsBackUnderFunctorch) {
-    const at::Tensor weight = weight_with_gradient(), x = at::ones({4, side});
-    // Of a thread of its own: functorch stays with the thread that used it.
+    const at::Tensor weight = weight_with_gradient().detach(), x = at::ones({4, side});
+    // In a thread of its own: functorch stays with the thread that used it.
     std::thread([&] {
         const InPlaceGradients scope;
-        at::functorch::initAndPushDynamicLayer(at::functorch::TransformType::Grad, {}, {}, /*prev_grad_mode=*/true);
-        EXPECT_NO_THROW(at::linear(x, weight));  // a C++ Function throws here
-        at::functorch::popDynamicLayerAndDeleteMetadata();
+        using namespace at::functorch;
+        const std::int64_t level =
+            initAndPushDynamicLayer(TransformType::Grad, std::nullopt, std::nullopt, /*prev_grad_mode=*/true);
+        at::Tensor gradient;
+        {
+            const at::Tensor wrapped = makeTensorWrapper(weight, level).requires_grad_();
+            const at::Tensor y = at::linear(x, wrapped).sum();  // a C++ Function throws here
+            gradient = unwrapIfDead(torch::autograd::grad({y}, {wrapped})[0]);
+        }
+        popDynamicLayerAndDeleteMetadata();
+        EXPECT_TRUE(at::equal(unwrapIfDead(gradient), at::full({side, side}, 4.0F)));
     }).join();
+}
+
+TEST_F(InPlace, FallsBackForSparseGradients) {
+    const at::Tensor weight = leaf({11, 6});
+    for (int pass = 0; pass < 2; ++pass) {
+        with_scope(true, [&] {
+            at::embedding(weight, at::tensor({1, 1}, at::kLong), -1, false, /*sparse=*/true).sum().backward();
+        });
+    }
+    EXPECT_TRUE(weight.grad().is_sparse());
+    EXPECT_EQ(weight.grad().to_dense()[1][0].item<float>(), 4);
 }
 
 TEST_F(InPlace, FallsBackForComplexNumbers) {

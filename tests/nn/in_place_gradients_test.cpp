@@ -173,6 +173,12 @@ TEST_F(InPlace, AWeightThatHasAGradientNeedsNoMemoryForAnother) {
     }
 }
 
+TEST_F(InPlace, AFirstGradientIsKeptAsItIsMade) {
+    const at::Tensor weight = leaf({side, side});
+    const at::Tensor y = with_scope(true, [&] { return at::linear(at::ones({4, side}), weight); });
+    EXPECT_LT(growth([&] { y.sum().backward(); }), 2 * weight_bytes);  // not made in another layout and copied
+}
+
 TEST_F(InPlace, AnEmbeddingsGradientHasTheBitsOfAutogradOnTopOfZeros) {
     // On top of other numbers rows that come more than once are added one by one, not their sum.
     const auto gradient = [](bool on) {
@@ -289,18 +295,18 @@ TEST_F(InPlace, EveryThreadHasScopesOfItsOwn) {
 }
 
 TEST_F(InPlace, ThreadsMayAddToTheSameWeight) {
-    const at::Tensor weight = at::zeros({8, 8}).requires_grad_();
-    weight.mutable_grad() = at::zeros({8, 8});
+    const at::Tensor weight = at::zeros({128, 128}).requires_grad_();
+    weight.mutable_grad() = at::zeros({128, 128});
     std::vector<std::thread> threads;
     for (int i = 0; i < 4; ++i) {
         threads.emplace_back([&] {
             for (int pass = 0; pass < 500; ++pass) {
-                with_scope(pass % 2 == 0, [&] { at::linear(at::ones({1, 8}), weight).sum().backward(); });
+                with_scope(pass % 2 == 0, [&] { at::linear(at::ones({1, 128}), weight).sum().backward(); });
             }
         });
     }
     for (std::thread& thread : threads) thread.join();
-    EXPECT_TRUE(at::equal(weight.grad(), at::full({8, 8}, 2000.0F)));  // whole numbers: exact
+    EXPECT_TRUE(at::equal(weight.grad(), at::full({128, 128}, 2000.0F)));  // whole numbers: exact
 }
 
 TEST_F(InPlace, ScopesNestAndMove) {
