@@ -22,7 +22,7 @@ namespace {
 // A micro-batch is timed again until it has been for this long, or this often: short ones are noisy. The planner has
 // the best timed again anyhow, and would rather try more sizes.
 constexpr double enough_seconds = 0.025;
-constexpr std::size_t enough_times = 3;
+constexpr std::size_t enough_times = 5;
 
 using Clock = std::chrono::steady_clock;
 
