@@ -5,8 +5,8 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/mm.h>
-#include <c10/core/CPUAllocator.h>
 
+#include <cstdint>
 #include <string_view>
 
 namespace microbatch {
@@ -51,11 +51,15 @@ bool is_float_matrix(const at::Tensor& tensor) {
            tensor.is_cpu() && !tensor.is_neg();
 }
 
-/// Below this many multiplications what oneDNN does around the product, ten microseconds of it, takes longer than it
-/// gains: docs/decisions/gradients-in-the-product.md.
+/// Whether oneDNN gains more than the ten microseconds that it takes around the product: see
+/// docs/decisions/gradients-in-the-product.md. A bound on the multiplications would be closer, but planning matches the
+/// allocations of two small micro-batches, and oneDNN's scratch is one more: many a model would change sides between
+/// them.
 bool is_large(const at::Tensor& x, const at::Tensor& matrix) {
-    constexpr double enough = 1 << 23;
-    return static_cast<double>(x.size(0)) * static_cast<double>(matrix.numel()) >= enough;
+    constexpr std::int64_t many_rows = 64, numbers = std::int64_t{48} << 10;
+    constexpr std::int64_t few_rows = 2, many_numbers = std::int64_t{512} << 10;
+    const std::int64_t rows = x.size(0);
+    return (rows >= many_rows && matrix.numel() >= numbers) || (rows >= few_rows && matrix.numel() >= many_numbers);
 }
 
 bool suits_onednn(const at::Tensor& x, const at::Tensor& matrix, const std::optional<at::Tensor>& bias) {
@@ -73,15 +77,12 @@ at::Tensor mkl_product(const at::Tensor& x, const at::Tensor& matrix, const std:
 
 at::Tensor product(const at::Tensor& x, const at::Tensor& matrix, const std::optional<at::Tensor>& bias) {
     const at::AutoDispatchBelowADInplaceOrView no_gradient;
-    const Linear* linear = onednn_linear();
-    if (linear == nullptr || !is_float_matrix(x) || !is_float_matrix(matrix)) return mkl_product(x, matrix, bias);
-    if (suits_onednn(x, matrix, bias)) {
-        return linear->call(x, matrix.t(), bias, "none", c10::List<std::optional<at::Scalar>>(), std::nullopt);
+    if (!is_float_matrix(x) || !is_float_matrix(matrix) || !suits_onednn(x, matrix, bias)) {
+        return mkl_product(x, matrix, bias);
     }
-    at::Tensor result = mkl_product(x, matrix, bias);
-    // In the place of oneDNN's scratch: a job's allocations are matched one by one across sizes of micro-batch.
-    const at::DataPtr scratch = c10::GetCPUAllocator()->allocate(1);
-    return result;
+    const Linear* linear = onednn_linear();
+    if (linear == nullptr) return mkl_product(x, matrix, bias);
+    return linear->call(x, matrix.t(), bias, "none", c10::List<std::optional<at::Scalar>>(), std::nullopt);
 }
 
 }  // namespace microbatch

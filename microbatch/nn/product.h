@@ -12,7 +12,7 @@ namespace microbatch {
 ///
 /// Shapes: x [rows, inputs], matrix [inputs, outputs], bias as for at::addmm -> [rows, outputs].
 /// Errors: torch's own.
-/// Cost:   the same number of allocations for every number of rows, so that MemoryTrace matches them.
+/// Cost:   oneDNN needs scratch, of a size that does not grow with the rows.
 at::Tensor product(const at::Tensor& x, const at::Tensor& matrix, const std::optional<at::Tensor>& bias = {});
 
 }  // namespace microbatch
