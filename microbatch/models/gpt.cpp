@@ -9,8 +9,7 @@
 #include "microbatch/core/error.h"
 #include "microbatch/core/text.h"
 #include "microbatch/models/require.h"
-#include "microbatch/nn/causal_attention.h"
-#include "microbatch/nn/gelu.h"
+#include "microbatch/nn/transformer_block.h"
 
 namespace microbatch {
 
@@ -42,49 +41,34 @@ Linear make_projection(std::int64_t inputs, const GptConfig& config) {
     return make_linear(inputs, config.width, init_deviation / std::sqrt(2.0 * static_cast<double>(config.layers)));
 }
 
-/// nn::Linear adds its bias inside the product for 2-D inputs only; otherwise that is a pass over memory of its own.
-at::Tensor apply_to_rows(Linear& linear, const at::Tensor& x) {
-    return linear->forward(x.flatten(0, -2));
-}
-
+/// Under the names of the parts of a block; what is done with them is transformer_block's.
 class Attention : public torch::nn::Module {
 public:
     explicit Attention(const GptConfig& config)
-        : heads_(config.heads),
-          qkv_(register_module("qkv", make_linear(config.width, 3 * config.width, init_deviation))),
-          projection_(register_module("projection", make_projection(config.width, config))),
-          dropout_(register_module("dropout", Dropout(config.dropout))) {}
+        : qkv(register_module("qkv", make_linear(config.width, 3 * config.width, init_deviation))),
+          projection(register_module("projection", make_projection(config.width, config))),
+          dropout(register_module("dropout", Dropout(config.dropout))) {}
 
-    at::Tensor forward(const at::Tensor& x) {
-        const at::Tensor qkv = apply_to_rows(qkv_, x).view({x.size(0), x.size(1), 3 * x.size(2)});
-        const at::Tensor mixed = causal_attention(qkv, heads_);
-        return dropout_->forward(apply_to_rows(projection_, mixed).view_as(x));
-    }
-
-private:
-    std::int64_t heads_;
-    Linear qkv_;
-    Linear projection_;
-    Dropout dropout_;
+    Linear qkv;
+    Linear projection;
+    Dropout dropout;
 };
 
 class FeedForward : public torch::nn::Module {
 public:
     explicit FeedForward(const GptConfig& config)
-        : expansion_(register_module("expansion", make_linear(config.width, 4 * config.width, init_deviation))),
-          projection_(register_module("projection", make_projection(4 * config.width, config))),
-          dropout_(register_module("dropout", Dropout(config.dropout))) {}
+        : expansion(register_module("expansion", make_linear(config.width, 4 * config.width, init_deviation))),
+          projection(register_module("projection", make_projection(4 * config.width, config))),
+          dropout(register_module("dropout", Dropout(config.dropout))) {}
 
-    at::Tensor forward(const at::Tensor& x) {
-        const at::Tensor hidden = gelu_tanh(apply_to_rows(expansion_, x));
-        return dropout_->forward(apply_to_rows(projection_, hidden).view_as(x));
-    }
-
-private:
-    Linear expansion_;
-    Linear projection_;
-    Dropout dropout_;
+    Linear expansion;
+    Linear projection;
+    Dropout dropout;
 };
+
+double share_of(const Dropout& dropout) {
+    return dropout->is_training() ? dropout->options.p() : 0.0;
+}
 
 void require_valid(const GptConfig& config) {
     require_size("gpt", "layers", config.layers);
@@ -113,17 +97,23 @@ Number parameters_as(const GptConfig& config) {
 class GptBlock : public torch::nn::Module {
 public:
     explicit GptBlock(const GptConfig& config)
-        : attention_norm_(register_module("attention_norm", LayerNorm(LayerNormOptions({config.width})))),
+        : heads_(config.heads),
+          attention_norm_(register_module("attention_norm", LayerNorm(LayerNormOptions({config.width})))),
           attention_(register_module("attention", std::make_shared<Attention>(config))),
           mlp_norm_(register_module("mlp_norm", LayerNorm(LayerNormOptions({config.width})))),
           mlp_(register_module("mlp", std::make_shared<FeedForward>(config))) {}
 
     at::Tensor forward(const at::Tensor& x) {
-        const at::Tensor attended = x + attention_->forward(attention_norm_->forward(x));
-        return attended + mlp_->forward(mlp_norm_->forward(attended));
+        return transformer_block(
+            x,
+            {attention_norm_->weight, attention_norm_->bias, attention_->qkv->weight, attention_->qkv->bias,
+             attention_->projection->weight, attention_->projection->bias, mlp_norm_->weight, mlp_norm_->bias,
+             mlp_->expansion->weight, mlp_->expansion->bias, mlp_->projection->weight, mlp_->projection->bias},
+            heads_, {share_of(attention_->dropout), share_of(mlp_->dropout)});
     }
 
 private:
+    std::int64_t heads_;
     LayerNorm attention_norm_;
     std::shared_ptr<Attention> attention_;
     LayerNorm mlp_norm_;

@@ -1,26 +1,20 @@
 #include "microbatch/nn/in_place_gradients.h"
 
-#include <ATen/FuncTorchTLS.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/embedding.h>
 #include <ATen/ops/embedding_backward.h>
 #include <ATen/ops/mm.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
-#include <torch/csrc/autograd/anomaly_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
-#include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <initializer_list>
-#include <mutex>
 #include <string>
 #include <utility>
 
 #include "microbatch/nn/product.h"
+#include "microbatch/nn/sum_in_place.h"
 
 namespace microbatch {
 
@@ -35,17 +29,6 @@ using torch::autograd::variable_list;
 const std::shared_ptr<std::atomic<int>>& scopes_of_this_thread() {
     static thread_local const auto scopes = std::make_shared<std::atomic<int>>(0);
     return scopes;
-}
-
-bool is_active() {
-    return scopes_of_this_thread()->load(std::memory_order_relaxed) > 0 && !at::functorch::functorchTLSAccessor() &&
-           !c10::impl::TorchDispatchModeTLS::any_modes_set();
-}
-
-/// A tensor of which torch does nothing special.
-bool is_plain(const at::Tensor& tensor) {
-    return tensor.defined() && tensor.layout() == at::kStrided && tensor.is_floating_point() &&
-           !at::isTensorSubclassLike(tensor) && !tensor._fw_grad(/*level=*/0).defined();
 }
 
 /// The key set with which torch's own function for autograd is found, in whose place the one here is.
@@ -64,11 +47,6 @@ bool is_transpose(const at::Tensor& matrix, const at::Tensor& of) {
            matrix.stride(0) == of.stride(1) && matrix.stride(1) == of.stride(0);
 }
 
-bool has_hooks(Node& node) {
-    return !node.tensor_pre_hooks().empty() || !node.retains_grad_hooks().empty() || !node.pre_hooks().empty() ||
-           !node.post_hooks().empty();
-}
-
 Weight weight_of(const at::Tensor& matrix) {
     if (!matrix.requires_grad()) return {};
     if (matrix.is_leaf()) return {matrix};
@@ -78,43 +56,6 @@ Weight weight_of(const at::Tensor& matrix) {
     const auto* accumulate = dynamic_cast<const AccumulateGrad*>(made_by->next_edge(0).function.get());
     if (accumulate == nullptr || !is_transpose(matrix, accumulate->variable)) return {};
     return {accumulate->variable, made_by.get()};
-}
-
-/// The lock under which torch adds to a .grad, which it keeps to its own nodes.
-class AccumulationLock : Node {
-public:
-    static std::unique_lock<std::mutex> of(Node& accumulate) {
-        return std::unique_lock(accumulate.*(&AccumulationLock::mutex_));
-    }
-};
-
-/// Whether this backward is one that adds to .grad and asks for nothing else.
-bool only_accumulates() {
-    const auto* chosen = torch::autograd::get_current_graph_task_exec_info();
-    return !at::GradMode::is_enabled() && chosen != nullptr && chosen->empty() &&
-           !torch::autograd::AnomalyMode::is_enabled();
-}
-
-bool can_add_to(const at::Tensor& sum, const at::Tensor& leaf, std::initializer_list<at::Tensor> terms) {
-    if (!is_plain(sum) || sum.requires_grad() || sum.sizes() != leaf.sizes() || !sum.is_non_overlapping_and_dense()) {
-        return false;
-    }
-    return std::all_of(terms.begin(), terms.end(), [&](const at::Tensor& term) {
-        return term.scalar_type() == sum.scalar_type() && !term.is_alias_of(sum);
-    });
-}
-
-/// Calls add(.grad) if what is made of the terms may be added to it now; false if it may not.
-template <class Add>
-bool sum_in_place(const at::Tensor& leaf, std::initializer_list<at::Tensor> terms, Add&& add) {
-    if (!leaf.defined() || !only_accumulates() || !leaf.is_leaf() || !leaf.requires_grad()) return false;
-    const auto accumulate = torch::autograd::impl::try_get_grad_accumulator(leaf);
-    if (!accumulate || has_hooks(*accumulate)) return false;
-    const auto lock = AccumulationLock::of(*accumulate);
-    at::Tensor& sum = leaf.mutable_grad();
-    if (!can_add_to(sum, leaf, terms)) return false;
-    add(sum);
-    return true;
 }
 
 bool by_columns(const at::Tensor& matrix) {
@@ -218,7 +159,7 @@ private:
 };
 
 bool takes_product(const at::Tensor& x, const at::Tensor& matrix, const at::Tensor* bias = nullptr) {
-    return is_active() && is_plain(x) && is_plain(matrix) && x.dim() == 2 && matrix.dim() == 2 &&
+    return InPlaceGradients::active() && is_plain(x) && is_plain(matrix) && x.dim() == 2 && matrix.dim() == 2 &&
            (bias == nullptr || is_plain(*bias));
 }
 
@@ -242,7 +183,7 @@ at::Tensor addmm(c10::DispatchKeySet keys, const at::Tensor& bias, const at::Ten
 
 at::Tensor embedding(c10::DispatchKeySet keys, const at::Tensor& weight, const at::Tensor& indices, c10::SymInt padding,
                      bool scale_by_count, bool sparse) {
-    const bool own = is_active() && at::GradMode::is_enabled() && is_plain(weight) && weight.is_leaf() &&
+    const bool own = InPlaceGradients::active() && at::GradMode::is_enabled() && is_plain(weight) && weight.is_leaf() &&
                      weight.requires_grad() && !at::isTensorSubclassLike(indices) && !scale_by_count && !sparse;
     if (own) return RowsOfWeight::apply(weight, indices, padding.expect_int());
     return at::_ops::embedding::redispatch(to_autograd(keys), weight, indices, std::move(padding), scale_by_count,
@@ -257,6 +198,10 @@ TORCH_LIBRARY_IMPL(aten, AutogradCPU, library) {
 }
 
 }  // namespace
+
+bool InPlaceGradients::active() {
+    return scopes_of_this_thread()->load(std::memory_order_relaxed) > 0 && !operators_are_watched();
+}
 
 InPlaceGradients::InPlaceGradients() : scopes_(scopes_of_this_thread()) {
     ++*scopes_;

@@ -30,6 +30,10 @@ public:
     InPlaceGradients& operator=(InPlaceGradients&&) = delete;
     ~InPlaceGradients();
 
+    /// Whether one lives that is of this thread, and nothing is active that it steps aside for (functorch, a
+    /// TorchDispatchMode).
+    static bool active();
+
 private:
     std::shared_ptr<std::atomic<int>> scopes_;  // of the thread, how many live
 };

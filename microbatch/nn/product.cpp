@@ -51,15 +51,17 @@ bool is_float_matrix(const at::Tensor& tensor) {
            tensor.is_cpu() && !tensor.is_neg();
 }
 
+constexpr std::int64_t enough_numbers = std::int64_t{48} << 10;
+
 /// Whether oneDNN gains more than the ten microseconds that it takes around the product: see
 /// docs/decisions/gradients-in-the-product.md. A bound on the multiplications would be closer, but planning matches the
 /// allocations of two small micro-batches, and oneDNN's scratch is one more: many a model would change sides between
 /// them.
 bool is_large(const at::Tensor& x, const at::Tensor& matrix) {
-    constexpr std::int64_t many_rows = 64, numbers = std::int64_t{48} << 10;
-    constexpr std::int64_t few_rows = 2, many_numbers = std::int64_t{512} << 10;
+    constexpr std::int64_t many_rows = 64, few_rows = 2, many_numbers = std::int64_t{512} << 10;
     const std::int64_t rows = x.size(0);
-    return (rows >= many_rows && matrix.numel() >= numbers) || (rows >= few_rows && matrix.numel() >= many_numbers);
+    return (rows >= many_rows && matrix.numel() >= enough_numbers) ||
+           (rows >= few_rows && matrix.numel() >= many_numbers);
 }
 
 bool suits_onednn(const at::Tensor& x, const at::Tensor& matrix, const std::optional<at::Tensor>& bias) {
@@ -83,6 +85,10 @@ at::Tensor product(const at::Tensor& x, const at::Tensor& matrix, const std::opt
     const Linear* linear = onednn_linear();
     if (linear == nullptr) return mkl_product(x, matrix, bias);
     return linear->call(x, matrix.t(), bias, "none", c10::List<std::optional<at::Scalar>>(), std::nullopt);
+}
+
+bool prefers_onednn(std::int64_t numbers) {
+    return numbers >= enough_numbers && onednn_linear() != nullptr;
 }
 
 }  // namespace microbatch

@@ -2,6 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
 #include <optional>
 
 namespace microbatch {
@@ -14,5 +15,8 @@ namespace microbatch {
 /// Errors: torch's own.
 /// Cost:   oneDNN needs scratch, of a size that does not grow with the rows.
 at::Tensor product(const at::Tensor& x, const at::Tensor& matrix, const std::optional<at::Tensor>& bias = {});
+
+/// Whether product() is oneDNN's for many rows and a matrix of so many numbers, on this processor.
+bool prefers_onednn(std::int64_t numbers);
 
 }  // namespace microbatch

@@ -18,6 +18,38 @@ struct AttentionHead {
     float *of_q = nullptr, *of_k = nullptr, *of_v = nullptr;  ///< row apart, overwritten by backward
 };
 
+/// sum = x + added + bias, row by row; all rows are side by side, `width` numbers each.
+struct RowSums {
+    std::int64_t rows = 0, width = 0;
+    const float *x = nullptr, *added = nullptr;
+    const float* bias = nullptr;  ///< [width]
+    float* sum = nullptr;         ///< may be x or added
+};
+
+/// Layer norm: y = (x - mean) inverse scale + shift, row by row, inverse = 1 / sqrt(variance + epsilon).
+struct NormRows {
+    std::int64_t rows = 0, width = 0;
+    float epsilon = 0.0F;
+    const float* x = nullptr;
+    const float *scale = nullptr, *shift = nullptr;  ///< [width]
+    float* y = nullptr;
+    float *means = nullptr, *inverses = nullptr;  ///< [rows]
+};
+
+/// Its gradient, and y once more.
+struct NormRowsBackward {
+    std::int64_t rows = 0, width = 0;
+    const float* x = nullptr;
+    const float *means = nullptr, *inverses = nullptr;
+    const float *scale = nullptr, *shift = nullptr;
+    const float* gradient = nullptr;  ///< of y
+    const float* residual = nullptr;  ///< what x has of gradient beside that through the norm
+    float* of_x = nullptr;            ///< their sum; may be gradient
+    float* y = nullptr;
+    /// [width]; what these rows give is added.
+    float *of_scale = nullptr, *of_shift = nullptr, *of_x_sums = nullptr;
+};
+
 /// The loops that the compiler does not know how to make fast for a processor it does not know: one table for each kind
 /// of vector. All work on fp32, in the calling thread, on memory of the caller's; NaN and infinity come out as NaN
 /// where they do in exact arithmetic.
@@ -26,6 +58,16 @@ struct Kernels {
     void (*gelu)(const float* x, float* y, std::int64_t count);
     /// result = gradient * gelu'(x).
     void (*gelu_backward)(const float* x, const float* gradient, float* result, std::int64_t count);
+    /// x += bias, y = gelu(x), row by row.
+    void (*gelu_rows)(std::int64_t rows, std::int64_t width, const float* bias, float* x, float* y);
+    /// y = gelu(x) and gradient *= gelu'(x); what the rows of that give is added to sums, [width].
+    void (*gelu_rows_backward)(std::int64_t rows, std::int64_t width, const float* x, float* gradient, float* y,
+                               float* sums);
+    void (*add_rows)(const RowSums& sums);
+    void (*norm_rows)(const NormRows& norm);
+    void (*norm_rows_backward)(const NormRowsBackward& norm);
+    /// Adds every row to sums, [width].
+    void (*sum_columns)(std::int64_t rows, std::int64_t width, const float* values, float* sums);
     /// In floats.
     std::int64_t (*attention_forward_scratch)(std::int64_t tokens, std::int64_t size);
     void (*attention_forward)(const AttentionHead& head, float* scratch);

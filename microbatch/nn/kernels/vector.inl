@@ -43,20 +43,46 @@ inline Vector at_most(Vector values, float most) {
     return values > splat(most) ? splat(most) : values;
 }
 
+// Four at a time: a chain of additions would be as long as the vector.
 inline float sum_of(Vector values) {
-    float sum = 0;
-    for (int i = 0; i < lanes; ++i) sum += values[i];
-    return sum;
+    typedef float Four __attribute__((vector_size(16)));
+    Four parts[lanes / 4];
+    __builtin_memcpy(parts, &values, sizeof(parts));
+    Four sum = parts[0];
+    for (int i = 1; i < lanes / 4; ++i) sum += parts[i];
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
 inline int64_t round_up(int64_t count, int64_t multiple) {
     return (count + multiple - 1) / multiple * multiple;
 }
 
-// e^x to 2 units in the last place from -87 to 88, constant beyond; NaN stays.
+// The last few elements in a vector of their own.
+template <class Function>
+inline void for_each_vector(int64_t count, const Function& function) {
+    int64_t i = 0;
+    for (; i + lanes <= count; i += lanes) function(i, lanes);
+    if (i < count) function(i, count - i);
+}
+
+inline Vector load_some(const float* from, int64_t count) {
+    if (count == lanes) return load(from);
+    Vector values{};
+    for (int64_t i = 0; i < count; ++i) values[i] = from[i];
+    return values;
+}
+
+inline void store_some(float* to, Vector values, int64_t count) {
+    if (count == lanes) {
+        store(to, values);
+    } else {
+        for (int64_t i = 0; i < count; ++i) to[i] = values[i];
+    }
+}
+
+// e^x to 2 units in the last place from -87 to 88, any number beyond; NaN stays.
 // x = n ln 2 + r with |r| <= ln 2 / 2: e^r by the polynomial of Cephes' expf, 2^n by the exponent bits.
 inline Vector exp(Vector x) {
-    x = at_most(at_least(x, -87.0F), 88.0F);
     const Vector magic = splat(12582912.0F);  // 1.5 * 2^23: what is added to it is rounded to an integer
     const Vector shifted = x * 1.44269504F + magic;
     const Vector n = shifted - magic;
