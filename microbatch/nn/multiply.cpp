@@ -5,7 +5,8 @@
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
 
-// In the libraries that torch is built with; a torch without MKL may have another interface by this name, or none.
+// MKL's, which torch's own builds carry; a torch without MKL may have another interface by this name, or none.
+extern "C" __attribute__((weak)) int MKL_Set_Num_Threads_Local(int threads);
 extern "C" __attribute__((weak)) void sgemm_(const char* transpose_a, const char* transpose_b, const int* rows,
                                              const int* columns, const int* depth, const float* alpha, const float* a,
                                              const int* a_row, const float* b, const int* b_row, const float* beta,
@@ -14,6 +15,18 @@ extern "C" __attribute__((weak)) void sgemm_(const char* transpose_a, const char
 namespace microbatch {
 
 namespace {
+
+/// MKL with one thread, which spares small matrices a copy that it makes for several.
+class OneThread {
+public:
+    OneThread() : before_(MKL_Set_Num_Threads_Local(1)) {}
+    OneThread(const OneThread&) = delete;
+    OneThread& operator=(const OneThread&) = delete;
+    ~OneThread() { MKL_Set_Num_Threads_Local(before_); }
+
+private:
+    int before_;
+};
 
 at::Tensor tensor_of(const MatrixView& matrix, std::int64_t rows, std::int64_t columns) {
     auto* const values = const_cast<float*>(matrix.values);
@@ -25,8 +38,9 @@ at::Tensor tensor_of(const MatrixView& matrix, std::int64_t rows, std::int64_t c
 
 void multiply(std::int64_t rows, std::int64_t columns, std::int64_t depth, MatrixView a, MatrixView b, float* c,
               std::int64_t c_row, bool add) {
-    if (sgemm_ != nullptr && at::Context::hasMKL()) {
-        // Without at::mm's 3 microseconds. By columns the transpose of c is the product of b's and a's.
+    if (sgemm_ != nullptr && MKL_Set_Num_Threads_Local != nullptr && at::Context::hasMKL()) {
+        const OneThread one_thread;
+        // By columns the transpose of c is the product of b's and a's.
         const auto m = static_cast<int>(columns), n = static_cast<int>(rows), k = static_cast<int>(depth);
         const auto b_row = static_cast<int>(b.row), a_row = static_cast<int>(a.row), out_row = static_cast<int>(c_row);
         const float one = 1.0F, beta = add ? 1.0F : 0.0F;

@@ -11,8 +11,7 @@ struct MatrixView {
     bool transposed = false;  ///< what is meant is the transpose
 };
 
-/// c = a b, or c += a b where `add`, of the library that torch multiplies with, in the calling thread where that is one
-/// of in_parallel's.
+/// c = a b, or c += a b where `add`, of the library that torch multiplies with, in the calling thread.
 ///
 /// Shapes: a [rows, depth], b [depth, columns], c [rows, columns], c_row numbers from one row to the next.
 /// Errors: torch's own. None of memory: nothing is allocated from torch's allocator.

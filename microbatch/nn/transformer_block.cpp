@@ -112,7 +112,9 @@ public:
 private:
     static bool add_to_leaf(const at::Tensor& leaf, const at::Tensor& left, const at::Tensor& right) {
         if (!right.defined()) return sum_in_place(leaf, {left}, [&](at::Tensor& sum) { sum.add_(left); });
-        return sum_in_place(leaf, {left, right}, [&](at::Tensor& sum) { sum.addmm_(left.t(), right); });
+        return sum_in_place(leaf, {left, right}, [&](at::Tensor& sum) {
+            sum.is_contiguous() ? add_product(left, right, sum) : static_cast<void>(sum.addmm_(left.t(), right));
+        });
     }
 };
 

@@ -18,6 +18,9 @@ namespace {
 // Sums over rows are made of sums of this many: a long sum in fp32 loses digits.
 constexpr std::int64_t summed_rows = 32;
 
+// Multiplications from which on a second thread pays.
+constexpr std::int64_t worth_a_thread = std::int64_t{1} << 17;
+
 const float* values(const at::Tensor& tensor) {
     return tensor.const_data_ptr<float>();
 }
@@ -154,7 +157,6 @@ struct Rows {
 
     template <class Work>
     void in_threads(const Work& work) const {
-        constexpr std::int64_t worth_a_thread = std::int64_t{1} << 17;  // multiplications
         const std::int64_t grain = std::max<std::int64_t>(2, worth_a_thread / (width * width));
         in_parallel(count, grain, [&](std::int64_t begin, std::int64_t end) { work(Range{begin, end}); });
     }
@@ -285,6 +287,16 @@ at::Tensor transformer_backward(const at::Tensor& x, const TransformerWeights& w
     const at::Tensor of_qkv = attention_gradient(kept.qkv, heads, kept.attended, of_attended);
     of_attended.reset();
     return qkv_backward(rows, x, w, kept, of_qkv, of_middle, sink);
+}
+
+void add_product(const at::Tensor& left, const at::Tensor& right, at::Tensor& sum) {
+    const std::int64_t rows = left.size(0), outputs = left.size(1), inputs = right.size(1);
+    const float *of_y = values(left), *x = values(right);
+    float* const to = target(sum);
+    in_parallel(outputs, worth_a_thread / (rows * inputs) + 1, [&](std::int64_t begin, std::int64_t end) {
+        multiply(end - begin, inputs, rows, {of_y + begin, outputs, /*transposed=*/true}, {x, inputs},
+                 to + begin * inputs, inputs, /*add=*/true);
+    });
 }
 
 }  // namespace microbatch

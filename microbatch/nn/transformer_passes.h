@@ -36,4 +36,7 @@ std::pair<at::Tensor, TransformerKept> transformer_forward(const at::Tensor& x, 
 at::Tensor transformer_backward(const at::Tensor& x, const TransformerWeights& weights, std::int64_t heads,
                                 const TransformerKept& kept, const at::Tensor& gradient, const GradientSink& sink);
 
+/// sum += left^T right, sum contiguous [left's columns, right's columns], the others as the sink is given them.
+void add_product(const at::Tensor& left, const at::Tensor& right, at::Tensor& sum);
+
 }  // namespace microbatch
