@@ -129,16 +129,20 @@ public:
         accumulator_.discard({});
         accumulator_.optimizer().end_rehearsal();
         if (Recomputable* model = accumulator_.recomputable()) model->set_recompute(accumulator_.plan().recompute);
-        meter_.release_cached();
+        // What one plan took, a run by it takes again.
+        if (trials_ > 1) meter_.release_cached();
     }
 
     std::int64_t budget() const { return meter_.budget(); }
 
     std::optional<MicroBatchTrial> micro_batch(const Plan& plan, bool cut, std::int64_t allowed_bytes) override {
+        ++trials_;
         const auto started = Clock::now();
-        const auto trial = attempt(allowed_bytes, [&] { return run(plan, cut); });
+        const auto trial = attempt(
+            allowed_bytes, [&] { return run(plan, cut); }, /*keep=*/true);
         if (!trial) return std::nullopt;
         last_ = plan;
+        last_seconds_ = trial->seconds;
         MicroBatchTrial result = *trial;
         result.spent_seconds = seconds_since(started);
         if (std::max(peak_of(result.first), peak_of(result.later)) > allowed_bytes) return std::nullopt;
@@ -181,22 +185,23 @@ private:
     std::int64_t peak() const { return meter_.use().peak_bytes - gradients_.bytes(); }
 
     // Runs it with the job's state saved, and puts that back. None if it was out of memory: by then everything that the
-    // attempt held is gone.
+    // attempt held is gone. If it was not, its gradients may be kept for the attempt after it.
     template <class Run>
-    auto attempt(std::int64_t allowed_bytes, const Run& run) -> std::optional<decltype(run())> {
+    auto attempt(std::int64_t allowed_bytes, const Run& run, bool keep = false) -> std::optional<decltype(run())> {
         const std::int64_t most = no_budget - gradients_.bytes();
         const BudgetOf budget(meter_, std::min(allowed_bytes, most) + gradients_.bytes());
         try {
             const ModelStateScope before(accumulator_.model(), tensors_);
             const auto result = run();
-            accumulator_.discard({});
+            if (!keep) discard();
+            holds_gradients_ = keep;
             return result;
         } catch (const c10::OutOfMemoryError&) {
         } catch (...) {
-            accumulator_.discard({});
+            discard();
             throw;
         }
-        accumulator_.discard({});
+        discard();
         return std::nullopt;
     }
 
@@ -209,10 +214,7 @@ private:
         double total = cold;
         if (!cut && cold >= enough_seconds) seconds.push_back(cold);
         while (seconds.empty() || (total < enough_seconds && seconds.size() < enough_times)) {
-            if (!cut) {
-                accumulator_.discard({});
-                begin(plan);
-            }
+            if (!cut) begin(plan);
             const auto number = static_cast<std::int64_t>(seconds.size()) + 1;
             seconds.push_back(seconds_of([&] {
                 if (cut && trial.later.empty()) {
@@ -233,7 +235,13 @@ private:
         return seconds_of([&] { add(plan.micro_batch, cut ? 1 : 0); });
     }
 
+    void discard() {
+        accumulator_.discard({});
+        holds_gradients_ = false;
+    }
+
     void begin(const Plan& plan) {
+        discard();
         accumulator_.begin();
         if (Recomputable* model = accumulator_.recomputable()) model->set_recompute(plan.recompute);
     }
@@ -261,8 +269,7 @@ private:
 
     UpdateTrial run_update(bool rehearse) {
         const auto started = Clock::now();
-        begin(last_);
-        add(last_.micro_batch, 0);
+        if (!holds_gradients_) gather_last();
         UpdateTrial trial;
         meter_.reset_peak();
         trial.seconds = seconds_of([&] { accumulator_.finish(); });
@@ -277,15 +284,18 @@ private:
         std::vector<double> seconds{trial.seconds + rehearse_again()};
         // A later step's gradient norm is taken with the state already there.
         trial.later_peak_bytes = std::max(peak(), norm_peak + trial.state_bytes);
-        while (seconds_since(started) < enough_seconds && seconds.size() < enough_times) {
-            accumulator_.discard({});
-            begin(last_);
-            add(last_.micro_batch, 0);
+        while (seconds_since(started) + last_seconds_ < enough_seconds && seconds.size() < enough_times) {
+            gather_last();
             const double norm = seconds_of([&] { accumulator_.finish(); });
             seconds.push_back(norm + rehearse_again());
         }
         trial.seconds = median(seconds);
         return trial;
+    }
+
+    void gather_last() {
+        begin(last_);
+        add(last_.micro_batch, 0);
     }
 
     // Returns its seconds. A step that was rehearsed left any numbers in the gradients, and denormal ones would be
@@ -310,7 +320,10 @@ private:
     Meter& meter_;
     ParkedGradients gradients_;
     std::vector<at::Tensor> tensors_;
-    Plan last_;
+    int trials_ = 0;
+    Plan last_;  // that was tried
+    double last_seconds_ = 0.0;
+    bool holds_gradients_ = false;  // of the last plan
 };
 
 }  // namespace

@@ -5,9 +5,11 @@
 #include <gtest/gtest.h>
 #include <torch/optim/adamw.h>
 
+#include <chrono>
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <thread>
 
 #include "microbatch/memory/budget_allocator.h"
 #include "microbatch/nn/recompute.h"
@@ -220,6 +222,36 @@ TEST_F(ProbeTest, TheRecomputeOfTheModelIsThePlansAgain) {
         Job job = test::gpt_job(small_gpt(), {.micro_batch = 2, .recompute = recompute});
         plan_of(job, job.make_batch(16));
         EXPECT_EQ(job.accumulator->recomputable()->recomputes(), recompute);
+    }
+}
+
+// ---- what it costs ----
+
+TEST_F(ProbeTest, AGivenMicroBatchIsRunTwiceAndTheOptimizerIsRehearsedWithItsGradients) {
+    Job job = test::gpt_job({.layers = 2, .heads = 2, .width = 256, .length = 128, .vocabulary = 64});
+    int calls = 0;
+    const LossFunction loss = [&](const Batch& micro) -> WeightedLoss {
+        // Long enough that nothing is timed again.
+        std::this_thread::sleep_for(std::chrono::milliseconds(30));
+        ++calls;
+        return job.loss(micro);
+    };
+    const PlanReport report =
+        plan_batch(*job.accumulator, job.make_batch(8), loss, {.budget_bytes = 1024 * mebibyte, .micro_batch = 2});
+    EXPECT_EQ(calls, 2);
+    EXPECT_GT(report.fixed.optimizer_state, 0);
+    EXPECT_GT(report.update_seconds, 0.0);
+}
+
+TEST_F(ProbeTest, WhatAGivenMicroBatchTookIsKeptForTheRunAndWhatASearchTookIsGivenBack) {
+    for (const bool given : {true, false}) {
+        Job job = test::gpt_job({.layers = 2, .heads = 2, .width = 64, .length = 64, .vocabulary = 64});
+        const Batch batch = job.make_batch(16);
+        release_cached_memory();
+        PlannerOptions options;
+        if (given) options.micro_batch = 4;
+        plan_of(job, batch, options);
+        EXPECT_EQ(memory_use().cached_bytes > mebibyte, given);
     }
 }
 
