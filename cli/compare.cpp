@@ -61,7 +61,7 @@ void train_strategy(std::FILE* out, const JobPlan& plan, const Job& job, std::in
     strategy.step_seconds = median(seconds);
     strategy.sample_seconds = total / static_cast<double>(trainer.progress().samples);
     strategy.peak_bytes = memory_use().peak_bytes;
-    strategy.held_out = held_out_loss(plan, job, std::min(strategy.plan.micro_batch, std::int64_t{64}));
+    strategy.held_out = held_out_loss(plan, job, samples, std::min(strategy.plan.micro_batch, std::int64_t{64}));
 }
 
 void measure_variance(const JobPlan& plan, const Job& job, Strategy& strategy) {

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "cli/interrupt.h"
 #include "microbatch/core/error.h"
 #include "microbatch/core/units.h"
 #include "microbatch/models/gpt.h"
@@ -225,10 +226,14 @@ Job make_job(const JobPlan& plan, const Plan& cut) {
     return job;
 }
 
-double held_out_loss(const JobPlan& plan, const Job& job, std::int64_t micro_batch) {
-    const FirstSamples samples(*plan.data.held_out, 1024);
+double held_out_loss(const JobPlan& plan, const Job& job, std::int64_t trained, std::int64_t micro_batch) {
+    const FirstSamples samples(*plan.data.held_out, std::clamp<std::int64_t>(trained, 16, 1024));
+    const LossFunction unless_interrupted = [&job](const Batch& micro) {
+        if (interrupted()) throw Interrupted();
+        return job.loss(micro);
+    };
     job.model->eval();
-    const double loss = mean_loss(samples, std::min(micro_batch, samples.size()), job.loss);
+    const double loss = mean_loss(samples, std::min(micro_batch, samples.size()), unless_interrupted);
     job.model->train();
     return loss;
 }

@@ -44,8 +44,10 @@ Job make_job(const JobPlan& plan, const Plan& cut = {});
 /// Thrown where an interrupted command has nothing to keep.
 struct Interrupted {};
 
-/// Mean loss over the first held-out samples (at most 1,024), the model in evaluation mode and put back after.
-double held_out_loss(const JobPlan& plan, const Job& job, std::int64_t micro_batch);
+/// Mean loss over the first held-out samples, the model in evaluation mode and put back after: over as many as the run
+/// was `trained` on, 16 to 1,024 of them, so that a short run does not wait longer for it than it trained.
+/// Errors: Interrupted if a signal came, before the next micro-batch.
+double held_out_loss(const JobPlan& plan, const Job& job, std::int64_t trained, std::int64_t micro_batch);
 
 /// "tokens" or "images": what the speed of this data is counted in.
 const char* speed_unit(const JobPlan& plan);

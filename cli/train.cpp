@@ -163,6 +163,16 @@ void note_out_of_memory(ProgressLine& progress, const TrainerReport& report) {
                               report.step.plan.recompute ? " with recompute" : ""));
 }
 
+void measure_held_out(const JobPlan& plan, const Job& job, const Candidate& chosen, Outcome& outcome) {
+    const std::int64_t micro_batch =
+        outcome.out_of_memory > 0 ? outcome.last.step.plan.micro_batch : chosen.plan.micro_batch;
+    try {
+        outcome.held_out = held_out_loss(plan, job, outcome.last.progress.samples, micro_batch);
+    } catch (const Interrupted&) {
+        outcome.interrupted = true;
+    }
+}
+
 // Trains until the run is done, interrupted, refused too often, or out of memory whatever the micro-batch: what came of
 // it is in `outcome` in any case.
 void train_to_the_end(std::FILE* out, const JobPlan& plan, const Job& job, const PlanReport& report, Interval length,
@@ -188,10 +198,8 @@ void train_to_the_end(std::FILE* out, const JobPlan& plan, const Job& job, const
     }
     progress.finish();
     outcome.interrupted = !trainer.done() && outcome.refused_in_a_row == 0;
-    if (log.lines() == 0) return;
-    if (!outcome.interrupted && outcome.refused_in_a_row == 0)
-        outcome.held_out = held_out_loss(
-            plan, job, outcome.out_of_memory > 0 ? outcome.last.step.plan.micro_batch : chosen.plan.micro_batch);
+    if (trainer.done() && log.lines() > 0 && outcome.refused_in_a_row == 0)
+        measure_held_out(plan, job, chosen, outcome);
 }
 
 // A run that never made a step leaves nothing, so that the same command can be given again.
@@ -342,6 +350,7 @@ void add_train(CLI::App& application, Action& action) {
         "  microbatch train --data /usr/share/datasets/fashion-mnist --model resnet --norm group --batch 512 \\\n"
         "      --memory 100MiB --samples 60k --optimizer sgd --warmup \"5 steps\"\n"
         "Written to the run's folder: config.toml, metrics.jsonl (one object a step), model.safetensors.\n"
+        "The held-out loss is of as many samples as the run trained on, 1,024 at most.\n"
         "Ctrl-C finishes the step, writes the weights and ends with exit code 130.");
     command->callback([command, settings, &action] {
         action = [command, settings] {

@@ -101,6 +101,19 @@ def test_the_end_after_a_signal_does_not_wait_for_the_held_out_samples(run):
     assert process.returncode == 130 and (run.folder / "run" / "model.safetensors").exists()
 
 
+def test_a_signal_while_the_held_out_samples_are_run_ends_with_everything_written(run):
+    # As many held-out samples as four steps had: longer than the last step by far.
+    process = run.start("train", data=FORTUNES, layers=6, heads=4, width=256, length=128, batch=64, micro_batch=8,
+                        steps=4, memory="1GiB", json=True)
+    wait_for(lambda: lines_of(run) == 4, process)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    document = json.loads(out)
+    assert process.returncode == 130 and document["interrupted"] is True
+    assert document["held_out_loss"] is None and document["steps"] == 4
+    assert (run.folder / "run" / "model.safetensors").exists()
+
+
 def test_a_run_that_was_killed_leaves_whole_lines(run):
     process = run.start("train", steps="30M", micro_batch=8)
     wait_for(lambda: lines_of(run) >= 3, process)

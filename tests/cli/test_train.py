@@ -56,6 +56,16 @@ def test_training_lowers_the_loss(run):
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 
+def test_the_held_out_loss_is_of_as_many_samples_as_the_run_trained_on_but_sixteen_at_least(run):
+    # At this rate the weights stay what they were: only other samples have another loss.
+    def held_out(steps):
+        return run.text("train", steps=steps, lr=1e-9, run=f"{steps}", json=True).ok().document["held_out_loss"]
+
+    of_8, of_16, of_32 = (held_out(steps) for steps in (1, 2, 4))
+    assert of_8 == pytest.approx(of_16, rel=1e-6)
+    assert of_32 != pytest.approx(of_16, rel=1e-5)
+
+
 @pytest.mark.parametrize("job", ["text", "images"])
 def test_the_same_seed_gives_the_same_metrics_and_weights(run, job):
     first, again = (getattr(run, job)("train", micro_batch=3, steps=4, run=name).ok() for name in ("a", "b"))
