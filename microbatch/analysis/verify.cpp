@@ -17,6 +17,7 @@ namespace {
 
 struct Gradients {
     double loss = 0.0;
+    double weight = 0.0;
     double norm = 0.0;
     std::vector<at::Tensor> mean;  // by parameter; undefined where there is none
 };
@@ -52,8 +53,9 @@ public:
             result_.causes.push_back(Cause::not_finite);
         } else if (!result_.differences.empty()) {
             diagnose(whole, moves_buffers);
-        } else if (batch_.size() % cut_ == 0 && is_averaged()) {
-            // Micro-batches of one size hide a mean of means; the next ragged batch would not.
+        } else if (above(std::abs(whole.weight - cut.weight), result_.tolerance * whole.weight)) {
+            // Micro-batches of one size hide a mean of means; the next ragged batch would not. Where the weights add
+            // up and the means are the same, the sums add up, too.
             result_.causes.push_back(Cause::averaged_loss);
         }
         return result_;
@@ -78,7 +80,7 @@ private:
             gatherer_.clear();
             throw Error(ErrorKind::usage, "the batch to verify has weight 0: there is no gradient to compare");
         }
-        Gradients result{gathered.loss(), gathered.gradient_norm, {}};
+        Gradients result{gathered.loss(), gathered.weight, gathered.gradient_norm, {}};
         try {
             for (const Parameter& parameter : gatherer_.parameters()) {
                 const at::Tensor& gradient = parameter.tensor.grad();

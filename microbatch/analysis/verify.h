@@ -43,8 +43,7 @@ struct Verification {
 /// Compares the gradients of `batch` as a whole with those of the same batch cut into `micro_batch` samples, on the
 /// user's own model, and says which parameters differ and why.
 ///
-/// Take a batch that the micro-batch does not divide (5 in 3 and 2): equal micro-batches hide a mean of means, which is
-/// then looked for by giving the loss function every sample twice.
+/// Any cut tells: where equal micro-batches hide a mean of means from the gradients, its weights do not add up.
 /// Tolerance: the square root of the dtype's epsilon: half of the digits. Cutting differently changes rounding alone,
 ///            thousands of times less; each known mistake is thousands of times more. Tensors whose gradient is
 ///            mathematically zero (a key bias) are measured against 1 % of the root mean square over all parameters.
