@@ -34,8 +34,8 @@ test: setup-test configure ## build and run every test, C++ and command line
 lint: setup-test configure ## format and clang-tidy alone (they are part of `make test`)
 	@ctest --preset $(preset) -R '^lint/'
 
-bench: build ## compare speed with PyTorch loops, Accelerate, Lightning and the Hugging Face Trainer: docs/performance.md
-	@scripts/setup.sh demo
+# Before the configuration, which looks for Google Benchmark.
+bench: setup-bench build ## compare speed with PyTorch loops, Accelerate, Lightning and the Hugging Face Trainer: docs/performance.md
 	@bench/speed
 
 format: ## lay out all C++ by .clang-format

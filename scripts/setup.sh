@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
-# Installs what is missing for `build`, `demo` or `test`: Debian packages as root or through sudo, and torch into .venv
-# unless a LibTorch is named. Where it may not install, it lists what to install and stops. Does nothing twice.
+# Installs what is missing for `build`, `demo`, `bench` or `test`: Debian packages as root or through sudo, and torch
+# into .venv unless a LibTorch is named. Where it may not install, it lists what to install and stops. Does nothing twice.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 torch_version=2.13.0
 build_packages=(cmake ninja-build ccache g++ python3-venv libcli11-dev libtomlplusplus-dev nlohmann-json3-dev zlib1g-dev)
 data_packages=(fortunes dataset-fashion-mnist)
+bench_packages=(libbenchmark-dev "${data_packages[@]}")
 test_packages=(libgtest-dev clang-format clang-tidy python3-pytest "${data_packages[@]}")
 
 case "${1:-}" in
     build) packages=("${build_packages[@]}") ;;
     demo) packages=("${build_packages[@]}" "${data_packages[@]}") ;;
+    bench) packages=("${build_packages[@]}" "${bench_packages[@]}") ;;
     test) packages=("${build_packages[@]}" "${test_packages[@]}") ;;
-    *) echo "usage: scripts/setup.sh build|demo|test" >&2; exit 2 ;;
+    *) echo "usage: scripts/setup.sh build|demo|bench|test" >&2; exit 2 ;;
 esac
 
 is_installed() { [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }

@@ -46,7 +46,15 @@ def test_as_root_it_installs_what_is_missing_and_only_that(tmp_path):
     result, installed = run_setup(tmp_path, "build", installed=False, root="0")
     assert result.returncode == 0
     assert "install -y --no-install-recommends cmake" in installed
-    assert "libgtest-dev" not in installed and "fortunes" not in installed
+    for package in ("libgtest-dev", "fortunes", "libbenchmark-dev"):
+        assert package not in installed
+
+
+def test_google_benchmark_comes_with_the_bench_and_only_with_it(tmp_path):
+    for what in ("build", "demo", "bench", "test"):
+        (tmp_path / what).mkdir()
+        result, installed = run_setup(tmp_path / what, what, installed=False, root="0")
+        assert result.returncode == 0 and ("libbenchmark-dev" in installed) == (what == "bench")
 
 
 def test_a_wrong_word_is_told_how_it_is_called(tmp_path):
