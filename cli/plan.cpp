@@ -142,7 +142,7 @@ int plan_batch_of(const Settings& settings) {
     const JobPlan plan = open_job(settings, {2, Unit::steps});
     watch_interrupts();
     const Job job = make_job_to_plan(plan, budget);
-    const PlanReport report = plan_job(plan, job, budget, settings.json ? stderr : stdout);
+    const PlanReport report = plan_job(plan, job, budget, settings.json ? stderr : stdout, /*whole_table=*/true);
     settings.json ? print_json(plan, report) : print_report(plan, report);
     report.choice();  // where nothing fits this says so, and what would help
     return 0;

@@ -87,12 +87,14 @@ Job make_job_to_plan(const JobPlan& plan, std::int64_t budget_bytes) {
     return make_job(plan);
 }
 
-PlanReport plan_job(const JobPlan& plan, const Job& job, std::int64_t budget_bytes, std::FILE* progress) {
+PlanReport plan_job(const JobPlan& plan, const Job& job, std::int64_t budget_bytes, std::FILE* progress,
+                    bool whole_table) {
     PlannerOptions options{.budget_bytes = budget_bytes,
                            .steps = plan.steps,
                            .recompute = recompute_of(plan, job),
                            .micro_batch = micro_batch_of(plan.settings),
-                           .most_bytes = most_bytes(budget_bytes)};
+                           .most_bytes = most_bytes(budget_bytes),
+                           .whole_table = whole_table};
     if (options.micro_batch) options.micro_batch = std::min(*options.micro_batch, plan.batch);
     TrialLine line(progress);
     options.on_trial = [&line](const Plan& trial) {

@@ -12,9 +12,11 @@ namespace microbatch::cli {
 Job make_job_to_plan(const JobPlan& plan, std::int64_t budget_bytes);
 
 /// Plans the job's batch on the job itself, without a trace: the --micro-batch and --recompute of the settings, or the
-/// fastest that fits the budget. On a terminal `progress` shows what is being measured.
+/// fastest that fits the budget. On a terminal `progress` shows what is being measured. A whole table is for a reader:
+/// see PlannerOptions.
 /// Errors: Interrupted if a signal came.
-PlanReport plan_job(const JobPlan& plan, const Job& job, std::int64_t budget_bytes, std::FILE* progress);
+PlanReport plan_job(const JobPlan& plan, const Job& job, std::int64_t budget_bytes, std::FILE* progress,
+                    bool whole_table = false);
 
 /// Like plan_job, with as few trials as predict the peak of the whole batch at once.
 PlanReport plan_native(const JobPlan& plan, const Job& job, std::int64_t budget_bytes);

@@ -15,11 +15,13 @@ namespace {
 
 // What is not this much faster than the best before does not pay.
 constexpr double worthwhile = 0.99;
-constexpr double tie = 1.02;
+constexpr double tie = 1.01;
 // How much slower than the fastest a plan may look and be timed again: noise is as large.
 constexpr double close = 1.3;
 constexpr std::size_t most_finalists = 4;
 constexpr int most_turns = 9;
+// A forward pass more is a quarter to a third of a step; a model may recompute only a part of it.
+constexpr double least_cost_of_recompute = 1.1;
 // Of the time for measuring, what the search may take for plans that promise less than they may look off by.
 constexpr double search_share = 2.0 / 3.0;
 constexpr double large_gain = 0.95;
@@ -61,6 +63,7 @@ public:
         } else {
             search();
             time_finalists();
+            complete_table();
         }
         finish();
         return report_;
@@ -99,6 +102,12 @@ private:
         }
     }
 
+    void complete_table() {
+        Mode& mode = known_.recomputed;
+        const bool needed = known_.fits(known_.kept, 1) && !known_.predicted_to_fit(known_.kept, options_.batch);
+        if (options_.whole_table && needed && known_.allowed(mode) && mode.trials.empty()) begin(mode);
+    }
+
     // By their step time, those that were tried and are close to the best.
     std::vector<Target> fastest() {
         std::vector<std::pair<double, Target>> tried;
@@ -127,9 +136,15 @@ private:
         one.mode->trials.add_time(one.size, seconds);
     }
 
-    // Recompute makes room, and never time.
+    // Recompute makes room, for time. Where not even the whole batch at once promises to be worth it, its trials would
+    // only take the time that tells the others apart.
     bool may_do_without(const Mode& mode) const {
-        return mode.recompute && known_.predicted_to_fit(known_.kept, options_.batch);
+        if (!mode.recompute || !known_.fits(known_.kept, 2)) return false;
+        double best = infinity;
+        for (const std::int64_t size : known_.sizes(known_.kept)) {
+            if (known_.predicted_to_fit(known_.kept, size)) best = std::min(best, known_.least_step(known_.kept, size));
+        }
+        return least_cost_of_recompute * known_.least_step(known_.kept, options_.batch) > worthwhile * best;
     }
 
     // The two sizes that tell of all others. Without gradients in the forward pass the whole batch may fit where they

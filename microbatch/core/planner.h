@@ -53,6 +53,9 @@ struct PlannerOptions {
     std::int64_t most_bytes = 0;  ///< may be used beyond the budget where no plan fits, to say what the smallest needs
     double most_steps = 3.0;      ///< measuring ends once it has taken as long as this many steps of the best plan,
     double least_seconds = 0.3;   ///< or this long, where steps are so short that nobody would notice
+    /// Also tries 1 and 2 with recompute where that cannot pay, at the end and beside the time for measuring: for a
+    /// report that says what recompute would take.
+    bool whole_table = false;
     std::function<void(const Plan&)> on_trial = {};  ///< called before each trial: progress, or throw to end it
 };
 
@@ -60,13 +63,13 @@ struct PlannerOptions {
 ///
 /// Tries micro-batches of 1 and 2 (and 3 where those two do not allocate in the same way), matches their allocations
 /// one by one, and so knows the peak at every size; the times are taken for affine until seen otherwise. The same with
-/// recompute, unless the whole batch fits without. Then goes to the plan that promises most (among those within 2 % the
-/// smallest micro-batch), by long strides for as long as they leave time for it, until none promises 1 % more: the
-/// powers of two, the sizes midway, the fewest equal micro-batches that fit, the whole batch. Every trial checks the
-/// prediction made before it, and is part of the next one. With what is left, a third of the time
-/// unless much was to be gained, the fastest few take turns, because one sample on a machine that others use, too,
-/// tells plans apart by chance. Only a plan that was tried and kept the budget is chosen: the smallest step time; a tie
-/// of 2 % goes to the smaller peak.
+/// recompute, if not every plan fits without and the whole batch at once promises to be the fastest though a tenth be
+/// lost to the second forward pass. Then goes to the plan that promises most (among those within 1 % the smallest
+/// micro-batch), by long strides for as long as they leave time for it, until none promises 1 % more: the powers of
+/// two, the sizes midway, the fewest equal micro-batches that fit, the whole batch. Every trial checks the prediction
+/// made before it, and is part of the next one. With what is left, a third of the time unless much was to be gained,
+/// the fastest few take turns, because one sample on a machine that others use, too, tells plans apart by chance. Only
+/// a plan that was tried and kept the budget is chosen: the smallest step time; a tie of 1 % goes to the smaller peak.
 ///
 /// An uncut batch never holds gradients during a forward pass, and can fit where a micro-batch of 1 does not.
 ///

@@ -184,6 +184,7 @@ void Accumulator::add(const WeightedLoss& loss) {
 }
 
 Gathered Accumulator::finish() {
+    threads_.look();  // a first batch that was streamed or tried may have been slow
     gathered_ = gatherer_.finish();
     ready_ = true;
     return gathered_;

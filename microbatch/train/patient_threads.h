@@ -26,7 +26,7 @@ public:
     PatientThreads& operator=(const PatientThreads&) = delete;
     ~PatientThreads();
 
-    /// Call it between steps: looks whether the threads had to wait since the look before.
+    /// Call it before or after a batch: looks whether the threads had to wait since the look before.
     void look();
 
     /// Decides by a share of time that threads waited for a core, of the time that went by.

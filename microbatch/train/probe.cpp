@@ -37,8 +37,9 @@ double seconds_of(const Work& work) {
     return seconds_since(started);
 }
 
+// Of two the lesser: what disturbs a measurement makes it longer.
 double median(std::vector<double> values) {
-    const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
+    const auto middle = values.begin() + static_cast<std::ptrdiff_t>((values.size() - 1) / 2);
     std::nth_element(values.begin(), middle, values.end());
     return *middle;
 }
@@ -210,10 +211,11 @@ private:
         std::vector<double> seconds;
         begin(plan);
         const double cold = seconds_of([&] { trial.first = profile_of([&] { add(plan.micro_batch, 0); }); });
-        // Long enough to hide what a first run costs, an uncut batch is not run twice.
+        // Long enough to hide what a first run costs it is a sample, too, and an uncut batch is not run twice.
         double total = cold;
-        if (!cut && cold >= enough_seconds) seconds.push_back(cold);
-        while (seconds.empty() || (total < enough_seconds && seconds.size() < enough_times)) {
+        if (cold >= enough_seconds) seconds.push_back(cold);
+        while (seconds.empty() || (cut && trial.later.empty()) ||
+               (total < enough_seconds && seconds.size() < enough_times)) {
             if (!cut) begin(plan);
             const auto number = static_cast<std::int64_t>(seconds.size()) + 1;
             seconds.push_back(seconds_of([&] {

@@ -48,7 +48,7 @@ TEST(Planner, CutsEvenlyWhereTheLastMicroBatchWouldBeSmall) {
 }
 
 TEST(Planner, ATieGoesToTheSmallerPeak) {
-    for (const auto& [overhead, expected] : {std::pair{0.0003, 1}, {0.003, 2}}) {
+    for (const auto& [overhead, expected] : {std::pair{0.0001, 1}, {0.003, 2}}) {
         FakeJob job;
         job.time = curve(overhead, 1e9, 0);
         job.gradients = 0;  // or the uncut batch, whose forward pass holds none, would be the smaller
@@ -111,6 +111,26 @@ TEST(Planner, RecomputesWhereTheLargerMicroBatchMakesUpForIt) {
     const PlanReport report = plan(job, {.batch = 64, .budget_bytes = budget, .offers_recompute = true});
     EXPECT_EQ(report.choice().plan, (Plan{.micro_batch = 16, .recompute = true}));
     EXPECT_NE(report.why.find("recompute makes room for it"), std::string::npos) << report.why;
+}
+
+TEST(Planner, LooksAtRecomputeOnlyWhereASecondForwardPassCouldPayOrAWholeTableIsAskedFor) {
+    for (const bool whole_table : {false, true}) {
+        // At 4 samples the fixed part is 2.5 % of the rest, or 2.5 times as much.
+        for (const double fixed_seconds : {0.001, 0.1}) {
+            FakeJob job;
+            job.batch = 64;
+            job.lines = one_line(0, 4000);
+            job.time = [=](std::int64_t b) { return fixed_seconds + 1e-2 * static_cast<double>(b); };
+            const bool pays = fixed_seconds > 0.01;
+            const PlanReport report = plan(job, {.batch = 64,
+                                                 .budget_bytes = job.true_peak({.micro_batch = 4}),
+                                                 .offers_recompute = true,
+                                                 .whole_table = whole_table});
+            EXPECT_EQ(job.was_asked(1, true), pays || whole_table);
+            EXPECT_EQ(job.was_asked(2, true), pays || whole_table);
+            EXPECT_EQ(report.choice().plan.recompute, pays);
+        }
+    }
 }
 
 TEST(Planner, AlwaysRecomputesWhereThatIsAsked) {
