@@ -179,6 +179,17 @@ private:
     std::int64_t size_;
 };
 
+class Evaluation {
+public:
+    explicit Evaluation(torch::nn::Module& model) : model_(model) { model_.eval(); }
+    Evaluation(const Evaluation&) = delete;
+    Evaluation& operator=(const Evaluation&) = delete;
+    ~Evaluation() { model_.train(); }
+
+private:
+    torch::nn::Module& model_;
+};
+
 }  // namespace
 
 JobPlan open_job(const Settings& settings, Interval length) {
@@ -232,10 +243,8 @@ double held_out_loss(const JobPlan& plan, const Job& job, std::int64_t trained, 
         if (interrupted()) throw Interrupted();
         return job.loss(micro);
     };
-    job.model->eval();
-    const double loss = mean_loss(samples, std::min(micro_batch, samples.size()), unless_interrupted);
-    job.model->train();
-    return loss;
+    const Evaluation evaluation(*job.model);
+    return mean_loss(samples, std::min(micro_batch, samples.size()), unless_interrupted);
 }
 
 const char* speed_unit(const JobPlan& plan) {

@@ -43,7 +43,8 @@ struct Verification {
 /// Compares the gradients of `batch` as a whole with those of the same batch cut into `micro_batch` samples, on the
 /// user's own model, and says which parameters differ and why.
 ///
-/// Any cut tells: where equal micro-batches hide a mean of means from the gradients, its weights do not add up.
+/// Any cut tells of a loss that was averaged: where equal micro-batches hide a mean of means from the gradients, its
+/// weights do not add up. What depends on other counts (the longest sample, say) shows if these differ in the batch.
 /// Tolerance: the square root of the dtype's epsilon: half of the digits. Cutting differently changes rounding alone,
 ///            thousands of times less; each known mistake is thousands of times more. Tensors whose gradient is
 ///            mathematically zero (a key bias) are measured against 1 % of the root mean square over all parameters.

@@ -82,6 +82,16 @@ private:
             if (known_.allowed(*mode) && !known_.hopeless() && !may_do_without(*mode)) begin(*mode);
         }
         try_beyond_budget(1);
+        try_all();
+        // Larger sizes may tell another story of recompute than the first two.
+        Mode& mode = known_.recomputed;
+        const bool untried = known_.allowed(mode) && !known_.hopeless() && mode.trials.empty();
+        if (!untried || !known_.fits(known_.kept, 1) || may_do_without(mode) || !may_spend_on(mode, 2)) return;
+        begin(mode);
+        try_all();
+    }
+
+    void try_all() {
         for (int trials = 0; trials < most_trials && try_next(); ++trials) {
         }
     }
@@ -105,7 +115,9 @@ private:
     void complete_table() {
         Mode& mode = known_.recomputed;
         const bool needed = known_.fits(known_.kept, 1) && !known_.predicted_to_fit(known_.kept, options_.batch);
-        if (options_.whole_table && needed && known_.allowed(mode) && mode.trials.empty()) begin(mode);
+        if (!options_.whole_table || !needed || !known_.allowed(mode) || !mode.trials.empty()) return;
+        choose_recomputed_ = false;
+        begin(mode);
     }
 
     // By their step time, those that were tried and are close to the best.
@@ -139,12 +151,16 @@ private:
     // Recompute makes room, for time. Where not even the whole batch at once promises to be worth it, its trials would
     // only take the time that tells the others apart.
     bool may_do_without(const Mode& mode) const {
-        if (!mode.recompute || !known_.fits(known_.kept, 2)) return false;
+        if (!mode.recompute) return false;
+        if (known_.predicted_to_fit(known_.kept, options_.batch)) return true;
+        if (!known_.fits(known_.kept, 2)) return false;
         double best = infinity;
         for (const std::int64_t size : known_.sizes(known_.kept)) {
             if (known_.predicted_to_fit(known_.kept, size)) best = std::min(best, known_.least_step(known_.kept, size));
         }
-        return least_cost_of_recompute * known_.least_step(known_.kept, options_.batch) > worthwhile * best;
+        const double update = known_.update ? known_.update->seconds : 0.0;
+        const double whole = known_.least_step(known_.kept, options_.batch) - update;
+        return update + least_cost_of_recompute * whole > worthwhile * best;
     }
 
     // The two sizes that tell of all others. Without gradients in the forward pass the whole batch may fit where they
@@ -318,23 +334,28 @@ private:
         };
         double fastest = infinity;
         for (const Candidate& one : report_.candidates) {
-            if (one.fits && one.measured) fastest = std::min(fastest, seconds(one));
+            if (may_choose(one)) fastest = std::min(fastest, seconds(one));
         }
         for (std::size_t i = 0; i < report_.candidates.size(); ++i) {
             const Candidate& one = report_.candidates[i];
-            if (!one.fits || !one.measured || seconds(one) > tie * fastest) continue;
+            if (!may_choose(one) || seconds(one) > tie * fastest) continue;
             if (!report_.chosen || one.peak_bytes() < report_.candidates[*report_.chosen].peak_bytes()) {
                 report_.chosen = i;
             }
         }
     }
 
+    bool may_choose(const Candidate& one) const {
+        return one.fits && one.measured && (choose_recomputed_ || !one.plan.recompute);
+    }
+
     const PlannerOptions& options_;
     Rehearsal& rehearsal_;
     PlanSpace known_;
-    double failed_seconds_ = 0.0;  // at most, of the trials that were out of memory
-    double needed_seconds_ = 0.0;  // of the trials that a small batch is granted
-    double share_ = 1.0;           // of the time for measuring that may be spent by now
+    double failed_seconds_ = 0.0;    // at most, of the trials that were out of memory
+    double needed_seconds_ = 0.0;    // of the trials that a small batch is granted
+    double share_ = 1.0;             // of the time for measuring that may be spent by now
+    bool choose_recomputed_ = true;  // not if that was tried for the table alone
     PlanReport report_;
 };
 

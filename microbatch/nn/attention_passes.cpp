@@ -59,7 +59,7 @@ private:
 template <class Call>
 void for_each_head(const Heads& heads, std::int64_t scratch, const at::TensorOptions& options, const Call& call) {
     // Counted by the budget, and asked for before any thread begins; the one that has work may be any of them.
-    const at::Tensor memory = at::empty({at::get_num_threads(), scratch}, options);
+    const at::Tensor memory = at::empty({thread_places(), scratch}, options);
     float* const start = memory.data_ptr<float>();
     in_parallel(heads.count(), 1, [&](std::int64_t begin, std::int64_t end) {
         float* own = start + at::get_thread_num() * scratch;

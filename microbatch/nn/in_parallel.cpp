@@ -1,8 +1,10 @@
 #include "microbatch/nn/in_parallel.h"
 
+#include <ATen/Parallel.h>
 #include <ATen/TensorIterator.h>
 #include <ATen/ops/from_blob.h>
 
+#include <algorithm>
 #include <array>
 
 namespace microbatch {
@@ -33,6 +35,10 @@ void in_parallel(std::int64_t count, std::int64_t grain, const std::function<voi
         if (begin < end) work(begin, end);
     };
     iterator.for_each(loop, /*grain_size=*/1);
+}
+
+std::int64_t thread_places() {
+    return std::max(at::get_num_threads(), at::get_thread_num() + 1);
 }
 
 }  // namespace microbatch

@@ -14,4 +14,8 @@ namespace microbatch {
 /// Cost:   no tensor memory; one parallel region.
 void in_parallel(std::int64_t count, std::int64_t grain, const std::function<void(std::int64_t, std::int64_t)>& work);
 
+/// So many places for memory by at::get_thread_num() have room for every thread that in_parallel, called here, can use:
+/// in one of somebody else's threads it uses that one, whatever its number.
+std::int64_t thread_places();
+
 }  // namespace microbatch

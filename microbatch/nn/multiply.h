@@ -14,7 +14,7 @@ struct MatrixView {
 /// c = a b, or c += a b where `add`, of the library that torch multiplies with, in the calling thread.
 ///
 /// Shapes: a [rows, depth], b [depth, columns], c [rows, columns], c_row numbers from one row to the next.
-/// Errors: torch's own. None of memory: nothing is allocated from torch's allocator.
+/// Errors: torch's own. With MKL none of memory: nothing is allocated from torch's allocator.
 void multiply(std::int64_t rows, std::int64_t columns, std::int64_t depth, MatrixView a, MatrixView b, float* c,
               std::int64_t c_row, bool add = false);
 

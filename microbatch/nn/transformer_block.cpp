@@ -7,6 +7,7 @@
 #include <ATen/ops/layer_norm.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
 #include <array>
@@ -49,13 +50,15 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const at::Tenso
     return at::addmm(bias, x.flatten(0, -2), weight.t());
 }
 
-/// The gradients of x and the weights by operators, which can be differentiated again.
+/// The gradients of x and the weights by operators, which can be differentiated again. Of aliases: what a weight shares
+/// with x or with another weight, and the hooks on them, are the outer backward's.
 variable_list differentiable_gradients(AutogradContext* context, const variable_list& inputs, std::int64_t heads,
                                        const at::Tensor& gradient) {
-    const at::Tensor out = transformer_block_by_operators(inputs[0], weights_of(inputs), heads);
-    variable_list wanted, results(inputs.size());
+    variable_list own, wanted, results(inputs.size());
+    for (const at::Tensor& input : inputs) own.push_back(input.view_as(input));
+    const at::Tensor out = transformer_block_by_operators(own[0], weights_of(own), heads);
     for (std::size_t i = 0; i < inputs.size(); ++i) {
-        if (context->needs_input_grad(i)) wanted.push_back(inputs[i]);
+        if (context->needs_input_grad(i)) wanted.push_back(own[i]);
     }
     const variable_list found = torch::autograd::grad({out}, wanted, {gradient}, /*retain_graph=*/std::nullopt,
                                                       /*create_graph=*/true, /*allow_unused=*/true);
@@ -113,7 +116,12 @@ private:
     static bool add_to_leaf(const at::Tensor& leaf, const at::Tensor& left, const at::Tensor& right) {
         if (!right.defined()) return sum_in_place(leaf, {left}, [&](at::Tensor& sum) { sum.add_(left); });
         return sum_in_place(leaf, {left, right}, [&](at::Tensor& sum) {
-            sum.is_contiguous() ? add_product(left, right, sum) : static_cast<void>(sum.addmm_(left.t(), right));
+            if (!sum.is_contiguous()) {
+                sum.addmm_(left.t(), right);
+                return;
+            }
+            add_product(left, right, sum);
+            torch::autograd::impl::bump_version(sum);  // as every operator of torch that writes
         });
     }
 };
@@ -140,7 +148,7 @@ bool is_fast(const at::Tensor& x, const TransformerWeights& w, std::int64_t head
     const auto is_norm = [&](const at::Tensor& scale, const at::Tensor& shift) {
         return scale.sizes() == at::IntArrayRef{width} && shift.sizes() == at::IntArrayRef{width};
     };
-    return heads >= 1 && width % heads == 0 && is_norm(w.attention_norm_scale, w.attention_norm_shift) &&
+    return heads >= 1 && width % heads == 0 && inner >= 1 && is_norm(w.attention_norm_scale, w.attention_norm_shift) &&
            is_norm(w.mlp_norm_scale, w.mlp_norm_shift) && is_linear(w.qkv_weight, w.qkv_bias, width, 3 * width) &&
            is_linear(w.projection_weight, w.projection_bias, width, width) &&
            is_linear(w.expansion_weight, w.expansion_bias, width, inner) &&

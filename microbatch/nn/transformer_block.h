@@ -28,8 +28,10 @@ struct TransformerDropout {
 /// Source:   Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 /// Shapes:   x [samples, tokens, width] -> the same.
 /// Errors:   torch's own; ErrorKind::usage as causal_attention.
-/// State:    Differentiable twice. Dropout draws from torch's default generator; with 0 nothing is drawn.
-/// Numerics: in fp32 on the CPU without dropout it is one operation, whose rows stay with one thread from product to
+/// State:    differentiable twice. x and all weights must be unchanged when backward runs. Dropout draws from torch's
+/// default generator; with 0 nothing is drawn. Numerics: in fp32 on the CPU without dropout and autocast, and where
+/// oneDNN is not the faster for such products (see
+///           product), it is one operation, whose rows stay with one thread from product to
 ///           product; sums of gradients over rows in fp32, 32 rows at a time. The same values as torch's operators one
 ///           by one to rounding, which everything else gets.
 /// Cost:     for every token 9 widths and heads + 4 of numbers are kept for backward (inner being 4 widths); operators

@@ -118,7 +118,7 @@ void add_rows(Range rows, const at::Tensor& x, const at::Tensor& added, const at
 class Sums {
 public:
     explicit Sums(std::int64_t count)
-        : count_(count), all_(at::zeros({at::get_num_threads(), 2, count}, at::TensorOptions(at::kFloat))) {}
+        : count_(count), all_(at::zeros({thread_places(), 2, count}, at::TensorOptions(at::kFloat))) {}
 
     /// Calls add(rows, sums) for a few rows at a time; what it adds to sums, which it finds 0, is added up.
     template <class Add>

@@ -130,14 +130,12 @@ public:
         accumulator_.discard({});
         accumulator_.optimizer().end_rehearsal();
         if (Recomputable* model = accumulator_.recomputable()) model->set_recompute(accumulator_.plan().recompute);
-        // What one plan took, a run by it takes again.
-        if (trials_ > 1) meter_.release_cached();
+        meter_.release_cached();
     }
 
     std::int64_t budget() const { return meter_.budget(); }
 
     std::optional<MicroBatchTrial> micro_batch(const Plan& plan, bool cut, std::int64_t allowed_bytes) override {
-        ++trials_;
         const auto started = Clock::now();
         const auto trial = attempt(
             allowed_bytes, [&] { return run(plan, cut); }, /*keep=*/true);
@@ -322,7 +320,6 @@ private:
     Meter& meter_;
     ParkedGradients gradients_;
     std::vector<at::Tensor> tensors_;
-    int trials_ = 0;
     Plan last_;  // that was tried
     double last_seconds_ = 0.0;
     bool holds_gradients_ = false;  // of the last plan

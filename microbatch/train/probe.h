@@ -8,8 +8,7 @@ namespace microbatch {
 
 /// Finds the fastest plan for batches like this one on the job as it is, within the budget, and leaves no trace:
 /// parameters, gradients, optimizer state, the model's buffers and the generators are bit for bit as before. The
-/// accumulator's plan is not changed; give the result to set_plan(). Memory that trials of several plans took goes back
-/// to the system; that of a single one stays cached for a run by it.
+/// accumulator's plan is not changed; give the result to set_plan().
 ///
 ///     const PlanReport report = plan_batch(accumulator, longest_batch(dataset, 64), loss, {.budget_bytes = 2 << 30});
 ///     accumulator.set_plan(report.choice().plan);

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "microbatch/core/error.h"
+#include "microbatch/nn/in_parallel.h"
 #include "microbatch/nn/in_place_gradients.h"
 #include "support/gradients.h"
 #include "support/one_thread.h"
@@ -221,6 +222,50 @@ TEST(TransformerBlock, CanBeDifferentiatedTwice) {
             EXPECT_LE(relative_difference(ours[i], expected[i]), 1e-5) << i;  // of gradients known to 3e-6
         }
     }
+}
+
+// What is shared, or looked at by a hook, must not be counted twice.
+TEST(TransformerBlock, HasTheSameGradientsWithAGraphOfThem) {
+    at::manual_seed(11);
+    Block block(8, 16, 2);
+    block.weights[6] = block.weights[0];
+    const at::Tensor x = some_input(2, 5, 8);
+    x.register_hook([](const at::Tensor& gradient) { return gradient * 0.5; });
+    std::vector<at::Tensor> inputs = block.weights;
+    inputs.push_back(x);
+    const auto gradients = [&](bool create_graph) {
+        const at::Tensor out = transformer_block(transformer_block(x, block(), 2), block(), 2);
+        return torch::autograd::grad({scalar_of(out)}, inputs, {}, std::nullopt, create_graph);
+    };
+    const auto plain = gradients(false), with_graph = gradients(true);
+    for (std::size_t i = 0; i < plain.size(); ++i) {
+        EXPECT_LE(relative_difference(with_graph[i], plain[i]), tolerance) << i;
+    }
+}
+
+TEST(TransformerBlock, SaysThatAGradientItAddedToHasChanged) {
+    at::manual_seed(12);
+    const Block block(16, 64, 2);
+    const at::Tensor x = some_input(2, 9, 16), factor = at::ones({48, 16}).requires_grad_();
+    const InPlaceGradients scope;
+    scalar_of(transformer_block(x, block(), 2)).backward();
+    const at::Tensor later = (block.weights[2].grad() * factor).sum();
+    scalar_of(transformer_block(x, block(), 2)).backward();
+    EXPECT_THROW(later.backward(), c10::Error);
+}
+
+TEST(TransformerBlock, RunsInAThreadOfSomebodyElse) {
+    at::manual_seed(13);
+    const Block block(16, 64, 2);
+    const at::Tensor x = some_input(1, 3, 16);
+    const at::NoGradGuard no_grad;
+    const at::Tensor expected = transformer_block(x, block(), 2);
+    at::set_num_threads(4);
+    in_parallel(4, 1, [&](std::int64_t, std::int64_t) {
+        const at::NoGradGuard none;
+        EXPECT_TRUE(same_bits(transformer_block(x, block(), 2), expected));
+    });
+    at::set_num_threads(1);
 }
 
 TEST(TransformerBlock, TakesTorchsOperatorsForWhatIsNotItsOwn) {

@@ -243,18 +243,6 @@ TEST_F(ProbeTest, AGivenMicroBatchIsRunTwiceAndTheOptimizerIsRehearsedWithItsGra
     EXPECT_GT(report.update_seconds, 0.0);
 }
 
-TEST_F(ProbeTest, WhatAGivenMicroBatchTookIsKeptForTheRunAndWhatASearchTookIsGivenBack) {
-    for (const bool given : {true, false}) {
-        Job job = test::gpt_job({.layers = 2, .heads = 2, .width = 64, .length = 64, .vocabulary = 64});
-        const Batch batch = job.make_batch(16);
-        release_cached_memory();
-        PlannerOptions options;
-        if (given) options.micro_batch = 4;
-        plan_of(job, batch, options);
-        EXPECT_EQ(memory_use().cached_bytes > mebibyte, given);
-    }
-}
-
 // ---- predicted against measured ----
 
 struct Case {

@@ -189,7 +189,7 @@ void copy_inputs(const Backward& work) {
 // A row of scores and one of the probabilities' gradients become the probabilities and the scores' gradients.
 inline void differentiate_row(float* scores, float* gradients, int64_t count, float scale, float log_sum, float dot) {
     for (int64_t j = 0; j < count; j += lanes) {
-        const Vector exponents = scale * load(scores + j) - log_sum;
+        const Vector exponents = at_most(scale * load(scores + j) - log_sum, 88.0F);
         const Vector p = exponents < splat(-87.0F) ? Vector{} : exp(exponents);
         store(scores + j, p);
         store(gradients + j, scale * p * (load(gradients + j) - dot));
