@@ -27,6 +27,8 @@ constexpr double search_share = 2.0 / 3.0;
 constexpr double large_gain = 0.95;
 // Peaks that matched allocations predicted to within this are taken for affine.
 constexpr double affine_error = 0.01;
+// Smaller sizes may look slow because a neighbour disturbed them, and their trials cost next to nothing.
+constexpr std::int64_t telling = 16;
 // Two trials of 1 and 2 are most of a step of such a batch: they do not count.
 constexpr std::int64_t small_batch = 16;
 // More than any search needs; a job whose times and bytes mean nothing must end, too.
@@ -187,7 +189,7 @@ private:
             target = most_promising();
         }
         Mode& mode = known_.fits(known_.kept, 1) ? known_.kept : known_.recomputed;
-        if (!mode.trials.empty() && mode.not_paying < 2) {
+        if (!mode.trials.empty() && (mode.not_paying < 2 || mode.trials.largest() < telling)) {
             const std::int64_t twice = known_.doubled(mode.trials.largest());
             for (const std::int64_t stride : {known_.doubled(twice), twice}) {
                 const std::int64_t size = known_.evened(stride);

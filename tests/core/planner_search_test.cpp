@@ -169,6 +169,17 @@ TEST(PlannerSearch, NoiseOfTheClockCostsLittle) {
     EXPECT_LE(excess[500], 0.02);
 }
 
+TEST(PlannerSearch, GoesOnWhereTheFirstSizesWereDisturbed) {
+    FakeJob job;
+    job.batch = 512;
+    job.time = [](std::int64_t b) {
+        const auto samples = static_cast<double>(b);
+        return b > 1 && b < 10 ? 3e-3 * samples : 1e-3 + 1e-4 * samples;
+    };
+    const PlanReport report = plan(job, {.batch = 512, .budget_bytes = 1 << 30});
+    EXPECT_GE(report.choice().plan.micro_batch, 64);
+}
+
 // A neighbour on the machine: one sample in four takes up to half as long again.
 TEST(PlannerSearch, TurnsTellTheFastestPlanOnAMachineThatOthersUse) {
     std::mt19937_64 random(7);
