@@ -5,28 +5,10 @@
 
 namespace microbatch {
 namespace {
-#include "microbatch/nn/kernels/vector.inl"
-// After the vectors, which the others are made of.
-#include "microbatch/nn/kernels/gelu.inl"
-#include "microbatch/nn/kernels/norm.inl"
-#include "microbatch/nn/kernels/tile.inl"
-// After the tiles.
-#include "microbatch/nn/kernels/attention.inl"
+#include "microbatch/nn/kernels/all.inl"
 }  // namespace
 
 extern const Kernels avx2_kernels;
-const Kernels avx2_kernels = {.name = "avx2",
-                              .gelu = gelu,
-                              .gelu_backward = gelu_backward,
-                              .gelu_rows = gelu_rows,
-                              .gelu_rows_backward = gelu_rows_backward,
-                              .add_rows = add_rows,
-                              .norm_rows = norm_rows,
-                              .norm_rows_backward = norm_rows_backward,
-                              .sum_columns = sum_columns,
-                              .attention_forward_scratch = attention_forward_scratch,
-                              .attention_forward = attention_forward,
-                              .attention_backward_scratch = attention_backward_scratch,
-                              .attention_backward = attention_backward};
+const Kernels avx2_kernels = all_of_them("avx2");
 
 }  // namespace microbatch

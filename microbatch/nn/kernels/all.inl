@@ -1,0 +1,25 @@
+// All kernels for the vectors that this is compiled for: the vectors first, of which the others are made, and the tiles
+// before what is made of them.
+#include "microbatch/nn/kernels/vector.inl"
+// After the vectors.
+#include "microbatch/nn/kernels/gelu.inl"
+#include "microbatch/nn/kernels/norm.inl"
+#include "microbatch/nn/kernels/tile.inl"
+// After the tiles.
+#include "microbatch/nn/kernels/attention.inl"
+
+constexpr Kernels all_of_them(const char* name) {
+    return {.name = name,
+            .gelu = gelu,
+            .gelu_backward = gelu_backward,
+            .gelu_rows = gelu_rows,
+            .gelu_rows_backward = gelu_rows_backward,
+            .add_rows = add_rows,
+            .norm_rows = norm_rows,
+            .norm_rows_backward = norm_rows_backward,
+            .sum_columns = sum_columns,
+            .attention_forward_scratch = attention_forward_scratch,
+            .attention_forward = attention_forward,
+            .attention_backward_scratch = attention_backward_scratch,
+            .attention_backward = attention_backward};
+}
