@@ -122,46 +122,51 @@ std::int64_t count(const Parameters& parameters) {
     return total;
 }
 
-// The code, the kernels that oneDNN makes for a shape, the buffers of torch's libraries and what else such a step
-// brings in for good are not the allocator's. The largest resident size begins anew, too.
+struct PeakRun {
+    Job job;
+    PlanReport report = {};
+    std::int64_t measured_bytes = 0;
+};
+
+// Planned from micro-batches of 1 and 2; then two steps of two micro-batches: all four phases.
+PeakRun run_to_peak(const std::string& model, const std::string& optimizer, const Plan& plan) {
+    PeakRun run{.job = make_job(model, optimizer)};
+    const Batch batch = run.job.batch(2 * plan.micro_batch);
+    run.report = plan_batch(*run.job.accumulator, batch, run.job.loss,
+                            {.budget_bytes = all_memory,
+                             .recompute = plan.recompute ? Recompute::always : Recompute::never,
+                             .most_steps = 0.0,
+                             .least_seconds = 0.0});
+    run.job.accumulator->set_plan(plan);
+    reset_peak_memory();
+    for (int step = 0; step < 2; ++step) run.job.accumulator->step(batch, run.job.loss);
+    run.measured_bytes = memory_use().peak_bytes;
+    return run;
+}
+
+// The code, the kernels that oneDNN makes for each shape, the buffers of torch's libraries and what else such a job
+// brings in for good are not the allocator's: they are there after a first run. The largest resident size begins anew.
 std::int64_t resident_when_warm(const std::string& model, const std::string& optimizer, const Plan& plan) {
-    {
-        const Job job = make_job(model, optimizer);
-        job.accumulator->set_plan(plan);
-        job.accumulator->step(job.batch(2 * plan.micro_batch), job.loss);
-    }
+    run_to_peak(model, optimizer, plan);
     release_cached_memory();
     std::ofstream("/proc/self/clear_refs") << "5";
     return resident_bytes("VmRSS");
 }
 
-// Two micro-batches a step, two steps: all four phases.
-Json measure_peak(const std::string& model, const std::string& optimizer, std::int64_t size, bool recompute) {
-    const std::int64_t resident_before =
-        resident_when_warm(model, optimizer, {.micro_batch = size, .recompute = recompute});
-    const Job job = make_job(model, optimizer);
-    const Batch batch = job.batch(2 * size);
-    const PlanReport report = plan_batch(*job.accumulator, batch, job.loss,
-                                         {.budget_bytes = all_memory,
-                                          .recompute = recompute ? Recompute::always : Recompute::never,
-                                          .most_steps = 0.0,
-                                          .least_seconds = 0.0});
-    const auto row = std::find_if(report.candidates.begin(), report.candidates.end(),
-                                  [size](const Candidate& one) { return one.plan.micro_batch == size; });
-    if (row == report.candidates.end() || row->time_measured) return {{"error", "the micro-batch was probed"}};
-    job.accumulator->set_plan(row->plan);
-    reset_peak_memory();
-    for (int step = 0; step < 2; ++step) job.accumulator->step(batch, job.loss);
-    const std::int64_t measured = memory_use().peak_bytes;
-    const MemoryParts parts = parts_of(report, *row);
+Json measure_peak(const std::string& model, const std::string& optimizer, const Plan& plan) {
+    const std::int64_t resident_before = resident_when_warm(model, optimizer, plan);
+    const PeakRun run = run_to_peak(model, optimizer, plan);
+    const auto row = std::find_if(run.report.candidates.begin(), run.report.candidates.end(),
+                                  [&plan](const Candidate& one) { return one.plan == plan; });
+    if (row == run.report.candidates.end() || row->time_measured) return {{"error", "the micro-batch was probed"}};
     return {{"model", model},
-            {"parameters", count(job.parameters)},
+            {"parameters", count(run.job.parameters)},
             {"optimizer", optimizer},
-            {"micro_batch", size},
-            {"recompute", recompute},
+            {"micro_batch", plan.micro_batch},
+            {"recompute", plan.recompute},
             {"predicted_bytes", row->peak_bytes()},
-            {"measured_bytes", measured},
-            {"activation_bytes", parts.activations},
+            {"measured_bytes", run.measured_bytes},
+            {"activation_bytes", parts_of(run.report, *row).activations},
             {"resident_bytes", resident_bytes("VmHWM") - resident_before}};
 }
 
@@ -235,7 +240,8 @@ int main(int argument_count, char** argument_values) {
     install_budget_allocator();
     Json result;
     if (words.size() == 5 && words[0] == "peak") {
-        result = measure_peak(words[1], words[2], std::stoll(words[3]), words[4] == "recompute");
+        result = measure_peak(words[1], words[2],
+                              {.micro_batch = std::stoll(words[3]), .recompute = words[4] == "recompute"});
     } else if (words.size() == 4 && words[0] == "choice") {
         result = measure_choice(words[1], std::stoll(words[2]), parse_bytes(words[3]));
     } else if (words.size() == 2 && words[0] == "activations") {

@@ -7,6 +7,7 @@
 #include <pthread.h>
 
 #include <algorithm>
+#include <atomic>
 #include <mutex>
 #include <utility>
 
@@ -32,11 +33,12 @@ struct Books {
 
     // What all blocks may take, cached ones included. This much above the most that was live is room enough for what
     // rounding and fragments cost, of a small job with a few large tensors, too.
-    std::int64_t allowed() const { return std::min(budget, highest + highest / 16 + (std::int64_t{4} << 20)); }
+    std::int64_t allowed() const { return std::min(budget, highest + highest / 16 + (std::int64_t{1} << 20)); }
 };
 
 // Never destroyed: tensors with static lifetime are freed after every destructor that could be written here.
 constinit Books books;
+constinit std::atomic<bool> installed = false;
 
 enum class Refusal { none, budget, system, rehearsed };
 
@@ -53,10 +55,15 @@ bool fits_budget(std::size_t bytes) {
     return books.live <= books.budget && bytes <= static_cast<std::uint64_t>(books.budget - books.live);
 }
 
-Refusal take(std::size_t bytes, Block*& block) {
+/// Counts a request, and says whether it has to be refused.
+Refusal judge(std::size_t bytes) {
     ++books.allocations;
     if (books.fail_in > 0 && --books.fail_in == 0) return Refusal::rehearsed;
-    if (!fits_budget(bytes)) return Refusal::budget;
+    return fits_budget(bytes) ? Refusal::none : Refusal::budget;
+}
+
+Refusal take(std::size_t bytes, Block*& block) {
+    if (const Refusal refusal = judge(bytes); refusal != Refusal::none) return refusal;
     if (bytes > largest_block_bytes) return Refusal::system;
     const std::int64_t live = books.live + static_cast<std::int64_t>(bytes);
     const std::int64_t highest_before = books.highest;
@@ -72,14 +79,26 @@ Refusal take(std::size_t bytes, Block*& block) {
     return Refusal::none;
 }
 
+Answer answer_as_it_stands(Refusal refusal, Block* block) {
+    return {.block = block,
+            .refusal = refusal,
+            .live = books.live,
+            .cached = books.cache.cached_bytes(),
+            .budget = books.budget};
+}
+
 Answer request(std::size_t bytes) {
     const std::lock_guard lock(books.mutex);
-    Answer answer;
-    answer.refusal = take(bytes, answer.block);
-    answer.live = books.live;
-    answer.cached = books.cache.cached_bytes();
-    answer.budget = books.budget;
-    return answer;
+    Block* block = nullptr;
+    const Refusal refusal = take(bytes, block);
+    return answer_as_it_stands(refusal, block);
+}
+
+Answer request_for_a_moment(std::size_t bytes) {
+    const std::lock_guard lock(books.mutex);
+    const Refusal refusal = judge(bytes);
+    if (refusal == Refusal::none) books.peak = std::max(books.peak, books.live + static_cast<std::int64_t>(bytes));
+    return answer_as_it_stands(refusal, nullptr);
 }
 
 [[noreturn]] void refuse(std::size_t bytes, const Answer& answer) {
@@ -141,6 +160,15 @@ public:
 
 }  // namespace
 
+void expect_memory(std::int64_t bytes) {
+    if (bytes <= 0 || !installed.load(std::memory_order_relaxed)) return;
+    const auto size = static_cast<std::size_t>(bytes);
+    const Answer answer = request_for_a_moment(size);
+    if (answer.refusal != Refusal::none) refuse(size, answer);
+    tell_profiler(nullptr, bytes, answer.live + bytes, answer.cached);
+    tell_profiler(nullptr, -bytes, answer.live, answer.cached);
+}
+
 void install_budget_allocator() {
     // Never destroyed, as the books.
     static auto* allocator = [] {
@@ -148,6 +176,7 @@ void install_budget_allocator() {
         // A fork in another thread must not leave the child with a lock that nobody will open.
         ::pthread_atfork([] { books.mutex.lock(); }, [] { books.mutex.unlock(); }, [] { books.mutex.unlock(); });
         c10::SetCPUAllocator(made, /*priority=*/10);
+        installed = true;
         return made;
     }();
     (void)allocator;

@@ -20,7 +20,7 @@ inline constexpr std::int64_t no_budget = std::numeric_limits<std::int64_t>::max
 /// allocator that made them frees them. A second call does nothing.
 ///
 /// Before memory is taken from the system, freed blocks are given back to it until all blocks together are within the
-/// budget and within a sixteenth (and 4 MiB) of the most that was live at once since the last release_cached_memory().
+/// budget and within a sixteenth (and 1 MiB) of the most that was live at once since the last release_cached_memory().
 ///
 /// Threads: any. A child of fork() may go on allocating.
 /// Cost:    less than torch's own allocator; tens of nanoseconds for a block that is reused.
@@ -55,6 +55,14 @@ public:
 private:
     std::int64_t before_;
 };
+
+/// Counts `bytes` towards the peak as if they were allocated now and freed at once, and refuses as an allocation would:
+/// before work that threads share, whose own peak depends on how they meet. With a bound on what they can hold together
+/// the peak is the same every time, and memory runs out before the work begins, if at all. A MemoryTrace has it as an
+/// allocation and a release. Does nothing before install_budget_allocator().
+/// Errors: c10::OutOfMemoryError.
+/// Threads: any.
+void expect_memory(std::int64_t bytes);
 
 /// Rehearses running out of memory: the `countdown`-th CPU allocation from now, 1 being the next, of any thread, throws
 /// c10::OutOfMemoryError, once, as if the budget were used up. 0 calls it off. Only install_budget_allocator() counts.

@@ -1,7 +1,6 @@
 #include "microbatch/memory/memory_trace.h"
 
 #include <c10/core/Allocator.h>
-#include <c10/util/ThreadLocalDebugInfo.h>
 
 #include <mutex>
 #include <new>
@@ -46,6 +45,17 @@ private:
     bool complete_ = true;
 };
 
+namespace {
+
+class Nobody final : public c10::MemoryReportingInfoBase {
+public:
+    void reportMemoryUsage(void* /*data*/, std::int64_t /*bytes*/, std::size_t /*total_allocated*/,
+                           std::size_t /*total_reserved*/, at::Device /*device*/) override {}
+    bool memoryProfilingEnabled() const override { return false; }
+};
+
+}  // namespace
+
 class MemoryTrace::Guard {
 public:
     explicit Guard(std::shared_ptr<Recorder> recorder)
@@ -77,5 +87,7 @@ bool MemoryTrace::complete() const {
 void MemoryTrace::clear() {
     recorder_->clear();
 }
+
+UntracedMemory::UntracedMemory() : guard_(c10::DebugInfoKind::PROFILER_STATE, std::make_shared<Nobody>()) {}
 
 }  // namespace microbatch

@@ -1,60 +1,128 @@
 #include "microbatch/models/resnet.h"
 
+#include <ATen/ops/relu.h>
 #include <torch/nn/init.h>
-#include <torch/nn/modules/activation.h>
 #include <torch/nn/modules/batchnorm.h>
 #include <torch/nn/modules/conv.h>
 #include <torch/nn/modules/normalization.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "microbatch/core/error.h"
 #include "microbatch/core/text.h"
 #include "microbatch/models/require.h"
+#include "microbatch/nn/group_norm.h"
+#include "microbatch/nn/residual_block.h"
 
 namespace microbatch {
 
-namespace {
-
 using torch::nn::Sequential;
+
+namespace {
 
 constexpr std::int64_t norm_groups = 8;
 constexpr int stages = 3;
 
-/// Adds a convolution that keeps the image's size (divided by `stride`) and its norm, called convN and normN.
-void add_convolution(Sequential& layers, const std::string& number, std::int64_t inputs, std::int64_t outputs,
-                     std::int64_t kernel, std::int64_t stride, ImageNorm norm) {
-    // Without bias: the norm behind it has one.
-    torch::nn::Conv2d convolution(
-        torch::nn::Conv2dOptions(inputs, outputs, kernel).stride(stride).padding(kernel / 2).bias(false));
-    torch::nn::init::kaiming_normal_(convolution->weight, 0, torch::kFanOut, torch::kReLU);
-    layers->push_back("conv" + number, convolution);
-    if (norm == ImageNorm::batch) {
-        layers->push_back("norm" + number, torch::nn::BatchNorm2d(outputs));
-    } else {
-        layers->push_back("norm" + number, torch::nn::GroupNorm(norm_groups, outputs));
+}  // namespace
+
+/// A convolution that keeps the image's size (divided by its stride) and the norm behind it.
+class NormedConvolution {
+public:
+    /// They join `layers` as conv`number` and norm`number`.
+    NormedConvolution(Sequential& layers, const std::string& number, const torch::nn::Conv2dOptions& options,
+                      ImageNorm norm)
+        : convolution_(options) {
+        torch::nn::init::kaiming_normal_(convolution_->weight, 0, torch::kFanOut, torch::kReLU);
+        layers->push_back("conv" + number, convolution_);
+        if (norm == ImageNorm::batch) {
+            batch_norm_ = torch::nn::BatchNorm2d(options.out_channels());
+            layers->push_back("norm" + number, batch_norm_);
+        } else {
+            group_norm_ = torch::nn::GroupNorm(norm_groups, options.out_channels());
+            layers->push_back("norm" + number, group_norm_);
+        }
     }
+
+    at::Tensor forward(const at::Tensor& x, const NormTail& tail) {
+        const at::Tensor y = convolution_->forward(x);
+        if (group_norm_) {
+            return microbatch::group_norm(y, norm_groups, group_norm_->weight, group_norm_->bias,
+                                          group_norm_->options.eps(), tail);
+        }
+        at::Tensor normed = batch_norm_->forward(y);
+        if (tail.added.defined()) normed = normed + tail.added;
+        return tail.relu ? at::relu(normed) : normed;
+    }
+
+    const at::Tensor& weight() const { return convolution_->weight; }
+    const torch::nn::GroupNorm& group_norm() const { return group_norm_; }  ///< empty where it is a batch norm
+
+private:
+    torch::nn::Conv2d convolution_;
+    torch::nn::BatchNorm2d batch_norm_ = nullptr;
+    torch::nn::GroupNorm group_norm_ = nullptr;
+};
+
+namespace {
+
+/// Without bias: the norm behind the convolution has one.
+torch::nn::Conv2dOptions convolution_of(std::int64_t inputs, std::int64_t outputs, std::int64_t kernel,
+                                        std::int64_t stride) {
+    return torch::nn::Conv2dOptions(inputs, outputs, kernel).stride(stride).padding(kernel / 2).bias(false);
 }
 
 class ResidualBlock : public torch::nn::Module {
 public:
     ResidualBlock(std::int64_t inputs, std::int64_t outputs, std::int64_t stride, ImageNorm norm)
-        : residual_(register_module("residual", Sequential())), shortcut_(register_module("shortcut", Sequential())) {
-        add_convolution(residual_, "1", inputs, outputs, 3, stride, norm);
-        residual_->push_back("relu", torch::nn::ReLU());
-        add_convolution(residual_, "2", outputs, outputs, 3, 1, norm);
-        if (inputs != outputs || stride != 1) add_convolution(shortcut_, "1", inputs, outputs, 1, stride, norm);
+        : residual_(register_module("residual", Sequential())),
+          shortcut_(register_module("shortcut", Sequential())),
+          stride_(stride),
+          first_(residual_, "1", convolution_of(inputs, outputs, 3, stride), norm),
+          second_(residual_, "2", convolution_of(outputs, outputs, 3, 1), norm) {
+        if (inputs != outputs || stride != 1) {
+            projection_.emplace(shortcut_, "1", convolution_of(inputs, outputs, 1, stride), norm);
+        }
     }
 
     at::Tensor forward(const at::Tensor& x) {
-        return at::relu(residual_->forward(x) + (shortcut_->is_empty() ? x : shortcut_->forward(x)));
+        if (const auto& norm = first_.group_norm()) {
+            return residual_block(x, weights(),
+                                  {.stride = stride_, .groups = norm_groups, .epsilon = norm->options.eps()});
+        }
+        const at::Tensor shortcut = projection_ ? projection_->forward(x, {}) : x;
+        return second_.forward(first_.forward(x, {.relu = true}), {.added = shortcut, .relu = true});
     }
 
 private:
+    ResidualWeights weights() const {
+        const auto &norm1 = first_.group_norm(), &norm2 = second_.group_norm();
+        ResidualWeights weights{first_.weight(),  norm1->weight, norm1->bias,
+                                second_.weight(), norm2->weight, norm2->bias};
+        if (projection_) {
+            const auto& norm = projection_->group_norm();
+            weights.projection = projection_->weight();
+            weights.projection_scale = norm->weight;
+            weights.projection_shift = norm->bias;
+        }
+        return weights;
+    }
+
     Sequential residual_;
     Sequential shortcut_;
+    std::int64_t stride_;
+    NormedConvolution first_, second_;
+    std::optional<NormedConvolution> projection_;
 };
+
+/// The channels of a pixel side by side, as the fastest convolutions and the norm take them.
+at::Tensor channels_last(const at::Tensor& images) {
+    if (images.size(1) > 1) return images.contiguous(at::MemoryFormat::ChannelsLast);
+    // Of one channel both orders are the same; the strides say which is meant.
+    const std::int64_t width = images.size(3), pixels = images.size(2) * width;
+    return images.contiguous().as_strided(images.sizes(), {pixels, 1, width, 1});
+}
 
 void require_valid(const ResNetConfig& config) {
     require_size("resnet", "channels", config.channels);
@@ -81,9 +149,9 @@ ImageNorm parse_image_norm(std::string_view name) {
 
 ResNetImpl::ResNetImpl(const ResNetConfig& config) : config_(config) {
     require_valid(config);
-    stem_ = register_module("stem", Sequential());
-    add_convolution(stem_, "1", config.channels, config.width, 3, 1, config.norm);
-    stem_->push_back("relu", torch::nn::ReLU());
+    Sequential stem = register_module("stem", Sequential());
+    stem_ = std::make_shared<NormedConvolution>(stem, "1", convolution_of(config.channels, config.width, 3, 1),
+                                                config.norm);
     blocks_ = register_module("blocks", Sequential());
     std::int64_t inputs = config.width;
     for (int stage = 0; stage < stages; ++stage) {
@@ -102,7 +170,7 @@ at::Tensor ResNetImpl::forward(const at::Tensor& images) {
         throw Error(ErrorKind::usage, text("resnet: images of shape ", images.sizes(), "; give [samples, ",
                                            config_.channels, ", height, width] or set channels"));
     }
-    at::Tensor x = stem_->forward(images);
+    at::Tensor x = stem_->forward(channels_last(images), {.relu = true});
     for (const auto& any : *blocks_) {
         const auto block = std::dynamic_pointer_cast<ResidualBlock>(any.ptr());
         const auto run = [block](const at::Tensor& input) { return block->forward(input); };

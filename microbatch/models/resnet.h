@@ -6,6 +6,7 @@
 #include <torch/nn/pimpl.h>
 
 #include <cstdint>
+#include <memory>
 #include <string_view>
 
 #include "microbatch/nn/recompute.h"
@@ -22,6 +23,8 @@ std::string_view to_string(ImageNorm norm);
 /// The other way round.
 /// Errors: ErrorKind::usage, listing the names, for any other text.
 ImageNorm parse_image_norm(std::string_view name);
+
+class NormedConvolution;
 
 /// Sizes of a `ResNet`.
 struct ResNetConfig {
@@ -56,7 +59,7 @@ public:
 private:
     ResNetConfig config_;
     bool recompute_ = false;
-    torch::nn::Sequential stem_ = nullptr;
+    std::shared_ptr<NormedConvolution> stem_;
     torch::nn::Sequential blocks_ = nullptr;
     torch::nn::Linear head_ = nullptr;
 };

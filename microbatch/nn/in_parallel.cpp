@@ -7,6 +7,10 @@
 #include <algorithm>
 #include <array>
 
+// OpenMP's, of the library that torch brings; a torch with other threads has none.
+extern "C" __attribute__((weak)) int omp_get_max_threads();
+extern "C" __attribute__((weak)) void omp_set_num_threads(int threads);
+
 namespace microbatch {
 
 namespace {
@@ -39,6 +43,19 @@ void in_parallel(std::int64_t count, std::int64_t grain, const std::function<voi
 
 std::int64_t thread_places() {
     return std::max(at::get_num_threads(), at::get_thread_num() + 1);
+}
+
+// The figure is that of the calling thread's task alone: torch's and the other threads' stay.
+OneThread::OneThread() : before_(possible() ? omp_get_max_threads() : 1) {
+    if (possible()) omp_set_num_threads(1);
+}
+
+OneThread::~OneThread() {
+    if (possible()) omp_set_num_threads(before_);
+}
+
+bool OneThread::possible() {
+    return omp_get_max_threads != nullptr && omp_set_num_threads != nullptr;
 }
 
 }  // namespace microbatch

@@ -18,4 +18,21 @@ void in_parallel(std::int64_t count, std::int64_t grain, const std::function<voi
 /// in one of somebody else's threads it uses that one, whatever its number.
 std::int64_t thread_places();
 
+/// As long as it lives, oneDNN's operators called from this thread run in it alone: what in_parallel calls must say so
+/// before it calls one. oneDNN itself counts on all threads there, and its weight gradients then wait for ever for
+/// those that do not come.
+class OneThread {
+public:
+    OneThread();
+    OneThread(const OneThread&) = delete;
+    OneThread& operator=(const OneThread&) = delete;
+    ~OneThread();
+
+    /// Whether this torch has threads for which that can be said (OpenMP's).
+    static bool possible();
+
+private:
+    int before_;
+};
+
 }  // namespace microbatch

@@ -17,12 +17,12 @@ namespace microbatch {
 namespace {
 
 /// MKL with one thread, which spares small matrices a copy that it makes for several.
-class OneThread {
+class OneThreadOfMkl {
 public:
-    OneThread() : before_(MKL_Set_Num_Threads_Local(1)) {}
-    OneThread(const OneThread&) = delete;
-    OneThread& operator=(const OneThread&) = delete;
-    ~OneThread() { MKL_Set_Num_Threads_Local(before_); }
+    OneThreadOfMkl() : before_(MKL_Set_Num_Threads_Local(1)) {}
+    OneThreadOfMkl(const OneThreadOfMkl&) = delete;
+    OneThreadOfMkl& operator=(const OneThreadOfMkl&) = delete;
+    ~OneThreadOfMkl() { MKL_Set_Num_Threads_Local(before_); }
 
 private:
     int before_;
@@ -39,7 +39,7 @@ at::Tensor tensor_of(const MatrixView& matrix, std::int64_t rows, std::int64_t c
 void multiply(std::int64_t rows, std::int64_t columns, std::int64_t depth, MatrixView a, MatrixView b, float* c,
               std::int64_t c_row, bool add) {
     if (sgemm_ != nullptr && MKL_Set_Num_Threads_Local != nullptr && at::Context::hasMKL()) {
-        const OneThread one_thread;
+        const OneThreadOfMkl one_thread;
         // By columns the transpose of c is the product of b's and a's.
         const auto m = static_cast<int>(columns), n = static_cast<int>(rows), k = static_cast<int>(depth);
         const auto b_row = static_cast<int>(b.row), a_row = static_cast<int>(a.row), out_row = static_cast<int>(c_row);

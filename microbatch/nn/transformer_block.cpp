@@ -5,7 +5,6 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/dropout.h>
 #include <ATen/ops/layer_norm.h>
-#include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/variable.h>
 
@@ -14,6 +13,7 @@
 #include <utility>
 
 #include "microbatch/nn/causal_attention.h"
+#include "microbatch/nn/differentiable.h"
 #include "microbatch/nn/gelu.h"
 #include "microbatch/nn/in_place_gradients.h"
 #include "microbatch/nn/product.h"
@@ -50,25 +50,6 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const at::Tenso
     return at::addmm(bias, x.flatten(0, -2), weight.t());
 }
 
-/// The gradients of x and the weights by operators, which can be differentiated again. Of aliases: what a weight shares
-/// with x or with another weight, and the hooks on them, are the outer backward's.
-variable_list differentiable_gradients(AutogradContext* context, const variable_list& inputs, std::int64_t heads,
-                                       const at::Tensor& gradient) {
-    variable_list own, wanted, results(inputs.size());
-    for (const at::Tensor& input : inputs) own.push_back(input.view_as(input));
-    const at::Tensor out = transformer_block_by_operators(own[0], weights_of(own), heads);
-    for (std::size_t i = 0; i < inputs.size(); ++i) {
-        if (context->needs_input_grad(i)) wanted.push_back(own[i]);
-    }
-    const variable_list found = torch::autograd::grad({out}, wanted, {gradient}, /*retain_graph=*/std::nullopt,
-                                                      /*create_graph=*/true, /*allow_unused=*/true);
-    auto next = found.begin();
-    for (std::size_t i = 0; i < inputs.size(); ++i) {
-        if (context->needs_input_grad(i)) results[i] = *next++;
-    }
-    return results;
-}
-
 class FusedBlock : public torch::autograd::Function<FusedBlock> {
 public:
     static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& w1, const at::Tensor& w2,
@@ -95,7 +76,12 @@ public:
         const std::int64_t heads = context->saved_data["heads"].toInt();
         const at::Tensor gradient = gradients[0].contiguous();
         if (at::GradMode::is_enabled()) {
-            variable_list found = differentiable_gradients(context, inputs, heads, gradient);
+            variable_list found = differentiable_gradients(
+                *context, inputs,
+                [&](const variable_list& own) {
+                    return transformer_block_by_operators(own[0], weights_of(own), heads);
+                },
+                gradient);
             std::move(found.begin(), found.end(), results.begin());
             return results;
         }

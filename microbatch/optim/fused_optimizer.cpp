@@ -26,6 +26,15 @@ void validate_group(const char* optimizer, const ParameterGroup& group) {
     }
 }
 
+// Whether tensors of one shape have the same numbers at the same places. The stride of a dimension of size 1 says
+// nothing: that of a 1x1 convolution's gradient is another one than the weight's.
+bool same_layout(const at::Tensor& left, const at::Tensor& right) {
+    for (std::int64_t i = 0; i < left.dim(); ++i) {
+        if (left.size(i) != 1 && left.stride(i) != right.stride(i)) return false;
+    }
+    return true;
+}
+
 // The gradient laid out as the parameter is, which every update takes for granted.
 at::Tensor dense_gradient(const Parameter& parameter) {
     const at::Tensor& gradient = parameter.tensor.grad();
@@ -41,7 +50,7 @@ at::Tensor dense_gradient(const Parameter& parameter) {
         throw Error(ErrorKind::usage, text("parameter ", parameter.name, " has the shape ", parameter.tensor.sizes(),
                                            ", its gradient ", gradient.sizes()));
     }
-    if (gradient.strides() == parameter.tensor.strides()) return gradient;
+    if (same_layout(gradient, parameter.tensor)) return gradient;
     return at::empty_like(parameter.tensor).copy_(gradient);
 }
 
@@ -49,7 +58,7 @@ at::Tensor dense_gradient(const Parameter& parameter) {
 void require_same_layout(const Parameter& parameter, const at::Tensor& state) {
     const at::Tensor& tensor = parameter.tensor;
     if (state.dim() == 0 && tensor.dim() > 0) return;
-    if (state.sizes() == tensor.sizes() && state.strides() == tensor.strides() &&
+    if (state.sizes() == tensor.sizes() && same_layout(state, tensor) &&
         (state.dim() == 0 || state.scalar_type() == tensor.scalar_type())) {
         return;
     }

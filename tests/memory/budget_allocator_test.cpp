@@ -129,6 +129,30 @@ TEST_F(BudgetAllocator, TheRawInterfaceAndCloneAreCountedToo) {
     allocator->raw_deallocate(allocator->raw_allocate(0));
 }
 
+TEST_F(BudgetAllocator, WhatIsExpectedIsInThePeakAndHoldsNothing) {
+    reset_peak_memory();
+    const std::int64_t cached = memory_use().cached_bytes;
+    expect_memory(5000);
+    EXPECT_EQ(peak(), start_ + 5000);
+    EXPECT_EQ(live(), start_);
+    EXPECT_EQ(memory_use().cached_bytes, cached);
+    const at::Tensor a = bytes(4000);
+    expect_memory(500);
+    EXPECT_EQ(peak(), start_ + 5000);
+    expect_memory(0);
+    EXPECT_EQ(peak(), start_ + 5000);
+}
+
+TEST_F(BudgetAllocator, RefusesToExpectWhatDoesNotFit) {
+    const BudgetScope scope(start_ + 1000);
+    expect_memory(1000);
+    EXPECT_NE(out_of_memory_message([] { expect_memory(1001); }).find("1001 B"), std::string::npos);
+    EXPECT_EQ(live(), start_);
+    fail_allocation(1);
+    out_of_memory_message([] { expect_memory(1); });
+    expect_memory(1);
+}
+
 TEST_F(BudgetAllocator, RefusesTheFirstByteAboveTheBudgetAndGivesTheLastOneBelow) {
     const at::Tensor held = bytes(500);
     const BudgetScope scope(live() + 1000);

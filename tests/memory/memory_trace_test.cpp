@@ -37,6 +37,19 @@ TEST_F(Trace, HoldsTheLiveBytesAfterEveryAllocationAndRelease) {
     EXPECT_TRUE(trace.complete());
 }
 
+TEST_F(Trace, HoldsWhatIsExpectedAndNothingOfWhatIsUntraced) {
+    const MemoryTrace trace(at::kCPU);
+    expect_memory(100);
+    at::Tensor kept;
+    {
+        const UntracedMemory untraced;
+        kept = bytes(30);
+        bytes(20);
+    }
+    bytes(1);
+    EXPECT_EQ(trace.live_bytes(), (Bytes{start_ + 100, start_, start_ + 31, start_ + 30}));
+}
+
 TEST_F(Trace, EndsWhenItIsStopped) {
     MemoryTrace trace(at::kCPU);
     bytes(3);

@@ -56,6 +56,14 @@ Trained make_resnet(std::int64_t micro_batch) {
     return {std::move(job), std::move(batch)};
 }
 
+/// Whose blocks are one operation each.
+Trained make_fused_resnet(std::int64_t micro_batch) {
+    Job job = test::resnet_job({.classes = 3, .width = 8, .blocks = 1, .norm = ImageNorm::group},
+                               {.micro_batch = micro_batch});
+    Batch batch = job.make_batch(6);
+    return {std::move(job), std::move(batch)};
+}
+
 using Make = Trained (*)(std::int64_t);
 
 /// After one more step, so that the optimizer's state has shown itself.
@@ -160,6 +168,14 @@ TEST_F(Transaction, AFirstStepOfAResNetRecoversWhereverItRunsOutOfMemory) {
 
 TEST_F(Transaction, ALaterStepOfAResNetRecoversWhereverItRunsOutOfMemory) {
     inject_everywhere(make_resnet, 1);
+}
+
+TEST_F(Transaction, AFirstStepOfResidualBlocksInOneOperationRecoversWhereverItRunsOutOfMemory) {
+    inject_everywhere(make_fused_resnet, 0);
+}
+
+TEST_F(Transaction, ALaterStepOfResidualBlocksInOneOperationRecoversWhereverItRunsOutOfMemory) {
+    inject_everywhere(make_fused_resnet, 1);
 }
 
 // What a batch of some length needs: activations of a sample grow with it.

@@ -3,6 +3,7 @@
 #include "microbatch/nn/kernels/vector.inl"
 // After the vectors.
 #include "microbatch/nn/kernels/gelu.inl"
+#include "microbatch/nn/kernels/group_norm.inl"
 #include "microbatch/nn/kernels/norm.inl"
 #include "microbatch/nn/kernels/tile.inl"
 // After the tiles.
@@ -18,6 +19,10 @@ constexpr Kernels all_of_them(const char* name) {
             .norm_rows = norm_rows,
             .norm_rows_backward = norm_rows_backward,
             .sum_columns = sum_columns,
+            .group_norm_scratch = group_norm_scratch,
+            .group_norm_images = group_norm_images,
+            .group_norm_images_again = group_norm_images_again,
+            .group_norm_images_backward = group_norm_images_backward,
             .attention_forward_scratch = attention_forward_scratch,
             .attention_forward = attention_forward,
             .attention_backward_scratch = attention_backward_scratch,

@@ -50,6 +50,32 @@ struct NormRowsBackward {
     float *of_scale = nullptr, *of_shift = nullptr, *of_x_sums = nullptr;
 };
 
+/// Group norm of images, all channels of a pixel side by side: y = (x - mean) inverse scale + shift, then, where they
+/// are asked for, + added and max(0, .). Mean and inverse deviation are those of a sample's group of channels.
+struct GroupNormImages {
+    std::int64_t samples = 0, pixels = 0, channels = 0, groups = 0;
+    float epsilon = 0.0F;
+    const float* x = nullptr;
+    const float *scale = nullptr, *shift = nullptr;  ///< [channels]
+    const float* added = nullptr;                    ///< as x, or nullptr
+    bool relu = false;
+    float* y = nullptr;
+    float* statistics = nullptr;  ///< [samples, 2, groups]: means, inverses
+};
+
+/// Its gradient.
+struct GroupNormImagesBackward {
+    std::int64_t samples = 0, pixels = 0, channels = 0, groups = 0;
+    const float* x = nullptr;
+    const float* y = nullptr;  ///< nullptr where there was no ReLU
+    const float* statistics = nullptr;
+    const float* scale = nullptr;
+    const float* gradient = nullptr;                 ///< of y
+    float* of_x = nullptr;                           ///< none of the inputs
+    float* of_added = nullptr;                       ///< none of the inputs, or nullptr
+    float *of_scale = nullptr, *of_shift = nullptr;  ///< [channels]; these samples' are added
+};
+
 /// The loops that the compiler does not know how to make fast for a processor it does not know: one table for each kind
 /// of vector. All work on fp32, in the calling thread, on memory of the caller's; NaN and infinity come out as NaN
 /// where they do in exact arithmetic.
@@ -68,7 +94,12 @@ struct Kernels {
     void (*norm_rows_backward)(const NormRowsBackward& norm);
     /// Adds every row to sums, [width].
     void (*sum_columns)(std::int64_t rows, std::int64_t width, const float* values, float* sums);
-    /// In floats.
+    /// Scratch is always in floats.
+    std::int64_t (*group_norm_scratch)(std::int64_t channels);
+    void (*group_norm_images)(const GroupNormImages& norm, float* scratch);
+    /// y once more, of the statistics that are there.
+    void (*group_norm_images_again)(const GroupNormImages& norm, float* scratch);
+    void (*group_norm_images_backward)(const GroupNormImagesBackward& norm, float* scratch);
     std::int64_t (*attention_forward_scratch)(std::int64_t tokens, std::int64_t size);
     void (*attention_forward)(const AttentionHead& head, float* scratch);
     std::int64_t (*attention_backward_scratch)(std::int64_t tokens, std::int64_t size);

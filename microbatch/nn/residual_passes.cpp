@@ -1,0 +1,311 @@
+#include "microbatch/nn/residual_passes.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/add.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <array>
+#include <functional>
+
+#include "microbatch/memory/budget_allocator.h"
+#include "microbatch/memory/memory_trace.h"
+#include "microbatch/nn/in_parallel.h"
+#include "microbatch/nn/kernels/kernels.h"
+
+namespace microbatch {
+
+namespace {
+
+constexpr auto channels_last = at::MemoryFormat::ChannelsLast;
+
+// One for each thread: oneDNN spends some 60 microseconds on every call, so smaller parts, though they would stay in
+// the cache, lose more than they win.
+std::int64_t count_parts(std::int64_t samples) {
+    return std::min<std::int64_t>(samples, at::get_num_threads());
+}
+
+/// The samples of part `number` of `count`.
+struct Part {
+    std::int64_t begin, size;
+
+    Part(std::int64_t samples, std::int64_t number, std::int64_t count)
+        : begin(samples * number / count), size(samples * (number + 1) / count - begin) {}
+    at::Tensor of(const at::Tensor& images) const { return images.narrow(0, begin, size); }
+};
+
+/// Calls work(number) for every part, each in one of torch's threads, which runs torch's operators alone.
+void for_each_part(std::int64_t count, const std::function<void(std::int64_t)>& work) {
+    in_parallel(count, 1, [&](std::int64_t begin, std::int64_t end) {
+        const OneThread one_thread;
+        const UntracedMemory untraced;  // it has been expected
+        const at::NoGradGuard no_grad;
+        const at::AutoDispatchBelowADInplaceOrView no_autograd;
+        for (std::int64_t number = begin; number < end; ++number) work(number);
+    });
+}
+
+/// A convolution and the norm behind it.
+struct Layer {
+    at::Tensor weight, scale, shift;
+    std::int64_t stride, groups;
+    double epsilon;
+
+    std::int64_t padding() const { return weight.size(2) / 2; }
+    std::int64_t channels() const { return weight.size(0); }
+
+    at::Tensor convolve(const at::Tensor& x) const {
+        return at::convolution(x, weight, {}, {stride, stride}, {padding(), padding()}, {1, 1}, false, {0, 0}, 1);
+    }
+
+    struct Gradients {
+        at::Tensor of_x, of_weight;
+    };
+
+    /// of_x is undefined unless wanted.
+    Gradients backward(const at::Tensor& gradient, const at::Tensor& x, bool wants_x) const {
+        auto [of_x, of_weight, of_bias] =
+            at::convolution_backward(gradient, x, weight, at::nullopt, {stride, stride}, {padding(), padding()}, {1, 1},
+                                     false, {0, 0}, 1, {wants_x, true, false});
+        return {of_x, of_weight};
+    }
+
+    GroupNormImages norm_of(const at::Tensor& x, const at::Tensor& statistics, at::Tensor& y) const {
+        return {.samples = x.size(0),
+                .pixels = x.size(2) * x.size(3),
+                .channels = x.size(1),
+                .groups = groups,
+                .epsilon = static_cast<float>(epsilon),
+                .x = x.const_data_ptr<float>(),
+                .scale = scale.const_data_ptr<float>(),
+                .shift = shift.const_data_ptr<float>(),
+                .y = y.mutable_data_ptr<float>(),
+                .statistics = statistics.mutable_data_ptr<float>()};
+    }
+
+    /// y is undefined where there was no ReLU. of_norm is [2, channels], to which the gradients of scale and shift are
+    /// added; of_added as y, or undefined.
+    at::Tensor norm_backward(const at::Tensor& x, const at::Tensor& y, const at::Tensor& statistics,
+                             const at::Tensor& gradient, const at::Tensor& of_norm, const at::Tensor& of_added,
+                             float* scratch) const {
+        at::Tensor of_x = at::empty_like(x);
+        float* sums = of_norm.mutable_data_ptr<float>();
+        kernels().group_norm_images_backward(
+            {.samples = x.size(0),
+             .pixels = x.size(2) * x.size(3),
+             .channels = x.size(1),
+             .groups = groups,
+             .x = x.const_data_ptr<float>(),
+             .y = y.defined() ? y.const_data_ptr<float>() : nullptr,
+             .statistics = statistics.const_data_ptr<float>(),
+             .scale = scale.const_data_ptr<float>(),
+             .gradient = gradient.const_data_ptr<float>(),
+             .of_x = of_x.mutable_data_ptr<float>(),
+             .of_added = of_added.defined() ? of_added.mutable_data_ptr<float>() : nullptr,
+             .of_scale = sums,
+             .of_shift = sums + x.size(1)},
+            scratch);
+        return of_x;
+    }
+};
+
+struct Layers {
+    Layer first, second, projection;
+
+    Layers(const ResidualWeights& w, const ResidualOptions& options)
+        : first{laid_out(w.first), w.first_scale, w.first_shift, options.stride, options.groups, options.epsilon},
+          second{laid_out(w.second), w.second_scale, w.second_shift, 1, options.groups, options.epsilon},
+          projection{laid_out(w.projection), w.projection_scale, w.projection_shift,
+                     options.stride,         options.groups,     options.epsilon} {}
+
+    bool projects() const { return projection.weight.defined(); }
+    std::int64_t channels() const { return first.channels(); }
+
+private:
+    // As the convolutions take them: once, not for every part.
+    static at::Tensor laid_out(const at::Tensor& weight) {
+        return weight.defined() ? weight.contiguous(channels_last) : weight;
+    }
+};
+
+at::Tensor thread_scratch(const at::Tensor& x, std::int64_t channels) {
+    return at::empty({thread_places(), kernels().group_norm_scratch(channels)}, x.options());
+}
+
+float* own_row(const at::Tensor& rows) {
+    return rows.mutable_data_ptr<float>() + at::get_thread_num() * rows.size(1);
+}
+
+/// relu(norm(x)).
+at::Tensor activated(const Layer& layer, const at::Tensor& x, const at::Tensor& statistics, bool again,
+                     float* scratch) {
+    at::Tensor y = at::empty_like(x);
+    GroupNormImages norm = layer.norm_of(x, statistics, y);
+    norm.relu = true;
+    again ? kernels().group_norm_images_again(norm, scratch) : kernels().group_norm_images(norm, scratch);
+    return y;
+}
+
+/// `out` is the part's place in the result.
+ResidualKept forward_of_part(const Layers& layers, const at::Tensor& x, at::Tensor out, float* scratch) {
+    ResidualKept kept;
+    kept.statistics = at::empty({3, x.size(0), 2, layers.first.groups}, x.options());
+    at::Tensor shortcut = x;
+    if (layers.projects()) {
+        kept.projected = layers.projection.convolve(x);
+        shortcut = at::empty_like(kept.projected);
+        kernels().group_norm_images(layers.projection.norm_of(kept.projected, kept.statistics[2], shortcut), scratch);
+    }
+    kept.first = layers.first.convolve(x);
+    kept.second =
+        layers.second.convolve(activated(layers.first, kept.first, kept.statistics[0], /*again=*/false, scratch));
+    GroupNormImages norm = layers.second.norm_of(kept.second, kept.statistics[1], out);
+    norm.added = shortcut.const_data_ptr<float>();
+    norm.relu = true;
+    kernels().group_norm_images(norm, scratch);
+    return kept;
+}
+
+/// Sums of the gradients of a layer's weights over the parts of one thread.
+struct LayerSums {
+    at::Tensor weight;  ///< undefined before the first part
+    at::Tensor norm;    ///< [2, channels]
+
+    /// What is left is the gradient of x.
+    at::Tensor add(const Layer::Gradients& gradients) {
+        add(weight, gradients.of_weight);
+        return gradients.of_x;
+    }
+
+    /// Another thread's; that may have had nothing to do.
+    void add(const LayerSums& other) {
+        add(weight, other.weight);
+        add(norm, other.norm);
+    }
+
+private:
+    static void add(at::Tensor& sum, const at::Tensor& one) {
+        if (!one.defined()) return;
+        sum = sum.defined() ? sum.add_(one) : one;
+    }
+};
+using Sums = std::array<LayerSums, 3>;
+
+/// of_x is the part's place in the gradient of x, or undefined.
+void backward_of_part(const Layers& layers, const at::Tensor& x, const at::Tensor& out, const ResidualKept& kept,
+                      const at::Tensor& gradient, at::Tensor of_x, Sums& sums, float* scratch) {
+    const bool wants_x = of_x.defined();
+    at::Tensor of_shortcut = layers.projects() ? at::empty_like(out) : of_x;
+    at::Tensor of_second =
+        layers.second.norm_backward(kept.second, out, kept.statistics[1], gradient, sums[1].norm, of_shortcut, scratch);
+    at::Tensor inner = activated(layers.first, kept.first, kept.statistics[0], /*again=*/true, scratch);
+    at::Tensor of_inner = sums[1].add(layers.second.backward(of_second, inner, /*wants_x=*/true));
+    of_second.reset();
+    at::Tensor of_first = layers.first.norm_backward(kept.first, inner, kept.statistics[0],
+                                                     of_inner.contiguous(channels_last), sums[0].norm, {}, scratch);
+    inner.reset();
+    of_inner.reset();
+    const at::Tensor through_first = sums[0].add(layers.first.backward(of_first, x, wants_x));
+    of_first.reset();
+    if (!layers.projects()) {
+        if (wants_x) of_x.add_(through_first);
+        return;
+    }
+    const at::Tensor of_projected =
+        layers.projection.norm_backward(kept.projected, {}, kept.statistics[2], of_shortcut, sums[2].norm, {}, scratch);
+    of_shortcut.reset();
+    const at::Tensor through_projection = sums[2].add(layers.projection.backward(of_projected, x, wants_x));
+    if (wants_x) at::add_out(of_x, through_first, through_projection);
+}
+
+/// What all parts can hold at once, however the threads meet: so many bytes a sample, and so many a thread even if
+/// there are fewer samples, so that it grows evenly with them.
+std::int64_t most_held(const at::Tensor& x, std::int64_t of_sample, std::int64_t of_thread) {
+    return static_cast<std::int64_t>(sizeof(float)) * (x.size(0) * of_sample + at::get_num_threads() * of_thread);
+}
+
+// Beside its results a convolution holds, as oneDNN 3.11 does, a copy of its weight with the channels rounded up to
+// vectors, one more in backward, and some numbers: measured in steps of 1 to 32 samples.
+constexpr std::int64_t some_numbers = 16 << 10;
+
+std::int64_t rounded_weight(const at::Tensor& weight) {
+    const auto rounded = [](std::int64_t channels) { return (channels + 15) / 16 * 16; };
+    return weight.defined() ? rounded(weight.size(0)) * rounded(weight.size(1)) * weight.size(2) * weight.size(3) : 0;
+}
+
+void expect_forward(const Layers& layers, const at::Tensor& x, const at::Tensor& out) {
+    const std::int64_t image = out[0].numel();
+    const std::int64_t images = layers.projects() ? 5 : 3;  // three or two that are kept, inner, and the shortcut's
+    const std::int64_t statistics = 6 * layers.first.groups;
+    expect_memory(
+        most_held(x, images * image + statistics,
+                  std::max(rounded_weight(layers.first.weight), rounded_weight(layers.second.weight)) + some_numbers));
+}
+
+void expect_backward(const Layers& layers, const at::Tensor& x, const at::Tensor& out) {
+    const std::int64_t image = out[0].numel(), input = x[0].numel();
+    const std::int64_t of_sample =
+        layers.projects() ? std::max({4 * image, 2 * image + input, image + 2 * input}) : 3 * image;
+    const std::int64_t first = rounded_weight(layers.first.weight), second = rounded_weight(layers.second.weight);
+    // Sums of gradients, what the next one is added from, and what oneDNN holds.
+    const std::int64_t of_thread =
+        first + second + rounded_weight(layers.projection.weight) + 3 * std::max(first, second) + some_numbers;
+    expect_memory(most_held(x, of_sample, of_thread));
+}
+
+}  // namespace
+
+std::pair<at::Tensor, std::vector<ResidualKept>> residual_forward(const at::Tensor& x, const ResidualWeights& weights,
+                                                                  const ResidualOptions& options) {
+    const Layers layers(weights, options);
+    const std::int64_t stride = options.stride;
+    at::Tensor out =
+        at::empty({x.size(0), layers.channels(), (x.size(2) + stride - 1) / stride, (x.size(3) + stride - 1) / stride},
+                  x.options().memory_format(channels_last));
+    const at::Tensor scratch = thread_scratch(x, layers.channels());
+    const std::int64_t parts = count_parts(x.size(0));
+    expect_forward(layers, x, out);
+    std::vector<ResidualKept> kept(static_cast<std::size_t>(parts));
+    for_each_part(parts, [&](std::int64_t number) {
+        const Part part(x.size(0), number, parts);
+        kept[static_cast<std::size_t>(number)] = forward_of_part(layers, part.of(x), part.of(out), own_row(scratch));
+    });
+    return {out, kept};
+}
+
+std::vector<at::Tensor> residual_backward(const at::Tensor& x, const ResidualWeights& weights,
+                                          const ResidualOptions& options, const at::Tensor& out,
+                                          const std::vector<ResidualKept>& kept, const at::Tensor& gradient,
+                                          bool wants_x) {
+    const Layers layers(weights, options);
+    const at::Tensor of_x = wants_x ? at::empty_like(x) : at::Tensor();
+    const std::int64_t channels = layers.channels();
+    const at::Tensor scratch = thread_scratch(x, channels);
+    std::vector<Sums> sums(static_cast<std::size_t>(thread_places()));
+    for (Sums& own : sums) {
+        for (LayerSums& layer : own) layer.norm = at::zeros({2, channels}, x.options());
+    }
+    const auto parts = static_cast<std::int64_t>(kept.size());
+    expect_backward(layers, x, out);
+    for_each_part(parts, [&](std::int64_t number) {
+        const Part part(x.size(0), number, parts);
+        backward_of_part(layers, part.of(x), part.of(out), kept[static_cast<std::size_t>(number)], part.of(gradient),
+                         wants_x ? part.of(of_x) : of_x, sums[static_cast<std::size_t>(at::get_thread_num())],
+                         own_row(scratch));
+    });
+    std::vector<at::Tensor> results{of_x};
+    for (std::size_t layer = 0; layer < (layers.projects() ? 3U : 2U); ++layer) {
+        LayerSums total;
+        for (const Sums& own : sums) total.add(own[layer]);
+        results.insert(results.end(), {total.weight, total.norm[0], total.norm[1]});
+    }
+    return results;
+}
+
+}  // namespace microbatch

@@ -1,0 +1,31 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <utility>
+#include <vector>
+
+#include "microbatch/nn/residual_block.h"
+
+namespace microbatch {
+
+/// What residual_forward keeps of some samples for backward.
+struct ResidualKept {
+    at::Tensor first, second;  ///< what the convolutions made
+    at::Tensor projected;      ///< undefined where there is no projection
+    at::Tensor statistics;     ///< [3, samples, 2, groups]: of each norm the means and the inverse deviations
+};
+
+/// residual_block without autograd: everything fp32, on the CPU and of fitting shapes, images with the channels of a
+/// pixel side by side. What is kept of the batch is in parts, one behind the other.
+std::pair<at::Tensor, std::vector<ResidualKept>> residual_forward(const at::Tensor& x, const ResidualWeights& weights,
+                                                                  const ResidualOptions& options);
+
+/// The gradients of x (undefined unless wanted) and of the weights in the order of ResidualWeights, from that of the
+/// result.
+std::vector<at::Tensor> residual_backward(const at::Tensor& x, const ResidualWeights& weights,
+                                          const ResidualOptions& options, const at::Tensor& out,
+                                          const std::vector<ResidualKept>& kept, const at::Tensor& gradient,
+                                          bool wants_x);
+
+}  // namespace microbatch
