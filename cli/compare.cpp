@@ -40,11 +40,12 @@ struct Strategy {
 void train_strategy(std::FILE* out, const JobPlan& plan, const Job& job, std::int64_t samples, std::int64_t budget,
                     Strategy& strategy) {
     const Interval length{samples, Unit::samples};
-    Trainer trainer(*job.accumulator, *plan.data.train, job.loss,
-                    {.batch = strategy.batch,
-                     .length = length,
-                     .schedule = schedule_of(plan.settings, length, plan.data.train->tokens_per_sample()),
-                     .seed = static_cast<std::uint64_t>(plan.settings.seed)});
+    Trainer trainer(
+        *job.accumulator, *plan.data.train, job.loss,
+        {.batch = strategy.batch,
+         .length = length,
+         .schedule = schedule_of(plan.settings, length, plan.data.train->tokens_per_sample(), strategy.batch),
+         .seed = static_cast<std::uint64_t>(plan.settings.seed)});
     ProgressLine progress(out, length, speed_unit(plan), budget);
     std::vector<double> seconds;
     while (!trainer.done() && !interrupted()) {
@@ -77,7 +78,7 @@ void run_strategy(std::FILE* out, const JobPlan& plan, std::int64_t samples, std
     fmt::print(out, "{}: batch {} in micro-batches of {}\n", strategy.name, strategy.batch, strategy.plan.micro_batch);
     const BudgetScope allowed(most);
     reset_peak_memory();
-    const Job job = make_job(plan, strategy.plan);
+    const Job job = make_job(plan, strategy.plan, strategy.batch);
     train_strategy(out, plan, job, samples, budget, strategy);
     if (interrupted()) throw Interrupted();
     if (with_variance == nullptr) return;
@@ -179,7 +180,7 @@ int compare(const Settings& settings) {
     const JobPlan plan = open_job(settings, asked);
     const std::int64_t tokens_per_sample = plan.data.train->tokens_per_sample();
     const std::int64_t samples = convert(asked, Unit::samples, settings.batch, tokens_per_sample).count;
-    schedule_of(settings, {samples, Unit::samples}, tokens_per_sample);
+    schedule_of(settings, {samples, Unit::samples}, tokens_per_sample, settings.batch);
     const PlannedCuts cuts = plan_cuts(out, plan, budget);
     std::vector<Strategy> strategies{
         {.name = "small batch", .batch = cuts.cut.micro_batch, .plan = cuts.cut},

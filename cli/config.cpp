@@ -118,10 +118,14 @@ void write_config(const std::filesystem::path& folder, const JobPlan& plan, cons
     table.insert("recompute", cut.recompute ? "always" : "never");
     table.insert("memory", fmt::format("{}B", budget_bytes));
     table.insert(to_string(length.unit), length.count);
-    const Schedule schedule = schedule_of(s, length, plan.data.train->tokens_per_sample());
+    const Schedule schedule = schedule_of(s, length, plan.data.train->tokens_per_sample(), s.batch);
     table.insert("optimizer", s.optimizer);
-    table.insert("lr", schedule.peak);
-    if (schedule.shape != ScheduleShape::constant) table.insert("final-lr", schedule.floor);
+    table.insert("lr", learning_rate_of(s));
+    if (schedule.shape != ScheduleShape::constant) table.insert("final-lr", s.final_lr.value_or(0.0));
+    if (s.reference_batch) {
+        table.insert("lr-rule", to_string(rate_rule_of(s)));
+        table.insert("reference-batch", *s.reference_batch);
+    }
     table.insert("schedule", s.schedule);
     table.insert("warmup", s.warmup);
     if (schedule.shape == ScheduleShape::wsd) table.insert("decay", to_string(schedule.decay));
@@ -135,6 +139,7 @@ void write_config(const std::filesystem::path& folder, const JobPlan& plan, cons
     table.insert("seed", s.seed);
     table.insert("threads", s.threads);
     table.insert("no-verify", s.no_verify);
+    table.insert("no-guard", s.no_guard);
     const std::filesystem::path path = folder / "config.toml";
     std::ofstream file(path);
     file << table << '\n' << std::flush;

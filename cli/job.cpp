@@ -115,15 +115,19 @@ void use_classifier(Job& job, Holder model) {
     });
 }
 
-void use_optimizer(Job& job, const Settings& settings) {
+void use_optimizer(Job& job, const Settings& settings, std::int64_t batch) {
+    const RateConstants constants = constants_of(settings, batch);
     const bool sgd = settings.optimizer == "sgd";
     const auto groups = split_by_decay(job.parameters, weight_decay_of(settings));
     if (sgd) {
-        job.optimizer = std::make_unique<Sgd>(groups, SgdOptions{.learning_rate = learning_rate_of(settings),
+        job.optimizer = std::make_unique<Sgd>(groups, SgdOptions{.learning_rate = constants.learning_rate,
                                                                  .momentum = momentum_of(settings),
                                                                  .nesterov = settings.nesterov});
     } else {
-        job.optimizer = std::make_unique<AdamW>(groups, AdamWOptions{.learning_rate = learning_rate_of(settings)});
+        job.optimizer = std::make_unique<AdamW>(groups, AdamWOptions{.learning_rate = constants.learning_rate,
+                                                                     .beta1 = constants.adam->beta1,
+                                                                     .beta2 = constants.adam->beta2,
+                                                                     .epsilon = constants.adam->epsilon});
     }
 }
 
@@ -220,7 +224,7 @@ JobPlan open_job(const Settings& settings, Interval length) {
     return plan;
 }
 
-Job make_job(const JobPlan& plan, const Plan& cut) {
+Job make_job(const JobPlan& plan, const Plan& cut, std::optional<std::int64_t> batch) {
     at::manual_seed(plan.settings.seed);
     Job job;
     if (is_gpt(plan.model)) {
@@ -230,7 +234,7 @@ Job make_job(const JobPlan& plan, const Plan& cut) {
     } else {
         use_classifier(job, Mlp(mlp_config(plan)));
     }
-    use_optimizer(job, plan.settings);
+    use_optimizer(job, plan.settings, batch.value_or(plan.settings.batch));
     job.accumulator = std::make_unique<Accumulator>(
         job.parameters, *job.optimizer,
         AccumulatorOptions{.plan = cut, .clip_norm = plan.settings.clip, .model = job.model.get()});

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "cli/settings.h"
@@ -38,8 +39,10 @@ struct Job {
 ///         ErrorKind::bad_data as open_data.
 JobPlan open_job(const Settings& settings, Interval length);
 
-/// The same seed makes the same parameters.
-Job make_job(const JobPlan& plan, const Plan& cut = {});
+/// The same seed makes the same parameters. The optimizer is one for steps of `batch` samples, by the --lr-rule; for
+/// the
+/// --batch without one.
+Job make_job(const JobPlan& plan, const Plan& cut = {}, std::optional<std::int64_t> batch = {});
 
 /// Thrown where an interrupted command has nothing to keep.
 struct Interrupted {};

@@ -69,6 +69,17 @@ void validate_optimizer(const Settings& settings) {
     require(momentum >= 0.0 && momentum < 1.0, "--momentum", momentum, "from 0 to below 1");
 }
 
+void validate_rate_rule(const Settings& settings) {
+    if (settings.reference_batch) {
+        require(*settings.reference_batch >= 1, "--reference-batch", *settings.reference_batch, "at least 1");
+    } else if (rate_rule_of(settings) != RateRule::none) {
+        refuse(fmt::format(
+            "--lr-rule {} has nothing to start from; say with --reference-batch for which batch --lr is right",
+            settings.lr_rule));
+    }
+    constants_of(settings, settings.batch);
+}
+
 }  // namespace
 
 void refuse_empty_values(const CLI::App& command) {
@@ -137,6 +148,16 @@ void add_job_options(CLI::App& command, Settings& s) {
     command.add_option("--optimizer", s.optimizer, "adamw (default) or sgd")->type_name("NAME")->group(optimizer);
     command.add_option("--lr", s.lr, "Peak learning rate (default 0.001 for adamw, 0.05 for sgd)")
         ->type_name("X")
+        ->group(optimizer);
+    command
+        .add_option("--lr-rule", s.lr_rule,
+                    "How the rate follows the batch from --reference-batch: linear, sqrt, adam-sde (betas and epsilon, "
+                    "too), beta2-time (beta2 alone) or none (default: sqrt for adamw, linear for sgd)")
+        ->type_name("NAME")
+        ->group(optimizer);
+    add_count(command, "--reference-batch", s.reference_batch,
+              "The batch for which --lr and --final-lr are right; without it they are taken as they are")
+        ->type_name("N")
         ->group(optimizer);
     command.add_option("--clip", s.clip, "Largest gradient norm of the batch (default 1; inf: no clipping)")
         ->type_name("X")
@@ -216,7 +237,7 @@ Interval length_of(const Settings& settings, Interval fallback) {
     return found.value_or(fallback);
 }
 
-Schedule schedule_of(const Settings& settings, Interval length, std::int64_t tokens_per_sample) {
+Schedule schedule_of(const Settings& settings, Interval length, std::int64_t tokens_per_sample, std::int64_t batch) {
     auto in_lengths_unit = [&](const char* flag, const std::string& text) {
         return read_flag(flag, [&] {
             const Interval interval = parse_interval(text);
@@ -231,8 +252,9 @@ Schedule schedule_of(const Settings& settings, Interval length, std::int64_t tok
     };
     Schedule schedule;
     schedule.shape = read_flag("--schedule", [&] { return parse_schedule(settings.schedule); });
-    schedule.peak = learning_rate_of(settings);
-    schedule.floor = settings.final_lr.value_or(0.0);
+    const double reference = learning_rate_of(settings);
+    schedule.peak = constants_of(settings, batch).learning_rate;
+    schedule.floor = settings.final_lr.value_or(0.0) * (reference > 0.0 ? schedule.peak / reference : 1.0);
     if (settings.final_lr && schedule.shape == ScheduleShape::constant) {
         refuse("--final-lr contradicts --schedule constant: its rate does not change");
     }
@@ -253,6 +275,26 @@ Schedule schedule_of(const Settings& settings, Interval length, std::int64_t tok
         return true;
     });
     return schedule;
+}
+
+RateRule rate_rule_of(const Settings& settings) {
+    if (!settings.lr_rule.empty()) return read_flag("--lr-rule", [&] { return parse_rate_rule(settings.lr_rule); });
+    if (!settings.reference_batch) return RateRule::none;
+    return settings.optimizer == "sgd" ? RateRule::linear : RateRule::sqrt;
+}
+
+RateConstants constants_of(const Settings& settings) {
+    RateConstants constants{.learning_rate = learning_rate_of(settings)};
+    if (settings.optimizer == "adamw") constants.adam = RateConstants::Adam{};
+    return constants;
+}
+
+RateConstants constants_of(const Settings& settings, std::int64_t batch) {
+    const RateRule rule = rate_rule_of(settings);
+    if (rule == RateRule::none) return constants_of(settings);
+    return read_flag("--lr-rule", [&] {
+        return scale_to_batch(constants_of(settings), rule, settings.reference_batch.value_or(0), batch);
+    });
 }
 
 double momentum_of(const Settings& settings) {
@@ -277,6 +319,7 @@ void validate(const Settings& settings) {
         require(settings.norm == "batch" || settings.norm == "group", "--norm", settings.norm, "batch or group");
     }
     validate_optimizer(settings);
+    validate_rate_rule(settings);
     micro_batch_of(settings);
     if (settings.recompute != "auto" && settings.recompute != "never" && settings.recompute != "always") {
         refuse(fmt::format("--recompute {}: choose auto, never or always", settings.recompute));

@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 
+#include "microbatch/core/learning_rate.h"
 #include "microbatch/core/schedule.h"
 #include "microbatch/core/units.h"
 
@@ -29,6 +30,8 @@ struct Settings {
     std::string optimizer = "adamw";
     std::optional<double> lr;
     std::optional<double> final_lr;
+    std::string lr_rule;  ///< empty: what goes with the optimizer, where there is a reference batch
+    std::optional<std::int64_t> reference_batch;
     std::string schedule = "cosine";
     std::string warmup = "0 steps";
     std::string decay;
@@ -41,6 +44,7 @@ struct Settings {
     std::int64_t seed = 1;
     std::int64_t threads = 0;  ///< 0: torch's own choice
     bool no_verify = false;
+    bool no_guard = false;
     std::string run, config;
     bool json = false;
 };
@@ -67,9 +71,18 @@ std::optional<std::int64_t> micro_batch_of(const Settings& settings);
 /// Errors: ErrorKind::usage if more than one of --steps, --samples and --tokens is given, or it is not above 0.
 Interval length_of(const Settings& settings, Interval fallback);
 
-/// The schedule over `length`, its intervals in length's unit.
+/// The schedule over `length` for steps of `batch` samples: intervals in length's unit, a step of theirs being one of
+/// the --batch; rates by the --lr-rule.
 /// Errors: ErrorKind::usage, naming the flag.
-Schedule schedule_of(const Settings& settings, Interval length, std::int64_t tokens_per_sample);
+Schedule schedule_of(const Settings& settings, Interval length, std::int64_t tokens_per_sample, std::int64_t batch);
+
+/// The --lr-rule, or the optimizer's usual one where there is a --reference-batch: sqrt for adamw, linear for sgd.
+RateRule rate_rule_of(const Settings& settings);
+
+/// The optimizer's constants before the rule, and by the rule for steps of `batch` samples.
+/// Errors: ErrorKind::usage, naming the flag, where the rule has no answer.
+RateConstants constants_of(const Settings& settings);
+RateConstants constants_of(const Settings& settings, std::int64_t batch);
 
 /// The --momentum, --lr and --weight-decay, or what the optimizer starts from without them.
 double momentum_of(const Settings& settings);

@@ -45,6 +45,8 @@ struct Outcome {
     int refused_in_a_row = 0;  // up to the last step; batches of weight 0 do not count
     bool interrupted = false;
 
+    bool diverged() const { return last.diverged || refused_in_a_row >= most_refused_in_a_row; }
+
     // Counts the last step in.
     void add(std::int64_t peak) {
         peak_bytes = std::max(peak_bytes, peak);
@@ -111,6 +113,14 @@ void check_decomposition(std::FILE* out, const JobPlan& plan, const Job& job) {
     for (const Cause cause : found.causes) fmt::print(out, "          {}\n", describe(cause));
 }
 
+void print_rate_rule(std::FILE* out, const Settings& settings) {
+    const RateRule rule = rate_rule_of(settings);
+    if (rule == RateRule::none) return;
+    fmt::print(out, "rule      {}\n",
+               describe_scaling(constants_of(settings), constants_of(settings, settings.batch), rule,
+                                *settings.reference_batch, settings.batch));
+}
+
 void print_header(std::FILE* out, const JobPlan& plan, const PlanReport& report, Interval length,
                   const std::filesystem::path& folder) {
     const Candidate& chosen = report.choice();
@@ -120,7 +130,9 @@ void print_header(std::FILE* out, const JobPlan& plan, const PlanReport& report,
     fmt::print(out, "memory    budget {}, predicted peak {}: {}\n", format_bytes(report.budget_bytes),
                format_bytes(chosen.peak_bytes()), describe_parts(parts_of(report, chosen)));
     fmt::print(out, "optimizer {}, learning rate {:g}, schedule {}, {}, clip {:g}\n", plan.settings.optimizer,
-               learning_rate_of(plan.settings), plan.settings.schedule, to_string(length), plan.settings.clip);
+               constants_of(plan.settings, plan.settings.batch).learning_rate, plan.settings.schedule,
+               to_string(length), plan.settings.clip);
+    print_rate_rule(out, plan.settings);
     fmt::print(out, "run       {}, seed {}, {} threads\n", folder.string(), plan.settings.seed, at::get_num_threads());
 }
 
@@ -163,6 +175,11 @@ void note_out_of_memory(ProgressLine& progress, const TrainerReport& report) {
                               report.step.plan.recompute ? " with recompute" : ""));
 }
 
+void note_refusal(ProgressLine& progress, const TrainerReport& report) {
+    if (report.step.applied || report.step.weight == 0.0) return;
+    progress.note(fmt::format("step {}: refused: {}", report.progress.steps, report.step.reason));
+}
+
 void measure_held_out(const JobPlan& plan, const Job& job, const Candidate& chosen, Outcome& outcome) {
     const std::int64_t micro_batch =
         outcome.out_of_memory > 0 ? outcome.last.step.plan.micro_batch : chosen.plan.micro_batch;
@@ -177,15 +194,17 @@ void measure_held_out(const JobPlan& plan, const Job& job, const Candidate& chos
 // it is in `outcome` in any case.
 void train_to_the_end(std::FILE* out, const JobPlan& plan, const Job& job, const PlanReport& report, Interval length,
                       const BudgetDrill& drill, RunLog& log, Outcome& outcome) {
-    Trainer trainer(*job.accumulator, *plan.data.train, job.loss,
-                    {.batch = plan.settings.batch,
-                     .length = length,
-                     .schedule = schedule_of(plan.settings, length, plan.data.train->tokens_per_sample()),
-                     .seed = static_cast<std::uint64_t>(plan.settings.seed)});
+    Trainer trainer(
+        *job.accumulator, *plan.data.train, job.loss,
+        {.batch = plan.settings.batch,
+         .length = length,
+         .schedule = schedule_of(plan.settings, length, plan.data.train->tokens_per_sample(), plan.settings.batch),
+         .seed = static_cast<std::uint64_t>(plan.settings.seed),
+         .guard = plan.settings.no_guard ? std::nullopt : std::optional<SpikeGuardOptions>(std::in_place)});
     ProgressLine progress(out, length, speed_unit(plan), report.budget_bytes);
     const Candidate& chosen = report.choice();
     const auto started = std::chrono::steady_clock::now();
-    while (!trainer.done() && !interrupted() && outcome.refused_in_a_row < most_refused_in_a_row) {
+    while (!trainer.done() && !interrupted() && !outcome.diverged()) {
         reset_peak_memory();
         outcome.last = trainer.step();
         outcome.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
@@ -193,13 +212,13 @@ void train_to_the_end(std::FILE* out, const JobPlan& plan, const Job& job, const
         outcome.add(peak);
         log.write(outcome.last, measures_of(outcome.last, peak, plan.batch, chosen));
         note_out_of_memory(progress, outcome.last);
+        note_refusal(progress, outcome.last);
         progress.update(outcome.last, peak);
         drill.after(outcome.last);
     }
     progress.finish();
-    outcome.interrupted = !trainer.done() && outcome.refused_in_a_row == 0;
-    if (trainer.done() && log.lines() > 0 && outcome.refused_in_a_row == 0)
-        measure_held_out(plan, job, chosen, outcome);
+    outcome.interrupted = !trainer.done() && !outcome.diverged();
+    if (trainer.done() && log.lines() > 0 && !outcome.diverged()) measure_held_out(plan, job, chosen, outcome);
 }
 
 // A run that never made a step leaves nothing, so that the same command can be given again.
@@ -211,12 +230,14 @@ void remove_unused_folder(const std::filesystem::path& folder) {
 }
 
 void report_divergence(const Outcome& outcome, const Settings& settings) {
-    if (outcome.refused_in_a_row == 0) return;
-    throw Error(
-        ErrorKind::stopped,
-        fmt::format("the run diverged: the last {} steps were refused, because the {}; take a smaller --lr than {:g}, "
-                    "a --warmup or a smaller --clip",
-                    outcome.refused_in_a_row, outcome.last.step.reason, learning_rate_of(settings)));
+    if (!outcome.diverged()) return;
+    const std::string before = outcome.refused_in_a_row > 1 ? fmt::format(", and the {} steps before were refused, too",
+                                                                          outcome.refused_in_a_row - 1)
+                                                            : std::string();
+    throw Error(ErrorKind::stopped,
+                fmt::format("the run diverged at step {}: {}{}. The weights are those from before; take a smaller --lr "
+                            "than {:g}, a --warmup or a smaller --clip",
+                            outcome.last.progress.steps, outcome.last.step.reason, before, learning_rate_of(settings)));
 }
 
 void save_weights(const std::filesystem::path& folder, const Job& job) {
@@ -234,9 +255,9 @@ void print_summary(std::FILE* out, const JobPlan& plan, const PlanReport& report
     const Progress& progress = outcome.last.progress;
     const Candidate& chosen = report.choice();
     fmt::print(out, "{}{} steps, {} samples in {}: {} {}/s\n",
-               outcome.interrupted || outcome.refused_in_a_row > 0 ? "stopped   " : "done      ",
-               format_count(progress.steps), format_count(progress.samples), clock_time(outcome.seconds),
-               format_count(std::llround(speed(outcome))), speed_unit(plan));
+               outcome.interrupted || outcome.diverged() ? "stopped   " : "done      ", format_count(progress.steps),
+               format_count(progress.samples), clock_time(outcome.seconds), format_count(std::llround(speed(outcome))),
+               speed_unit(plan));
     fmt::print(out, "loss      {:.4f} at the first step, {:.4f} at the last", outcome.first_loss,
                outcome.last.step.loss);
     fmt::print(out, "{}\n", outcome.held_out ? fmt::format(", {:.4f} held out", *outcome.held_out) : std::string());
@@ -267,6 +288,8 @@ void print_json(const JobPlan& plan, const PlanReport& report, const Outcome& ou
     document["model"] = plan.model;
     document["data"] = plan.settings.data;
     document["batch"] = plan.settings.batch;
+    document["peak_learning_rate"] = constants_of(plan.settings, plan.settings.batch).learning_rate;
+    document["lr_rule"] = to_string(rate_rule_of(plan.settings));
     document["micro_batch"] = outcome.last.step.plan.micro_batch;
     document["recompute"] = outcome.last.step.plan.recompute;
     document["steps"] = outcome.last.progress.steps;
@@ -300,7 +323,7 @@ int train(const Settings& settings) {
     watch_interrupts();
     if (!settings.run.empty()) refuse_used_folder(settings.run);
     const JobPlan plan = open_job(settings, length);
-    schedule_of(settings, length, plan.data.train->tokens_per_sample());
+    schedule_of(settings, length, plan.data.train->tokens_per_sample(), settings.batch);
     const Job job = make_job_to_plan(plan, budget);
     const PlanReport report = plan_job(plan, job, budget, out);
     job.accumulator->set_plan(report.choice().plan);
@@ -344,6 +367,11 @@ void add_train(CLI::App& application, Action& action) {
         ->add_flag("--no-verify", settings->no_verify,
                    "Do not check at the start that the gradient is the same however the batch is cut")
         ->group("Run");
+    command
+        ->add_flag("--no-guard", settings->no_guard,
+                   "Refuse only steps that are not finite; without this also those whose loss or gradient norm is far "
+                   "beyond that of the last 128, and a run whose loss climbs away is stopped")
+        ->group("Run");
     command->footer(
         "Examples:\n"
         "  microbatch train --data /usr/share/games/fortunes --batch 64 --memory 64MiB --steps 200\n"
@@ -351,6 +379,7 @@ void add_train(CLI::App& application, Action& action) {
         "      --memory 100MiB --samples 60k --optimizer sgd --warmup \"5 steps\"\n"
         "Written to the run's folder: config.toml, metrics.jsonl (one object a step), model.safetensors.\n"
         "The held-out loss is of as many samples as the run trained on, 1,024 at most.\n"
+        "A run that diverges is stopped with exit code 4.\n"
         "Ctrl-C finishes the step, writes the weights and ends with exit code 130.");
     command->callback([command, settings, &action] {
         action = [command, settings] {

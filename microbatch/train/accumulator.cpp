@@ -65,11 +65,13 @@ void Accumulator::refuse_unknown_parameters() {
     known_ = std::move(updated);
 }
 
-StepReport Accumulator::step(const Batch& batch, const LossFunction& loss) {
+StepReport Accumulator::step(const Batch& batch, const LossFunction& loss, const Judge& judge) {
     std::int64_t lost = 0;
     for (bool again = false;; again = true) {
         const Gathered gathered = gather(batch, loss);
-        const std::string_view reason = reason_to_refuse(gathered);
+        std::string reason;
+        if (judge && !again && gathered.weight > 0.0) reason = judge(gathered);
+        if (reason.empty()) reason = reason_to_refuse(gathered);
         if (!reason.empty()) return discard(reason);
         StepReport report;
         if (try_apply(report)) {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <functional>
 #include <limits>
 #include <optional>
 #include <string>
@@ -36,12 +37,16 @@ struct StepReport {
     Plan plan = {};                  ///< how it was run in the end; 0 as micro-batch if the caller cut it
     std::int64_t out_of_memory = 0;  ///< how many times it ran out of memory and was begun again, with a smaller plan
     bool applied = false;            ///< false: the parameters are as they were
-    std::string_view reason = {};    ///< why not applied; empty if it was
+    std::string reason = {};         ///< why not applied; empty if it was
 };
 
 /// Why a batch should not be applied: "zero weight", "loss is not finite" or "gradient norm is not finite"; empty if
 /// nothing speaks against it.
 std::string_view reason_to_refuse(const Gathered& gathered);
+
+/// Decides between gather and apply: why this batch is not to be applied, or empty. Called once for every batch that
+/// has weight, before it is seen whether there is a reason_to_refuse().
+using Judge = std::function<std::string(const Gathered&)>;
 
 /// One optimizer step for a whole batch, however it is cut.
 ///
@@ -77,10 +82,11 @@ public:
     /// Covers parameters that were added to the model; give them to the optimizer too.
     void track(const Parameters& parameters) { gatherer_.track(parameters); }
 
-    /// gather(), then apply(), or discard() if there is a reason_to_refuse(). If it throws before the optimizer steps,
-    /// everything is as before the step: no gradient is left, and parameters, buffers and generators are unchanged.
+    /// gather(), then apply(), or discard() if the judge or reason_to_refuse() has a reason. If it throws
+    /// before the optimizer steps, everything is as before the step: no gradient is left, and parameters, buffers and
+    /// generators are unchanged.
     /// Errors: as gather(); ErrorKind::does_not_fit if the optimizer's step itself runs out of memory twice.
-    StepReport step(const Batch& batch, const LossFunction& loss);
+    StepReport step(const Batch& batch, const LossFunction& loss, const Judge& judge = {});
 
     /// All gradients of the batch, no update yet. Errors: see Gatherer::gather(); ErrorKind::does_not_fit if the batch
     /// runs out of memory whatever the plan. Whatever is thrown, everything is as before the call.

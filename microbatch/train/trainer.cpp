@@ -31,6 +31,7 @@ Trainer::Trainer(Accumulator& accumulator, const Dataset& dataset, LossFunction 
                                            " tokens per sample; it must have at least 1"));
     }
     if (options_.schedule) validate(*options_.schedule);
+    if (options_.guard) guard_.emplace(*options_.guard);
 }
 
 std::int64_t Trainer::next_batch() const {
@@ -45,6 +46,7 @@ TrainerReport Trainer::step() {
     if (done()) throw Error(ErrorKind::usage, text("the run of ", to_string(options_.length), " is done"));
     const auto started = std::chrono::steady_clock::now();
     const SamplerState position = sampler_.state();
+    const std::optional<SpikeGuard> guard = guard_;
     TrainerReport report;
     report.samples = next_batch();
     const Interval tokens =
@@ -56,14 +58,23 @@ TrainerReport Trainer::step() {
         if (options_.schedule) {
             accumulator_.optimizer().set_learning_rate(microbatch::learning_rate(*options_.schedule, progress_, batch));
         }
-        report.step = accumulator_.step(samples, loss_);
+        report.step = accumulator_.step(samples, loss_,
+                                        [&](const Gathered& gathered) { return judge(gathered, report.diverged); });
     } catch (...) {
         sampler_.restore(position);
+        guard_ = guard;
         throw;
     }
     progress_ = report.progress;
     report.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
     return report;
+}
+
+std::string Trainer::judge(const Gathered& gathered, bool& diverged) {
+    if (!guard_) return {};
+    Judgement judgement = guard_->judge(gathered.loss(), gathered.gradient_norm);
+    diverged = judgement.verdict == Verdict::diverged;
+    return std::move(judgement.reason);
 }
 
 double mean_loss(const Dataset& dataset, std::int64_t micro_batch, const LossFunction& loss) {

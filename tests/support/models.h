@@ -86,6 +86,8 @@ public:
         return batch;
     }
 
+    Batch& rows() { return rows_; }
+
 private:
     Batch rows_;
     std::int64_t tokens_per_sample_;

@@ -245,11 +245,61 @@ TEST(Trainer, ABatchThatIsRefusedCountsAsSeen) {
     EXPECT_TRUE(run.trainer.step().step.applied);
 }
 
+/// A trainer with a guard that has seen enough after 20 steps.
+TrainerOptions guarded(std::int64_t steps) {
+    return {.batch = 4, .length = {steps, Unit::steps}, .guard = SpikeGuardOptions{.window = 32, .least = 20}};
+}
+
+TEST(Trainer, AGuardRefusesAPoisonedBatchBeforeItIsTaken) {
+    Training run(guarded(60));
+    for (int i = 0; i < 40; ++i) ASSERT_TRUE(run.trainer.step().step.applied);
+    const Named before = values_of(run.parameters);
+    const auto poison = [&](double factor) {
+        const at::NoGradGuard no_grad;
+        run.dataset.rows().fields[1].mul_(factor);
+    };
+    poison(1000);
+    const TrainerReport report = run.trainer.step();
+    EXPECT_FALSE(report.step.applied);
+    EXPECT_FALSE(report.diverged);
+    EXPECT_EQ(report.step.reason.find("loss of "), 0u) << report.step.reason;
+    EXPECT_EQ(report.progress.steps, 41);
+    expect_same_bits(values_of(run.parameters), before);
+    poison(1e-3);
+    EXPECT_TRUE(run.trainer.step().step.applied);
+}
+
+TEST(Trainer, AGuardSaysWhenLeavingOutBatchesDoesNotHelp) {
+    Training run(guarded(60));
+    for (int i = 0; i < 40; ++i) ASSERT_TRUE(run.trainer.step().step.applied);
+    run.model->first->bias.detach().fill_(std::numeric_limits<double>::quiet_NaN());
+    for (int i = 0; i < 9; ++i) EXPECT_FALSE(run.trainer.step().diverged);
+    const TrainerReport report = run.trainer.step();
+    EXPECT_TRUE(report.diverged);
+    EXPECT_FALSE(report.step.applied);
+    EXPECT_EQ(report.step.reason, "loss is not finite");
+}
+
+TEST(Trainer, AStepThatThrowsLeavesTheGuardAsItWas) {
+    Training run(guarded(60)), other(guarded(60));
+    for (int i = 0; i < 40; ++i) {
+        ASSERT_TRUE(run.trainer.step().step.applied);
+        ASSERT_TRUE(other.trainer.step().step.applied);
+    }
+    run.before_loss = [] { throw std::runtime_error("loss"); };
+    for (int i = 0; i < 30; ++i) EXPECT_ANY_THROW(run.trainer.step());
+    run.before_loss = [] {};
+    for (int i = 0; i < 20; ++i) EXPECT_EQ(run.trainer.step().step.applied, other.trainer.step().step.applied);
+    expect_same_bits(values_of(run.parameters), values_of(other.parameters));
+}
+
 TEST(Trainer, RefusesOptionsThatCannotBe) {
     const Interval one{1, Unit::steps};
     expect_usage_error({"batch", "0"}, [&] { Training({.batch = 0, .length = one}); });
     expect_usage_error({"batch", "-4"}, [&] { Training({.batch = -4, .length = one}); });
     expect_usage_error({"length", "-1"}, [&] { Training({.batch = 4, .length = {-1, Unit::samples}}); });
+    expect_usage_error({"sigmas"},
+                       [&] { Training({.batch = 4, .length = one, .guard = SpikeGuardOptions{.sigmas = 0}}); });
     expect_usage_error({"peak"}, [&] { Training({.batch = 4, .length = one, .schedule = Schedule{.peak = -1}}); });
     expect_usage_error({"0 samples"}, [&] { Training({.batch = 4, .length = one}, 1, 0); });
     expect_usage_error({"token", "0"}, [&] { Training({.batch = 4, .length = {8, Unit::tokens}}, 0); });

@@ -1,0 +1,110 @@
+#include "microbatch/core/spike_guard.h"
+
+#include <algorithm>
+#include <cmath>
+#include <iterator>
+
+#include "microbatch/core/error.h"
+#include "microbatch/core/text.h"
+
+namespace microbatch {
+
+namespace {
+
+constexpr double least_relative_deviation = 1e-3;
+
+struct Usual {
+    double mean = 0.0, deviation = 0.0;
+
+    double most(double sigmas) const { return mean + sigmas * deviation; }
+};
+
+// Two passes: the mean is far above the deviation.
+template <class Iterator, class Value>
+Usual usual_of(Iterator begin, Iterator end, const Value& value) {
+    const auto count = static_cast<double>(std::distance(begin, end));
+    Usual usual;
+    for (auto at = begin; at != end; ++at) usual.mean += value(*at) / count;
+    double squares = 0.0;
+    for (auto at = begin; at != end; ++at) squares += (value(*at) - usual.mean) * (value(*at) - usual.mean);
+    usual.deviation = std::sqrt(squares / (count - 1.0));
+    return usual;
+}
+
+Usual widened(Usual usual) {
+    usual.deviation = std::max(usual.deviation, least_relative_deviation * std::abs(usual.mean));
+    return usual;
+}
+
+// A gradient of zeros has no logarithm; it is below every bound anyway.
+double log_of(double norm) {
+    return std::log(std::max(norm, 1e-300));
+}
+
+void validate(const SpikeGuardOptions& options) {
+    const auto refuse = [](const std::string& what) { throw Error(ErrorKind::usage, "spike guard: " + what); };
+    if (options.least < 2) refuse(text("least is ", options.least, "; a deviation needs at least 2 steps"));
+    if (options.window < options.least) {
+        refuse(text("the window of ", options.window, " steps is shorter than the ", options.least, " it needs"));
+    }
+    if (!std::isfinite(options.sigmas) || options.sigmas <= 0.0) {
+        refuse(text("sigmas is ", options.sigmas, "; it must be finite and above 0"));
+    }
+    if (options.most_refused < 1) refuse(text("most_refused is ", options.most_refused, "; it must be at least 1"));
+}
+
+}  // namespace
+
+SpikeGuard::SpikeGuard(const SpikeGuardOptions& options) : options_(options) {
+    validate(options);
+}
+
+Judgement SpikeGuard::judge(double loss, double gradient_norm) {
+    if (const std::string reason = why_unusual(loss, gradient_norm); !reason.empty()) {
+        ++refused_in_a_row_;
+        return {refused_in_a_row_ <= options_.most_refused ? Verdict::refuse : Verdict::diverged, reason};
+    }
+    refused_in_a_row_ = 0;
+    accept(loss, gradient_norm);
+    if (const std::string reason = why_climbing(); !reason.empty()) return {Verdict::diverged, reason};
+    return {};
+}
+
+std::string SpikeGuard::why_unusual(double loss, double gradient_norm) const {
+    if (!std::isfinite(loss)) return "loss is not finite";
+    if (!std::isfinite(gradient_norm)) return "gradient norm is not finite";
+    if (static_cast<std::int64_t>(accepted_.size()) < options_.least) return {};
+    const auto usual = [this](auto value) { return usual_of(accepted_.begin(), accepted_.end(), value); };
+    const Usual losses = widened(usual([](const Accepted& one) { return one.loss; }));
+    if (loss > losses.most(options_.sigmas)) {
+        return text("loss of ", loss, " is ", (loss - losses.mean) / losses.deviation, " deviations above ",
+                    losses.mean);
+    }
+    const Usual norms = widened(usual([](const Accepted& one) { return one.gradient_norm; }));
+    const Usual logs = usual([](const Accepted& one) { return log_of(one.gradient_norm); });
+    if (gradient_norm > norms.most(options_.sigmas) && log_of(gradient_norm) > logs.most(options_.sigmas)) {
+        return text("gradient norm of ", gradient_norm, " is ", (gradient_norm - norms.mean) / norms.deviation,
+                    " deviations above ", norms.mean);
+    }
+    return {};
+}
+
+void SpikeGuard::accept(double loss, double gradient_norm) {
+    accepted_.push_back({loss, gradient_norm});
+    if (static_cast<std::int64_t>(accepted_.size()) > options_.window) accepted_.pop_front();
+}
+
+std::string SpikeGuard::why_climbing() {
+    if (static_cast<std::int64_t>(accepted_.size()) < options_.least) return {};
+    const Usual last = widened(
+        usual_of(accepted_.end() - options_.least, accepted_.end(), [](const Accepted& one) { return one.loss; }));
+    if (!has_lowest_ || last.mean < lowest_mean_) {
+        has_lowest_ = true;
+        lowest_mean_ = last.mean;
+        lowest_deviation_ = last.deviation;
+    }
+    if (last.mean <= lowest_mean_ + options_.sigmas * lowest_deviation_) return {};
+    return text("mean loss of the last ", options_.least, " steps has climbed to ", last.mean, " from ", lowest_mean_);
+}
+
+}  // namespace microbatch

@@ -1,0 +1,70 @@
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <string>
+
+namespace microbatch {
+
+struct SpikeGuardOptions {
+    std::int64_t window = 128;      ///< steps: the last accepted ones say what is usual
+    std::int64_t least = 64;        ///< steps: before so many are accepted only what is not finite is refused
+    double sigmas = 6.0;            ///< how far beyond the usual is too far
+    std::int64_t most_refused = 9;  ///< in a row; one more is divergence
+};
+
+/// What to do with a batch whose gradients are known and not applied yet.
+enum class Verdict {
+    apply,
+    refuse,    ///< leave out this batch: parameters as they are, on to the next
+    diverged,  ///< leaving out batches does not help: go back to before, at a smaller rate, or stop
+};
+
+struct Judgement {
+    Verdict verdict = Verdict::apply;
+    std::string reason = {};  ///< what is wrong with this step, or with the last ones; empty if it is applied
+};
+
+/// Tells bad steps before they are taken, from the loss and the gradient norm of the whole batch.
+///
+/// A step is refused if one of both is not finite, or beyond what is usual: mean + sigmas * deviation of the last
+/// `window` accepted steps. Of the gradient norm, which varies by factors, the same of its logarithm must be exceeded
+/// too. A deviation counts as at least a thousandth of the mean: losses that are all the same say nothing of what is
+/// far. What is refused never enters the statistics, so that they stay those of before the spike however long it lasts.
+///
+/// Diverged: more than `most_refused` in a row; or the mean loss of the last `least` accepted steps is as far above the
+/// lowest such mean there was: a climb so slow that every step of it looks usual.
+///
+/// Source:   OLMo-core's skip-step optimizer for window and sigmas; deviations: the logarithm, the climb.
+/// State:    a value; a copy of it goes with a snapshot of the parameters.
+/// Cost:     some hundred additions a step.
+class SpikeGuard {
+public:
+    /// Errors: ErrorKind::usage unless 2 <= least <= window, sigmas is finite and above 0, most_refused at least 1.
+    explicit SpikeGuard(const SpikeGuardOptions& options = {});
+
+    /// Judges the next batch, and takes it that the verdict is followed.
+    Judgement judge(double loss, double gradient_norm);
+
+    /// Steps refused since the last one that was applied.
+    std::int64_t refused_in_a_row() const { return refused_in_a_row_; }
+
+    const SpikeGuardOptions& options() const { return options_; }
+
+private:
+    struct Accepted {
+        double loss, gradient_norm;
+    };
+
+    std::string why_unusual(double loss, double gradient_norm) const;
+    std::string why_climbing();
+    void accept(double loss, double gradient_norm);
+
+    SpikeGuardOptions options_;
+    std::deque<Accepted> accepted_;  // the last `window`
+    std::int64_t refused_in_a_row_ = 0;
+    bool has_lowest_ = false;
+    double lowest_mean_ = 0.0, lowest_deviation_ = 0.0;  // of `least` losses
+};
+
+}  // namespace microbatch

@@ -1,0 +1,44 @@
+"""Steps that are beyond what is usual are refused, said and logged; a run that diverges is stopped."""
+
+import pytest
+
+# The rate rises until the loss climbs: sgd without clipping, from step 64 on seen by the guard.
+CLIMB = {"optimizer": "sgd", "momentum": 0, "weight_decay": 0, "clip": "inf", "schedule": "constant", "lr": 20,
+         "warmup": "2000 steps", "steps": 1500, "batch": 4, "micro_batch": 4}
+
+
+@pytest.fixture(scope="module")
+def climbing(shared_run):
+    return shared_run.text("train", run="climbing", **CLIMB)
+
+
+def test_a_run_that_climbs_away_is_stopped_with_the_weights_from_before(climbing):
+    assert climbing.returncode == 4, climbing.stdout[-500:]
+    assert "the run diverged at step" in climbing.stderr and "--lr" in climbing.stderr
+    assert "stopped" in climbing.stdout
+    last = climbing.metrics[-1]
+    assert not last["applied"] and last["reason"]
+    assert (climbing.folder / "model.safetensors").exists()
+
+
+def test_every_refused_step_is_in_the_log_and_on_the_screen_with_its_reason(climbing):
+    refused = [line for line in climbing.metrics if not line["applied"]]
+    assert refused and refused[0]["step"] > 64
+    for line in refused:
+        assert line["reason"]
+        assert f"step {line['step']}: refused: {line['reason']}" in climbing.stdout
+
+
+def test_without_the_guard_the_same_run_goes_further(climbing, run):
+    result = run.text("train", no_guard=True, **CLIMB)
+    assert len(result.metrics) > len(climbing.metrics)
+    assert all("not finite" in line["reason"] for line in result.metrics if not line["applied"])
+
+
+def test_a_quiet_run_is_the_same_with_and_without_it(run):
+    flags = {"steps": 200, "warmup": "10 steps", "lr": 0.003}
+    with_guard = run.text("train", run="with", **flags).ok()
+    without = run.text("train", run="without", no_guard=True, **flags).ok()
+    assert all(with_guard.column("applied"))
+    assert with_guard.weights == without.weights
+    assert "no-guard = true" in (without.folder / "config.toml").read_text()

@@ -1,0 +1,195 @@
+// Traces of losses and gradient norms in the shapes of large runs, and what the guard makes of them.
+#include "microbatch/core/spike_guard.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "support/errors.h"
+
+namespace microbatch {
+namespace {
+
+using test::expect_usage_error;
+
+constexpr double nan_value = std::numeric_limits<double>::quiet_NaN();
+constexpr double infinity = std::numeric_limits<double>::infinity();
+
+/// A run whose loss falls from 5 towards 3, noisy, with gradient norms that vary by factors.
+class Trace {
+public:
+    explicit Trace(std::uint64_t seed = 1, const SpikeGuardOptions& options = {}) : guard_(options), random_(seed) {}
+
+    /// The next step: what is usual now, times these factors.
+    Verdict step(double of_loss = 1.0, double of_norm = 1.0) {
+        const double loss = 3.0 + 2.0 * std::exp(-steps_ / 300.0) + 0.05 * normal_(random_);
+        const double norm = 0.8 * std::exp(0.3 * normal_(random_));
+        ++steps_;
+        judgement_ = guard_.judge(loss * of_loss, norm * of_norm);
+        return judgement_.verdict;
+    }
+
+    Trace& quiet(int steps) {
+        for (int i = 0; i < steps; ++i) EXPECT_EQ(step(), Verdict::apply) << "step " << steps_ << reason();
+        return *this;
+    }
+
+    const std::string& reason() const { return judgement_.reason; }
+    SpikeGuard& guard() { return guard_; }
+
+private:
+    SpikeGuard guard_;
+    std::mt19937_64 random_;
+    std::normal_distribution<double> normal_;
+    double steps_ = 0;
+    Judgement judgement_;
+};
+
+TEST(SpikeGuard, AppliesEveryStepOfAQuietRun) {
+    for (std::uint64_t seed = 1; seed <= 200; ++seed) Trace(seed).quiet(2000);
+}
+
+TEST(SpikeGuard, RefusesOneSharpStepAndNoOther) {
+    for (std::uint64_t seed = 1; seed <= 50; ++seed) {
+        Trace trace(seed);
+        trace.quiet(300);
+        EXPECT_EQ(trace.step(1.5), Verdict::refuse);
+        EXPECT_NE(trace.reason().find("loss of "), std::string::npos);
+        trace.quiet(300);
+    }
+}
+
+TEST(SpikeGuard, FiresByTheSecondStepOfASpikeStaysShutAndReopens) {
+    // The loss rises by a fifth over five steps while the gradient norm grows a thousandfold, and calms down again.
+    for (std::uint64_t seed = 1; seed <= 50; ++seed) {
+        Trace trace(seed);
+        trace.quiet(400);
+        int applied = 0;
+        for (int i = 1; i <= 5; ++i) {
+            const Verdict verdict = trace.step(1.0 + 0.04 * i, std::pow(1000.0, i / 5.0));
+            if (verdict == Verdict::apply) ++applied;
+            if (i >= 2) {
+                EXPECT_EQ(verdict, Verdict::refuse) << "step " << i << " of the spike, seed " << seed;
+            }
+        }
+        EXPECT_LE(applied, 1);
+        trace.quiet(200);
+    }
+}
+
+TEST(SpikeGuard, SeesTwoSpikesWithACalmBetween) {
+    for (std::uint64_t seed = 1; seed <= 50; ++seed) {
+        Trace trace(seed);
+        trace.quiet(200);
+        for (int spike = 0; spike < 2; ++spike) {
+            for (int i = 0; i < 4; ++i) EXPECT_EQ(trace.step(1.3, 50.0), Verdict::refuse);
+            trace.quiet(20);
+        }
+    }
+}
+
+TEST(SpikeGuard, CallsASlowClimbDivergence) {
+    for (const double a_step : {1.0005, 1.001, 1.003, 1.01}) {
+        Trace trace;
+        trace.quiet(1500);
+        double factor = 1.0;
+        int steps = 0;
+        Verdict verdict = Verdict::apply;
+        while (verdict != Verdict::diverged && steps < 2000) {
+            verdict = trace.step(factor *= a_step);
+            ++steps;
+        }
+        EXPECT_EQ(verdict, Verdict::diverged) << a_step;
+        EXPECT_LT(factor, 1.35) << a_step;  // before a third of the loss is lost
+    }
+}
+
+TEST(SpikeGuard, CallsASpikeThatDoesNotEndDivergence) {
+    Trace trace;
+    trace.quiet(200);
+    for (int i = 0; i < 9; ++i) EXPECT_EQ(trace.step(2.0), Verdict::refuse);
+    EXPECT_EQ(trace.step(2.0), Verdict::diverged);
+    EXPECT_EQ(trace.guard().refused_in_a_row(), 10);
+    EXPECT_EQ(trace.step(2.0), Verdict::diverged);  // and does not forget it
+    EXPECT_EQ(trace.step(), Verdict::apply);
+    EXPECT_EQ(trace.guard().refused_in_a_row(), 0);
+}
+
+TEST(SpikeGuard, RefusesWhatIsNotFiniteFromTheFirstStepOn) {
+    Trace trace;
+    for (const double bad : {nan_value, infinity, -infinity}) {
+        EXPECT_EQ(trace.step(bad), Verdict::refuse);
+        EXPECT_EQ(trace.reason(), "loss is not finite");
+        EXPECT_EQ(trace.step(1.0, bad), Verdict::refuse);
+        EXPECT_EQ(trace.reason(), "gradient norm is not finite");
+    }
+    trace.quiet(200);
+}
+
+TEST(SpikeGuard, IsNotSwitchedOffByNan) {
+    Trace trace;
+    trace.quiet(200);
+    for (int round = 0; round < 50; ++round) {
+        EXPECT_EQ(trace.step(nan_value, nan_value), Verdict::refuse);
+        EXPECT_EQ(trace.step(3.0), Verdict::refuse);
+        trace.quiet(1);
+    }
+}
+
+TEST(SpikeGuard, HasNoOpinionBeforeItHasSeenEnough) {
+    Trace trace;
+    for (int i = 0; i < 63; ++i)
+        EXPECT_EQ(trace.step(i % 2 == 0 ? 1.0 : 3.0, i % 3 == 0 ? 1.0 : 100.0), Verdict::apply);
+}
+
+TEST(SpikeGuard, WhatIsRefusedDoesNotChangeWhatIsUsual) {
+    Trace with, without;
+    with.quiet(150);
+    without.quiet(150);
+    for (int i = 0; i < 8; ++i) with.guard().judge(1000.0, 1.0);
+    for (const double loss : {3.9, 4.2, 4.5, 4.7, 4.8, 4.9, 5.0, 5.2, 6.0}) {
+        SpikeGuard one = with.guard(), other = without.guard();
+        EXPECT_EQ(one.judge(loss, 1.0).verdict == Verdict::apply, other.judge(loss, 1.0).verdict == Verdict::apply)
+            << loss;
+    }
+}
+
+TEST(SpikeGuard, LossesThatAreAllTheSameLeaveRoomForARounding) {
+    SpikeGuard guard;
+    for (int i = 0; i < 200; ++i) EXPECT_EQ(guard.judge(2.0, 1.0).verdict, Verdict::apply);
+    EXPECT_EQ(guard.judge(2.001, 1.001).verdict, Verdict::apply);
+    EXPECT_EQ(guard.judge(2.1, 1.0).verdict, Verdict::refuse);
+    EXPECT_EQ(guard.judge(2.0, 1.1).verdict, Verdict::refuse);
+}
+
+TEST(SpikeGuard, TakesGradientsOfZeros) {
+    SpikeGuard guard;
+    for (int i = 0; i < 300; ++i) EXPECT_EQ(guard.judge(1.0, 0.0).verdict, Verdict::apply);
+}
+
+TEST(SpikeGuard, ACopyGoesOnFromWhereItWasMade) {
+    Trace trace;
+    trace.quiet(200);
+    SpikeGuard copy = trace.guard();
+    for (int i = 0; i < 9; ++i) trace.step(3.0);
+    EXPECT_EQ(trace.guard().refused_in_a_row(), 9);
+    EXPECT_EQ(copy.refused_in_a_row(), 0);
+    EXPECT_EQ(copy.judge(9.0, 1.0).verdict, Verdict::refuse);
+}
+
+TEST(SpikeGuard, RefusesSettingsThatHaveNoMeaning) {
+    expect_usage_error({"least is 1"}, [] { SpikeGuard({.least = 1}); });
+    expect_usage_error({"window of 10 steps is shorter than the 64"}, [] { SpikeGuard({.window = 10}); });
+    for (const double sigmas : {0.0, -1.0, nan_value, infinity}) {
+        expect_usage_error({"sigmas is"}, [sigmas] { SpikeGuard({.sigmas = sigmas}); });
+    }
+    expect_usage_error({"most_refused is 0"}, [] { SpikeGuard({.most_refused = 0}); });
+}
+
+}  // namespace
+}  // namespace microbatch
