@@ -102,14 +102,20 @@ void run_all(std::FILE* out, const JobPlan& plan, std::int64_t samples, std::int
 
 void print_strategies(std::FILE* out, const JobPlan& plan, const std::vector<Strategy>& strategies,
                       std::int64_t samples, std::int64_t budget) {
-    fmt::print(out, "\n{}; {} samples each, the same seed, rate and schedule; memory budget {}\n\n",
-               plan.model_description, format_count(samples), format_bytes(budget));
-    std::vector<std::vector<std::string>> rows{{"strategy", "batch", "micro-batch", "peak memory", "fits",
+    const RateRule rule = rate_rule_of(plan.settings);
+    fmt::print(out, "\n{}; {} samples each, the same seed and schedule, {}; memory budget {}\n\n",
+               plan.model_description, format_count(samples),
+               rule == RateRule::none ? "the same rate"
+                                      : fmt::format("the rate by the rule {} from batch {}", to_string(rule),
+                                                    *plan.settings.reference_batch),
+               format_bytes(budget));
+    std::vector<std::vector<std::string>> rows{{"strategy", "batch", "micro-batch", "rate", "peak memory", "fits",
                                                 "gradient variance", "time per step", "time per sample",
                                                 "held-out loss"}};
     for (const Strategy& s : strategies) {
         auto measured = [&s](const std::string& figure) { return s.ran ? figure : std::string("-"); };
         rows.push_back({s.name, std::to_string(s.batch), std::to_string(s.plan.micro_batch),
+                        fmt::format("{:.4g}", constants_of(plan.settings, s.batch).learning_rate),
                         format_bytes(s.peak_bytes) + (s.ran ? "" : " predicted"), s.peak_bytes <= budget ? "yes" : "no",
                         s.variance ? fmt::format("{:.3g}", *s.variance) : "-",
                         measured(fmt::format("{:.1f} ms", 1e3 * s.step_seconds)),
@@ -133,6 +139,7 @@ void print_json(const JobPlan& plan, const std::vector<Strategy>& strategies, st
         nlohmann::ordered_json row;
         row["strategy"] = s.name;
         row["batch"] = s.batch;
+        row["peak_learning_rate"] = constants_of(plan.settings, s.batch).learning_rate;
         row["micro_batch"] = s.plan.micro_batch;
         row["recompute"] = s.plan.recompute;
         row["ran"] = s.ran;

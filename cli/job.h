@@ -39,9 +39,8 @@ struct Job {
 ///         ErrorKind::bad_data as open_data.
 JobPlan open_job(const Settings& settings, Interval length);
 
-/// The same seed makes the same parameters. The optimizer is one for steps of `batch` samples, by the --lr-rule; for
-/// the
-/// --batch without one.
+/// The same seed makes the same parameters. The optimizer's constants are those of steps of `batch` samples; without
+/// one, of the settings' batch.
 Job make_job(const JobPlan& plan, const Plan& cut = {}, std::optional<std::int64_t> batch = {});
 
 /// Thrown where an interrupted command has nothing to keep.

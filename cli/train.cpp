@@ -44,8 +44,9 @@ struct Outcome {
     std::int64_t refused = 0;
     int refused_in_a_row = 0;  // up to the last step; batches of weight 0 do not count
     bool interrupted = false;
+    bool ended_in_nan = false;  // the length was reached, by steps that were refused because they are not finite
 
-    bool diverged() const { return last.diverged || refused_in_a_row >= most_refused_in_a_row; }
+    bool diverged() const { return last.diverged || ended_in_nan || refused_in_a_row >= most_refused_in_a_row; }
 
     // Counts the last step in.
     void add(std::int64_t peak) {
@@ -217,6 +218,9 @@ void train_to_the_end(std::FILE* out, const JobPlan& plan, const Job& job, const
         drill.after(outcome.last);
     }
     progress.finish();
+    const StepReport& last = outcome.last.step;
+    outcome.ended_in_nan = trainer.done() && outcome.refused_in_a_row > 0 &&
+                           !(std::isfinite(last.loss) && std::isfinite(last.gradient_norm));
     outcome.interrupted = !trainer.done() && !outcome.diverged();
     if (trainer.done() && log.lines() > 0 && !outcome.diverged()) measure_held_out(plan, job, chosen, outcome);
 }
@@ -235,8 +239,8 @@ void report_divergence(const Outcome& outcome, const Settings& settings) {
                                                                           outcome.refused_in_a_row - 1)
                                                             : std::string();
     throw Error(ErrorKind::stopped,
-                fmt::format("the run diverged at step {}: {}{}. The weights are those from before; take a smaller --lr "
-                            "than {:g}, a --warmup or a smaller --clip",
+                fmt::format("the run diverged at step {}: {}{}. What is written are the weights of the last step that "
+                            "was applied; take a smaller --lr than {:g}, a --warmup or a smaller --clip",
                             outcome.last.progress.steps, outcome.last.step.reason, before, learning_rate_of(settings)));
 }
 

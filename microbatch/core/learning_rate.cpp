@@ -32,7 +32,14 @@ double sde_beta(const char* name, double beta, double k) {
     return 1.0 - forgotten;
 }
 
-void require_finite(const RateConstants& scaled, RateRule rule, double k) {
+void require_usable(const RateConstants& scaled, RateRule rule, double k) {
+    if (scaled.adam) {
+        for (const double beta : {scaled.adam->beta1, scaled.adam->beta2}) {
+            if (beta > 0.0 && beta < 1.0) continue;
+            refuse(text("the rule ", to_string(rule), " at ", k, " times the reference batch gives a beta of ", beta,
+                        ": check both batches"));
+        }
+    }
     if (std::isfinite(scaled.learning_rate) && (!scaled.adam || std::isfinite(scaled.adam->epsilon))) return;
     refuse(text("the rule ", to_string(rule), " at ", k, " times the reference batch gives a learning rate of ",
                 scaled.learning_rate, ": check the rate and both batches"));
@@ -74,7 +81,7 @@ RateConstants scale_to_batch(const RateConstants& reference, RateRule rule, std:
         scaled.adam->epsilon /= std::sqrt(k);
     }
     if (rule == RateRule::beta2_time) scaled.adam->beta2 = std::pow(reference.adam->beta2, k);
-    require_finite(scaled, rule, k);
+    if (rule != RateRule::none) require_usable(scaled, rule, k);
     return scaled;
 }
 

@@ -41,13 +41,13 @@ struct RateConstants {
 ///
 /// Errors: ErrorKind::usage if a batch is below 1; if the rule is Adam's and there are no constants of Adam; if
 ///         adam_sde has no answer, for k (1 - beta) would be 1 or more: the batch is too large for the betas; if a
-///         result is not finite.
+///         result is not finite, or a beta rounds to 0 or 1.
 /// Source: linear: Goyal et al. 2017, arXiv:1706.02677; sqrt: Krizhevsky 2014, arXiv:1404.5997; adam_sde: Malladi et
 ///         al. 2022, arXiv:2205.10287, definition 5.2; beta2_time: Marek et al. 2025, arXiv:2507.07101.
 RateConstants scale_to_batch(const RateConstants& reference, RateRule rule, std::int64_t reference_batch,
                              std::int64_t batch);
 
-/// One line: "rate 0.001 at batch 64 is 0.00283 at 512 (sqrt)", and what else has changed.
+/// One line: "rate 0.001 at batch 64 is 0.002 at 256 (sqrt)", and what else has changed.
 std::string describe_scaling(const RateConstants& reference, const RateConstants& scaled, RateRule rule,
                              std::int64_t reference_batch, std::int64_t batch);
 

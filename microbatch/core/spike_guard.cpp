@@ -31,8 +31,8 @@ Usual usual_of(Iterator begin, Iterator end, const Value& value) {
     return usual;
 }
 
-Usual widened(Usual usual) {
-    usual.deviation = std::max(usual.deviation, least_relative_deviation * std::abs(usual.mean));
+Usual widened(Usual usual, double scale) {
+    usual.deviation = std::max(usual.deviation, least_relative_deviation * scale);
     return usual;
 }
 
@@ -64,9 +64,13 @@ Judgement SpikeGuard::judge(double loss, double gradient_norm) {
         ++refused_in_a_row_;
         return {refused_in_a_row_ <= options_.most_refused ? Verdict::refuse : Verdict::diverged, reason};
     }
-    refused_in_a_row_ = 0;
     accept(loss, gradient_norm);
-    if (const std::string reason = why_climbing(); !reason.empty()) return {Verdict::diverged, reason};
+    if (const std::string reason = why_climbing(); !reason.empty()) {
+        accepted_.pop_back();
+        ++refused_in_a_row_;
+        return {Verdict::diverged, reason};
+    }
+    refused_in_a_row_ = 0;
     return {};
 }
 
@@ -75,12 +79,13 @@ std::string SpikeGuard::why_unusual(double loss, double gradient_norm) const {
     if (!std::isfinite(gradient_norm)) return "gradient norm is not finite";
     if (static_cast<std::int64_t>(accepted_.size()) < options_.least) return {};
     const auto usual = [this](auto value) { return usual_of(accepted_.begin(), accepted_.end(), value); };
-    const Usual losses = widened(usual([](const Accepted& one) { return one.loss; }));
+    const Usual losses = widened(usual([](const Accepted& one) { return one.loss; }), scale_);
     if (loss > losses.most(options_.sigmas)) {
         return text("loss of ", loss, " is ", (loss - losses.mean) / losses.deviation, " deviations above ",
                     losses.mean);
     }
-    const Usual norms = widened(usual([](const Accepted& one) { return one.gradient_norm; }));
+    Usual norms = usual([](const Accepted& one) { return one.gradient_norm; });
+    norms = widened(norms, norms.mean);
     const Usual logs = usual([](const Accepted& one) { return log_of(one.gradient_norm); });
     if (gradient_norm > norms.most(options_.sigmas) && log_of(gradient_norm) > logs.most(options_.sigmas)) {
         return text("gradient norm of ", gradient_norm, " is ", (gradient_norm - norms.mean) / norms.deviation,
@@ -96,8 +101,10 @@ void SpikeGuard::accept(double loss, double gradient_norm) {
 
 std::string SpikeGuard::why_climbing() {
     if (static_cast<std::int64_t>(accepted_.size()) < options_.least) return {};
-    const Usual last = widened(
-        usual_of(accepted_.end() - options_.least, accepted_.end(), [](const Accepted& one) { return one.loss; }));
+    Usual last =
+        usual_of(accepted_.end() - options_.least, accepted_.end(), [](const Accepted& one) { return one.loss; });
+    if (!has_lowest_) scale_ = std::abs(last.mean);
+    last = widened(last, scale_);
     if (!has_lowest_ || last.mean < lowest_mean_) {
         has_lowest_ = true;
         lowest_mean_ = last.mean;

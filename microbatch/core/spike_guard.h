@@ -29,14 +29,15 @@ struct Judgement {
 ///
 /// A step is refused if one of both is not finite, or beyond what is usual: mean + sigmas * deviation of the last
 /// `window` accepted steps. Of the gradient norm, which varies by factors, the same of its logarithm must be exceeded
-/// too. A deviation counts as at least a thousandth of the mean: losses that are all the same say nothing of what is
-/// far. What is refused never enters the statistics, so that they stay those of before the spike however long it lasts.
+/// too. A deviation counts as at least a thousandth of the mean (of losses that of the first `least`): numbers that are
+/// all the same say nothing of what is far, nor do losses near 0. What is refused never enters the statistics, so that
+/// they stay those of before the spike however long it lasts.
 ///
 /// Diverged: more than `most_refused` in a row; or the mean loss of the last `least` accepted steps is as far above the
 /// lowest such mean there was: a climb so slow that every step of it looks usual.
 ///
 /// Source:   OLMo-core's skip-step optimizer for window and sigmas; deviations: the logarithm, the climb.
-/// State:    a value; a copy of it goes with a snapshot of the parameters.
+/// State:    a value; a copy of it goes with a snapshot of the parameters: who goes back goes on with the copy.
 /// Cost:     some hundred additions a step.
 class SpikeGuard {
 public:
@@ -65,6 +66,7 @@ private:
     std::int64_t refused_in_a_row_ = 0;
     bool has_lowest_ = false;
     double lowest_mean_ = 0.0, lowest_deviation_ = 0.0;  // of `least` losses
+    double scale_ = 0.0;                                 // of the loss: the mean of the first `least`
 };
 
 }  // namespace microbatch

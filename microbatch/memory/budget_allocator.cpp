@@ -101,15 +101,15 @@ Answer request_for_a_moment(std::size_t bytes) {
     return answer_as_it_stands(refusal, nullptr);
 }
 
-[[noreturn]] void refuse(std::size_t bytes, const Answer& answer) {
+[[noreturn]] void refuse(const char* what, std::size_t bytes, const Answer& answer) {
     const auto size = static_cast<std::int64_t>(std::min<std::size_t>(bytes, no_budget));
     c10::reportOutOfMemoryToProfiler(size, static_cast<std::size_t>(answer.live),
                                      static_cast<std::size_t>(answer.live + answer.cached), at::kCPU);
-    TORCH_CHECK_WITH(OutOfMemoryError, answer.refusal != Refusal::rehearsed, "a tensor of ", format_bytes(size),
+    TORCH_CHECK_WITH(OutOfMemoryError, answer.refusal != Refusal::rehearsed, what, " of ", format_bytes(size),
                      " is refused because fail_allocation() asked for it");
     TORCH_CHECK_WITH(OutOfMemoryError, answer.refusal != Refusal::system, "the machine has no ", format_bytes(size),
-                     " left for a tensor; ", format_bytes(answer.live), " are in use");
-    TORCH_CHECK_WITH(OutOfMemoryError, false, "a tensor of ", format_bytes(size),
+                     " left for ", what, "; ", format_bytes(answer.live), " are in use");
+    TORCH_CHECK_WITH(OutOfMemoryError, false, what, " of ", format_bytes(size),
                      " does not fit: ", format_bytes(answer.live), " of the memory budget of ",
                      format_bytes(answer.budget), " are in use");
 }
@@ -145,7 +145,7 @@ public:
         const at::Device cpu(at::kCPU);
         if (bytes == 0) return {nullptr, nullptr, &release, cpu};
         const Answer answer = request(bytes);
-        if (answer.refusal != Refusal::none) refuse(bytes, answer);
+        if (answer.refusal != Refusal::none) refuse("a tensor", bytes, answer);
         void* data = data_of(answer.block);
         tell_profiler(data, static_cast<std::int64_t>(bytes), answer.live, answer.cached);
         return {data, data, &release, cpu};
@@ -164,7 +164,7 @@ void expect_memory(std::int64_t bytes) {
     if (bytes <= 0 || !installed.load(std::memory_order_relaxed)) return;
     const auto size = static_cast<std::size_t>(bytes);
     const Answer answer = request_for_a_moment(size);
-    if (answer.refusal != Refusal::none) refuse(size, answer);
+    if (answer.refusal != Refusal::none) refuse("the working memory of an operation", size, answer);
     tell_profiler(nullptr, bytes, answer.live + bytes, answer.cached);
     tell_profiler(nullptr, -bytes, answer.live, answer.cached);
 }

@@ -88,6 +88,7 @@ void MemoryTrace::clear() {
     recorder_->clear();
 }
 
-UntracedMemory::UntracedMemory() : guard_(c10::DebugInfoKind::PROFILER_STATE, std::make_shared<Nobody>()) {}
+UntracedMemory::UntracedMemory()
+    : no_operators_(/*is_enabled=*/false), guard_(c10::DebugInfoKind::PROFILER_STATE, std::make_shared<Nobody>()) {}
 
 }  // namespace microbatch

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ATen/record_function.h>
 #include <c10/core/Device.h>
 #include <c10/util/ThreadLocalDebugInfo.h>
 
@@ -47,12 +48,13 @@ private:
 
 /// As long as it lives, no trace of this thread has an event: for this thread's share of work whose allocations come in
 /// an order of chance. What all threads can hold together is told before, by expect_memory(). Torch's profiler sees
-/// none either.
+/// neither memory nor operators of it.
 class UntracedMemory {
 public:
     UntracedMemory();
 
 private:
+    at::RecordFunctionGuard no_operators_;  // the profiler would take what stands in its place for its own
     c10::DebugInfoGuard guard_;
 };
 

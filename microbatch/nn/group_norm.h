@@ -22,8 +22,8 @@ struct NormTail {
 /// Numerics: fp32 on the CPU with the channels of a pixel side by side (at::MemoryFormat::ChannelsLast): sums over
 ///           pixels in fp32, over channels in fp64. The result's memory is laid out so, too. Everything else by torch's
 ///           operators: the same values to rounding. NaN stays NaN.
-/// State:    keeps x, and the result where there is a ReLU, for backward: neither may be changed before. Differentiable
-///           twice.
+/// State:    keeps x, what is added, and the result where there is a ReLU, for backward: none may be changed before.
+///           Differentiable twice.
 /// Cost:     one operation; samples are shared out among torch's threads.
 at::Tensor group_norm(const at::Tensor& x, std::int64_t groups, const at::Tensor& scale, const at::Tensor& shift,
                       double epsilon, const NormTail& tail = {});

@@ -84,8 +84,12 @@ public:
         for (std::size_t i = count + 1; i < saved.size(); i += 4) {
             kept.push_back({saved[i], saved[i + 1], saved[i + 2], saved[i + 3]});
         }
+        const ResidualWanted wanted{.x = context->needs_input_grad(0),
+                                    .first = context->needs_input_grad(1),
+                                    .second = context->needs_input_grad(4),
+                                    .projection = count > 7 && context->needs_input_grad(7)};
         variable_list found = residual_backward(inputs[0], weights_of(inputs), options, saved[count], kept,
-                                                gradients[0].contiguous(channels_last), context->needs_input_grad(0));
+                                                gradients[0].contiguous(channels_last), wanted);
         std::move(found.begin(), found.end(), results.begin());
         return results;
     }
@@ -107,7 +111,8 @@ bool is_normed(const at::Tensor& weight, const at::Tensor& scale, const at::Tens
 
 /// Whether shapes and types are those of the fast way; if they are not, the operators say what is wrong.
 bool is_fast(const at::Tensor& x, const ResidualWeights& w, const ResidualOptions& options) {
-    if (!is_fp32_on_cpu(x) || x.dim() != 4 || x.numel() == 0 || !x.is_contiguous(channels_last) ||
+    // Of one channel both layouts are the same, and the convolution may take it for the other one.
+    if (!is_fp32_on_cpu(x) || x.dim() != 4 || x.numel() == 0 || x.size(1) == 1 || !x.is_contiguous(channels_last) ||
         !OneThread::possible() || operators_are_watched() || at::autocast::is_autocast_enabled(at::kCPU) ||
         !w.first.defined() || w.first.dim() != 4) {
         return false;

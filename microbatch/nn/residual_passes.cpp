@@ -61,18 +61,20 @@ struct Layer {
     std::int64_t channels() const { return weight.size(0); }
 
     at::Tensor convolve(const at::Tensor& x) const {
-        return at::convolution(x, weight, {}, {stride, stride}, {padding(), padding()}, {1, 1}, false, {0, 0}, 1);
+        return at::convolution(x, weight, {}, {stride, stride}, {padding(), padding()}, {1, 1}, false, {0, 0}, 1)
+            .contiguous(channels_last);
     }
 
     struct Gradients {
         at::Tensor of_x, of_weight;
     };
 
-    /// of_x is undefined unless wanted.
-    Gradients backward(const at::Tensor& gradient, const at::Tensor& x, bool wants_x) const {
+    /// What is not wanted is undefined.
+    Gradients backward(const at::Tensor& gradient, const at::Tensor& x, bool wants_x, bool wants_weight) const {
+        if (!wants_x && !wants_weight) return {};
         auto [of_x, of_weight, of_bias] =
             at::convolution_backward(gradient, x, weight, at::nullopt, {stride, stride}, {padding(), padding()}, {1, 1},
-                                     false, {0, 0}, 1, {wants_x, true, false});
+                                     false, {0, 0}, 1, {wants_x, wants_weight, false});
         return {of_x, of_weight};
     }
 
@@ -199,29 +201,30 @@ using Sums = std::array<LayerSums, 3>;
 
 /// of_x is the part's place in the gradient of x, or undefined.
 void backward_of_part(const Layers& layers, const at::Tensor& x, const at::Tensor& out, const ResidualKept& kept,
-                      const at::Tensor& gradient, at::Tensor of_x, Sums& sums, float* scratch) {
-    const bool wants_x = of_x.defined();
+                      const at::Tensor& gradient, const ResidualWanted& wanted, at::Tensor of_x, Sums& sums,
+                      float* scratch) {
     at::Tensor of_shortcut = layers.projects() ? at::empty_like(out) : of_x;
     at::Tensor of_second =
         layers.second.norm_backward(kept.second, out, kept.statistics[1], gradient, sums[1].norm, of_shortcut, scratch);
     at::Tensor inner = activated(layers.first, kept.first, kept.statistics[0], /*again=*/true, scratch);
-    at::Tensor of_inner = sums[1].add(layers.second.backward(of_second, inner, /*wants_x=*/true));
+    at::Tensor of_inner = sums[1].add(layers.second.backward(of_second, inner, /*wants_x=*/true, wanted.second));
     of_second.reset();
     at::Tensor of_first = layers.first.norm_backward(kept.first, inner, kept.statistics[0],
                                                      of_inner.contiguous(channels_last), sums[0].norm, {}, scratch);
     inner.reset();
     of_inner.reset();
-    const at::Tensor through_first = sums[0].add(layers.first.backward(of_first, x, wants_x));
+    const at::Tensor through_first = sums[0].add(layers.first.backward(of_first, x, wanted.x, wanted.first));
     of_first.reset();
     if (!layers.projects()) {
-        if (wants_x) of_x.add_(through_first);
+        if (wanted.x) of_x.add_(through_first);
         return;
     }
     const at::Tensor of_projected =
         layers.projection.norm_backward(kept.projected, {}, kept.statistics[2], of_shortcut, sums[2].norm, {}, scratch);
     of_shortcut.reset();
-    const at::Tensor through_projection = sums[2].add(layers.projection.backward(of_projected, x, wants_x));
-    if (wants_x) at::add_out(of_x, through_first, through_projection);
+    const at::Tensor through_projection =
+        sums[2].add(layers.projection.backward(of_projected, x, wanted.x, wanted.projection));
+    if (wanted.x) at::add_out(of_x, through_first, through_projection);
 }
 
 /// What all parts can hold at once, however the threads meet: so many bytes a sample, and so many a thread even if
@@ -282,9 +285,9 @@ std::pair<at::Tensor, std::vector<ResidualKept>> residual_forward(const at::Tens
 std::vector<at::Tensor> residual_backward(const at::Tensor& x, const ResidualWeights& weights,
                                           const ResidualOptions& options, const at::Tensor& out,
                                           const std::vector<ResidualKept>& kept, const at::Tensor& gradient,
-                                          bool wants_x) {
+                                          const ResidualWanted& wanted) {
     const Layers layers(weights, options);
-    const at::Tensor of_x = wants_x ? at::empty_like(x) : at::Tensor();
+    const at::Tensor of_x = wanted.x ? at::empty_like(x) : at::Tensor();
     const std::int64_t channels = layers.channels();
     const at::Tensor scratch = thread_scratch(x, channels);
     std::vector<Sums> sums(static_cast<std::size_t>(thread_places()));
@@ -296,7 +299,7 @@ std::vector<at::Tensor> residual_backward(const at::Tensor& x, const ResidualWei
     for_each_part(parts, [&](std::int64_t number) {
         const Part part(x.size(0), number, parts);
         backward_of_part(layers, part.of(x), part.of(out), kept[static_cast<std::size_t>(number)], part.of(gradient),
-                         wants_x ? part.of(of_x) : of_x, sums[static_cast<std::size_t>(at::get_thread_num())],
+                         wanted, wanted.x ? part.of(of_x) : of_x, sums[static_cast<std::size_t>(at::get_thread_num())],
                          own_row(scratch));
     });
     std::vector<at::Tensor> results{of_x};

@@ -21,11 +21,16 @@ struct ResidualKept {
 std::pair<at::Tensor, std::vector<ResidualKept>> residual_forward(const at::Tensor& x, const ResidualWeights& weights,
                                                                   const ResidualOptions& options);
 
-/// The gradients of x (undefined unless wanted) and of the weights in the order of ResidualWeights, from that of the
-/// result.
+/// Which gradients are wanted; those of the norms' scales and shifts cost next to nothing.
+struct ResidualWanted {
+    bool x = true, first = true, second = true, projection = true;
+};
+
+/// The gradients of x and of the weights in the order of ResidualWeights, from that of the result; what is not wanted
+/// is undefined.
 std::vector<at::Tensor> residual_backward(const at::Tensor& x, const ResidualWeights& weights,
                                           const ResidualOptions& options, const at::Tensor& out,
                                           const std::vector<ResidualKept>& kept, const at::Tensor& gradient,
-                                          bool wants_x);
+                                          const ResidualWanted& wanted);
 
 }  // namespace microbatch

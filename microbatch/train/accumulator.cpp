@@ -70,7 +70,7 @@ StepReport Accumulator::step(const Batch& batch, const LossFunction& loss, const
     for (bool again = false;; again = true) {
         const Gathered gathered = gather(batch, loss);
         std::string reason;
-        if (judge && !again && gathered.weight > 0.0) reason = judge(gathered);
+        if (judge && !again && gathered.weight > 0.0) reason = ask(judge, gathered);
         if (reason.empty()) reason = reason_to_refuse(gathered);
         if (!reason.empty()) return discard(reason);
         StepReport report;
@@ -88,6 +88,16 @@ StepReport Accumulator::step(const Batch& batch, const LossFunction& loss, const
                              out_of_memory_message_));
         }
         lost += out_of_memory_ + 1;
+    }
+}
+
+std::string Accumulator::ask(const Judge& judge, const Gathered& gathered) {
+    try {
+        return judge(gathered);
+    } catch (...) {
+        undo();
+        discard({});
+        throw;
     }
 }
 

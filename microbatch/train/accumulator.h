@@ -126,6 +126,7 @@ public:
 
 private:
     void refuse_unknown_parameters();
+    std::string ask(const Judge& judge, const Gathered& gathered);
     [[noreturn]] void give_up(const std::string& why);
     bool try_gather(const Batch& batch, const LossFunction& loss);
     bool try_apply(StepReport& report);

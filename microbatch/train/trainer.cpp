@@ -58,8 +58,12 @@ TrainerReport Trainer::step() {
         if (options_.schedule) {
             accumulator_.optimizer().set_learning_rate(microbatch::learning_rate(*options_.schedule, progress_, batch));
         }
-        report.step = accumulator_.step(samples, loss_,
-                                        [&](const Gathered& gathered) { return judge(gathered, report.diverged); });
+        Judge judge;
+        // A smaller batch is noisier: what is usual says nothing of it.
+        if (guard_ && report.samples == options_.batch) {
+            judge = [&](const Gathered& gathered) { return judge_by_guard(gathered, report.diverged); };
+        }
+        report.step = accumulator_.step(samples, loss_, judge);
     } catch (...) {
         sampler_.restore(position);
         guard_ = guard;
@@ -70,8 +74,7 @@ TrainerReport Trainer::step() {
     return report;
 }
 
-std::string Trainer::judge(const Gathered& gathered, bool& diverged) {
-    if (!guard_) return {};
+std::string Trainer::judge_by_guard(const Gathered& gathered, bool& diverged) {
     Judgement judgement = guard_->judge(gathered.loss(), gathered.gradient_norm);
     diverged = judgement.verdict == Verdict::diverged;
     return std::move(judgement.reason);

@@ -17,7 +17,8 @@ struct TrainerOptions {
     Interval length{0, Unit::steps};        ///< how long to train; the last batch is smaller where it must be
     std::optional<Schedule> schedule = {};  ///< none: the optimizer's learning rate is left alone
     std::uint64_t seed = 0;                 ///< of the order of the samples
-    /// Steps that are beyond what is usual are refused; none: only those that are not finite.
+    /// Steps that are beyond what is usual are refused; none: only those that are not finite. A last, smaller batch is
+    /// not judged.
     std::optional<SpikeGuardOptions> guard = {};
 };
 
@@ -51,7 +52,7 @@ public:
 
 private:
     std::int64_t next_batch() const;
-    std::string judge(const Gathered& gathered, bool& diverged);
+    std::string judge_by_guard(const Gathered& gathered, bool& diverged);
 
     Accumulator& accumulator_;
     const Dataset& dataset_;

@@ -61,6 +61,8 @@ def test_every_strategy_that_is_compared_has_the_rate_of_its_batch(run):
     plain = run.text("compare", micro_batch=2, samples=32, json=True).ok().document["strategies"]
     scaled = run.text("compare", micro_batch=2, samples=32, json=True, reference_batch=2, lr_rule="linear")
     strategies = scaled.ok().document["strategies"]
+    assert [s["peak_learning_rate"] for s in strategies] == pytest.approx([0.001, 0.004, 0.004])
+    assert {s["peak_learning_rate"] for s in plain} == {0.001}
     assert strategies[0]["held_out_loss"] == plain[0]["held_out_loss"]  # its batch is the reference
     assert strategies[1]["held_out_loss"] != plain[1]["held_out_loss"]
 

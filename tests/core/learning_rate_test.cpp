@@ -108,6 +108,12 @@ TEST(RateRule, RefusesWhatHasNoAnswer) {
     }
 }
 
+TEST(RateRule, RefusesABetaThatAveragesNothing) {
+    expect_usage_error({"beta of 1", "check both batches"},
+                       [] { scale_to_batch(adam(), RateRule::adam_sde, std::int64_t{1} << 60, 1); });
+    expect_usage_error({"beta of 0"}, [] { scale_to_batch(adam(), RateRule::beta2_time, 1, 10'000'000); });
+}
+
 TEST(RateRule, SaysWhatItDid) {
     const RateConstants sde = scale_to_batch(adam(), RateRule::adam_sde, 64, 256);
     EXPECT_EQ(

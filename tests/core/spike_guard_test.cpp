@@ -167,6 +167,32 @@ TEST(SpikeGuard, LossesThatAreAllTheSameLeaveRoomForARounding) {
     EXPECT_EQ(guard.judge(2.0, 1.1).verdict, Verdict::refuse);
 }
 
+TEST(SpikeGuard, LossesNearZeroLeaveRoomForWhatIsSmallAgainstTheFirst) {
+    SpikeGuard guard;
+    std::mt19937_64 random(1);
+    std::normal_distribution<double> normal;
+    for (int i = 0; i < 1000; ++i) {
+        // Down to a millionth, with bumps of a hundred times that.
+        const double loss = 5.0 * std::exp(-i / 40.0) + 1e-6 * (i % 100 == 99 ? 100.0 : 1.0 + 0.1 * normal(random));
+        EXPECT_EQ(guard.judge(loss, 1e-3 * std::exp(0.3 * normal(random))).verdict, Verdict::apply) << i;
+    }
+    EXPECT_EQ(guard.judge(0.5, 1e-3).verdict, Verdict::refuse);
+}
+
+TEST(SpikeGuard, WhatIsDivergedStaysSoUntilOneGoesBackToACopy) {
+    Trace trace;
+    trace.quiet(1500);
+    const SpikeGuard before = trace.guard();
+    double factor = 1.0;
+    while (trace.step(factor *= 1.003) != Verdict::diverged) ASSERT_LT(factor, 2.0);
+    const std::int64_t refused = trace.guard().refused_in_a_row();
+    EXPECT_EQ(refused, 1);
+    EXPECT_EQ(trace.step(factor), Verdict::diverged);
+    EXPECT_EQ(trace.guard().refused_in_a_row(), 2);
+    trace.guard() = before;
+    trace.quiet(100);
+}
+
 TEST(SpikeGuard, TakesGradientsOfZeros) {
     SpikeGuard guard;
     for (int i = 0; i < 300; ++i) EXPECT_EQ(guard.judge(1.0, 0.0).verdict, Verdict::apply);
