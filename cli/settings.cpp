@@ -150,9 +150,10 @@ void add_job_options(CLI::App& command, Settings& s) {
         ->type_name("X")
         ->group(optimizer);
     command
-        .add_option("--lr-rule", s.lr_rule,
-                    "How the rate follows the batch from --reference-batch: linear, sqrt, adam-sde (betas and epsilon, "
-                    "too), beta2-time (beta2 alone) or none (default: sqrt for adamw, linear for sgd)")
+        .add_option(
+            "--lr-rule", s.lr_rule,
+            "How the rate follows the batch: linear, sqrt, adam-sde (betas and epsilon, too), beta2-time (beta2 "
+            "alone) or none (default: sqrt for adamw, linear for sgd)")
         ->type_name("NAME")
         ->group(optimizer);
     add_count(command, "--reference-batch", s.reference_batch,

@@ -372,9 +372,10 @@ void add_train(CLI::App& application, Action& action) {
                    "Do not check at the start that the gradient is the same however the batch is cut")
         ->group("Run");
     command
-        ->add_flag("--no-guard", settings->no_guard,
-                   "Refuse only steps that are not finite; without this also those whose loss or gradient norm is far "
-                   "beyond that of the last 128, and a run whose loss climbs away is stopped")
+        ->add_flag(
+            "--no-guard", settings->no_guard,
+            "Refuse only what is not finite; not losses and gradient norms far beyond those of the last 128 steps, "
+            "nor a run whose loss climbs")
         ->group("Run");
     command->footer(
         "Examples:\n"

@@ -17,8 +17,8 @@ from conftest import COMMAND, OF_COMMAND, TEXT, words_of
 
 JOB = ["data", "model", "layers", "heads", "width", "length", "norm", "dropout", "batch", "micro-batch",
        "recompute", "memory",
-       "optimizer", "lr", "lr-rule", "reference-batch", "clip", "weight-decay", "momentum", "nesterov", "schedule", "warmup", "final-lr", "decay",
-       "power", "seed", "threads", "config", "json", "help"]
+       "optimizer", "lr", "lr-rule", "reference-batch", "clip", "weight-decay", "momentum", "nesterov", "schedule",
+       "warmup", "final-lr", "decay", "power", "seed", "threads", "config", "json", "help"]
 LENGTH = ["steps", "samples", "tokens"]
 FLAGS = {"train": JOB + LENGTH + ["run", "no-verify", "no-guard"], "plan": JOB + ["run"], "compare": JOB + LENGTH,
          "doctor": ["json", "help"]}

@@ -8,8 +8,8 @@ def rates(result):
 
 
 def test_the_rate_is_the_rules_for_the_batch(run):
-    for number, (rule, factor) in enumerate([("linear", 4), ("sqrt", 2), ("adam-sde", 2), ("beta2-time", 1), ("none", 1)]):
-        result = run.text("train", batch=8, reference_batch=2, lr=0.003, lr_rule=rule, schedule="constant", run=f"r{number}")
+    for rule, factor in [("linear", 4), ("sqrt", 2), ("adam-sde", 2), ("beta2-time", 1), ("none", 1)]:
+        result = run.text("train", batch=8, reference_batch=2, lr=0.003, lr_rule=rule, schedule="constant", run=rule)
         assert rates(result) == pytest.approx([0.003 * factor] * 2)
         assert (f"rate 0.003 at batch 2 is {0.003 * factor:g} at 8 ({rule})" in result.stdout) is (rule != "none")
 
