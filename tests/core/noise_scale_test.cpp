@@ -63,7 +63,7 @@ private:
 
 TEST(NoiseScale, IsUnbiasedWhateverTheMicroBatches) {
     for (const std::vector<int>& sizes : {std::vector{4, 4, 4, 4}, {1, 1}, {16, 3}, {7, 1, 2, 5, 1}, {8, 8, 8, 0, 3}}) {
-        Stream stream(1.0);
+        Stream stream(3.0);
         NoiseMeasure sum;
         constexpr int draws = 10'000;
         for (int i = 0; i < draws; ++i) {
@@ -71,9 +71,9 @@ TEST(NoiseScale, IsUnbiasedWhateverTheMicroBatches) {
             sum.variance += one.variance / draws;
             sum.squared_gradient += one.squared_gradient / draws;
         }
-        // The estimates' own deviation over 10,000 draws is 0.3 to 0.6 % of either.
+        // The estimates' own deviation is 0.3 to 0.7 % of either.
         EXPECT_NEAR(sum.variance / stream.variance(), 1, 0.01);
-        EXPECT_NEAR(sum.squared_gradient / stream.squared_gradient(), 1, 0.02);
+        EXPECT_NEAR(sum.squared_gradient / stream.squared_gradient(), 1, 0.01);
     }
 }
 
