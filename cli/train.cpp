@@ -30,7 +30,7 @@
 namespace microbatch::cli {
 namespace {
 
-// A step is refused before it does harm, but steps that are all refused train nothing.
+// A step is refused before it does harm, but steps that are all refused train nothing; without the guard, too.
 constexpr int most_refused_in_a_row = 10;
 
 struct Outcome {
@@ -201,7 +201,9 @@ void train_to_the_end(std::FILE* out, const JobPlan& plan, const Job& job, const
          .length = length,
          .schedule = schedule_of(plan.settings, length, plan.data.train->tokens_per_sample(), plan.settings.batch),
          .seed = static_cast<std::uint64_t>(plan.settings.seed),
-         .guard = plan.settings.no_guard ? std::nullopt : std::optional<SpikeGuardOptions>(std::in_place)});
+         .guard = plan.settings.no_guard
+                      ? std::nullopt
+                      : std::optional(SpikeGuardOptions{.most_refused = most_refused_in_a_row - 1})});
     ProgressLine progress(out, length, speed_unit(plan), report.budget_bytes);
     const Candidate& chosen = report.choice();
     const auto started = std::chrono::steady_clock::now();

@@ -103,15 +103,14 @@ std::string SpikeGuard::why_climbing() {
     if (static_cast<std::int64_t>(accepted_.size()) < options_.least) return {};
     Usual last =
         usual_of(accepted_.end() - options_.least, accepted_.end(), [](const Accepted& one) { return one.loss; });
-    if (!has_lowest_) scale_ = std::abs(last.mean);
+    if (!lowest_mean_) scale_ = std::abs(last.mean);
     last = widened(last, scale_);
-    if (!has_lowest_ || last.mean < lowest_mean_) {
-        has_lowest_ = true;
+    if (!lowest_mean_ || last.mean < *lowest_mean_) {
         lowest_mean_ = last.mean;
         lowest_deviation_ = last.deviation;
     }
-    if (last.mean <= lowest_mean_ + options_.sigmas * lowest_deviation_) return {};
-    return text("mean loss of the last ", options_.least, " steps has climbed to ", last.mean, " from ", lowest_mean_);
+    if (last.mean <= *lowest_mean_ + options_.sigmas * lowest_deviation_) return {};
+    return text("mean loss of the last ", options_.least, " steps has climbed to ", last.mean, " from ", *lowest_mean_);
 }
 
 }  // namespace microbatch

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <deque>
+#include <optional>
 #include <string>
 
 namespace microbatch {
@@ -50,8 +51,6 @@ public:
     /// Steps refused since the last one that was applied.
     std::int64_t refused_in_a_row() const { return refused_in_a_row_; }
 
-    const SpikeGuardOptions& options() const { return options_; }
-
 private:
     struct Accepted {
         double loss, gradient_norm;
@@ -64,9 +63,9 @@ private:
     SpikeGuardOptions options_;
     std::deque<Accepted> accepted_;  // the last `window`
     std::int64_t refused_in_a_row_ = 0;
-    bool has_lowest_ = false;
-    double lowest_mean_ = 0.0, lowest_deviation_ = 0.0;  // of `least` losses
-    double scale_ = 0.0;                                 // of the loss: the mean of the first `least`
+    std::optional<double> lowest_mean_;  // of `least` losses
+    double lowest_deviation_ = 0.0;      // of those
+    double scale_ = 0.0;                 // of the loss: the mean of the first `least`
 };
 
 }  // namespace microbatch

@@ -2,7 +2,6 @@
 
 #include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/convolution.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
@@ -33,12 +32,6 @@ ResidualWeights weights_of(const variable_list& v) {
     if (v.size() > 7)
         std::tie(weights.projection, weights.projection_scale, weights.projection_shift) = std::tie(v[7], v[8], v[9]);
     return weights;
-}
-
-at::Tensor convolution(const at::Tensor& x, const at::Tensor& weight, std::int64_t stride) {
-    const std::int64_t padding = weight.size(-1) / 2;
-    return at::convolution(x, weight, {}, {stride, stride}, {padding, padding}, {1, 1}, /*transposed=*/false, {0, 0},
-                           /*groups=*/1);
 }
 
 class FusedResidual : public torch::autograd::Function<FusedResidual> {
@@ -94,10 +87,6 @@ public:
         return results;
     }
 };
-
-bool is_fp32_on_cpu(const at::Tensor& tensor) {
-    return is_plain(tensor) && tensor.is_cpu() && tensor.scalar_type() == at::kFloat;
-}
 
 /// A convolution to `outputs` channels and its norm, that fit together.
 bool is_normed(const at::Tensor& weight, const at::Tensor& scale, const at::Tensor& shift, std::int64_t inputs,

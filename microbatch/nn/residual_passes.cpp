@@ -16,8 +16,8 @@
 
 #include "microbatch/memory/budget_allocator.h"
 #include "microbatch/memory/memory_trace.h"
+#include "microbatch/nn/group_norm_passes.h"
 #include "microbatch/nn/in_parallel.h"
-#include "microbatch/nn/kernels/kernels.h"
 
 namespace microbatch {
 
@@ -53,17 +53,11 @@ void for_each_part(std::int64_t count, const std::function<void(std::int64_t)>& 
 
 /// A convolution and the norm behind it.
 struct Layer {
-    at::Tensor weight, scale, shift;
-    std::int64_t stride, groups;
-    double epsilon;
+    at::Tensor weight;
+    std::int64_t stride;
+    GroupNormLayer norm;
 
-    std::int64_t padding() const { return weight.size(2) / 2; }
-    std::int64_t channels() const { return weight.size(0); }
-
-    at::Tensor convolve(const at::Tensor& x) const {
-        return at::convolution(x, weight, {}, {stride, stride}, {padding(), padding()}, {1, 1}, false, {0, 0}, 1)
-            .contiguous(channels_last);
-    }
+    at::Tensor convolve(const at::Tensor& x) const { return convolution(x, weight, stride).contiguous(channels_last); }
 
     struct Gradients {
         at::Tensor of_x, of_weight;
@@ -72,48 +66,11 @@ struct Layer {
     /// What is not wanted is undefined.
     Gradients backward(const at::Tensor& gradient, const at::Tensor& x, bool wants_x, bool wants_weight) const {
         if (!wants_x && !wants_weight) return {};
+        const std::int64_t padding = weight.size(2) / 2;
         auto [of_x, of_weight, of_bias] =
-            at::convolution_backward(gradient, x, weight, at::nullopt, {stride, stride}, {padding(), padding()}, {1, 1},
+            at::convolution_backward(gradient, x, weight, at::nullopt, {stride, stride}, {padding, padding}, {1, 1},
                                      false, {0, 0}, 1, {wants_x, wants_weight, false});
         return {of_x, of_weight};
-    }
-
-    GroupNormImages norm_of(const at::Tensor& x, const at::Tensor& statistics, at::Tensor& y) const {
-        return {.samples = x.size(0),
-                .pixels = x.size(2) * x.size(3),
-                .channels = x.size(1),
-                .groups = groups,
-                .epsilon = static_cast<float>(epsilon),
-                .x = x.const_data_ptr<float>(),
-                .scale = scale.const_data_ptr<float>(),
-                .shift = shift.const_data_ptr<float>(),
-                .y = y.mutable_data_ptr<float>(),
-                .statistics = statistics.mutable_data_ptr<float>()};
-    }
-
-    /// y is undefined where there was no ReLU. of_norm is [2, channels], to which the gradients of scale and shift are
-    /// added; of_added as y, or undefined.
-    at::Tensor norm_backward(const at::Tensor& x, const at::Tensor& y, const at::Tensor& statistics,
-                             const at::Tensor& gradient, const at::Tensor& of_norm, const at::Tensor& of_added,
-                             float* scratch) const {
-        at::Tensor of_x = at::empty_like(x);
-        float* sums = of_norm.mutable_data_ptr<float>();
-        kernels().group_norm_images_backward(
-            {.samples = x.size(0),
-             .pixels = x.size(2) * x.size(3),
-             .channels = x.size(1),
-             .groups = groups,
-             .x = x.const_data_ptr<float>(),
-             .y = y.defined() ? y.const_data_ptr<float>() : nullptr,
-             .statistics = statistics.const_data_ptr<float>(),
-             .scale = scale.const_data_ptr<float>(),
-             .gradient = gradient.const_data_ptr<float>(),
-             .of_x = of_x.mutable_data_ptr<float>(),
-             .of_added = of_added.defined() ? of_added.mutable_data_ptr<float>() : nullptr,
-             .of_scale = sums,
-             .of_shift = sums + x.size(1)},
-            scratch);
-        return of_x;
     }
 };
 
@@ -121,13 +78,14 @@ struct Layers {
     Layer first, second, projection;
 
     Layers(const ResidualWeights& w, const ResidualOptions& options)
-        : first{laid_out(w.first), w.first_scale, w.first_shift, options.stride, options.groups, options.epsilon},
-          second{laid_out(w.second), w.second_scale, w.second_shift, 1, options.groups, options.epsilon},
-          projection{laid_out(w.projection), w.projection_scale, w.projection_shift,
-                     options.stride,         options.groups,     options.epsilon} {}
+        : first{laid_out(w.first), options.stride, {w.first_scale, w.first_shift, options.groups, options.epsilon}},
+          second{laid_out(w.second), 1, {w.second_scale, w.second_shift, options.groups, options.epsilon}},
+          projection{laid_out(w.projection),
+                     options.stride,
+                     {w.projection_scale, w.projection_shift, options.groups, options.epsilon}} {}
 
     bool projects() const { return projection.weight.defined(); }
-    std::int64_t channels() const { return first.channels(); }
+    std::int64_t channels() const { return first.norm.channels(); }
 
 private:
     // As the convolutions take them: once, not for every part.
@@ -136,41 +94,29 @@ private:
     }
 };
 
-at::Tensor thread_scratch(const at::Tensor& x, std::int64_t channels) {
-    return at::empty({thread_places(), kernels().group_norm_scratch(channels)}, x.options());
-}
-
-float* own_row(const at::Tensor& rows) {
-    return rows.mutable_data_ptr<float>() + at::get_thread_num() * rows.size(1);
-}
-
 /// relu(norm(x)).
-at::Tensor activated(const Layer& layer, const at::Tensor& x, const at::Tensor& statistics, bool again,
-                     float* scratch) {
+at::Tensor activated(const GroupNormLayer& norm, const at::Tensor& x, const at::Tensor& statistics, float* scratch,
+                     bool again) {
     at::Tensor y = at::empty_like(x);
-    GroupNormImages norm = layer.norm_of(x, statistics, y);
-    norm.relu = true;
-    again ? kernels().group_norm_images_again(norm, scratch) : kernels().group_norm_images(norm, scratch);
+    group_norm_forward(norm, x, {.relu = true}, y, statistics, scratch, again);
     return y;
 }
 
 /// `out` is the part's place in the result.
-ResidualKept forward_of_part(const Layers& layers, const at::Tensor& x, at::Tensor out, float* scratch) {
+ResidualKept forward_of_part(const Layers& layers, const at::Tensor& x, const at::Tensor& out, float* scratch) {
     ResidualKept kept;
-    kept.statistics = at::empty({3, x.size(0), 2, layers.first.groups}, x.options());
+    kept.statistics = at::empty({3, x.size(0), 2, layers.first.norm.groups}, x.options());
     at::Tensor shortcut = x;
     if (layers.projects()) {
         kept.projected = layers.projection.convolve(x);
         shortcut = at::empty_like(kept.projected);
-        kernels().group_norm_images(layers.projection.norm_of(kept.projected, kept.statistics[2], shortcut), scratch);
+        group_norm_forward(layers.projection.norm, kept.projected, {}, shortcut, kept.statistics[2], scratch);
     }
     kept.first = layers.first.convolve(x);
     kept.second =
-        layers.second.convolve(activated(layers.first, kept.first, kept.statistics[0], /*again=*/false, scratch));
-    GroupNormImages norm = layers.second.norm_of(kept.second, kept.statistics[1], out);
-    norm.added = shortcut.const_data_ptr<float>();
-    norm.relu = true;
-    kernels().group_norm_images(norm, scratch);
+        layers.second.convolve(activated(layers.first.norm, kept.first, kept.statistics[0], scratch, /*again=*/false));
+    group_norm_forward(layers.second.norm, kept.second, {.added = shortcut, .relu = true}, out, kept.statistics[1],
+                       scratch);
     return kept;
 }
 
@@ -204,13 +150,18 @@ void backward_of_part(const Layers& layers, const at::Tensor& x, const at::Tenso
                       const at::Tensor& gradient, const ResidualWanted& wanted, at::Tensor of_x, Sums& sums,
                       float* scratch) {
     at::Tensor of_shortcut = layers.projects() ? at::empty_like(out) : of_x;
-    at::Tensor of_second =
-        layers.second.norm_backward(kept.second, out, kept.statistics[1], gradient, sums[1].norm, of_shortcut, scratch);
-    at::Tensor inner = activated(layers.first, kept.first, kept.statistics[0], /*again=*/true, scratch);
+    const auto through_norm = [&](std::size_t layer, const GroupNormLayer& norm, const at::Tensor& made,
+                                  const at::Tensor& y, const at::Tensor& of_y, const at::Tensor& of_added) {
+        at::Tensor of_made = at::empty_like(made);
+        group_norm_backward(norm, made, y, kept.statistics[static_cast<std::int64_t>(layer)], of_y,
+                            {of_made, of_added, sums[layer].norm.mutable_data_ptr<float>()}, scratch);
+        return of_made;
+    };
+    at::Tensor of_second = through_norm(1, layers.second.norm, kept.second, out, gradient, of_shortcut);
+    at::Tensor inner = activated(layers.first.norm, kept.first, kept.statistics[0], scratch, /*again=*/true);
     at::Tensor of_inner = sums[1].add(layers.second.backward(of_second, inner, /*wants_x=*/true, wanted.second));
     of_second.reset();
-    at::Tensor of_first = layers.first.norm_backward(kept.first, inner, kept.statistics[0],
-                                                     of_inner.contiguous(channels_last), sums[0].norm, {}, scratch);
+    at::Tensor of_first = through_norm(0, layers.first.norm, kept.first, inner, of_inner.contiguous(channels_last), {});
     inner.reset();
     of_inner.reset();
     const at::Tensor through_first = sums[0].add(layers.first.backward(of_first, x, wanted.x, wanted.first));
@@ -219,8 +170,7 @@ void backward_of_part(const Layers& layers, const at::Tensor& x, const at::Tenso
         if (wanted.x) of_x.add_(through_first);
         return;
     }
-    const at::Tensor of_projected =
-        layers.projection.norm_backward(kept.projected, {}, kept.statistics[2], of_shortcut, sums[2].norm, {}, scratch);
+    const at::Tensor of_projected = through_norm(2, layers.projection.norm, kept.projected, {}, of_shortcut, {});
     of_shortcut.reset();
     const at::Tensor through_projection =
         sums[2].add(layers.projection.backward(of_projected, x, wanted.x, wanted.projection));
@@ -233,7 +183,7 @@ std::int64_t most_held(const at::Tensor& x, std::int64_t of_sample, std::int64_t
     return static_cast<std::int64_t>(sizeof(float)) * (x.size(0) * of_sample + at::get_num_threads() * of_thread);
 }
 
-// Beside its results a convolution holds, as oneDNN 3.11 does, a copy of its weight with the channels rounded up to
+// Beside its results a convolution holds, as oneDNN 3.12 does, a copy of its weight with the channels rounded up to
 // vectors, one more in backward, and some numbers: measured in steps of 1 to 32 samples.
 constexpr std::int64_t some_numbers = 16 << 10;
 
@@ -245,7 +195,7 @@ std::int64_t rounded_weight(const at::Tensor& weight) {
 void expect_forward(const Layers& layers, const at::Tensor& x, const at::Tensor& out) {
     const std::int64_t image = out[0].numel();
     const std::int64_t images = layers.projects() ? 5 : 3;  // three or two that are kept, inner, and the shortcut's
-    const std::int64_t statistics = 6 * layers.first.groups;
+    const std::int64_t statistics = 6 * layers.first.norm.groups;
     expect_memory(
         most_held(x, images * image + statistics,
                   std::max(rounded_weight(layers.first.weight), rounded_weight(layers.second.weight)) + some_numbers));
@@ -264,6 +214,12 @@ void expect_backward(const Layers& layers, const at::Tensor& x, const at::Tensor
 
 }  // namespace
 
+at::Tensor convolution(const at::Tensor& x, const at::Tensor& weight, std::int64_t stride) {
+    const std::int64_t padding = weight.size(-1) / 2;
+    return at::convolution(x, weight, {}, {stride, stride}, {padding, padding}, {1, 1}, /*transposed=*/false, {0, 0},
+                           /*groups=*/1);
+}
+
 std::pair<at::Tensor, std::vector<ResidualKept>> residual_forward(const at::Tensor& x, const ResidualWeights& weights,
                                                                   const ResidualOptions& options) {
     const Layers layers(weights, options);
@@ -271,13 +227,13 @@ std::pair<at::Tensor, std::vector<ResidualKept>> residual_forward(const at::Tens
     at::Tensor out =
         at::empty({x.size(0), layers.channels(), (x.size(2) + stride - 1) / stride, (x.size(3) + stride - 1) / stride},
                   x.options().memory_format(channels_last));
-    const at::Tensor scratch = thread_scratch(x, layers.channels());
+    const at::Tensor scratch = group_norm_scratch(layers.first.norm);
     const std::int64_t parts = count_parts(x.size(0));
     expect_forward(layers, x, out);
     std::vector<ResidualKept> kept(static_cast<std::size_t>(parts));
     for_each_part(parts, [&](std::int64_t number) {
         const Part part(x.size(0), number, parts);
-        kept[static_cast<std::size_t>(number)] = forward_of_part(layers, part.of(x), part.of(out), own_row(scratch));
+        kept[static_cast<std::size_t>(number)] = forward_of_part(layers, part.of(x), part.of(out), thread_row(scratch));
     });
     return {out, kept};
 }
@@ -289,7 +245,7 @@ std::vector<at::Tensor> residual_backward(const at::Tensor& x, const ResidualWei
     const Layers layers(weights, options);
     const at::Tensor of_x = wanted.x ? at::empty_like(x) : at::Tensor();
     const std::int64_t channels = layers.channels();
-    const at::Tensor scratch = thread_scratch(x, channels);
+    const at::Tensor scratch = group_norm_scratch(layers.first.norm);
     std::vector<Sums> sums(static_cast<std::size_t>(thread_places()));
     for (Sums& own : sums) {
         for (LayerSums& layer : own) layer.norm = at::zeros({2, channels}, x.options());
@@ -300,7 +256,7 @@ std::vector<at::Tensor> residual_backward(const at::Tensor& x, const ResidualWei
         const Part part(x.size(0), number, parts);
         backward_of_part(layers, part.of(x), part.of(out), kept[static_cast<std::size_t>(number)], part.of(gradient),
                          wanted, wanted.x ? part.of(of_x) : of_x, sums[static_cast<std::size_t>(at::get_thread_num())],
-                         own_row(scratch));
+                         thread_row(scratch));
     });
     std::vector<at::Tensor> results{of_x};
     for (std::size_t layer = 0; layer < (layers.projects() ? 3U : 2U); ++layer) {

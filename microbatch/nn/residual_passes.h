@@ -2,12 +2,16 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
 #include <utility>
 #include <vector>
 
 #include "microbatch/nn/residual_block.h"
 
 namespace microbatch {
+
+/// A convolution that keeps the image's size, over the stride; weight [outputs, inputs, k, k], k odd.
+at::Tensor convolution(const at::Tensor& x, const at::Tensor& weight, std::int64_t stride);
 
 /// What residual_forward keeps of some samples for backward.
 struct ResidualKept {

@@ -49,6 +49,10 @@ bool is_plain(const at::Tensor& tensor) {
            !at::isTensorSubclassLike(tensor) && !tensor._fw_grad(/*level=*/0).defined();
 }
 
+bool is_fp32_on_cpu(const at::Tensor& tensor) {
+    return is_plain(tensor) && tensor.is_cpu() && tensor.scalar_type() == at::kFloat;
+}
+
 bool operators_are_watched() {
     return at::functorch::functorchTLSAccessor() != nullptr || c10::impl::TorchDispatchModeTLS::any_modes_set();
 }

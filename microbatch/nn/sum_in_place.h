@@ -14,6 +14,9 @@ namespace microbatch {
 /// A tensor of which torch does nothing special.
 bool is_plain(const at::Tensor& tensor);
 
+/// A plain one that our own kernels take.
+bool is_fp32_on_cpu(const at::Tensor& tensor);
+
 /// Something (functorch, a TorchDispatchMode) is active that wants to see every operator.
 bool operators_are_watched();
 

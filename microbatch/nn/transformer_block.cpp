@@ -112,10 +112,6 @@ private:
     }
 };
 
-bool is_fp32_on_cpu(const at::Tensor& tensor) {
-    return is_plain(tensor) && tensor.is_cpu() && tensor.scalar_type() == at::kFloat;
-}
-
 /// Whether shapes and types are those of the fast way; if they are not, the operators say what is wrong.
 bool is_fast(const at::Tensor& x, const TransformerWeights& w, std::int64_t heads, TransformerDropout dropout) {
     if (dropout.attention != 0.0 || dropout.mlp != 0.0 || !is_fp32_on_cpu(x) || x.dim() != 3 || x.numel() == 0 ||
