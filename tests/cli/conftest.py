@@ -27,6 +27,8 @@ SHARED = {"threads": 1, "memory": "64MiB", "batch": 8}
 TEXT = SHARED | {"layers": 1, "heads": 2, "width": 32, "length": 16}
 IMAGES = SHARED | {"model": "resnet", "norm": "group", "layers": 1, "width": 8}
 OF_COMMAND = {"train": {"run": "run", "steps": 2}, "plan": {}, "compare": {"samples": 64}}
+# A job of many blocks.
+DEEP = {"layers": 12, "heads": 1, "width": 16, "batch": 8}
 PARTS = ["parameters", "gradients", "optimizer state", "activations", "other"]
 HINT = "Run with --help for more information."
 
@@ -113,6 +115,16 @@ def in_bytes(size):
     """Bytes of a size as the command prints it, "1.5 MiB"."""
     number, unit = size.split()
     return float(number) * 1024 ** ["B", "KiB", "MiB", "GiB", "TiB"].index(unit)
+
+
+def chosen_of(document):
+    """The candidate that a plan chose."""
+    return next(each for each in document["candidates"]
+                if (each["micro_batch"], each["recompute"]) == (document["micro_batch"], document["recompute"]))
+
+
+def weights_file(result):
+    return (result.folder / "model.safetensors").read_bytes()
 
 
 def words_of(flags):
