@@ -11,6 +11,8 @@ using Action = std::function<int()>;
 /// Each declares its sub-command on the application and sets `action` when it was the one called.
 void add_train(CLI::App& application, Action& action);
 void add_compare(CLI::App& application, Action& action);
+void add_advise(CLI::App& application, Action& action);
+void add_report(CLI::App& application, Action& action);
 void add_plan(CLI::App& application, Action& action);
 void add_doctor(CLI::App& application, Action& action);
 

@@ -2,18 +2,20 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
 #include <nlohmann/json.hpp>
+#include <numeric>
 #include <optional>
 
 #include "cli/commands.h"
 #include "cli/config.h"
 #include "cli/interrupt.h"
-#include "cli/job.h"
 #include "cli/machine.h"
 #include "cli/output.h"
 #include "cli/plan_job.h"
-#include "cli/progress.h"
-#include "microbatch/analysis/gradient_variance.h"
+#include "cli/report.h"
+#include "cli/strategy.h"
+#include "microbatch/core/error.h"
 #include "microbatch/core/units.h"
 #include "microbatch/io/json_number.h"
 #include "microbatch/memory/budget_allocator.h"
@@ -21,137 +23,55 @@
 namespace microbatch::cli {
 namespace {
 
-constexpr std::int64_t variance_batches = 8;
-
-struct Strategy {
-    const char* name;
-    std::int64_t batch;
-    Plan plan;
-    // Below: measured.
-    bool can_run = true;
-    bool ran = false;
-    std::int64_t peak_bytes = 0;
-    double step_seconds = 0.0;    // median
-    double sample_seconds = 0.0;  // total over all samples
-    double held_out = 0.0;
-    std::optional<double> variance = {};
+struct CompareSettings {
+    Settings job;
+    std::string batches;  ///< empty: small, accumulated, native
+    std::int64_t seeds = 2;
 };
 
-void train_strategy(std::FILE* out, const JobPlan& plan, const Job& job, std::int64_t samples, std::int64_t budget,
-                    Strategy& strategy) {
-    const Interval length{samples, Unit::samples};
-    Trainer trainer(
-        *job.accumulator, *plan.data.train, job.loss,
-        {.batch = strategy.batch,
-         .length = length,
-         .schedule = schedule_of(plan.settings, length, plan.data.train->tokens_per_sample(), strategy.batch),
-         .seed = static_cast<std::uint64_t>(plan.settings.seed)});
-    ProgressLine progress(out, length, speed_unit(plan), budget);
-    std::vector<double> seconds;
-    while (!trainer.done() && !interrupted()) {
-        const TrainerReport report = trainer.step();
-        seconds.push_back(report.seconds);
-        if (report.step.out_of_memory > 0) strategy.plan = report.step.plan;  // what it was run by in the end
-        progress.update(report, memory_use().peak_bytes);
+/// A folder of its own, gone at the end; or the one that --run names, which stays.
+class WorkFolder {
+public:
+    explicit WorkFolder(const std::string& named) : keep_(!named.empty()), path_(named) {
+        if (keep_) {
+            std::filesystem::create_directories(path_);
+            return;
+        }
+        std::string name = (std::filesystem::temp_directory_path() / "microbatch-compare-XXXXXX").string();
+        if (::mkdtemp(name.data()) == nullptr) throw Error(ErrorKind::usage, fmt::format("cannot make {}", name));
+        path_ = name;
     }
-    progress.finish();
-    if (!trainer.done()) return;
-    double total = 0.0;
-    for (const double step : seconds) total += step;
-    strategy.ran = true;
-    strategy.step_seconds = median(seconds);
-    strategy.sample_seconds = total / static_cast<double>(trainer.progress().samples);
-    strategy.peak_bytes = memory_use().peak_bytes;
-    strategy.held_out = held_out_loss(plan, job, samples, std::min(strategy.plan.micro_batch, std::int64_t{64}));
+    WorkFolder(const WorkFolder&) = delete;
+    WorkFolder& operator=(const WorkFolder&) = delete;
+    ~WorkFolder() {
+        std::error_code ignored;
+        if (!keep_) std::filesystem::remove_all(path_, ignored);
+    }
+
+    const std::filesystem::path& path() const { return path_; }
+    bool is_kept() const { return keep_; }
+
+private:
+    bool keep_;
+    std::filesystem::path path_;
+};
+
+// Before anything is measured.
+void refuse_used_folder(const std::string& run) {
+    if (run.empty() || !std::filesystem::exists(run)) return;
+    throw Error(ErrorKind::usage, fmt::format("--run {} exists already; name a new folder for this comparison", run));
 }
 
-void measure_variance(const JobPlan& plan, const Job& job, Strategy& strategy) {
-    Sampler sampler(plan.data.train->size(), static_cast<std::uint64_t>(plan.settings.seed) + 1);
-    strategy.variance = gradient_variance(
-                            job.parameters, variance_batches,
-                            [&] { return plan.data.train->get(sampler.next(strategy.batch)); }, strategy.plan, job.loss)
-                            .variance;
+double mean_of(const std::vector<double>& values) {
+    return std::accumulate(values.begin(), values.end(), 0.0) / static_cast<double>(values.size());
 }
 
-void run_strategy(std::FILE* out, const JobPlan& plan, std::int64_t samples, std::int64_t budget, std::int64_t most,
-                  Strategy& strategy, std::vector<Strategy>* with_variance) {
-    fmt::print(out, "{}: batch {} in micro-batches of {}\n", strategy.name, strategy.batch, strategy.plan.micro_batch);
-    const BudgetScope allowed(most);
-    reset_peak_memory();
-    const Job job = make_job(plan, strategy.plan, strategy.batch);
-    train_strategy(out, plan, job, samples, budget, strategy);
-    if (interrupted()) throw Interrupted();
-    if (with_variance == nullptr) return;
-    fmt::print(out, "gradient variance over {} batches of each strategy\n", variance_batches);
-    const BudgetScope lifted(no_budget);
-    for (Strategy& each : *with_variance) {
-        if (each.can_run) measure_variance(plan, job, each);
-    }
-}
-
-// The variance of every strategy is taken at the same parameters: those the accumulated run ended with.
-void run_all(std::FILE* out, const JobPlan& plan, std::int64_t samples, std::int64_t budget,
-             std::vector<Strategy>& strategies) {
-    const std::int64_t machine = std::max(budget, available_memory_bytes() / 10 * 9);
-    Strategy &small = strategies[0], &accumulated = strategies[1], &native = strategies[2];
-    native.can_run = native.peak_bytes > 0 && native.peak_bytes <= machine;
-    run_strategy(out, plan, samples, budget, budget, accumulated, &strategies);
-    run_strategy(out, plan, samples, budget, budget, small, nullptr);
-    if (native.can_run) run_strategy(out, plan, samples, budget, machine, native, nullptr);
-}
-
-void print_strategies(std::FILE* out, const JobPlan& plan, const std::vector<Strategy>& strategies,
-                      std::int64_t samples, std::int64_t budget) {
-    const RateRule rule = rate_rule_of(plan.settings);
-    fmt::print(out, "\n{}; {} samples each, the same seed and schedule, {}; memory budget {}\n\n",
-               plan.model_description, format_count(samples),
-               rule == RateRule::none ? "the same rate"
-                                      : fmt::format("the rate by the rule {} from batch {}", to_string(rule),
-                                                    *plan.settings.reference_batch),
-               format_bytes(budget));
-    std::vector<std::vector<std::string>> rows{{"strategy", "batch", "micro-batch", "rate", "peak memory", "fits",
-                                                "gradient variance", "time per step", "time per sample",
-                                                "held-out loss"}};
-    for (const Strategy& s : strategies) {
-        auto measured = [&s](const std::string& figure) { return s.ran ? figure : std::string("-"); };
-        rows.push_back({s.name, std::to_string(s.batch), std::to_string(s.plan.micro_batch),
-                        fmt::format("{:.4g}", constants_of(plan.settings, s.batch).learning_rate),
-                        format_bytes(s.peak_bytes) + (s.ran ? "" : " predicted"), s.peak_bytes <= budget ? "yes" : "no",
-                        s.variance ? fmt::format("{:.3g}", *s.variance) : "-",
-                        measured(fmt::format("{:.1f} ms", 1e3 * s.step_seconds)),
-                        measured(fmt::format("{:.3f} ms", 1e3 * s.sample_seconds)),
-                        measured(fmt::format("{:.4f}", s.held_out))});
-    }
-    print_table(out, rows);
-    if (!strategies[2].ran) {
-        fmt::print(out, "\nnative was not run: its predicted peak is more than this machine has free\n");
-    }
-}
-
-void print_json(const JobPlan& plan, const std::vector<Strategy>& strategies, std::int64_t samples,
-                std::int64_t budget) {
-    nlohmann::ordered_json document;
-    document["model"] = plan.model;
-    document["data"] = plan.settings.data;
-    document["samples"] = samples;
-    document["budget_bytes"] = budget;
-    for (const Strategy& s : strategies) {
-        nlohmann::ordered_json row;
-        row["strategy"] = s.name;
-        row["batch"] = s.batch;
-        row["peak_learning_rate"] = constants_of(plan.settings, s.batch).learning_rate;
-        row["micro_batch"] = s.plan.micro_batch;
-        row["recompute"] = s.plan.recompute;
-        row["ran"] = s.ran;
-        row["peak_bytes"] = s.peak_bytes;  // predicted, if it was not run
-        row["fits"] = s.peak_bytes <= budget;
-        row["gradient_variance"] = s.variance ? json_number(*s.variance) : nlohmann::ordered_json();
-        row["step_seconds"] = s.ran ? json_number(s.step_seconds) : nlohmann::ordered_json();
-        row["sample_seconds"] = s.ran ? json_number(s.sample_seconds) : nlohmann::ordered_json();
-        row["held_out_loss"] = s.ran ? json_number(s.held_out) : nlohmann::ordered_json();
-        document["strategies"].push_back(row);
-    }
-    fmt::print("{}\n", document.dump(2));
+std::string describe_losses(const Strategy& strategy) {
+    if (!strategy.ran) return "-";
+    if (strategy.diverged) return "diverged";
+    const auto [least, most] = std::minmax_element(strategy.held_out.begin(), strategy.held_out.end());
+    const std::string mean = fmt::format("{:.4f}", mean_of(strategy.held_out));
+    return strategy.held_out.size() == 1 ? mean : fmt::format("{} ({:.4f} to {:.4f})", mean, *least, *most);
 }
 
 struct PlannedCuts {
@@ -176,8 +96,163 @@ PlannedCuts plan_cuts(std::FILE* out, const JobPlan& plan, std::int64_t budget) 
     return cuts;
 }
 
-int compare(const Settings& settings) {
+std::vector<std::int64_t> parse_batches(const std::string& list) {
+    std::vector<std::int64_t> batches;
+    std::string_view rest = list;
+    while (true) {
+        const auto comma = rest.find(',');
+        std::string one(rest.substr(0, comma));
+        std::erase(one, ' ');
+        try {
+            batches.push_back(parse_count(one));
+        } catch (const Error& error) {
+            throw Error(ErrorKind::usage,
+                        fmt::format("--batches \"{}\": {}; write \"16, 64, 256\"", list, error.what()));
+        }
+        if (batches.back() < 1) {
+            throw Error(ErrorKind::usage, fmt::format("--batches \"{}\": a batch must be at least 1", list));
+        }
+        if (comma == std::string_view::npos) return batches;
+        rest.remove_prefix(comma + 1);
+    }
+}
+
+std::vector<Strategy> strategies_of(const CompareSettings& settings, const PlannedCuts& cuts, std::int64_t budget) {
+    std::vector<Strategy> strategies;
+    if (!settings.batches.empty()) {
+        for (const std::int64_t batch : parse_batches(settings.batches)) {
+            Plan cut = cuts.cut;
+            cut.micro_batch = std::min(cut.micro_batch, batch);
+            strategies.push_back(
+                {.name = fmt::format("batch {}", batch), .batch = batch, .plan = cut, .memory_bytes = budget});
+        }
+        return strategies;
+    }
+    const std::int64_t batch = settings.job.batch, machine = std::max(budget, available_memory_bytes() / 10 * 9);
+    strategies = {{.name = "small batch", .batch = cuts.cut.micro_batch, .plan = cuts.cut, .memory_bytes = budget},
+                  {.name = "accumulated", .batch = batch, .plan = cuts.cut, .memory_bytes = budget},
+                  {.name = "native", .batch = batch, .plan = {.micro_batch = batch}, .memory_bytes = machine}};
+    Strategy& native = strategies.back();
+    native.peak_bytes = cuts.native_peak_bytes;
+    native.can_run = native.peak_bytes > 0 && native.peak_bytes <= machine;
+    return strategies;
+}
+
+std::vector<std::vector<std::string>> rows_of(const JobPlan& plan, const std::vector<Strategy>& strategies,
+                                              std::int64_t samples, std::int64_t budget) {
+    std::vector<std::vector<std::string>> rows{{"strategy", "batch", "micro-batch", "rate", "peak memory", "fits",
+                                                "gradient variance", "time per step", "time per sample", "time",
+                                                "held-out loss", "sharpness"}};
+    for (const Strategy& s : strategies) {
+        auto measured = [&s](const std::string& figure) { return s.ran ? figure : std::string("-"); };
+        rows.push_back({s.name, std::to_string(s.batch), std::to_string(s.plan.micro_batch),
+                        fmt::format("{:.4g}", constants_of(plan.settings, s.batch).learning_rate),
+                        format_bytes(s.peak_bytes) + (s.ran ? "" : " predicted"), s.peak_bytes <= budget ? "yes" : "no",
+                        s.variance ? fmt::format("{:.3g}", *s.variance) : "-",
+                        measured(fmt::format("{:.1f} ms", 1e3 * s.step_seconds)),
+                        measured(fmt::format("{:.3f} ms", 1e3 * s.sample_seconds(samples))),
+                        measured(fmt::format("{:.1f} s", s.seconds)), describe_losses(s),
+                        s.curvature ? fmt::format("{:.3g}", *s.curvature) : "-"});
+    }
+    return rows;
+}
+
+std::string describe_comparison(const JobPlan& plan, std::int64_t samples, std::int64_t seeds, std::int64_t budget) {
+    const RateRule rule = rate_rule_of(plan.settings);
+    return fmt::format("{}; {} samples each, the same {} and schedule, {}; memory budget {}", plan.model_description,
+                       format_count(samples), seeds == 1 ? "seed" : fmt::format("{} seeds", seeds),
+                       rule == RateRule::none ? "the same rate"
+                                              : fmt::format("the rate by the rule {} from batch {}", to_string(rule),
+                                                            *plan.settings.reference_batch),
+                       format_bytes(budget));
+}
+
+const char* const what_stands_there =
+    "Gradient variance: trace of the covariance of the batch's mean gradient, all at the same parameters. Sharpness: "
+    "the "
+    "largest eigenvalue of the Hessian at the end, over 64 samples.";
+
+void print_strategies(std::FILE* out, const std::string& title, const std::vector<Strategy>& strategies,
+                      const std::vector<std::vector<std::string>>& rows) {
+    fmt::print(out, "\n{}\n\n", title);
+    print_table(out, rows);
+    for (const Strategy& each : strategies) {
+        if (!each.can_run) {
+            fmt::print(out, "\n{} was not run: its predicted peak is more than this machine has free\n", each.name);
+        }
+    }
+}
+
+nlohmann::ordered_json to_json(const JobPlan& plan, const Strategy& s, std::int64_t samples, std::int64_t budget) {
+    const auto if_ran = [&s](double value) { return s.ran ? json_number(value) : nlohmann::ordered_json(); };
+    nlohmann::ordered_json row;
+    row["strategy"] = s.name;
+    row["batch"] = s.batch;
+    row["peak_learning_rate"] = constants_of(plan.settings, s.batch).learning_rate;
+    row["micro_batch"] = s.plan.micro_batch;
+    row["recompute"] = s.plan.recompute;
+    row["ran"] = s.ran;
+    row["diverged"] = s.diverged;
+    row["peak_bytes"] = s.peak_bytes;  // predicted, if it was not run
+    row["fits"] = s.peak_bytes <= budget;
+    row["gradient_variance"] = s.variance ? json_number(*s.variance) : nlohmann::ordered_json();
+    row["step_seconds"] = if_ran(s.step_seconds);
+    row["sample_seconds"] = if_ran(s.sample_seconds(samples));
+    row["seconds"] = if_ran(s.seconds);
+    row["held_out_loss"] = s.ran ? json_number(mean_of(s.held_out)) : nlohmann::ordered_json();
+    row["held_out_losses"] = nlohmann::ordered_json::array();
+    for (const double loss : s.held_out) row["held_out_losses"].push_back(json_number(loss));
+    row["sharpness"] = s.curvature ? json_number(*s.curvature) : nlohmann::ordered_json();
+    row["losses_along"] = nlohmann::ordered_json::array();
+    for (const double loss : s.losses_along) row["losses_along"].push_back(json_number(loss));
+    return row;
+}
+
+void print_json(const JobPlan& plan, const std::vector<Strategy>& strategies, std::int64_t samples, std::int64_t seeds,
+                std::int64_t budget) {
+    nlohmann::ordered_json document;
+    document["model"] = plan.model;
+    document["data"] = plan.settings.data;
+    document["samples"] = samples;
+    document["seeds"] = seeds;
+    document["budget_bytes"] = budget;
+    document["distances"] = distances();
+    for (const Strategy& s : strategies) document["strategies"].push_back(to_json(plan, s, samples, budget));
+    fmt::print("{}\n", document.dump(2));
+}
+
+ReportCurves curves_of(const std::vector<Strategy>& strategies) {
+    ReportCurves curves{.title = "Sharp or flat: loss along a random direction",
+                        .along = "distance",
+                        .x = distances(),
+                        .note =
+                            "At the end of each run; the direction's filters are as long as the model's own (Li et al. "
+                            "2018). Where the loss rises steeply the minimum is sharp."};
+    for (const Strategy& each : strategies) {
+        if (!each.losses_along.empty()) curves.lines.push_back({each.name, each.losses_along});
+    }
+    return curves;
+}
+
+// The page of the first strategy's run that is a whole batch, with all of them beside it.
+void write_comparison(std::FILE* out, const std::filesystem::path& folder, const std::string& title, std::int64_t seed,
+                      const std::vector<Strategy>& strategies, std::vector<std::vector<std::string>> rows) {
+    ReportTable table{
+        .title = "Strategies", .heading = rows.front(), .rows = {}, .note = title + ". " + what_stands_there};
+    rows.erase(rows.begin());
+    table.rows = std::move(rows);
+    for (const Strategy& each : strategies) {
+        if (!each.ran) continue;
+        write_run_report(folder_of(folder, each, seed), {.tables = {table}, .curves = {curves_of(strategies)}});
+        fmt::print(out, "written   {}\n", (folder_of(folder, each, seed) / "report.html").string());
+    }
+}
+
+int compare(const CompareSettings& compare_settings) {
+    const Settings& settings = compare_settings.job;
     validate(settings);
+    if (!compare_settings.batches.empty()) parse_batches(compare_settings.batches);
+    refuse_used_folder(settings.run);
     const std::int64_t budget = memory_budget_of(settings);
     const Interval asked = length_of(settings, {16 * settings.batch, Unit::samples});
     std::FILE* out = settings.json ? stderr : stdout;
@@ -188,15 +263,21 @@ int compare(const Settings& settings) {
     const std::int64_t tokens_per_sample = plan.data.train->tokens_per_sample();
     const std::int64_t samples = convert(asked, Unit::samples, settings.batch, tokens_per_sample).count;
     schedule_of(settings, {samples, Unit::samples}, tokens_per_sample, settings.batch);
-    const PlannedCuts cuts = plan_cuts(out, plan, budget);
-    std::vector<Strategy> strategies{
-        {.name = "small batch", .batch = cuts.cut.micro_batch, .plan = cuts.cut},
-        {.name = "accumulated", .batch = settings.batch, .plan = cuts.cut},
-        {.name = "native", .batch = settings.batch, .plan = {.micro_batch = settings.batch}}};
-    strategies[2].peak_bytes = cuts.native_peak_bytes;
-    run_all(out, plan, samples, budget, strategies);
-    print_strategies(out, plan, strategies, samples, budget);
-    if (settings.json) print_json(plan, strategies, samples, budget);
+    std::vector<Strategy> strategies = strategies_of(compare_settings, plan_cuts(out, plan, budget), budget);
+    for (const Strategy& each : strategies) constants_of(settings, each.batch);  // a rule may have no answer
+    const WorkFolder folder(settings.run);
+    for (std::int64_t seed = settings.seed; seed < settings.seed + compare_settings.seeds; ++seed) {
+        for (Strategy& each : strategies) {
+            if (each.can_run) train_in_child(out, plan, samples, seed, folder.path(), each);
+        }
+    }
+    measure_at_the_end(out, plan, folder.path(), strategies[std::min<std::size_t>(1, strategies.size() - 1)],
+                       strategies);
+    const auto rows = rows_of(plan, strategies, samples, budget);
+    const std::string title = describe_comparison(plan, samples, compare_settings.seeds, budget);
+    print_strategies(out, title, strategies, rows);
+    if (folder.is_kept()) write_comparison(out, folder.path(), title, settings.seed, strategies, rows);
+    if (settings.json) print_json(plan, strategies, samples, compare_settings.seeds, budget);
     return 0;
 }
 
@@ -205,21 +286,45 @@ int compare(const Settings& settings) {
 void add_compare(CLI::App& application, Action& action) {
     CLI::App* command = application.add_subcommand(
         "compare", "Train with a small batch, the batch accumulated and the batch at once, and compare");
-    auto settings = std::make_shared<Settings>();
-    add_job_options(*command, *settings);
-    add_length_options(*command, *settings, "16 batches");
+    auto settings = std::make_shared<CompareSettings>();
+    add_job_options(*command, settings->job);
+    add_length_options(*command, settings->job, "16 batches");
+    command
+        ->add_option("--batches", settings->batches,
+                     "Compare these batches instead, such as \"16, 64, 256\", all cut by the plan's micro-batch")
+        ->type_name("LIST")
+        ->group("Run");
+    command
+        ->add_option_function<std::string>(
+            "--seeds",
+            [settings](const std::string& text) {
+                settings->seeds = parse_count(text);
+                if (settings->seeds < 1) throw Error(ErrorKind::usage, "--seeds is 0; it must be at least 1");
+            },
+            "Runs of each, with seeds from --seed on (default 2)")
+        ->type_name("N")
+        ->group("Run");
+    command
+        ->add_option("--run", settings->job.run,
+                     "Keep every run in this folder, each with a report.html that has the comparison in it")
+        ->type_name("DIR")
+        ->group("Run");
     command->footer(
-        "Example:\n"
+        "Examples:\n"
         "  microbatch compare --data /usr/share/games/fortunes --batch 64 --memory 64MiB --samples 1280\n"
-        "Every strategy sees the same samples (default 16 batches). What is beyond the budget is run all the same "
-        "where\n"
-        "the machine has the memory, and marked as not fitting. Gradient variance: trace of the covariance of the "
-        "batch's\n"
-        "mean gradient, all strategies at the same parameters.");
+        "  microbatch compare --data /usr/share/games/fortunes --batches \"8, 64, 512\" --reference-batch 64 --run "
+        "runs/sizes\n"
+        "Every strategy sees the same samples (default 16 batches), in a process of its own. What is beyond the budget "
+        "is\n"
+        "run all the same where the machine has the memory, and marked as not fitting. Gradient variance: trace of "
+        "the\n"
+        "covariance of the batch's mean gradient, all strategies at the same parameters. Sharpness: the largest "
+        "eigenvalue\n"
+        "of the Hessian at the end of each.");
     command->callback([command, settings, &action] {
         action = [command, settings] {
             refuse_empty_values(*command);
-            apply_config(*command, *settings);
+            apply_config(*command, settings->job);
             return compare(*settings);
         };
     });

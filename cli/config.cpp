@@ -60,7 +60,8 @@ void apply_key(CLI::App& command, const std::string& file, const std::string& ke
     const std::string where = fmt::format("{} line {}: the key {}", file, node.source().begin.line, key);
     const std::string type = option->get_type_name();
     const bool is_switch = option->get_expected_min() == 0;
-    const bool is_text = type == "PATH" || type == "NAME" || type == "DIR" || type == "INTERVAL" || type == "SIZE";
+    const bool is_text =
+        type == "PATH" || type == "NAME" || type == "DIR" || type == "INTERVAL" || type == "SIZE" || type == "TEXT";
     if (is_switch && !node.is_boolean()) refuse(where + " must be true or false");
     if (is_text && !node.is_string()) refuse(where + " must be a string");
     try {
@@ -101,12 +102,15 @@ void apply_config(CLI::App& command, const Settings& settings) {
     }
 }
 
-void write_config(const std::filesystem::path& folder, const JobPlan& plan, const Plan& cut, Interval length,
-                  std::int64_t budget_bytes) {
-    const Settings& s = plan.settings;
+RunConfig config_of(const JobPlan& plan, const Plan& cut, Interval length, std::int64_t budget_bytes) {
+    return {plan.settings, plan.model, plan.data.train->tokens_per_sample(), cut, length, budget_bytes};
+}
+
+void write_config(const std::filesystem::path& folder, const RunConfig& config) {
+    const Settings& s = config.settings;
     toml::table table;
     table.insert("data", std::filesystem::absolute(s.data).string());
-    table.insert("model", plan.model);
+    table.insert("model", config.model);
     if (s.layers) table.insert("layers", *s.layers);
     if (s.heads) table.insert("heads", *s.heads);
     if (s.width) table.insert("width", *s.width);
@@ -114,18 +118,17 @@ void write_config(const std::filesystem::path& folder, const JobPlan& plan, cons
     if (!s.norm.empty()) table.insert("norm", s.norm);
     if (s.dropout > 0.0) table.insert("dropout", s.dropout);
     table.insert("batch", s.batch);
-    table.insert("micro-batch", cut.micro_batch);
-    table.insert("recompute", cut.recompute ? "always" : "never");
-    table.insert("memory", fmt::format("{}B", budget_bytes));
-    table.insert(to_string(length.unit), length.count);
-    const Schedule schedule = schedule_of(s, length, plan.data.train->tokens_per_sample(), s.batch);
+    if (!s.batch_schedule.empty()) table.insert("batch-schedule", s.batch_schedule);
+    table.insert("micro-batch", config.cut.micro_batch);
+    table.insert("recompute", config.cut.recompute ? "always" : "never");
+    table.insert("memory", fmt::format("{}B", config.budget_bytes));
+    table.insert(to_string(config.length.unit), config.length.count);
+    const Schedule schedule = schedule_of(s, config.length, config.tokens_per_sample, s.batch);
     table.insert("optimizer", s.optimizer);
     table.insert("lr", learning_rate_of(s));
     if (schedule.shape != ScheduleShape::constant) table.insert("final-lr", s.final_lr.value_or(0.0));
-    if (s.reference_batch) {
-        table.insert("lr-rule", to_string(rate_rule_of(s)));
-        table.insert("reference-batch", *s.reference_batch);
-    }
+    if (s.reference_batch || !s.batch_schedule.empty()) table.insert("lr-rule", to_string(rate_rule_of(s)));
+    if (s.reference_batch) table.insert("reference-batch", *s.reference_batch);
     table.insert("schedule", s.schedule);
     table.insert("warmup", s.warmup);
     if (schedule.shape == ScheduleShape::wsd) table.insert("decay", to_string(schedule.decay));
@@ -137,9 +140,11 @@ void write_config(const std::filesystem::path& folder, const JobPlan& plan, cons
         table.insert("nesterov", s.nesterov);
     }
     table.insert("seed", s.seed);
-    table.insert("threads", s.threads);
+    if (s.threads > 0) table.insert("threads", s.threads);
     table.insert("no-verify", s.no_verify);
     table.insert("no-guard", s.no_guard);
+    table.insert("restores", s.restores);
+    table.insert("noise-every", s.noise_every);
     const std::filesystem::path path = folder / "config.toml";
     std::ofstream file(path);
     file << table << '\n' << std::flush;

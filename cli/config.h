@@ -14,9 +14,20 @@ namespace microbatch::cli {
 ///         the nearest one that is.
 void apply_config(CLI::App& command, const Settings& settings);
 
-/// Writes config.toml: every setting of the run as it was resolved. `--config` with it gives the same run again.
+/// A run as it was resolved.
+struct RunConfig {
+    Settings settings;
+    std::string model;
+    std::int64_t tokens_per_sample = 1;
+    Plan cut;
+    Interval length;
+    std::int64_t budget_bytes = 0;
+};
+
+RunConfig config_of(const JobPlan& plan, const Plan& cut, Interval length, std::int64_t budget_bytes);
+
+/// Writes config.toml. `--config` with it gives the same run again.
 /// Errors: ErrorKind::usage if the file cannot be written.
-void write_config(const std::filesystem::path& folder, const JobPlan& plan, const Plan& cut, Interval length,
-                  std::int64_t budget_bytes);
+void write_config(const std::filesystem::path& folder, const RunConfig& config);
 
 }  // namespace microbatch::cli

@@ -217,10 +217,11 @@ JobPlan open_job(const Settings& settings, Interval length) {
     plan.model_description = describe_model(plan);
     const std::int64_t tokens_per_sample = plan.data.train->tokens_per_sample();
     plan.steps = convert(length, Unit::steps, settings.batch, tokens_per_sample).count;
-    plan.batch =
-        length.unit == Unit::steps
-            ? settings.batch
-            : std::min(settings.batch, convert(length, Unit::samples, settings.batch, tokens_per_sample).count);
+    plan.batches = batches_of(settings, length, tokens_per_sample);
+    plan.batch = largest_batch(plan.batches);
+    if (length.unit != Unit::steps) {
+        plan.batch = std::min(plan.batch, convert(length, Unit::samples, settings.batch, tokens_per_sample).count);
+    }
     return plan;
 }
 

@@ -21,8 +21,9 @@ struct JobPlan {
     OpenedData data;
     std::string model;              ///< resolved name
     std::string model_description;  ///< one line, sizes and parameters
-    std::int64_t batch = 0;  ///< of the run's first step: less than the settings' if the run is shorter than that
-    std::int64_t steps = 0;  ///< how many the run has
+    BatchSchedule batches;          ///< over the run
+    std::int64_t batch = 0;         ///< the largest of them; less if the run is shorter than that
+    std::int64_t steps = 0;         ///< how many the run would have at the batch of its first step
 };
 
 /// A model, its loss and its optimizer, freshly made from the seed.

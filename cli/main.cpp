@@ -53,7 +53,7 @@ std::string command_with(const CLI::App& application, const std::string& flag) {
 std::string explain(const CLI::App& application, const CLI::ParseError& error, const std::vector<std::string>& words) {
     const auto called = application.get_subcommands();
     if (called.empty()) {
-        if (words.empty()) return "name a command: train, compare, plan or doctor";
+        if (words.empty()) return "name a command: train, compare, advise, plan, report or doctor";
         const std::string& word = words.front();
         if (word.starts_with("-")) {
             return fmt::format("{} is no flag before a command{}", word, did_you_mean(word, flags_of(application)));
@@ -124,7 +124,9 @@ int main(int count, char** arguments) {
     cli::Action action;
     cli::add_train(application, action);
     cli::add_compare(application, action);
+    cli::add_advise(application, action);
     cli::add_plan(application, action);
+    cli::add_report(application, action);
     cli::add_doctor(application, action);
     try {
         application.parse(count, arguments);

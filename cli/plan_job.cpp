@@ -101,7 +101,14 @@ PlanReport plan_job(const JobPlan& plan, const Job& job, std::int64_t budget_byt
         if (interrupted()) throw Interrupted();
         line.show(trial);
     };
-    return make_report(plan, job, options);
+    PlanReport report = make_report(plan, job, options);
+    // One micro-batch for the whole run: a smaller batch would have to be cut otherwise.
+    const std::int64_t smallest = std::min(smallest_batch(plan.batches), plan.batch);
+    if (!report.chosen || report.choice().plan.micro_batch <= smallest) return report;
+    options.micro_batch = smallest;
+    report = make_report(plan, job, options);
+    if (report.chosen) report.why = "as large as the smallest batch of the schedule";
+    return report;
 }
 
 PlanReport plan_native(const JobPlan& plan, const Job& job, std::int64_t budget_bytes) {

@@ -3,8 +3,6 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <filesystem>
-#include <fstream>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -14,6 +12,7 @@
 #include "microbatch/core/batch_plan.h"
 #include "microbatch/core/error.h"
 #include "microbatch/core/units.h"
+#include "microbatch/io/run_reader.h"
 
 namespace microbatch::cli {
 namespace {
@@ -38,42 +37,28 @@ struct Steps {
     }
 };
 
-// None if the line is not a step.
-std::optional<Steps> read_step(const std::string& text) {
-    try {
-        const auto line = nlohmann::json::parse(text);
-        Steps step{.plan = {line.at("micro_batch").get<std::int64_t>(), line.at("recompute").get<bool>()},
-                   .count = 1,
-                   .out_of_memory = line.at("out_of_memory").get<std::int64_t>(),
-                   .peak_bytes = line.at("peak_bytes").get<std::int64_t>(),
-                   .predicted_peak_bytes = {},
-                   .seconds = {line.at("step_seconds").get<double>()},
-                   .predicted_seconds = {}};
-        if (!line.at("predicted_peak_bytes").is_null()) step.predicted_peak_bytes = line["predicted_peak_bytes"];
-        if (!line.at("predicted_step_seconds").is_null()) step.predicted_seconds = line["predicted_step_seconds"];
-        const bool sound = step.peak_bytes > 0 && step.seconds.front() > 0.0 && step.plan.micro_batch > 0;
-        return sound ? std::optional(step) : std::nullopt;
-    } catch (const nlohmann::json::exception&) {
-        return std::nullopt;
-    }
+Steps steps_of(const LoggedStep& step) {
+    return {.plan = step.plan,
+            .count = 1,
+            .out_of_memory = step.out_of_memory,
+            .peak_bytes = step.peak_bytes,
+            .predicted_peak_bytes = step.predicted_peak_bytes,
+            .seconds = {step.seconds},
+            .predicted_seconds = step.predicted_seconds};
 }
 
 std::vector<Steps> read_run(const std::string& folder) {
-    const std::filesystem::path path = std::filesystem::path(folder) / "metrics.jsonl";
-    std::ifstream file(path);
-    if (!file) throw Error(ErrorKind::bad_data, fmt::format("--run {}: there is no {}", folder, path.string()));
-    std::map<std::pair<std::int64_t, bool>, Steps> by_plan;
-    std::string text;
-    for (std::int64_t number = 1; std::getline(file, text); ++number) {
-        const std::optional<Steps> step = read_step(text);
-        if (!step) {
-            throw Error(ErrorKind::bad_data,
-                        fmt::format("{} line {} is not a step as `train` writes it", path.string(), number));
-        }
-        const auto [found, is_new] = by_plan.try_emplace({step->plan.micro_batch, step->plan.recompute}, *step);
-        if (!is_new) found->second.add(*step);
+    const LoggedRun run = read_run_log(folder);
+    if (run.cut) {
+        throw Error(ErrorKind::bad_data,
+                    fmt::format("--run {}: metrics.jsonl line {} ends in its midst", folder, run.steps.size() + 1));
     }
-    if (by_plan.empty()) throw Error(ErrorKind::bad_data, fmt::format("{} holds no step", path.string()));
+    std::map<std::pair<std::int64_t, bool>, Steps> by_plan;
+    for (const LoggedStep& one : run.steps) {
+        const Steps step = steps_of(one);
+        const auto [found, is_new] = by_plan.try_emplace({step.plan.micro_batch, step.plan.recompute}, step);
+        if (!is_new) found->second.add(step);
+    }
     std::vector<Steps> result;
     for (auto& [plan, steps] : by_plan) result.push_back(std::move(steps));
     return result;

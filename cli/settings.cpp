@@ -69,10 +69,37 @@ void validate_optimizer(const Settings& settings) {
     require(momentum >= 0.0 && momentum < 1.0, "--momentum", momentum, "from 0 to below 1");
 }
 
+bool is_seesaw(const Settings& settings) {
+    return settings.batch_schedule.starts_with("seesaw");
+}
+
+// "seesaw" or "seesaw to 512".
+std::int64_t largest_of_seesaw(const Settings& settings) {
+    constexpr std::int64_t usual_growth = 16;
+    const std::string to = "seesaw to ";
+    if (settings.batch_schedule == "seesaw") return usual_growth * settings.batch;
+    if (!settings.batch_schedule.starts_with(to)) {
+        refuse(fmt::format("--batch-schedule \"{}\": write seesaw, \"seesaw to 512\" or \"32 at 0, 128 at 2M tokens\"",
+                           settings.batch_schedule));
+    }
+    return read_flag("--batch-schedule", [&] { return parse_count(settings.batch_schedule.substr(to.size())); });
+}
+
+void validate_batch_schedule(const Settings& settings) {
+    if (settings.batch_schedule.empty()) return;
+    const RateRule rule = rate_rule_of(settings);
+    if (rule == RateRule::adam_sde || rule == RateRule::beta2_time) {
+        refuse(
+            fmt::format("--lr-rule {} contradicts --batch-schedule: it would have to change Adam's betas during the "
+                        "run; choose none, linear or sqrt",
+                        to_string(rule)));
+    }
+}
+
 void validate_rate_rule(const Settings& settings) {
     if (settings.reference_batch) {
         require(*settings.reference_batch >= 1, "--reference-batch", *settings.reference_batch, "at least 1");
-    } else if (rate_rule_of(settings) != RateRule::none) {
+    } else if (settings.batch_schedule.empty() && rate_rule_of(settings) != RateRule::none) {
         refuse(fmt::format(
             "--lr-rule {} has nothing to start from; say with --reference-batch for which batch --lr is right",
             settings.lr_rule));
@@ -200,6 +227,41 @@ void add_job_options(CLI::App& command, Settings& s) {
         ->group(run);
 }
 
+void add_train_options(CLI::App& command, Settings& s) {
+    command
+        .add_option("--batch-schedule", s.batch_schedule,
+                    "The batch over the run, \"32 at 0, 128 at 2M tokens\", or \"seesaw to 512\": it doubles where the "
+                    "rate has halved; the rate follows by --lr-rule")
+        ->type_name("TEXT")
+        ->group("Batch and memory");
+    const char* group = "Guard and noise";
+    command
+        .add_flag("--no-guard", s.no_guard,
+                  "Refuse only what is not finite; not losses and gradient norms far beyond those of the last 128 "
+                  "steps, nor a run whose loss climbs")
+        ->group(group);
+    add_count(command, "--restores", s.restores,
+              "How often a run that diverges goes back to a snapshot, at a smaller rate, before it is stopped (default "
+              "3)")
+        ->type_name("N")
+        ->group(group);
+    add_count(command, "--noise-every", s.noise_every,
+              "Measure the gradient's noise every N steps, where a copy of the gradients fits (default 20; 0: never)")
+        ->type_name("N")
+        ->group(group);
+}
+
+void resolve_batch(const CLI::App& command, Settings& settings) {
+    if (settings.batch_schedule.empty() || is_seesaw(settings)) return;
+    const BatchSchedule schedule =
+        read_flag("--batch-schedule", [&] { return parse_batch_schedule(settings.batch_schedule); });
+    const std::int64_t first = schedule.front().batch;
+    if (command.get_option("--batch")->count() > 0 && settings.batch != first) {
+        refuse(fmt::format("--batch {} contradicts --batch-schedule, which begins with {}", settings.batch, first));
+    }
+    settings.batch = first;
+}
+
 void add_length_options(CLI::App& command, Settings& s, const std::string& fallback) {
     const std::string group = fmt::format("How long (one of them; default {})", fallback);
     command.add_option("--steps", s.steps, "Optimizer steps, such as 500 or 10k")->type_name("N")->group(group);
@@ -218,6 +280,15 @@ std::optional<std::int64_t> micro_batch_of(const Settings& settings) {
     if (settings.micro_batch == "auto") return std::nullopt;
     const std::int64_t size = read_flag("--micro-batch", [&] { return parse_count(settings.micro_batch); });
     require(size >= 1, "--micro-batch", size, "at least 1, or auto");
+    if (!settings.batch_schedule.empty() && !is_seesaw(settings)) {
+        const std::int64_t smallest = smallest_batch(parse_batch_schedule(settings.batch_schedule));
+        if (size > smallest) {
+            refuse(
+                fmt::format("--batch-schedule \"{}\" goes down to {} samples, below --micro-batch {}: a batch is cut "
+                            "into micro-batches",
+                            settings.batch_schedule, smallest, size));
+        }
+    }
     if (size > settings.batch) {
         refuse(fmt::format("--micro-batch {} is larger than --batch {}: a batch is cut into micro-batches", size,
                            settings.batch));
@@ -278,9 +349,18 @@ Schedule schedule_of(const Settings& settings, Interval length, std::int64_t tok
     return schedule;
 }
 
+BatchSchedule batches_of(const Settings& settings, Interval length, std::int64_t tokens_per_sample) {
+    if (settings.batch_schedule.empty()) return {{settings.batch, {}}};
+    return read_flag("--batch-schedule", [&] {
+        if (!is_seesaw(settings)) return parse_batch_schedule(settings.batch_schedule);
+        return seesaw(schedule_of(settings, length, tokens_per_sample, settings.batch), settings.batch,
+                      largest_of_seesaw(settings));
+    });
+}
+
 RateRule rate_rule_of(const Settings& settings) {
     if (!settings.lr_rule.empty()) return read_flag("--lr-rule", [&] { return parse_rate_rule(settings.lr_rule); });
-    if (!settings.reference_batch) return RateRule::none;
+    if (!settings.reference_batch && settings.batch_schedule.empty()) return RateRule::none;
     return settings.optimizer == "sgd" ? RateRule::linear : RateRule::sqrt;
 }
 
@@ -292,10 +372,9 @@ RateConstants constants_of(const Settings& settings) {
 
 RateConstants constants_of(const Settings& settings, std::int64_t batch) {
     const RateRule rule = rate_rule_of(settings);
-    if (rule == RateRule::none) return constants_of(settings);
-    return read_flag("--lr-rule", [&] {
-        return scale_to_batch(constants_of(settings), rule, settings.reference_batch.value_or(0), batch);
-    });
+    if (rule == RateRule::none || !settings.reference_batch) return constants_of(settings);
+    return read_flag("--lr-rule",
+                     [&] { return scale_to_batch(constants_of(settings), rule, *settings.reference_batch, batch); });
 }
 
 double momentum_of(const Settings& settings) {
@@ -321,6 +400,7 @@ void validate(const Settings& settings) {
     }
     validate_optimizer(settings);
     validate_rate_rule(settings);
+    validate_batch_schedule(settings);
     micro_batch_of(settings);
     if (settings.recompute != "auto" && settings.recompute != "never" && settings.recompute != "always") {
         refuse(fmt::format("--recompute {}: choose auto, never or always", settings.recompute));

@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 
+#include "microbatch/core/batch_schedule.h"
 #include "microbatch/core/learning_rate.h"
 #include "microbatch/core/schedule.h"
 #include "microbatch/core/units.h"
@@ -22,6 +23,7 @@ struct Settings {
     double dropout = 0.0;
 
     std::int64_t batch = 64;
+    std::string batch_schedule;  ///< empty: the batch stays
     std::string micro_batch = "auto";
     std::string recompute = "auto";
     std::optional<std::string> memory;
@@ -45,12 +47,22 @@ struct Settings {
     std::int64_t threads = 0;  ///< 0: torch's own choice
     bool no_verify = false;
     bool no_guard = false;
+    std::int64_t restores = 3;
+    std::int64_t noise_every = 20;  ///< steps; 0: never
     std::string run, config;
     bool json = false;
+    bool quiet = false;
 };
 
 /// Declares the flags that describe a job: model, data, batch, memory, optimizer, seed, threads, --config and --json.
 void add_job_options(CLI::App& command, Settings& settings);
+
+/// Declares what only a run has: the batch's schedule, the guard, the measuring of noise.
+void add_train_options(CLI::App& command, Settings& settings);
+
+/// The --batch is that of the schedule's first stage.
+/// Errors: ErrorKind::usage if both were given and differ, or the schedule cannot be read.
+void resolve_batch(const CLI::App& command, Settings& settings);
 
 /// Errors: ErrorKind::usage if a flag was given an empty value.
 void refuse_empty_values(const CLI::App& command);
@@ -76,7 +88,12 @@ Interval length_of(const Settings& settings, Interval fallback);
 /// Errors: ErrorKind::usage, naming the flag.
 Schedule schedule_of(const Settings& settings, Interval length, std::int64_t tokens_per_sample, std::int64_t batch);
 
-/// The --lr-rule, or the optimizer's usual one where there is a --reference-batch: sqrt for adamw, linear for sgd.
+/// The batch over a run of this length: the --batch-schedule, or the --batch alone.
+/// Errors: ErrorKind::usage, naming the flag.
+BatchSchedule batches_of(const Settings& settings, Interval length, std::int64_t tokens_per_sample);
+
+/// The --lr-rule, or the optimizer's usual one where there is a --reference-batch or the batch changes: sqrt for adamw,
+/// linear for sgd.
 RateRule rate_rule_of(const Settings& settings);
 
 /// The optimizer's constants before the rule, and by the rule for steps of `batch` samples.

@@ -17,48 +17,21 @@
 #include "cli/config.h"
 #include "cli/interrupt.h"
 #include "cli/job.h"
-#include "cli/output.h"
+#include "cli/outcome.h"
 #include "cli/plan_job.h"
 #include "cli/progress.h"
+#include "cli/report.h"
+#include "cli/train_output.h"
+#include "cli/watch.h"
 #include "microbatch/analysis/verify.h"
 #include "microbatch/core/error.h"
-#include "microbatch/io/json_number.h"
+#include "microbatch/io/event_file.h"
 #include "microbatch/io/run_log.h"
 #include "microbatch/io/safetensors.h"
 #include "microbatch/memory/budget_allocator.h"
 
 namespace microbatch::cli {
 namespace {
-
-// A step is refused before it does harm, but steps that are all refused train nothing; without the guard, too.
-constexpr int most_refused_in_a_row = 10;
-
-struct Outcome {
-    TrainerReport last;
-    double first_loss = 0.0;
-    std::optional<double> held_out;  // not measured when interrupted
-    double seconds = 0.0;
-    std::vector<double> step_seconds;
-    std::int64_t peak_bytes = 0;
-    std::int64_t out_of_memory = 0;
-    std::int64_t refused = 0;
-    int refused_in_a_row = 0;  // up to the last step; batches of weight 0 do not count
-    bool interrupted = false;
-    bool ended_in_nan = false;  // the length was reached, by steps that were refused because they are not finite
-
-    bool diverged() const { return last.diverged || ended_in_nan || refused_in_a_row >= most_refused_in_a_row; }
-
-    // Counts the last step in.
-    void add(std::int64_t peak) {
-        peak_bytes = std::max(peak_bytes, peak);
-        step_seconds.push_back(last.seconds);
-        out_of_memory += last.step.out_of_memory;
-        if (last.progress.steps == 1) first_loss = last.step.loss;
-        if (!last.step.applied) ++refused;
-        const bool bad = !last.step.applied && last.step.weight > 0.0;
-        refused_in_a_row = bad ? refused_in_a_row + 1 : 0;
-    }
-};
 
 // A folder of its own for a run that names none: runs/MODEL-DATE-TIME, with a number where that is taken.
 std::filesystem::path run_folder(const Settings& settings, const std::string& model) {
@@ -114,29 +87,6 @@ void check_decomposition(std::FILE* out, const JobPlan& plan, const Job& job) {
     for (const Cause cause : found.causes) fmt::print(out, "          {}\n", describe(cause));
 }
 
-void print_rate_rule(std::FILE* out, const Settings& settings) {
-    const RateRule rule = rate_rule_of(settings);
-    if (rule == RateRule::none) return;
-    fmt::print(out, "rule      {}\n",
-               describe_scaling(constants_of(settings), constants_of(settings, settings.batch), rule,
-                                *settings.reference_batch, settings.batch));
-}
-
-void print_header(std::FILE* out, const JobPlan& plan, const PlanReport& report, Interval length,
-                  const std::filesystem::path& folder) {
-    const Candidate& chosen = report.choice();
-    fmt::print(out, "model     {}\n", plan.model_description);
-    fmt::print(out, "data      {}\n", plan.data.description);
-    fmt::print(out, "batch     {} samples per step, {} ({})\n", plan.settings.batch, describe_cut(chosen), report.why);
-    fmt::print(out, "memory    budget {}, predicted peak {}: {}\n", format_bytes(report.budget_bytes),
-               format_bytes(chosen.peak_bytes()), describe_parts(parts_of(report, chosen)));
-    fmt::print(out, "optimizer {}, learning rate {:g}, schedule {}, {}, clip {:g}\n", plan.settings.optimizer,
-               constants_of(plan.settings, plan.settings.batch).learning_rate, plan.settings.schedule,
-               to_string(length), plan.settings.clip);
-    print_rate_rule(out, plan.settings);
-    fmt::print(out, "run       {}, seed {}, {} threads\n", folder.string(), plan.settings.seed, at::get_num_threads());
-}
-
 // MICROBATCH_BUDGET_DRILL="5 20MiB": after step 5 the budget is 20 MiB, to rehearse what a run does then.
 class BudgetDrill {
 public:
@@ -161,24 +111,14 @@ private:
 };
 
 // A prediction is logged with the steps that it is of: the plan's own, and for the time of a full batch.
-StepMeasures measures_of(const TrainerReport& report, std::int64_t peak, std::int64_t batch, const Candidate& chosen) {
+StepMeasures measures_of(const TrainerReport& report, std::int64_t peak, const JobPlan& plan, const PlanReport& planned,
+                         std::int64_t snapshot_bytes) {
     StepMeasures measures{.peak_bytes = peak};
-    if (report.step.plan != chosen.plan) return measures;
-    measures.predicted_peak_bytes = chosen.peak_bytes();
-    if (report.samples == batch) measures.predicted_step_seconds = chosen.step_seconds;
+    if (report.step.plan != planned.choice().plan) return measures;
+    measures.predicted_peak_bytes =
+        predicted_peak(planned, snapshot_bytes, report.step.noise.has_value(), report.progress.steps == 1);
+    if (report.samples == plan.batch) measures.predicted_step_seconds = planned.choice().step_seconds;
     return measures;
-}
-
-void note_out_of_memory(ProgressLine& progress, const TrainerReport& report) {
-    if (report.step.out_of_memory == 0) return;
-    progress.note(fmt::format("step {}: out of memory; undone and made again in micro-batches of {}{}",
-                              report.progress.steps, report.step.plan.micro_batch,
-                              report.step.plan.recompute ? " with recompute" : ""));
-}
-
-void note_refusal(ProgressLine& progress, const TrainerReport& report) {
-    if (report.step.applied || report.step.weight == 0.0) return;
-    progress.note(fmt::format("step {}: refused: {}", report.progress.steps, report.step.reason));
 }
 
 void measure_held_out(const JobPlan& plan, const Job& job, const Candidate& chosen, Outcome& outcome) {
@@ -191,31 +131,56 @@ void measure_held_out(const JobPlan& plan, const Job& job, const Candidate& chos
     }
 }
 
-// Trains until the run is done, interrupted, refused too often, or out of memory whatever the micro-batch: what came of
-// it is in `outcome` in any case.
-void train_to_the_end(std::FILE* out, const JobPlan& plan, const Job& job, const PlanReport& report, Interval length,
-                      const BudgetDrill& drill, RunLog& log, Outcome& outcome) {
+// What TensorBoard is to draw.
+std::vector<Scalar> scalars_of(const TrainerReport& report, const StepMeasures& measures) {
+    std::vector<Scalar> scalars{{"train/loss", report.step.loss},
+                                {"train/gradient_norm", report.step.gradient_norm},
+                                {"train/learning_rate", report.step.learning_rate},
+                                {"train/batch", static_cast<double>(report.samples)},
+                                {"train/applied", report.step.applied ? 1.0 : 0.0},
+                                {"memory/peak_bytes", static_cast<double>(measures.peak_bytes)},
+                                {"time/step_seconds", report.seconds}};
+    if (measures.predicted_peak_bytes) {
+        scalars.push_back({"memory/predicted_peak_bytes", static_cast<double>(*measures.predicted_peak_bytes)});
+    }
+    if (report.noise_batch) scalars.push_back({"noise/noise_batch", *report.noise_batch});
+    return scalars;
+}
+
+void note_events(ProgressLine& progress, const Watch& watch, const Outcome& outcome) {
+    note_out_of_memory(progress, outcome.last);
+    note_refusal(progress, outcome.last);
+    if (watch.recovery) note_going_back(progress, outcome.last, *watch.recovery, outcome.restores);
+    if (!outcome.last.warning.empty()) progress.note(outcome.last.warning);
+}
+
+// Trains until the run is done, interrupted, diverged, or out of memory whatever the micro-batch: what came of it is in
+// `outcome` in any case.
+void train_to_the_end(std::FILE* out, const JobPlan& plan, const Job& job, const PlanReport& report, const Watch& watch,
+                      Interval length, const BudgetDrill& drill, RunLog& log, EventFile& events, Outcome& outcome) {
     Trainer trainer(
         *job.accumulator, *plan.data.train, job.loss,
         {.batch = plan.settings.batch,
+         .batches = plan.batches,
+         .rate_rule = plan.batches.size() > 1 ? rate_rule_of(plan.settings) : RateRule::none,
          .length = length,
          .schedule = schedule_of(plan.settings, length, plan.data.train->tokens_per_sample(), plan.settings.batch),
          .seed = static_cast<std::uint64_t>(plan.settings.seed),
-         .guard = plan.settings.no_guard
-                      ? std::nullopt
-                      : std::optional(SpikeGuardOptions{.most_refused = most_refused_in_a_row - 1})});
+         .guard = watch.guard,
+         .recovery = watch.recovery,
+         .noise_every = watch.noise_every});
     ProgressLine progress(out, length, speed_unit(plan), report.budget_bytes);
-    const Candidate& chosen = report.choice();
     const auto started = std::chrono::steady_clock::now();
     while (!trainer.done() && !interrupted() && !outcome.diverged()) {
         reset_peak_memory();
         outcome.last = trainer.step();
         outcome.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
         const std::int64_t peak = memory_use().peak_bytes;
-        outcome.add(peak);
-        log.write(outcome.last, measures_of(outcome.last, peak, plan.batch, chosen));
-        note_out_of_memory(progress, outcome.last);
-        note_refusal(progress, outcome.last);
+        const StepMeasures measures = measures_of(outcome.last, peak, plan, report, trainer.snapshot_bytes());
+        outcome.add(peak, measures.predicted_peak_bytes);
+        log.write(outcome.last, measures);
+        events.write(outcome.last.progress.steps, scalars_of(outcome.last, measures));
+        note_events(progress, watch, outcome);
         progress.update(outcome.last, peak);
         drill.after(outcome.last);
     }
@@ -224,98 +189,24 @@ void train_to_the_end(std::FILE* out, const JobPlan& plan, const Job& job, const
     outcome.ended_in_nan = trainer.done() && outcome.refused_in_a_row > 0 &&
                            !(std::isfinite(last.loss) && std::isfinite(last.gradient_norm));
     outcome.interrupted = !trainer.done() && !outcome.diverged();
-    if (trainer.done() && log.lines() > 0 && !outcome.diverged()) measure_held_out(plan, job, chosen, outcome);
+    if (trainer.done() && log.lines() > 0 && !outcome.diverged()) {
+        measure_held_out(plan, job, report.choice(), outcome);
+    }
 }
 
 // A run that never made a step leaves nothing, so that the same command can be given again.
-void remove_unused_folder(const std::filesystem::path& folder) {
+void remove_unused_folder(const std::filesystem::path& folder, const EventFile& events) {
     std::error_code ignored;
+    std::filesystem::remove(events.path(), ignored);
     std::filesystem::remove(folder / "config.toml", ignored);
     std::filesystem::remove(folder / "metrics.jsonl", ignored);
     std::filesystem::remove(folder, ignored);  // only if nothing else is in it
-}
-
-void report_divergence(const Outcome& outcome, const Settings& settings) {
-    if (!outcome.diverged()) return;
-    const std::string before = outcome.refused_in_a_row > 1 ? fmt::format(", and the {} steps before were refused, too",
-                                                                          outcome.refused_in_a_row - 1)
-                                                            : std::string();
-    throw Error(ErrorKind::stopped,
-                fmt::format("the run diverged at step {}: {}{}. What is written are the weights of the last step that "
-                            "was applied; take a smaller --lr than {:g}, a --warmup or a smaller --clip",
-                            outcome.last.progress.steps, outcome.last.step.reason, before, learning_rate_of(settings)));
 }
 
 void save_weights(const std::filesystem::path& folder, const Job& job) {
     Parameters tensors = job.parameters;
     for (const auto& buffer : job.model->named_buffers()) tensors.push_back({buffer.key(), buffer.value()});
     write_safetensors(folder / "model.safetensors", tensors);
-}
-
-double speed(const Outcome& outcome) {
-    return static_cast<double>(outcome.last.progress.tokens) / std::max(outcome.seconds, 1e-9);
-}
-
-void print_summary(std::FILE* out, const JobPlan& plan, const PlanReport& report, const Outcome& outcome,
-                   const std::filesystem::path& folder) {
-    const Progress& progress = outcome.last.progress;
-    const Candidate& chosen = report.choice();
-    fmt::print(out, "{}{} steps, {} samples in {}: {} {}/s\n",
-               outcome.interrupted || outcome.diverged() ? "stopped   " : "done      ", format_count(progress.steps),
-               format_count(progress.samples), clock_time(outcome.seconds), format_count(std::llround(speed(outcome))),
-               speed_unit(plan));
-    fmt::print(out, "loss      {:.4f} at the first step, {:.4f} at the last", outcome.first_loss,
-               outcome.last.step.loss);
-    fmt::print(out, "{}\n", outcome.held_out ? fmt::format(", {:.4f} held out", *outcome.held_out) : std::string());
-    fmt::print(out, "memory    peak {} measured, {} predicted ({}), budget {}\n", format_bytes(outcome.peak_bytes),
-               format_bytes(chosen.peak_bytes()),
-               percent_off(static_cast<double>(chosen.peak_bytes()), static_cast<double>(outcome.peak_bytes)),
-               format_bytes(report.budget_bytes));
-    const double seconds = median(outcome.step_seconds);
-    fmt::print(out, "time      {:.3f} s a step measured, {:.3f} s predicted ({})\n", seconds, chosen.step_seconds,
-               percent_off(chosen.step_seconds, seconds));
-    if (outcome.out_of_memory > 0) {
-        fmt::print(
-            out,
-            "undone    {} times a step ran out of memory and was made again, in the end in micro-batches of {}{}\n",
-            outcome.out_of_memory, outcome.last.step.plan.micro_batch,
-            outcome.last.step.plan.recompute ? " with recompute" : "");
-    }
-    if (outcome.refused > 0) {
-        fmt::print(out, "refused   {} steps were not applied; the reasons are in metrics.jsonl\n", outcome.refused);
-    }
-    fmt::print(out, "written   {}: config.toml, metrics.jsonl, model.safetensors\n", folder.string());
-}
-
-void print_json(const JobPlan& plan, const PlanReport& report, const Outcome& outcome,
-                const std::filesystem::path& folder) {
-    const Candidate& chosen = report.choice();
-    nlohmann::ordered_json document;
-    document["model"] = plan.model;
-    document["data"] = plan.settings.data;
-    document["batch"] = plan.settings.batch;
-    document["peak_learning_rate"] = constants_of(plan.settings, plan.settings.batch).learning_rate;
-    document["lr_rule"] = to_string(rate_rule_of(plan.settings));
-    document["micro_batch"] = outcome.last.step.plan.micro_batch;
-    document["recompute"] = outcome.last.step.plan.recompute;
-    document["steps"] = outcome.last.progress.steps;
-    document["samples"] = outcome.last.progress.samples;
-    document["tokens"] = outcome.last.progress.tokens;
-    document["first_loss"] = json_number(outcome.first_loss);
-    document["loss"] = json_number(outcome.last.step.loss);
-    document["held_out_loss"] = outcome.held_out ? json_number(*outcome.held_out) : nullptr;
-    document["seconds"] = outcome.seconds;
-    document["tokens_per_second"] = speed(outcome);
-    document["peak_bytes"] = outcome.peak_bytes;
-    document["predicted_peak_bytes"] = chosen.peak_bytes();
-    document["step_seconds"] = median(outcome.step_seconds);
-    document["predicted_step_seconds"] = chosen.step_seconds;
-    document["budget_bytes"] = report.budget_bytes;
-    document["out_of_memory"] = outcome.out_of_memory;
-    document["refused_steps"] = outcome.refused;
-    document["interrupted"] = outcome.interrupted;
-    document["run"] = folder.string();
-    fmt::print("{}\n", document.dump(2));
 }
 
 int train(const Settings& settings) {
@@ -336,23 +227,26 @@ int train(const Settings& settings) {
     set_memory_budget(budget);
     const std::filesystem::path folder = run_folder(settings, plan.model);
     RunLog log(folder);
-    write_config(folder, plan, report.choice().plan, length, budget);
-    print_header(out, plan, report, length, folder);
+    EventFile events(folder);
+    write_config(folder, config_of(plan, report.choice().plan, length, budget));
+    const Watch watch = watch_of(plan, report, folder);
+    if (!settings.quiet) print_header(out, plan, report, watch, length, folder);
     if (!settings.no_verify) check_decomposition(out, plan, job);
     Outcome outcome;
     try {
-        train_to_the_end(out, plan, job, report, length, drill, log, outcome);
+        train_to_the_end(out, plan, job, report, watch, length, drill, log, events, outcome);
     } catch (...) {
         // Whatever ended the run, its last step was undone: the weights are those of the step before.
-        log.lines() == 0 ? remove_unused_folder(folder) : save_weights(folder, job);
+        log.lines() == 0 ? remove_unused_folder(folder, events) : save_weights(folder, job);
         throw;
     }
     if (log.lines() == 0) {
-        remove_unused_folder(folder);
+        remove_unused_folder(folder, events);
         return interrupted_exit_code;
     }
     save_weights(folder, job);
-    print_summary(out, plan, report, outcome, folder);
+    write_run_report(folder, {.banner = banner_of(outcome, settings), .held_out_loss = outcome.held_out});
+    if (!settings.quiet) print_summary(out, plan, report, watch, outcome, folder);
     if (settings.json) print_json(plan, report, outcome, folder);
     report_divergence(outcome, settings);
     return outcome.interrupted ? interrupted_exit_code : 0;
@@ -373,25 +267,27 @@ void add_train(CLI::App& application, Action& action) {
         ->add_flag("--no-verify", settings->no_verify,
                    "Do not check at the start that the gradient is the same however the batch is cut")
         ->group("Run");
+    add_train_options(*command, *settings);
     command
-        ->add_flag(
-            "--no-guard", settings->no_guard,
-            "Refuse only what is not finite; not losses and gradient norms far beyond those of the last 128 steps, "
-            "nor a run whose loss climbs")
+        ->add_flag("--quiet", settings->quiet, "Show the progress alone: neither the plan before nor the summary after")
         ->group("Run");
     command->footer(
         "Examples:\n"
         "  microbatch train --data /usr/share/games/fortunes --batch 64 --memory 64MiB --steps 200\n"
         "  microbatch train --data /usr/share/datasets/fashion-mnist --model resnet --norm group --batch 512 \\\n"
         "      --memory 100MiB --samples 60k --optimizer sgd --warmup \"5 steps\"\n"
-        "Written to the run's folder: config.toml, metrics.jsonl (one object a step), model.safetensors.\n"
+        "Written to the run's folder: config.toml, metrics.jsonl (one object a step), model.safetensors, report.html\n"
+        "(charts), events.out.tfevents.* (for TensorBoard).\n"
         "The held-out loss is of as many samples as the run trained on, 1,024 at most.\n"
-        "A run that diverges is stopped with exit code 4.\n"
+        "A run that diverges goes back to a snapshot, at half the rate; after --restores times it is stopped with "
+        "exit\n"
+        "code 4.\n"
         "Ctrl-C finishes the step, writes the weights and ends with exit code 130.");
     command->callback([command, settings, &action] {
         action = [command, settings] {
             refuse_empty_values(*command);
             apply_config(*command, *settings);
+            resolve_batch(*command, *settings);
             return train(*settings);
         };
     });

@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
-# Installs what is missing for `build`, `demo`, `bench` or `test`: Debian packages as root or through sudo, and torch
-# into .venv unless a LibTorch is named. Where it may not install, it lists what to install and stops. Does nothing twice.
+# Installs what is missing for `build`, `demo`, `bench` or `test`: Debian packages as root or through sudo, uPlot into
+# node_modules, for the tests TensorBoard into .venv-test, and torch into .venv unless a LibTorch is named. Where it may not install, it lists what to install and stops. Does nothing twice.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 torch_version=2.13.0
+tensorboard_version=2.21.0
 build_packages=(cmake ninja-build ccache g++ python3-venv libcli11-dev libtomlplusplus-dev nlohmann-json3-dev zlib1g-dev)
 data_packages=(fortunes dataset-fashion-mnist)
 bench_packages=(libbenchmark-dev "${data_packages[@]}")
-test_packages=(libgtest-dev clang-format clang-tidy python3-pytest "${data_packages[@]}")
+test_packages=(libgtest-dev clang-format clang-tidy python3-pytest chromium "${data_packages[@]}")
+# An npm from elsewhere is as good.
+command -v npm > /dev/null || build_packages+=(npm)
 
 case "${1:-}" in
     build) packages=("${build_packages[@]}") ;;
@@ -70,9 +73,40 @@ install_torch() {
     touch "$marker"
 }
 
+# uPlot, which report.html is drawn with: the version that package-lock.json names.
+install_uplot() {
+    if [ -n "${MICROBATCH_UPLOT:-}" ] || [ -e node_modules/uplot/dist/uPlot.iife.min.js ]; then return; fi
+    echo "installing uPlot into node_modules"
+    local log; log=$(mktemp)
+    if ! npm ci --ignore-scripts --no-audit --no-fund > "$log" 2>&1; then
+        tail -n 20 "$log" >&2
+        echo "uPlot could not be installed; name the folder of its dist files with MICROBATCH_UPLOT" >&2
+        exit 1
+    fi
+    rm -f "$log"
+}
+
+# Only what reads event files back in a test; apart from torch's own Python, which may be somebody else's.
+install_tensorboard() {
+    local marker=.venv-test/tensorboard-$tensorboard_version
+    if [ -e "$marker" ]; then return; fi
+    echo "installing TensorBoard $tensorboard_version into .venv-test"
+    rm -rf .venv-test
+    python3 -m venv .venv-test
+    if ! .venv-test/bin/python -m pip install --quiet --disable-pip-version-check "tensorboard==$tensorboard_version" \
+         2> .venv-test/pip.log; then
+        cat .venv-test/pip.log >&2
+        echo "TensorBoard could not be installed: the test of event files will fail" >&2
+        return
+    fi
+    touch "$marker"
+}
+
 if command -v dpkg-query > /dev/null; then
     install_packages
 else
     echo "not a Debian system: these must be there already, under whatever names: ${packages[*]}" >&2
 fi
 install_torch
+install_uplot
+if [ "$1" = test ]; then install_tensorboard; fi

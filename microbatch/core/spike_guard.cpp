@@ -74,6 +74,11 @@ Judgement SpikeGuard::judge(double loss, double gradient_norm) {
     return {};
 }
 
+bool SpikeGuard::is_calm() const {
+    if (refused_in_a_row_ > 0) return false;
+    return !lowest_mean_ || last_mean_ <= *lowest_mean_ + lowest_deviation_;
+}
+
 std::string SpikeGuard::why_unusual(double loss, double gradient_norm) const {
     if (!std::isfinite(loss)) return "loss is not finite";
     if (!std::isfinite(gradient_norm)) return "gradient norm is not finite";
@@ -105,6 +110,7 @@ std::string SpikeGuard::why_climbing() {
         usual_of(accepted_.end() - options_.least, accepted_.end(), [](const Accepted& one) { return one.loss; });
     if (!lowest_mean_) scale_ = std::abs(last.mean);
     last = widened(last, scale_);
+    last_mean_ = last.mean;
     if (!lowest_mean_ || last.mean < *lowest_mean_) {
         lowest_mean_ = last.mean;
         lowest_deviation_ = last.deviation;

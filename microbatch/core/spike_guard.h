@@ -48,6 +48,10 @@ public:
     /// Judges the next batch, and takes it that the verdict is followed.
     Judgement judge(double loss, double gradient_norm);
 
+    /// True if the last step was applied and the mean loss is not far above its lowest: within a deviation of it. What
+    /// the parameters are then is worth going back to.
+    bool is_calm() const;
+
     /// Steps refused since the last one that was applied.
     std::int64_t refused_in_a_row() const { return refused_in_a_row_; }
 
@@ -65,6 +69,7 @@ private:
     std::int64_t refused_in_a_row_ = 0;
     std::optional<double> lowest_mean_;  // of `least` losses
     double lowest_deviation_ = 0.0;      // of those
+    double last_mean_ = 0.0;             // of `least` losses
     double scale_ = 0.0;                 // of the loss: the mean of the first `least`
 };
 

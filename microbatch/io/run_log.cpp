@@ -30,6 +30,7 @@ void RunLog::write(const TrainerReport& report, const StepMeasures& measures) {
     line["step"] = report.progress.steps;
     line["samples"] = report.progress.samples;
     line["tokens"] = report.progress.tokens;
+    line["batch"] = report.samples;
     line["loss"] = json_number(report.step.loss);
     line["weight"] = json_number(report.step.weight);
     line["learning_rate"] = json_number(report.step.learning_rate);
@@ -39,6 +40,7 @@ void RunLog::write(const TrainerReport& report, const StepMeasures& measures) {
     line["recompute"] = report.step.plan.recompute;
     line["out_of_memory"] = report.step.out_of_memory;
     line["step_seconds"] = json_number(report.seconds);
+    line["update_seconds"] = json_number(report.step.update_seconds);
     line["predicted_step_seconds"] = nullptr;
     if (measures.predicted_step_seconds) line["predicted_step_seconds"] = json_number(*measures.predicted_step_seconds);
     line["peak_bytes"] = measures.peak_bytes;
@@ -46,6 +48,16 @@ void RunLog::write(const TrainerReport& report, const StepMeasures& measures) {
     if (measures.predicted_peak_bytes) line["predicted_peak_bytes"] = *measures.predicted_peak_bytes;
     line["applied"] = report.step.applied;
     line["reason"] = report.step.reason;
+    line["went_back_to"] = nullptr;
+    if (report.went_back_to) line["went_back_to"] = *report.went_back_to;
+    line["gradient_variance"] = nullptr;
+    line["squared_gradient"] = nullptr;
+    if (const auto& noise = report.step.noise) {
+        line["gradient_variance"] = json_number(noise->variance);
+        line["squared_gradient"] = json_number(noise->squared_gradient);
+    }
+    line["noise_batch"] = nullptr;
+    if (report.noise_batch) line["noise_batch"] = json_number(*report.noise_batch);
     file_ << line.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) << '\n' << std::flush;
     if (!file_) throw Error(ErrorKind::usage, text("cannot write ", path_.string(), ": is the disk full?"));
     ++lines_;

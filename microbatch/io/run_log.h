@@ -18,10 +18,13 @@ struct StepMeasures {
 
 /// metrics.jsonl: one JSON object a step, one a line, each written through at once.
 ///
-/// Keys: step, samples, tokens, loss, weight, learning_rate, gradient_norm, micro_batch, micro_batches, recompute,
-/// out_of_memory (how often the step was begun again), step_seconds, predicted_step_seconds (or null), peak_bytes,
-/// predicted_peak_bytes (or null), applied, reason. Numbers that are not finite are the strings "nan",
-/// "inf", "-inf".
+/// Keys: step, samples, tokens, batch (samples in this step), loss, weight, learning_rate, gradient_norm, micro_batch,
+/// micro_batches, recompute, out_of_memory (how often the step was begun again), step_seconds, update_seconds (of
+/// those, the optimizer's), predicted_step_seconds (or null), peak_bytes, predicted_peak_bytes (or null), applied,
+/// reason, went_back_to (the step after which the parameters now are, or null), gradient_variance and squared_gradient
+/// (see NoiseMeasure, or null), noise_batch (in samples, or null). Numbers that are not finite are the strings "nan",
+/// "inf",
+/// "-inf".
 /// Threads: no two calls at the same time.
 class RunLog {
 public:

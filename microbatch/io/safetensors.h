@@ -1,6 +1,7 @@
 #pragma once
 
 #include <filesystem>
+#include <string>
 
 #include "microbatch/optim/parameters.h"
 
@@ -15,5 +16,19 @@ namespace microbatch {
 /// Errors: ErrorKind::usage for another dtype, a name that stands twice, or a file that cannot be written; the file
 ///         that was there before stays then.
 void write_safetensors(const std::filesystem::path& path, const Parameters& tensors);
+
+/// Reads every tensor of a safetensors file, on the CPU, by name. The file is not trusted: lengths, shapes and offsets
+/// are held against each other and the file before anything is made of them.
+///
+/// Memory: the tensors, and a header of at most 100 MB.
+/// Errors: ErrorKind::bad_data, naming the file and what is wrong with it, if it is not there, cut short, or not as the
+///         format has it (a dtype that write_safetensors() does not write, offsets that overlap, leave holes or do not
+///         fit the shape).
+Parameters read_safetensors(const std::filesystem::path& path);
+
+/// Copies tensors into those of the same names.
+/// Errors: ErrorKind::bad_data, naming the tensor, if one is missing, too many, or of another shape or dtype; nothing
+///         has changed then. `what` begins the message.
+void copy_by_name(const Parameters& from, const Parameters& to, const std::string& what);
 
 }  // namespace microbatch

@@ -150,6 +150,42 @@ bool FusedOptimizer::has_state() const {
     return any;
 }
 
+OptimizerState FusedOptimizer::state() const {
+    OptimizerState result;
+    for (const Group& group : groups_) {
+        for (const Slot& slot : group.slots) result.push_back(slot.state);
+    }
+    return result;
+}
+
+void FusedOptimizer::restore(const OptimizerState& state) {
+    const at::NoGradGuard no_grad;
+    std::vector<Slot*> slots;
+    for (Group& group : groups_) {
+        for (Slot& slot : group.slots) slots.push_back(&slot);
+    }
+    const auto refuse = [this](const auto&... what) { throw Error(ErrorKind::usage, text(name_, ": ", what...)); };
+    if (state.size() != slots.size()) refuse("the state is of ", state.size(), " parameters, not ", slots.size());
+    for (std::size_t i = 0; i < slots.size(); ++i) {
+        if (!state[i].empty() && state[i].size() != state_count()) {
+            refuse("parameter ", slots[i]->parameter.name, " has ", state_count(), " state tensors, not ",
+                   state[i].size());
+        }
+        for (const at::Tensor& tensor : state[i]) require_same_layout(slots[i]->parameter, tensor);
+    }
+    for (std::size_t i = 0; i < slots.size(); ++i) restore(*slots[i], state[i]);
+}
+
+void FusedOptimizer::restore(Slot& slot, const std::vector<at::Tensor>& state) {
+    if (slot.state.size() == state.size()) {
+        for (std::size_t i = 0; i < state.size(); ++i) slot.state[i].copy_(state[i]);
+        return;
+    }
+    parts_.clear();  // they hold what was there
+    slot.state.clear();
+    for (const at::Tensor& tensor : state) slot.state.push_back(tensor.clone());
+}
+
 FusedOptimizer::Parts FusedOptimizer::make_parts(State state) {
     std::vector<Slot*> without_state;
     for (Group& group : groups_) {

@@ -17,6 +17,8 @@ public:
     void rehearse(double divisor) final;
     void end_rehearsal() final;
     bool has_state() const final;
+    OptimizerState state() const final;
+    void restore(const OptimizerState& state) final;
     double learning_rate() const final { return learning_rate_; }
     void set_learning_rate(double rate) final;
     std::vector<at::Tensor> parameters() const final;
@@ -39,6 +41,9 @@ protected:
 
     /// `name` begins every message.
     FusedOptimizer(const char* name, const std::vector<ParameterGroup>& groups, double learning_rate);
+
+    /// How many tensors make_state() makes.
+    virtual std::size_t state_count() const = 0;
 
     /// The state of a parameter before its first step.
     virtual std::vector<at::Tensor> make_state(const at::Tensor& parameter) const = 0;
@@ -76,6 +81,8 @@ private:
     double rate_of(const Group& group) const { return learning_rate_ * group.learning_rate_scale; }
 
     using State = std::vector<at::Tensor> Slot::*;
+
+    void restore(Slot& slot, const std::vector<at::Tensor>& state);
 
     /// All parameters that have a gradient, without their gradients. If it throws, no state is kept that was not there
     /// before.

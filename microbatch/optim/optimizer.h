@@ -6,6 +6,10 @@
 
 namespace microbatch {
 
+/// What steps have made of an optimizer: the state tensors of each of its parameters, in their order. Only an optimizer
+/// that was made alike can read it.
+using OptimizerState = std::vector<std::vector<at::Tensor>>;
+
 /// What the Accumulator needs of an optimizer. AdamW and Sgd are ours; TorchOptimizer takes any torch::optim one.
 ///
 /// Threads: no two calls at the same time.
@@ -35,6 +39,14 @@ public:
 
     /// True once steps have made the state of every parameter that requires a gradient.
     virtual bool has_state() const = 0;
+
+    /// The state as it is, empty for a parameter that has none yet: the optimizer's own tensors where it has such,
+    /// which the next step changes.
+    virtual OptimizerState state() const = 0;
+
+    /// Goes back to what state() was, by copies. The learning rate stays.
+    /// Errors: ErrorKind::usage if it is not the state of such parameters; nothing has changed then.
+    virtual void restore(const OptimizerState& state) = 0;
 
     /// The learning rate of the groups whose learning_rate_scale is 1.
     virtual double learning_rate() const = 0;

@@ -2,9 +2,13 @@
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/_foreach_div.h>
+#include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
+#include <torch/serialize/archive.h>
 
 #include <algorithm>
+#include <cstring>
+#include <sstream>
 #include <utility>
 
 #include "microbatch/core/error.h"
@@ -105,6 +109,38 @@ bool TorchOptimizer::has_state() const {
     return !all.empty() && std::all_of(all.begin(), all.end(), [this](const at::Tensor& parameter) {
         return !parameter.requires_grad() || optimizer_.state().count(parameter.unsafeGetTensorImpl()) > 0;
     });
+}
+
+OptimizerState TorchOptimizer::state() const {
+    if (optimizer_.state().empty()) return {};
+    torch::serialize::OutputArchive archive;
+    optimizer_.save(archive);
+    std::ostringstream stream;
+    archive.save_to(stream);
+    const std::string bytes = std::move(stream).str();
+    const at::Tensor tensor = at::empty({static_cast<std::int64_t>(bytes.size())}, at::kByte);
+    std::memcpy(tensor.mutable_data_ptr(), bytes.data(), bytes.size());
+    return {{tensor}};
+}
+
+void TorchOptimizer::restore(const OptimizerState& state) {
+    const double rate = learning_rate();
+    // Loading keeps the state of parameters that have none in the archive.
+    auto before = std::exchange(optimizer_.state(), {});
+    if (state.empty()) return;
+    try {
+        const at::Tensor& tensor = state.at(0).at(0);
+        torch::serialize::InputArchive archive;
+        archive.load_from(static_cast<const char*>(tensor.const_data_ptr()), tensor.nbytes());
+        optimizer_.load(archive);
+    } catch (const c10::OutOfMemoryError&) {
+        optimizer_.state() = std::move(before);
+        throw;
+    } catch (const std::exception&) {
+        optimizer_.state() = std::move(before);
+        throw Error(ErrorKind::usage, "this is not the state of such a torch optimizer");
+    }
+    set_learning_rate(rate);
 }
 
 double TorchOptimizer::learning_rate() const {

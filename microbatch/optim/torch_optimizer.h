@@ -26,6 +26,12 @@ public:
     void end_rehearsal() override { rehearsed_.clear(); }
     bool has_state() const override;
 
+    /// One tensor of bytes, as torch writes an optimizer; none before the first step.
+    OptimizerState state() const override;
+
+    /// Errors: ErrorKind::usage if torch cannot read it.
+    void restore(const OptimizerState& state) override;
+
     /// The first group's learning rate.
     double learning_rate() const override;
 

@@ -4,6 +4,7 @@
 #include <torch/nn/module.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <unordered_set>
 #include <utility>
@@ -65,12 +66,12 @@ void Accumulator::refuse_unknown_parameters() {
     known_ = std::move(updated);
 }
 
-StepReport Accumulator::step(const Batch& batch, const LossFunction& loss, const Judge& judge) {
+StepReport Accumulator::step(const Batch& batch, const LossFunction& loss, const StepOptions& options) {
     std::int64_t lost = 0;
     for (bool again = false;; again = true) {
-        const Gathered gathered = gather(batch, loss);
+        const Gathered gathered = gather(batch, loss, again ? StepOptions{} : options);
         std::string reason;
-        if (judge && !again && gathered.weight > 0.0) reason = ask(judge, gathered);
+        if (options.judge && !again && gathered.weight > 0.0) reason = ask(options.judge, gathered);
         if (reason.empty()) reason = reason_to_refuse(gathered);
         if (!reason.empty()) return discard(reason);
         StepReport report;
@@ -80,6 +81,7 @@ StepReport Accumulator::step(const Batch& batch, const LossFunction& loss, const
         }
         // Out of the handler, where what the failed update held is gone. A smaller micro-batch would not help it.
         undo();
+        if (options.give_up_memory) options.give_up_memory();
         if (again) {
             throw Error(ErrorKind::does_not_fit,
                         text("the optimizer's step ran out of memory, whatever the micro-batch; parameters and "
@@ -101,7 +103,7 @@ std::string Accumulator::ask(const Judge& judge, const Gathered& gathered) {
     }
 }
 
-Gathered Accumulator::gather(const Batch& batch, const LossFunction& loss) {
+Gathered Accumulator::gather(const Batch& batch, const LossFunction& loss, const StepOptions& options) {
     refuse_unknown_parameters();
     gatherer_.require_idle();
     threads_.look();
@@ -109,9 +111,19 @@ Gathered Accumulator::gather(const Batch& batch, const LossFunction& loss) {
     plan_ = limits_.within(options_.plan, batch);
     plan_.micro_batch = std::clamp<std::int64_t>(plan_.micro_batch, 1, std::max<std::int64_t>(samples, 1));
     out_of_memory_ = 0;
-    while (!try_gather(batch, loss)) {
+    // One micro-batch alone says nothing of noise.
+    bool measure_parts = options.measure_noise && plan_.micro_batch < samples;
+    while (!try_gather(batch, loss, measure_parts)) {
         // Out of the handler: an exception that is being handled keeps the tensors of the failed attempt alive.
         undo();
+        if (options.give_up_memory && options.give_up_memory()) {
+            release_cached_memory();
+            continue;
+        }
+        if (measure_parts) {
+            measure_parts = false;
+            continue;
+        }
         const std::optional<Plan> smaller = smaller_plan();
         if (!smaller) give_up(text("out of memory with a micro-batch of 1 sample: ", out_of_memory_message_));
         release_cached_memory();
@@ -123,14 +135,14 @@ Gathered Accumulator::gather(const Batch& batch, const LossFunction& loss) {
     return gathered_;
 }
 
-bool Accumulator::try_gather(const Batch& batch, const LossFunction& loss) {
+bool Accumulator::try_gather(const Batch& batch, const LossFunction& loss, bool measure_parts) {
     std::string failure;
     try {
         std::vector<at::Tensor> tensors;
         for (const Parameter& parameter : parameters()) tensors.push_back(parameter.tensor);
         before_.emplace(options_.model, tensors);
         if (Recomputable* model = recomputable()) model->set_recompute(plan_.recompute);
-        gathered_ = gatherer_.gather(batch, plan_, loss);
+        gathered_ = gatherer_.gather(batch, plan_, loss, measure_parts);
         ready_ = true;
         return true;
     } catch (const c10::OutOfMemoryError& error) {
@@ -206,6 +218,7 @@ StepReport Accumulator::apply() {
     if (!ready_) throw Error(ErrorKind::usage, "nothing is gathered to apply: call gather() or finish() first");
     if (gathered_.weight == 0.0) return discard("zero weight");
     StepReport result = report();
+    const auto started = std::chrono::steady_clock::now();
     try {
         optimizer_.step(divisor());
     } catch (const c10::OutOfMemoryError&) {
@@ -218,6 +231,7 @@ StepReport Accumulator::apply() {
         ready_ = false;
         throw;
     }
+    result.update_seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
     result.applied = true;
     before_.reset();
     discard({});
@@ -251,6 +265,7 @@ StepReport Accumulator::report() const {
             .learning_rate = optimizer_.learning_rate(),
             .micro_batches = gathered_.micro_batches,
             .plan = plan_,
+            .noise = measure_noise(gathered_.parts, gathered_.gradient_norm * gathered_.gradient_norm),
             .out_of_memory = out_of_memory_};
 }
 

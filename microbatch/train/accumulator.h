@@ -33,8 +33,12 @@ struct StepReport {
     double weight = 0.0;             ///< samples or target tokens, as the loss function counts
     double gradient_norm = 0.0;      ///< of the batch's mean gradient, before clipping
     double learning_rate = 0.0;      ///< at which the step was, or would have been, taken
+    double update_seconds = 0.0;     ///< wall time of the optimizer's step, 0 if it was not taken
     std::int64_t micro_batches = 0;  ///< how many the batch was cut into
     Plan plan = {};                  ///< how it was run in the end; 0 as micro-batch if the caller cut it
+    /// What the micro-batches say of the gradient's noise; none unless it was to be measured, and where nothing can be
+    /// said: see measure_noise().
+    std::optional<NoiseMeasure> noise = {};
     std::int64_t out_of_memory = 0;  ///< how many times it ran out of memory and was begun again, with a smaller plan
     bool applied = false;            ///< false: the parameters are as they were
     std::string reason = {};         ///< why not applied; empty if it was
@@ -47,6 +51,18 @@ std::string_view reason_to_refuse(const Gathered& gathered);
 /// Decides between gather and apply: why this batch is not to be applied, or empty. Called once for every batch that
 /// has weight, before it is seen whether there is a reason_to_refuse().
 using Judge = std::function<std::string(const Gathered&)>;
+
+/// What step() does beside stepping.
+struct StepOptions {
+    Judge judge = {};
+    /// Measures the gradient's noise from the micro-batches, where there are two or more: see StepReport::noise and
+    /// PartNorms. The update has the same bits. Memory: a copy of the gradients; where it runs out, the batch is begun
+    /// again without.
+    bool measure_noise = false;
+    /// Asked where memory has run out, before the plan is made smaller: true if it has given up some, and the batch is
+    /// worth another try as it was.
+    std::function<bool()> give_up_memory = {};
+};
 
 /// One optimizer step for a whole batch, however it is cut.
 ///
@@ -86,11 +102,12 @@ public:
     /// before the optimizer steps, everything is as before the step: no gradient is left, and parameters, buffers and
     /// generators are unchanged.
     /// Errors: as gather(); ErrorKind::does_not_fit if the optimizer's step itself runs out of memory twice.
-    StepReport step(const Batch& batch, const LossFunction& loss, const Judge& judge = {});
+    StepReport step(const Batch& batch, const LossFunction& loss, const StepOptions& options = {});
 
     /// All gradients of the batch, no update yet. Errors: see Gatherer::gather(); ErrorKind::does_not_fit if the batch
     /// runs out of memory whatever the plan. Whatever is thrown, everything is as before the call.
-    Gathered gather(const Batch& batch, const LossFunction& loss);
+    /// Of the options the judge is not asked.
+    Gathered gather(const Batch& batch, const LossFunction& loss, const StepOptions& options = {});
 
     void begin();                        ///< see Gatherer::begin()
     void add(const WeightedLoss& loss);  ///< see Gatherer::add()
@@ -128,7 +145,7 @@ private:
     void refuse_unknown_parameters();
     std::string ask(const Judge& judge, const Gathered& gathered);
     [[noreturn]] void give_up(const std::string& why);
-    bool try_gather(const Batch& batch, const LossFunction& loss);
+    bool try_gather(const Batch& batch, const LossFunction& loss, bool measure_parts);
     bool try_apply(StepReport& report);
     void undo();
     std::optional<Plan> smaller_plan() const;

@@ -52,12 +52,13 @@ void Gatherer::require_idle() const {
     }
 }
 
-void Gatherer::begin() {
+void Gatherer::begin(bool measure_parts) {
     require_idle();
     refuse_stale_gradients();
     clear();
     gathered_ = {};
     if (sum_in_product_) in_place_.emplace();
+    if (measure_parts) parts_.emplace();
     state_ = State::open;
 }
 
@@ -86,12 +87,14 @@ void Gatherer::add_checked(const WeightedLoss& loss) {
         throw Error(ErrorKind::usage, "the weights of the batch add up to more than a double holds; scale them down");
     }
     loss.sum.backward();
+    if (parts_) gathered_.parts.push_back({loss.weight, parts_->added(parameters_) / (loss.weight * loss.weight)});
     const at::Tensor value = loss.sum.detach().to(at::kDouble).reshape({});
     loss_sum_ = loss_sum_.defined() ? loss_sum_.add(value) : value;
 }
 
 Gathered Gatherer::finish() {
     if (state_ != State::open) throw Error(ErrorKind::usage, "no batch is open: call begin() before finish()");
+    parts_.reset();  // not in the way of the update
     try {
         measure();
     } catch (...) {
@@ -115,11 +118,11 @@ void Gatherer::measure() {
     if (gathered_.weight > 0.0) gathered_.gradient_norm = joint_norm(sums) / gathered_.weight;
 }
 
-Gathered Gatherer::gather(const Batch& batch, const Plan& plan, const LossFunction& loss) {
+Gathered Gatherer::gather(const Batch& batch, const Plan& plan, const LossFunction& loss, bool measure_parts) {
     const std::int64_t samples = batch.size();
     if (samples == 0) throw Error(ErrorKind::usage, "the batch is empty: give it at least one sample");
     const std::int64_t count = micro_batch_count(samples, plan.micro_batch);
-    begin();
+    begin(measure_parts);
     try {
         for (std::int64_t i = 0; i < count; ++i) {
             const Slice slice = micro_batch_slice(samples, plan.micro_batch, i);
@@ -136,6 +139,7 @@ void Gatherer::clear() {
     for (const Parameter& parameter : parameters_) parameter.tensor.mutable_grad() = at::Tensor();
     loss_sum_ = at::Tensor();
     in_place_.reset();
+    parts_.reset();
     state_ = State::idle;
 }
 

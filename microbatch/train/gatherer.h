@@ -3,10 +3,13 @@
 #include <cstdint>
 #include <limits>
 #include <optional>
+#include <vector>
 
 #include "microbatch/core/batch_plan.h"
+#include "microbatch/core/noise_scale.h"
 #include "microbatch/nn/in_place_gradients.h"
 #include "microbatch/optim/parameters.h"
+#include "microbatch/train/part_norms.h"
 #include "microbatch/train/weighted_loss.h"
 
 namespace microbatch {
@@ -17,6 +20,7 @@ struct Gathered {
     double weight = 0.0;         ///< W, what the loss is averaged over
     double gradient_norm = 0.0;  ///< Euclidean norm of the mean gradient, before clipping; 0 if W is 0
     std::int64_t micro_batches = 0;
+    std::vector<MicroBatchGradient> parts = {};  ///< of those with weight, where they were to be measured
 
     /// Mean loss of the batch; 0 if the weight is 0.
     double loss() const { return weight > 0.0 ? loss_sum / weight : 0.0; }
@@ -43,10 +47,11 @@ public:
     /// Errors: ErrorKind::usage as in the constructor, or if a window is open.
     void track(const Parameters& parameters);
 
-    /// Opens a window.
-    /// Errors: ErrorKind::usage if a window is open, the gradients gathered last were neither used nor cleared, or a
-    /// parameter holds a gradient that somebody else left; it is named. A .grad of zeros is dropped without a word.
-    void begin();
+    /// Opens a window. With `measure_parts` the gradient of every micro-batch is measured by itself: see PartNorms.
+    /// What is gathered has the same bits. Errors: ErrorKind::usage if a window is open, the gradients gathered last
+    /// were neither used nor cleared, or a parameter holds a gradient that somebody else left; it is named. A .grad of
+    /// zeros is dropped without a word.
+    void begin(bool measure_parts = false);
 
     /// Throws ErrorKind::usage if a window is open, or gradients were gathered and neither used nor cleared.
     void require_idle() const;
@@ -63,7 +68,7 @@ public:
 
     /// begin(), add() for every micro-batch of the plan, finish(). Slices are views of the batch.
     /// Errors: as those; ErrorKind::usage if the batch is empty.
-    Gathered gather(const Batch& batch, const Plan& plan, const LossFunction& loss);
+    Gathered gather(const Batch& batch, const Plan& plan, const LossFunction& loss, bool measure_parts = false);
 
     /// Drops all gradients and closes the window; allowed at any time.
     void clear();
@@ -83,6 +88,7 @@ private:
     Parameters parameters_;
     bool sum_in_product_;
     std::optional<InPlaceGradients> in_place_;  // while a window is open
+    std::optional<PartNorms> parts_;            // the same, where they are measured
     State state_ = State::idle;
     at::Tensor loss_sum_;  // fp64 on the loss's device, so that no micro-batch waits for the device
     Gathered gathered_;

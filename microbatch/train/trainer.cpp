@@ -1,9 +1,11 @@
 #include "microbatch/train/trainer.h"
 
 #include <ATen/core/grad_mode.h>
+#include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <chrono>
+#include <limits>
 #include <numeric>
 #include <utility>
 #include <vector>
@@ -13,33 +15,54 @@
 #include "microbatch/train/lazy_batch.h"
 
 namespace microbatch {
+namespace {
+
+// Noise changes as a model trains: the average remembers some 20 measures, or 200 steps where that is less.
+double decay_of_noise(std::int64_t every) {
+    return 1.0 - std::clamp(static_cast<double>(every) / 200.0, 0.05, 0.5);
+}
+
+}  // namespace
 
 Trainer::Trainer(Accumulator& accumulator, const Dataset& dataset, LossFunction loss, TrainerOptions options)
     : accumulator_(accumulator),
       dataset_(dataset),
       loss_(loss_on(dataset, std::move(loss))),
-      options_(options),
-      sampler_(dataset.size(), options.seed) {
-    if (options_.batch < 1) {
-        throw Error(ErrorKind::usage, text("the batch is ", options_.batch, "; it must be at least 1"));
-    }
-    if (options_.length.count < 0) {
-        throw Error(ErrorKind::usage, text("the length of the run is ", to_string(options_.length)));
-    }
-    if (dataset_.tokens_per_sample() < 1) {
-        throw Error(ErrorKind::usage, text("the dataset has ", dataset_.tokens_per_sample(),
-                                           " tokens per sample; it must have at least 1"));
-    }
-    if (options_.schedule) validate(*options_.schedule);
+      options_(std::move(options)),
+      sampler_(dataset.size(), options_.seed),
+      noise_(decay_of_noise(options_.noise_every)) {
+    validate_options();
     if (options_.guard) guard_.emplace(*options_.guard);
+    if (options_.recovery) recovery_.emplace(accumulator_, *options_.recovery);
 }
 
-std::int64_t Trainer::next_batch() const {
+void Trainer::validate_options() const {
+    const auto refuse = [](const auto&... what) { throw Error(ErrorKind::usage, text(what...)); };
+    if (options_.batch < 1) refuse("the batch is ", options_.batch, "; it must be at least 1");
+    if (options_.length.count < 0) refuse("the length of the run is ", to_string(options_.length));
+    if (dataset_.tokens_per_sample() < 1) {
+        refuse("the dataset has ", dataset_.tokens_per_sample(), " tokens per sample; it must have at least 1");
+    }
+    if (options_.schedule) validate(*options_.schedule);
+    if (options_.batches) validate(*options_.batches);
+    if (options_.recovery && !options_.guard) refuse("recovery needs a guard that says when the run has diverged");
+    if (options_.rate_rule == RateRule::adam_sde || options_.rate_rule == RateRule::beta2_time) {
+        refuse("a batch that changes during the run goes with the rules none, linear and sqrt; ",
+               to_string(options_.rate_rule), " would have to change the optimizer's betas");
+    }
+    if (options_.noise_every < 0) refuse("noise_every is ", options_.noise_every, "; it must be at least 0 steps");
+}
+
+std::int64_t Trainer::full_batch() const {
+    return options_.batches ? batch_at(*options_.batches, progress_) : options_.batch;
+}
+
+std::int64_t Trainer::samples_left() const {
     const Interval& length = options_.length;
-    if (length.unit == Unit::steps) return options_.batch;
+    if (length.unit == Unit::steps) return std::numeric_limits<std::int64_t>::max();
     const std::int64_t per_sample = length.unit == Unit::tokens ? dataset_.tokens_per_sample() : 1;
     const std::int64_t left = length.count - progress_.in(length.unit);
-    return std::min(options_.batch, left / per_sample + (left % per_sample != 0));
+    return left / per_sample + (left % per_sample != 0);
 }
 
 TrainerReport Trainer::step() {
@@ -48,36 +71,87 @@ TrainerReport Trainer::step() {
     const SamplerState position = sampler_.state();
     const std::optional<SpikeGuard> guard = guard_;
     TrainerReport report;
-    report.samples = next_batch();
+    report.samples = std::min(full_batch(), samples_left());
     const Interval tokens =
-        convert({report.samples, Unit::samples}, Unit::tokens, options_.batch, dataset_.tokens_per_sample());
+        convert({report.samples, Unit::samples}, Unit::tokens, report.samples, dataset_.tokens_per_sample());
     const Progress batch{1, report.samples, tokens.count};
     report.progress = progress_ + batch;
+    if (recovery_) report.warning = recovery_->keep(progress_.steps, *guard_);
     try {
-        const Batch samples = lazy_batch(sampler_.next(report.samples));
-        if (options_.schedule) {
-            accumulator_.optimizer().set_learning_rate(microbatch::learning_rate(*options_.schedule, progress_, batch));
-        }
-        Judge judge;
-        // A smaller batch is noisier: what is usual says nothing of it.
-        if (guard_ && report.samples == options_.batch) {
-            judge = [&](const Gathered& gathered) { return judge_by_guard(gathered, report.diverged); };
-        }
-        report.step = accumulator_.step(samples, loss_, judge);
+        const Batch samples = next_samples(report.samples);
+        set_learning_rate(batch);
+        report.step = accumulator_.step(samples, loss_, step_options(report));
     } catch (...) {
         sampler_.restore(position);
         guard_ = guard;
         throw;
     }
     progress_ = report.progress;
+    add_noise(report);
+    if (report.diverged) go_back(report);
     report.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
     return report;
+}
+
+Batch Trainer::next_samples(std::int64_t count) {
+    const std::vector<std::int64_t> indices = sampler_.next(count);
+    try {
+        return lazy_batch(indices);
+    } catch (const c10::OutOfMemoryError&) {
+        if (!recovery_ || !recovery_->give_up_memory()) throw;
+    }
+    return lazy_batch(indices);
+}
+
+void Trainer::set_learning_rate(const Progress& batch) {
+    Optimizer& optimizer = accumulator_.optimizer();
+    const double factor = recovery_ ? recovery_->rate_factor(progress_.steps) : 1.0;
+    if (options_.schedule) {
+        double rate = learning_rate(*options_.schedule, progress_, batch) * factor;
+        if (options_.batches) {
+            rate *= scale_to_batch({.learning_rate = 1.0}, options_.rate_rule, options_.batches->front().batch,
+                                   full_batch())
+                        .learning_rate;
+        }
+        optimizer.set_learning_rate(rate);
+    } else if (recovery_ && recovery_->times() > 0) {
+        optimizer.set_learning_rate(own_rate_ * factor);
+    }
+}
+
+StepOptions Trainer::step_options(TrainerReport& report) {
+    const std::int64_t full = full_batch();
+    // Smaller batches are noisier: what was usual says nothing of them.
+    if (guard_ && full < last_batch_) guard_.emplace(*options_.guard);
+    last_batch_ = full;
+    StepOptions how;
+    if (recovery_) how.give_up_memory = [this] { return recovery_->give_up_memory(); };
+    how.measure_noise = options_.noise_every > 0 && progress_.steps % options_.noise_every == 0;
+    if (guard_ && report.samples == full) {
+        how.judge = [this, &report](const Gathered& gathered) { return judge_by_guard(gathered, report.diverged); };
+    }
+    return how;
 }
 
 std::string Trainer::judge_by_guard(const Gathered& gathered, bool& diverged) {
     Judgement judgement = guard_->judge(gathered.loss(), gathered.gradient_norm);
     diverged = judgement.verdict == Verdict::diverged;
     return std::move(judgement.reason);
+}
+
+void Trainer::add_noise(TrainerReport& report) {
+    if (report.step.noise && report.step.applied) noise_.add(*report.step.noise);
+    const std::optional<double> weight = noise_.noise_batch();
+    if (weight && report.step.weight > 0.0) {
+        report.noise_batch = *weight * static_cast<double>(report.samples) / report.step.weight;
+    }
+}
+
+void Trainer::go_back(TrainerReport& report) {
+    if (!recovery_) return;
+    if (recovery_->times() == 0) own_rate_ = accumulator_.optimizer().learning_rate();
+    report.went_back_to = recovery_->go_back(progress_.steps, *guard_);
+    if (report.went_back_to) report.diverged = !recovery_->may_go_on();
 }
 
 double mean_loss(const Dataset& dataset, std::int64_t micro_batch, const LossFunction& loss) {

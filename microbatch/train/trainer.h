@@ -3,23 +3,33 @@
 #include <cstdint>
 #include <optional>
 
+#include "microbatch/core/batch_schedule.h"
+#include "microbatch/core/learning_rate.h"
+#include "microbatch/core/noise_scale.h"
 #include "microbatch/core/schedule.h"
 #include "microbatch/core/spike_guard.h"
 #include "microbatch/core/units.h"
 #include "microbatch/train/accumulator.h"
 #include "microbatch/train/dataset.h"
+#include "microbatch/train/recovery.h"
 #include "microbatch/train/sampler.h"
 
 namespace microbatch {
 
 struct TrainerOptions {
-    std::int64_t batch = 1;                 ///< samples per step
+    std::int64_t batch = 1;  ///< samples per step
+    /// The batch over the run, in the place of `batch`; the schedule's rate is that of its first stage.
+    std::optional<BatchSchedule> batches = {};
+    RateRule rate_rule = RateRule::none;    ///< how the rate follows `batches`: none, linear or sqrt
     Interval length{0, Unit::steps};        ///< how long to train; the last batch is smaller where it must be
     std::optional<Schedule> schedule = {};  ///< none: the optimizer's learning rate is left alone
     std::uint64_t seed = 0;                 ///< of the order of the samples
     /// Steps that are beyond what is usual are refused; none: only those that are not finite. A last, smaller batch is
     /// not judged.
     std::optional<SpikeGuardOptions> guard = {};
+    /// What is done where the guard says that the run has diverged; none: nothing, whoever trains decides.
+    std::optional<RecoveryOptions> recovery = {};
+    std::int64_t noise_every = 0;  ///< steps from one measure of the gradient's noise to the next; 0: none
 };
 
 /// A batch's report, with where in the run it was.
@@ -29,6 +39,12 @@ struct TrainerReport {
     std::int64_t samples = 0;  ///< in this batch
     double seconds = 0.0;      ///< wall time, fetching the data included
     bool diverged = false;     ///< the guard says that going on does not help; not applied, step.reason says why
+    /// The run had diverged, step.reason says why, and went back: parameters and optimizer are as after so many steps.
+    std::optional<std::int64_t> went_back_to = {};
+    /// Batch, in samples, at which the gradient's noise is as large as the gradient; averaged over the measures so far,
+    /// none where it is undefined: see NoiseAverage.
+    std::optional<double> noise_batch = {};
+    std::string warning = {};  ///< what whoever trains should know, and the run can do without
 };
 
 /// Draws batches, sets the learning rate, steps; the samples of a micro-batch are fetched when its turn comes, so that
@@ -38,11 +54,12 @@ struct TrainerReport {
 /// Threads:   no two calls at the same time.
 class Trainer {
 public:
-    /// Errors: ErrorKind::usage if batch < 1, length < 0, the schedule is not valid, the dataset is
-    ///         empty or has less than one token per sample; as SpikeGuard.
+    /// Errors: ErrorKind::usage if batch < 1, length < 0, a schedule is not valid, the dataset is
+    ///         empty or has less than one token per sample, there is recovery without a guard, the rate rule is another
+    ///         one, noise_every < 0; as SpikeGuard and Recovery.
     Trainer(Accumulator& accumulator, const Dataset& dataset, LossFunction loss, TrainerOptions options);
 
-    /// Trains on the next batch: options.batch samples, or what is left of the length.
+    /// Trains on the next batch: as many samples as the options say, or what is left of the length.
     /// Errors: as Accumulator::step() and the dataset's get(); ErrorKind::usage if done(), or the progress would leave
     /// 64 bits. On any exception the position in the data and the guard are as before.
     TrainerReport step();
@@ -50,9 +67,19 @@ public:
     bool done() const { return progress_.in(options_.length.unit) >= options_.length.count; }
     const Progress& progress() const { return progress_; }
 
+    /// What the snapshots for recovery take of memory now.
+    std::int64_t snapshot_bytes() const { return recovery_ ? recovery_->memory_bytes() : 0; }
+
 private:
-    std::int64_t next_batch() const;
+    void validate_options() const;
+    std::int64_t full_batch() const;
+    std::int64_t samples_left() const;
+    Batch next_samples(std::int64_t count);
+    void set_learning_rate(const Progress& batch);
+    StepOptions step_options(TrainerReport& report);
     std::string judge_by_guard(const Gathered& gathered, bool& diverged);
+    void add_noise(TrainerReport& report);
+    void go_back(TrainerReport& report);
 
     Accumulator& accumulator_;
     const Dataset& dataset_;
@@ -61,6 +88,10 @@ private:
     Sampler sampler_;
     Progress progress_;
     std::optional<SpikeGuard> guard_;
+    std::optional<Recovery> recovery_;
+    NoiseAverage noise_;
+    double own_rate_ = 0.0;        // without a schedule: the optimizer's, before the run first went back
+    std::int64_t last_batch_ = 0;  // the full batch of the last step
 };
 
 /// Mean loss over the whole dataset at `micro_batch` samples a time, without gradients: sum of sums / sum of weights.

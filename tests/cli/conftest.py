@@ -26,10 +26,11 @@ FASHION = pathlib.Path("/usr/share/datasets/fashion-mnist")
 SHARED = {"threads": 1, "memory": "64MiB", "batch": 8}
 TEXT = SHARED | {"layers": 1, "heads": 2, "width": 32, "length": 16}
 IMAGES = SHARED | {"model": "resnet", "norm": "group", "layers": 1, "width": 8}
-OF_COMMAND = {"train": {"run": "run", "steps": 2}, "plan": {}, "compare": {"samples": 64}}
+OF_COMMAND = {"train": {"run": "run", "steps": 2}, "plan": {}, "compare": {"samples": 64}, "advise": {"steps": 4}}
 # A job of many blocks.
 DEEP = {"layers": 12, "heads": 1, "width": 16, "batch": 8}
 PARTS = ["parameters", "gradients", "optimizer state", "activations", "other"]
+FILES = {"config.toml", "metrics.jsonl", "model.safetensors", "report.html", "events.out.tfevents.*"}
 HINT = "Run with --help for more information."
 
 
@@ -90,6 +91,11 @@ class Result:
     @property
     def metrics(self):
         return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def files(self):
+        return {"events.out.tfevents.*" if file.name.startswith("events.out.tfevents.") else file.name
+                for file in self.folder.iterdir()}
 
     def column(self, name):
         return [line[name] for line in self.metrics]

@@ -1,10 +1,12 @@
 """The three strategies side by side: the same samples, honest marks, the same gradient from both ways of a batch."""
 
+import json
+
 import pytest
 
 NAMES = ["small batch", "accumulated", "native"]
 COLUMNS = ["strategy", "batch", "micro-batch", "peak memory", "fits", "gradient variance", "time per step",
-           "held-out loss"]
+           "held-out loss", "sharpness"]
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +94,64 @@ def test_the_same_seed_compares_the_same(run):
 def test_comparing_writes_nothing(run):
     run.text("compare").ok()
     assert list(run.folder.iterdir()) == []
+
+
+# More than three, more than one seed
+
+@pytest.fixture(scope="module")
+def batches(shared_run):
+    return shared_run.text("compare", batches="4, 8,16", micro_batch=2, seeds=3, samples=64, json=True, run="kept",
+                           reference_batch=8).ok()
+
+
+def test_any_batches_can_be_compared(batches):
+    told = batches.document
+    assert [each["strategy"] for each in told["strategies"]] == ["batch 4", "batch 8", "batch 16"]
+    assert [(each["batch"], each["micro_batch"]) for each in told["strategies"]] == [(4, 2), (8, 2), (16, 2)]
+    assert [each["peak_learning_rate"] for each in told["strategies"]] == pytest.approx([1e-3 * 2 ** (i / 2) for i in (-1, 0, 1)])
+    assert told["seeds"] == 3
+
+
+def test_every_seed_has_a_loss_of_its_own_and_the_mean_is_told(batches):
+    for each in batches.document["strategies"]:
+        losses = each["held_out_losses"]
+        assert len(set(losses)) == 3 and each["held_out_loss"] == pytest.approx(sum(losses) / 3)
+
+
+def test_each_run_was_a_process_of_its_own_that_can_be_kept(batches):
+    told = {each["strategy"].replace(" ", "-"): each for each in batches.document["strategies"]}
+    assert {folder.name for folder in batches.folder.iterdir()} == {f"{name}-{seed}" for name in told for seed in (1, 2, 3)}
+    for name, each in told.items():
+        lines = [json.loads(line) for line in (batches.folder / f"{name}-1" / "metrics.jsonl").read_text().splitlines()]
+        assert sum(line["batch"] for line in lines) == 64 and {line["batch"] for line in lines} == {each["batch"]}
+        assert max(line["peak_bytes"] for line in lines) <= each["peak_bytes"]
+        page = (batches.folder / f"{name}-1" / "report.html").read_text()
+        assert '"title":"Strategies"' in page and "Sharp or flat" in page
+
+
+def test_sharpness_and_the_loss_along_a_direction_are_measured(strategies, tight):
+    distances = tight.document["distances"]
+    assert distances[0] == -1 and distances[10] == 0 and distances[-1] == 1
+    for each in strategies.values():
+        assert each["sharpness"] > 0 and len(each["losses_along"]) == 21
+        assert all(isinstance(loss, float) for loss in each["losses_along"]) and len(set(each["losses_along"])) > 15
+    assert strategies["accumulated"]["sharpness"] == pytest.approx(strategies["native"]["sharpness"], rel=0.05)
+
+
+def test_a_run_that_diverges_is_told_as_such(run):
+    document = run.text("compare", batch=8, micro_batch=4, samples=2000, optimizer="sgd", momentum=0, clip="inf", lr=1e6,
+                        schedule="constant", seeds=1, json=True).ok().document
+    assert any(each["diverged"] for each in document["strategies"])
+
+
+@pytest.mark.parametrize("flags, words", [
+    ({"batches": "4,,8"}, ["--batches"]), ({"batches": "0"}, ["--batches", "at least 1"]), ({"seeds": 0}, ["--seeds"]),
+    ({"batches": "8", "reference_batch": 0}, ["--reference-batch"]), ({"seeds": "many"}, ["many"]),
+])
+def test_what_cannot_be_compared_is_refused(run, flags, words):
+    run.text("compare", **flags).refused(2, *words)
+
+
+def test_a_folder_that_is_there_is_not_written_into(run):
+    (run.folder / "kept").mkdir()
+    run.text("compare", run="kept").refused(2, "--run kept", "exists")

@@ -21,13 +21,13 @@ def refused(run):
 # The command's words
 
 @pytest.mark.parametrize("words, said", [
-    ([], ["train, compare, plan or doctor"]), (["bogus"], ["'bogus'"]), (["trian"], ["'trian'", "train"]),
+    ([], ["train, compare, advise, plan, report or doctor"]), (["bogus"], ["'bogus'"]), (["trian"], ["'trian'", "train"]),
     (["compair"], ["compare"]),
     (["train", "--bach", "8"], ["--bach", "--batch"]), (["train", "--micro_batch=8"], ["--micro-batch"]),
     (["plan", "--memry", "1MiB"], ["--memory"]), (["compare", "--shedule", "wsd"], ["--schedule"]),
     (["doctor", "--jsn"], ["--json"]), (["train", "extra"], ["extra"]),
     (["train", "--data"], ["--data"]), (["train", "-b", "8"], ["-b"]), (["--json", "train"], ["--json"]),
-    (["--verison"], ["--version"]), (["compare", "--run", "x"], ["--run"]),
+    (["--verison"], ["--version"]), (["doctor", "--run", "x"], ["--run"]),
     (["compare", "--no-verify"], ["--no-verify"]),
 ])
 def test_mistyped_words_are_named_with_what_is_near(run, words, said):
@@ -51,7 +51,7 @@ def test_a_flag_given_twice_is_refused_in_plain_words(run, data):
 @pytest.mark.parametrize("flag", ["lr", "clip", "steps", "samples", "tokens", "run", "data", "model", "norm", "memory",
                                   "config", "power", "momentum", "weight-decay", "final-lr", "decay", "dropout",
                                   "warmup", "schedule", "optimizer", "seed", "threads", "batch", "micro-batch",
-                                  "recompute"])
+                                  "recompute", "batch-schedule", "restores", "noise-every"])
 def test_a_flag_with_an_empty_value_is_refused(run, flag):
     """`--lr "$RATE"` in a script where RATE is not set must not train with something else."""
     flags = {"steps": None, "run": None} | {flag: ""}

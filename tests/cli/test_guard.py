@@ -2,9 +2,11 @@
 
 import pytest
 
+from conftest import FILES
+
 # The rate rises until the loss climbs: sgd without clipping, from step 64 on seen by the guard.
 CLIMB = {"optimizer": "sgd", "momentum": 0, "weight_decay": 0, "clip": "inf", "schedule": "constant", "lr": 20,
-         "warmup": "2000 steps", "steps": 1500, "batch": 4, "micro_batch": 4}
+         "warmup": "2000 steps", "steps": 1500, "batch": 4, "micro_batch": 4, "restores": 0}
 
 
 @pytest.fixture(scope="module")
@@ -42,3 +44,24 @@ def test_a_quiet_run_is_the_same_with_and_without_it(run):
     assert all(with_guard.column("applied"))
     assert with_guard.weights == without.weights
     assert "no-guard = true" in (without.folder / "config.toml").read_text()
+
+
+@pytest.mark.parametrize("place", ["in memory", "on disk"])
+def test_a_run_that_diverges_goes_back_to_before_at_a_smaller_rate(run, place):
+    flags = CLIMB | {"restores": 2}
+    if place == "on disk":
+        plan = run.text("plan", json=True, batch=4, micro_batch=4, optimizer="sgd", momentum=0).ok().document
+        flags["memory"] = f"{plan['candidates'][0]['measured_peak_bytes'] + 1000}B"
+    result = run.text("train", json=True, **flags)
+    back = [line for line in result.metrics if line["went_back_to"] is not None]
+    assert back and back[0]["went_back_to"] <= back[0]["step"] - 16
+    steps = result.column("step")
+    assert steps == list(range(1, len(steps) + 1))
+    after = result.metrics[back[0]["step"]]
+    assert after["learning_rate"] < 0.1 * back[0]["learning_rate"]  # half, and the first step of a new warmup
+    assert f"back to the weights of step {back[0]['went_back_to']}" in result.stderr
+    assert result.document["restores"] == len(back)
+    assert place in result.stderr
+    assert result.files == FILES
+    if result.returncode == 4:
+        assert "it had gone back 2 times before" in result.stderr

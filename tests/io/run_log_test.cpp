@@ -60,11 +60,17 @@ TrainerReport some_report() {
 TEST(RunLog, WritesTheseKeysInThisOrder) {
     const TempFolder folder;
     RunLog log(folder.path());
-    log.write(some_report(), {.peak_bytes = 1000, .predicted_peak_bytes = 1010, .predicted_step_seconds = 0.25});
+    TrainerReport report = some_report();
+    report.step.update_seconds = 0.0625;
+    report.step.noise = NoiseMeasure{.variance = 3.5, .squared_gradient = -0.5};
+    report.noise_batch = 12.5;
+    report.went_back_to = 4;
+    log.write(report, {.peak_bytes = 1000, .predicted_peak_bytes = 1010, .predicted_step_seconds = 0.25});
     // By hand, from some_report().
     const Json expected = {{"step", 7},
                            {"samples", 70},
                            {"tokens", 4480},
+                           {"batch", 10},
                            {"loss", 2.5},
                            {"weight", 640.0},
                            {"learning_rate", 0.001},
@@ -74,19 +80,27 @@ TEST(RunLog, WritesTheseKeysInThisOrder) {
                            {"recompute", true},
                            {"out_of_memory", 3},
                            {"step_seconds", 0.125},
+                           {"update_seconds", 0.0625},
                            {"predicted_step_seconds", 0.25},
                            {"peak_bytes", 1000},
                            {"predicted_peak_bytes", 1010},
                            {"applied", true},
-                           {"reason", ""}};
+                           {"reason", ""},
+                           {"went_back_to", 4},
+                           {"gradient_variance", 3.5},
+                           {"squared_gradient", -0.5},
+                           {"noise_batch", 12.5}};
     ASSERT_EQ(lines(folder.path()).size(), 1u);
     EXPECT_EQ(lines(folder.path())[0].dump(), expected.dump());
 }
 
-TEST(RunLog, WritesNullWhereNothingWasPredicted) {
+TEST(RunLog, WritesNullWhereNothingWasPredictedOrMeasured) {
     const TempFolder folder;
     RunLog log(folder.path());
     log.write(some_report(), {});
+    for (const char* key : {"went_back_to", "gradient_variance", "squared_gradient", "noise_batch"}) {
+        EXPECT_TRUE(lines(folder.path()).at(0).at(key).is_null());
+    }
     EXPECT_TRUE(lines(folder.path()).at(0).at("predicted_peak_bytes").is_null());
     EXPECT_TRUE(lines(folder.path()).at(0).at("predicted_step_seconds").is_null());
 }

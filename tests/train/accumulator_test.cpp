@@ -250,6 +250,8 @@ struct Broken : Optimizer {
     void rehearse(double) override {}
     void end_rehearsal() override {}
     bool has_state() const override { return false; }
+    OptimizerState state() const override { return {}; }
+    void restore(const OptimizerState&) override {}
     double learning_rate() const override { return 0; }
     void set_learning_rate(double) override {}
     std::vector<at::Tensor> parameters() const override { return {tensor_}; }

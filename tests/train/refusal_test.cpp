@@ -174,14 +174,14 @@ TEST(Refusal, RefusesAGradientThatIsNotFiniteUnderAFiniteLoss) {
 
 TEST(Refusal, ABatchThatAJudgeRefusesOrFailsOverLeavesNothing) {
     expect_no_trace([](Training& run) {
-        const StepReport report = run.accumulator.step(regression_batch(17, 9), run.loss,
-                                                       [](const Gathered&) -> std::string { return "not today"; });
+        const StepReport report = run.accumulator.step(
+            regression_batch(17, 9), run.loss, {.judge = [](const Gathered&) -> std::string { return "not today"; }});
         EXPECT_FALSE(report.applied);
         EXPECT_EQ(report.reason, "not today");
     });
     expect_no_trace([](Training& run) {
         const auto fails = [](const Gathered&) -> std::string { throw std::runtime_error("no judge"); };
-        EXPECT_THROW(run.accumulator.step(regression_batch(17, 9), run.loss, fails), std::runtime_error);
+        EXPECT_THROW(run.accumulator.step(regression_batch(17, 9), run.loss, {.judge = fails}), std::runtime_error);
     });
 }
 
@@ -193,13 +193,13 @@ TEST(Refusal, AJudgeIsAskedOnceForEveryBatchThatHasWeight) {
         EXPECT_GT(gathered.weight, 0);
         return {};
     };
-    EXPECT_TRUE(run.accumulator.step(regression_batch(17, 9), run.loss, judge).applied);
+    EXPECT_TRUE(run.accumulator.step(regression_batch(17, 9), run.loss, {.judge = judge}).applied);
     EXPECT_EQ(asked, 1);
     const auto nothing = [&](const Batch& micro) -> WeightedLoss { return {run.loss(micro).sum, 0}; };
-    EXPECT_FALSE(run.accumulator.step(regression_batch(17, 9), nothing, judge).applied);
+    EXPECT_FALSE(run.accumulator.step(regression_batch(17, 9), nothing, {.judge = judge}).applied);
     EXPECT_EQ(asked, 1);
     const auto broken = [&](const Batch& micro) -> WeightedLoss { return {run.loss(micro).sum * nan, 1}; };
-    EXPECT_EQ(run.accumulator.step(regression_batch(17, 9), broken, judge).reason, "loss is not finite");
+    EXPECT_EQ(run.accumulator.step(regression_batch(17, 9), broken, {.judge = judge}).reason, "loss is not finite");
     EXPECT_EQ(asked, 2);
 }
 

@@ -1,0 +1,115 @@
+#include "cli/child.h"
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <poll.h>
+#include <spawn.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <array>
+#include <cerrno>
+#include <csignal>
+#include <cstring>
+#include <vector>
+
+#include "cli/interrupt.h"
+#include "cli/job.h"
+#include "microbatch/core/error.h"
+
+namespace microbatch::cli {
+namespace {
+
+struct Pipe {
+    std::array<int, 2> ends{-1, -1};
+
+    Pipe() {
+        if (::pipe2(ends.data(), O_CLOEXEC) != 0) {
+            throw Error(ErrorKind::usage, fmt::format("cannot make a pipe: {}", std::strerror(errno)));
+        }
+    }
+    Pipe(const Pipe&) = delete;
+    Pipe& operator=(const Pipe&) = delete;
+    ~Pipe() {
+        close(0);
+        close(1);
+    }
+    void close(std::size_t end) {
+        if (ends[end] >= 0) ::close(ends[end]);
+        ends[end] = -1;
+    }
+};
+
+// False at its end.
+bool read_some(int from, std::string& into) {
+    std::array<char, 4096> buffer{};
+    const ssize_t count = ::read(from, buffer.data(), buffer.size());
+    if (count > 0) into.append(buffer.data(), static_cast<std::size_t>(count));
+    return count > 0 || (count < 0 && errno == EINTR);
+}
+
+// All but the last line, which may not be whole.
+void pass_on(std::string& text, std::FILE* out) {
+    const std::size_t end = text.find_last_of("\n\r");
+    if (end == std::string::npos || end + 1 == text.size()) return;
+    fmt::print(out, "{}", text.substr(0, end + 1));
+    std::fflush(out);
+    text.erase(0, end + 1);
+}
+
+pid_t start(const std::vector<std::string>& words, Pipe& output, Pipe& errors) {
+    std::vector<char*> arguments;
+    for (const std::string& word : words) arguments.push_back(const_cast<char*>(word.c_str()));
+    arguments.push_back(nullptr);
+    posix_spawn_file_actions_t actions;
+    posix_spawn_file_actions_init(&actions);
+    posix_spawn_file_actions_adddup2(&actions, output.ends[1], STDOUT_FILENO);
+    posix_spawn_file_actions_adddup2(&actions, errors.ends[1], STDERR_FILENO);
+    pid_t child = -1;
+    const int failure = ::posix_spawn(&child, "/proc/self/exe", &actions, nullptr, arguments.data(), environ);
+    posix_spawn_file_actions_destroy(&actions);
+    if (failure != 0) {
+        throw Error(ErrorKind::usage, fmt::format("cannot start another process: {}", std::strerror(failure)));
+    }
+    output.close(1);
+    errors.close(1);
+    return child;
+}
+
+int wait_for(pid_t child) {
+    int status = 0;
+    while (::waitpid(child, &status, 0) < 0 && errno == EINTR) {
+    }
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+}
+
+}  // namespace
+
+ChildResult run_child(const std::vector<std::string>& words, std::FILE* out) {
+    Pipe output, errors;
+    std::vector<std::string> all{"microbatch"};
+    all.insert(all.end(), words.begin(), words.end());
+    const pid_t child = start(all, output, errors);
+    ChildResult result;
+    std::array<pollfd, 2> ends{{{output.ends[0], POLLIN, 0}, {errors.ends[0], POLLIN, 0}}};
+    std::array<std::string*, 2> texts{&result.output, &result.errors};
+    bool told = false;
+    while (ends[0].fd >= 0 || ends[1].fd >= 0) {
+        ::poll(ends.data(), ends.size(), 200);
+        // From a terminal it has had the signal, too; from elsewhere only this process has.
+        if (interrupted() && !told) {
+            ::kill(child, SIGINT);
+            told = true;
+        }
+        for (std::size_t i = 0; i < ends.size(); ++i) {
+            if (ends[i].fd >= 0 && ends[i].revents != 0 && !read_some(ends[i].fd, *texts[i])) ends[i].fd = -1;
+        }
+        pass_on(result.errors, out);
+    }
+    result.exit_code = wait_for(child);
+    if (interrupted()) throw Interrupted();
+    if (result.exit_code == 0 && !result.errors.empty()) fmt::print(out, "{}", result.errors);
+    return result;
+}
+
+}  // namespace microbatch::cli

@@ -1,0 +1,47 @@
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "microbatch/train/trainer.h"
+
+namespace microbatch::cli {
+
+// A step is refused before it does harm, but steps that are all refused train nothing; without the guard, too.
+constexpr int most_refused_in_a_row = 10;
+
+/// What came of a run so far.
+struct Outcome {
+    TrainerReport last;
+    double first_loss = 0.0;
+    std::optional<double> held_out;  ///< not measured when interrupted
+    double seconds = 0.0;
+    std::vector<double> step_seconds;
+    std::int64_t peak_bytes = 0;
+    std::int64_t predicted_peak_bytes = 0;
+    std::int64_t out_of_memory = 0;
+    std::int64_t refused = 0;
+    std::int64_t restores = 0;
+    int refused_in_a_row = 0;  ///< up to the last step; batches of weight 0 do not count
+    bool interrupted = false;
+    bool ended_in_nan = false;  ///< the length was reached, by steps that were refused because they are not finite
+
+    bool diverged() const { return last.diverged || ended_in_nan || refused_in_a_row >= most_refused_in_a_row; }
+
+    /// Counts the last step in.
+    void add(std::int64_t peak, std::optional<std::int64_t> predicted) {
+        peak_bytes = std::max(peak_bytes, peak);
+        predicted_peak_bytes = std::max(predicted_peak_bytes, predicted.value_or(0));
+        step_seconds.push_back(last.seconds);
+        out_of_memory += last.step.out_of_memory;
+        if (last.progress.steps == 1) first_loss = last.step.loss;
+        if (!last.step.applied) ++refused;
+        if (last.went_back_to) ++restores;
+        const bool bad = !last.step.applied && last.step.weight > 0.0;
+        refused_in_a_row = bad && !last.went_back_to ? refused_in_a_row + 1 : 0;
+    }
+};
+
+}  // namespace microbatch::cli

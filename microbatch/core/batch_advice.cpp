@@ -1,0 +1,70 @@
+#include "microbatch/core/batch_advice.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "microbatch/core/error.h"
+#include "microbatch/core/text.h"
+
+namespace microbatch {
+namespace {
+
+constexpr double worthwhile = 0.95;
+
+// The fastest micro-batch that the batch can be cut by; of a tie the largest.
+const TimedCut* fastest(std::span<const TimedCut> cuts, std::int64_t batch) {
+    const TimedCut* best = nullptr;
+    for (const TimedCut& cut : cuts) {
+        if (cut.micro_batch > batch) continue;
+        const bool tie = best != nullptr && cut.sample_seconds == best->sample_seconds;
+        if (best == nullptr || cut.sample_seconds < best->sample_seconds ||
+            (tie && cut.micro_batch > best->micro_batch)) {
+            best = &cut;
+        }
+    }
+    return best;
+}
+
+}  // namespace
+
+bool BatchAdvice::accumulation_pays() const {
+    if (!table[soonest].is_cut()) return false;
+    return !soonest_uncut || table[soonest].time < worthwhile * table[*soonest_uncut].time;
+}
+
+BatchAdvice advise_batch(double noise_batch, std::span<const TimedCut> cuts, double update_seconds,
+                         std::int64_t largest) {
+    if (!std::isfinite(noise_batch) || noise_batch <= 0.0) {
+        throw Error(ErrorKind::usage, text("the noise batch is ", noise_batch, "; it must be finite and above 0"));
+    }
+    if (fastest(cuts, largest) == nullptr) {
+        throw Error(ErrorKind::usage, text("nothing is known of a micro-batch of at most ", largest, " samples"));
+    }
+    const std::int64_t smallest = std::min_element(cuts.begin(), cuts.end(), [](const auto& one, const auto& other) {
+                                      return one.micro_batch < other.micro_batch;
+                                  })->micro_batch;
+    BatchAdvice advice{.noise_batch = noise_batch, .table = {}};
+    for (std::int64_t batch = smallest;; batch *= 2) {
+        const TimedCut& cut = *fastest(cuts, batch);
+        const auto size = static_cast<double>(batch);
+        BatchCost cost{.batch = batch,
+                       .micro_batch = cut.micro_batch,
+                       .step_seconds = size * cut.sample_seconds + update_seconds,
+                       .steps = 1.0 + noise_batch / size,
+                       .samples = 1.0 + size / noise_batch};
+        cost.time = cost.steps * cost.step_seconds;
+        advice.table.push_back(cost);
+        if (batch > largest / 2) break;
+    }
+    for (std::size_t i = 0; i < advice.table.size(); ++i) {
+        const BatchCost& cost = advice.table[i];
+        if (cost.time < advice.table[advice.soonest].time) advice.soonest = i;
+        if (cost.is_cut()) continue;
+        if (!advice.soonest_uncut || cost.time < advice.table[*advice.soonest_uncut].time) advice.soonest_uncut = i;
+    }
+    const double least = advice.table[advice.soonest].time;
+    for (BatchCost& cost : advice.table) cost.time /= least;
+    return advice;
+}
+
+}  // namespace microbatch

@@ -1,0 +1,50 @@
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <vector>
+
+namespace microbatch {
+
+/// How fast a micro-batch of some size runs, and with that a batch that is cut by it.
+struct TimedCut {
+    std::int64_t micro_batch = 1;
+    double sample_seconds = 0.0;  ///< forward and backward, of one sample
+};
+
+/// What a batch costs, by the noise of the gradient and the speed of the machine.
+struct BatchCost {
+    std::int64_t batch = 1;
+    std::int64_t micro_batch = 1;  ///< the fastest that is not above the batch
+    double step_seconds = 0.0;
+    double steps = 0.0;    ///< to the same loss, over the fewest that any batch needs
+    double samples = 0.0;  ///< the same of samples
+    double time = 0.0;     ///< to the same loss, over that of the batch which is there soonest
+
+    bool is_cut() const { return micro_batch < batch; }
+};
+
+/// Batches side by side, and what follows.
+struct BatchAdvice {
+    double noise_batch = 0.0;                       ///< the knee: twice the fewest steps and twice the fewest samples
+    std::vector<BatchCost> table;                   ///< each twice the one before
+    std::size_t soonest = 0;                        ///< in the table: at the same loss first, on this machine
+    std::optional<std::size_t> soonest_uncut = {};  ///< of those that are one micro-batch; none where none is
+
+    /// True if the batch that is there soonest is accumulated, and that by 5 % sooner than any that is not.
+    bool accumulation_pays() const;
+};
+
+/// Compares batches from the smallest micro-batch that is known to `largest`, doubling.
+///
+/// Formula:  steps S / S_min = 1 + B_noise / B, samples E / E_min = 1 + B / B_noise, time = S (samples * time of one +
+///           optimizer's step).
+/// Source:   McCandlish et al. 2018, arXiv:1812.06162, equation 2.11, with the noise scale for the critical batch: a
+///           proxy, which is too small for language models (Merrill et al. 2025, arXiv:2505.23971).
+/// Units:    samples, seconds.
+/// Errors:   ErrorKind::usage unless noise_batch is finite and above 0, and some cut is of at most `largest` samples.
+BatchAdvice advise_batch(double noise_batch, std::span<const TimedCut> cuts, double update_seconds,
+                         std::int64_t largest);
+
+}  // namespace microbatch

@@ -1,0 +1,180 @@
+#include "microbatch/io/report.h"
+
+#include <cerrno>
+#include <cmath>
+#include <cstring>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <string_view>
+
+#include "microbatch/core/error.h"
+#include "microbatch/core/text.h"
+#include "microbatch/io/report_files.h"
+
+namespace microbatch {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+constexpr std::size_t most_points = 10'000;
+constexpr std::size_t most_events = 1'000;
+
+Json or_null(double value) {
+    return std::isfinite(value) ? Json(value) : Json();
+}
+
+template <class Value>
+Json or_null(const std::optional<Value>& value) {
+    return value ? Json(*value) : Json();
+}
+
+// A refused step is drawn, whatever is left out.
+bool is_drawn(const LoggedRun& run, std::size_t i) {
+    const std::size_t stride = (run.steps.size() + most_points - 1) / most_points;
+    return i % stride == 0 || i + 1 == run.steps.size() || !run.steps[i].applied;
+}
+
+Json columns_of(const LoggedRun& run) {
+    Json columns;
+    for (const char* name : {"step", "batch", "loss", "learning_rate", "gradient_norm", "noise_batch", "peak_bytes",
+                             "predicted_peak_bytes", "step_seconds", "predicted_step_seconds", "update_seconds"}) {
+        columns[name] = Json::array();
+    }
+    for (std::size_t i = 0; i < run.steps.size(); ++i) {
+        if (!is_drawn(run, i)) continue;
+        const LoggedStep& step = run.steps[i];
+        columns["step"].push_back(step.step);
+        columns["batch"].push_back(step.batch);
+        columns["loss"].push_back(or_null(step.loss));
+        columns["learning_rate"].push_back(or_null(step.learning_rate));
+        columns["gradient_norm"].push_back(or_null(step.gradient_norm));
+        columns["noise_batch"].push_back(or_null(step.noise_batch));
+        columns["peak_bytes"].push_back(step.peak_bytes);
+        columns["predicted_peak_bytes"].push_back(or_null(step.predicted_peak_bytes));
+        columns["step_seconds"].push_back(or_null(step.seconds));
+        columns["predicted_step_seconds"].push_back(or_null(step.predicted_seconds));
+        columns["update_seconds"].push_back(or_null(step.update_seconds));
+    }
+    return columns;
+}
+
+Json event(const LoggedStep& step, const char* kind, const std::string& what) {
+    return {{"step", step.step}, {"kind", kind}, {"text", what}};
+}
+
+void add_events(const LoggedRun& run, Json& document) {
+    Json events = Json::array();
+    std::size_t left_out = 0;
+    const auto add = [&](Json one) {
+        if (events.size() < most_events) {
+            events.push_back(std::move(one));
+        } else {
+            ++left_out;
+        }
+    };
+    for (const LoggedStep& step : run.steps) {
+        if (step.out_of_memory > 0) {
+            add(event(step, "out of memory",
+                      text("made again in micro-batches of ", step.plan.micro_batch,
+                           step.plan.recompute ? " with recompute" : "")));
+        }
+        if (!step.applied) add(event(step, "refused", step.reason));
+        if (step.went_back_to) add(event(step, "went back", text("to the weights of step ", *step.went_back_to)));
+    }
+    document["events"] = std::move(events);
+    document["events_left_out"] = left_out;
+}
+
+Json to_json(const ReportTable& table) {
+    return {{"title", table.title}, {"heading", table.heading}, {"rows", table.rows}, {"note", table.note}};
+}
+
+Json to_json(const ReportCurves& curves) {
+    Json lines = Json::array();
+    for (const auto& [name, values] : curves.lines) {
+        Json y = Json::array();
+        for (const double value : values) y.push_back(or_null(value));
+        lines.push_back({{"name", name}, {"y", y}});
+    }
+    return {{"title", curves.title}, {"along", curves.along}, {"x", curves.x}, {"lines", lines}, {"note", curves.note}};
+}
+
+Json document_of(const LoggedRun& run, const ReportText& text) {
+    Json document;
+    document["banner"] = text.banner;
+    document["tiles"] = text.tiles;
+    document["budget_bytes"] = text.budget_bytes;
+    document["columns"] = columns_of(run);
+    add_events(run, document);
+    document["tables"] = Json::array();
+    for (const ReportTable& table : text.tables) document["tables"].push_back(to_json(table));
+    document["curves"] = Json::array();
+    for (const ReportCurves& curves : text.curves) document["curves"].push_back(to_json(curves));
+    document["settings"] = text.settings;
+    return document;
+}
+
+// Inside a script element only "<" can do harm; in JSON it stands in strings alone.
+std::string script_safe(std::string json) {
+    for (std::size_t at = json.find('<'); at != std::string::npos; at = json.find('<', at))
+        json.replace(at, 1, "\\u003c");
+    return json;
+}
+
+std::string escaped(std::string_view plain) {
+    std::string result;
+    for (const char c : plain) {
+        if (c == '&')
+            result += "&amp;";
+        else if (c == '<')
+            result += "&lt;";
+        else if (c == '>')
+            result += "&gt;";
+        else
+            result += c;
+    }
+    return result;
+}
+
+}  // namespace
+
+std::string report_html(const LoggedRun& run, const ReportText& text) {
+    const std::string title = escaped(text.title);
+    const std::string json = script_safe(document_of(run, text).dump(-1, ' ', false, Json::error_handler_t::replace));
+    const std::pair<std::string_view, std::string_view> parts[] = {{"title", title},
+                                                                   {"run", json},
+                                                                   {"page.css", report_files::page_css},
+                                                                   {"page.js", report_files::page_js},
+                                                                   {"uplot.css", report_files::uplot_css},
+                                                                   {"uplot.js", report_files::uplot_js}};
+    std::string html;
+    std::string_view rest = report_files::page_html;
+    for (std::size_t open = rest.find("{{"); open != std::string_view::npos; open = rest.find("{{")) {
+        html += rest.substr(0, open);
+        const std::size_t close = rest.find("}}", open);
+        const std::string_view name = rest.substr(open + 2, close - open - 2);
+        for (const auto& [part, content] : parts) {
+            if (part == name) html += content;
+        }
+        rest.remove_prefix(close + 2);
+    }
+    html += rest;
+    return html;
+}
+
+void write_report(const std::filesystem::path& file, const std::string& html) {
+    std::filesystem::path unfinished = file;
+    unfinished += ".part";
+    errno = 0;
+    std::ofstream stream(unfinished, std::ios::binary | std::ios::trunc);
+    stream << html;
+    stream.close();
+    std::error_code failure;
+    if (stream) std::filesystem::rename(unfinished, file, failure);
+    if (stream && !failure) return;
+    const std::string why = stream ? failure.message() : std::strerror(errno);
+    std::filesystem::remove(unfinished, failure);
+    throw Error(ErrorKind::usage, text("cannot write ", file.string(), ": ", why));
+}
+
+}  // namespace microbatch

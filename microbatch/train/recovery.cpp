@@ -1,0 +1,103 @@
+#include "microbatch/train/recovery.h"
+
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "microbatch/core/error.h"
+#include "microbatch/core/text.h"
+
+namespace microbatch {
+namespace {
+
+constexpr int most_points = 2;
+
+void validate(const RecoveryOptions& options) {
+    const auto require = [](bool good, const char* name, auto value, const char* rule) {
+        if (!good) throw Error(ErrorKind::usage, text("recovery: ", name, " is ", value, "; it must be ", rule));
+    };
+    require(options.most >= 0, "most", options.most, "at least 0");
+    require(options.every >= 1, "every", options.every, "at least 1 step");
+    require(options.margin >= 0, "margin", options.margin, "at least 0 steps");
+    require(options.mend >= 0, "mend", options.mend, "at least 0 steps");
+    require(options.warmup >= 0, "warmup", options.warmup, "at least 0 steps");
+    require(options.cut > 0.0 && options.cut <= 1.0, "cut", options.cut, "above 0 and at most 1");
+    require(options.memory_bytes >= 0, "memory_bytes", options.memory_bytes, "at least 0");
+}
+
+}  // namespace
+
+Recovery::Recovery(Accumulator& accumulator, RecoveryOptions options)
+    : accumulator_(accumulator), options_(std::move(options)) {
+    validate(options_);
+}
+
+std::string Recovery::keep(std::int64_t steps, const SpikeGuard& guard) {
+    const std::int64_t last = points_.empty() ? 0 : std::max(points_.back().steps, gone_back_at_);
+    const bool due = points_.empty() || (steps - last >= options_.every && guard.is_calm());
+    if (!due || failed_) return {};
+    // Before the new one is made, so that there are never three.
+    if (points_.size() == std::size_t{most_points}) points_.pop_front();
+    try {
+        points_.push_back({steps, guard, RunPoint(accumulator_, options_.memory_bytes / most_points, new_file())});
+        return {};
+    } catch (const c10::OutOfMemoryError&) {
+        failed_ = true;
+        return "no snapshot is taken any more: out of memory";
+    } catch (const Error& error) {
+        failed_ = true;
+        return text("no snapshot is taken any more: ", error.what());
+    }
+}
+
+std::optional<std::int64_t> Recovery::go_back(std::int64_t steps, SpikeGuard& guard) {
+    const std::int64_t good = steps - guard.refused_in_a_row();  // the last step that was applied
+    if (points_.empty() || good <= points_.front().steps) return std::nullopt;
+    while (points_.size() > 1 && points_.back().steps + options_.margin > good) points_.pop_back();
+    points_.back().run.put_back(accumulator_);
+    guard = points_.back().guard;
+    const std::int64_t back_at = points_.back().steps;
+    ++times_;
+    gone_back_at_ = steps;
+    return back_at;
+}
+
+double Recovery::rate_factor(std::int64_t steps) const {
+    if (times_ == 0) return 1.0;
+    const double before = std::pow(options_.cut, static_cast<double>(times_ - 1));
+    const double cut = before * options_.cut;
+    const std::int64_t since = steps - gone_back_at_ + 1;
+    if (since < options_.warmup) return cut * static_cast<double>(since) / static_cast<double>(options_.warmup);
+    const std::int64_t mending = since - options_.warmup;
+    if (mending >= options_.mend) return before;
+    return std::lerp(cut, before, static_cast<double>(mending) / static_cast<double>(options_.mend));
+}
+
+std::filesystem::path Recovery::new_file() {
+    return options_.folder.empty() ? options_.folder : options_.folder / text("snapshot-", files_++, ".bin");
+}
+
+bool Recovery::give_up_memory() {
+    if (memory_bytes() == 0) return false;
+    options_.memory_bytes = 0;
+    for (Point& point : points_) {
+        if (point.run.memory_bytes() == 0) continue;
+        try {
+            point.run.move_to(new_file());
+        } catch (const Error&) {
+            failed_ = true;
+        }
+    }
+    std::erase_if(points_, [](const Point& point) { return point.run.memory_bytes() > 0; });
+    return true;
+}
+
+std::int64_t Recovery::memory_bytes() const {
+    std::int64_t bytes = 0;
+    for (const Point& point : points_) bytes += point.run.memory_bytes();
+    return bytes;
+}
+
+}  // namespace microbatch

@@ -1,0 +1,90 @@
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <filesystem>
+#include <limits>
+#include <optional>
+#include <string>
+
+#include "microbatch/core/spike_guard.h"
+#include "microbatch/train/run_point.h"
+
+namespace microbatch {
+
+struct RecoveryOptions {
+    std::int64_t most = 3;     ///< times that a run goes back; the next divergence ends it
+    std::int64_t every = 32;   ///< steps from one snapshot to the next; the last two are kept
+    std::int64_t margin = 16;  ///< steps: a snapshot less older than the first refused step may be of damaged weights
+    double cut = 0.5;          ///< what remains of the learning rate
+    std::int64_t warmup = 20;  ///< steps, linear, until that is reached
+    std::int64_t mend = 80;    ///< steps more, linear, until the rate is what it was before it was cut this time
+    /// Snapshots that take more go to files in the folder instead.
+    std::int64_t memory_bytes = std::numeric_limits<std::int64_t>::max();
+    std::filesystem::path folder = {};  ///< none: there are no others
+};
+
+/// What a run goes back to when it diverges: parameters, the model's buffers, the optimizer's state and the guard, as
+/// they were before. The position in the data and the generators go on: what led there is left out, and every step
+/// number is used once.
+///
+/// The rate is cut, warmed up to that, and given back. A run that diverges again keeps the cut of the time before: once
+/// it may have been a spike, twice it is the rate.
+///
+/// Source:   PaLM, Chowdhery et al. 2022, arXiv:2204.02311, section 5.1 (back some 100 steps, other data). Deviation:
+///           the rate.
+/// State:    bounded: after `most` times going back is the end of the run.
+/// Ownership: borrows the accumulator, which must outlive this.
+/// Threads:  no two calls at the same time.
+class Recovery {
+public:
+    /// Errors: ErrorKind::usage unless most, margin, warmup, mend and memory_bytes are at least 0, every >= 1, 0 < cut
+    /// <=
+    ///         1.
+    Recovery(Accumulator& accumulator, RecoveryOptions options);
+
+    /// Before the step after `steps` steps: takes a snapshot where it is time and the guard is calm. Says what went
+    /// wrong, once, where no snapshot could be taken; the run goes on with those there are.
+    std::string keep(std::int64_t steps, const SpikeGuard& guard);
+
+    /// The run has diverged in the last of `steps` steps. Puts all back to the newest snapshot that is old enough, the
+    /// oldest if none is, and returns how many steps had been made then; none if no step was applied since the first
+    /// one, or there is none.
+    /// Errors: as RunPoint::put_back(); nothing has changed then.
+    std::optional<std::int64_t> go_back(std::int64_t steps, SpikeGuard& guard);
+
+    /// True if the run is to go on after that.
+    bool may_go_on() const { return times_ <= options_.most; }
+
+    /// How often the run went back, the last time included.
+    std::int64_t times() const { return times_; }
+
+    /// What the learning rate of the step after `steps` steps is multiplied by.
+    double rate_factor(std::int64_t steps) const;
+
+    /// Moves snapshots from memory into files, or drops them where there is no folder; later ones go the same way.
+    /// False if there is none in memory.
+    bool give_up_memory();
+
+    /// What the snapshots take of memory now.
+    std::int64_t memory_bytes() const;
+
+private:
+    struct Point {
+        std::int64_t steps;
+        SpikeGuard guard;
+        RunPoint run;
+    };
+
+    std::filesystem::path new_file();
+
+    Accumulator& accumulator_;
+    RecoveryOptions options_;
+    std::deque<Point> points_;  // oldest first
+    std::int64_t times_ = 0;
+    std::int64_t gone_back_at_ = 0;
+    std::int64_t files_ = 0;  // made so far
+    bool failed_ = false;
+};
+
+}  // namespace microbatch

@@ -1,0 +1,109 @@
+"""The gradient's noise is measured while a run trains, and turned into advice."""
+
+import math
+import re
+
+import pytest
+
+CUT = {"batch": 16, "micro_batch": 4}
+
+
+@pytest.fixture(scope="module")
+def advised(shared_run):
+    return shared_run.text("advise", json=True, **CUT | {"steps": 20}).ok()
+
+
+# In a run
+
+def test_noise_is_measured_every_so_many_steps(run):
+    result = run.text("train", steps=7, noise_every=3, **CUT).ok()
+    measured = [line["gradient_variance"] is not None for line in result.metrics]
+    assert measured == [True, False, False, True, False, False, True]
+    for line in result.metrics:
+        assert (line["squared_gradient"] is None) == (line["gradient_variance"] is None)
+        assert line["gradient_variance"] is None or line["gradient_variance"] > 0
+    assert "measured every 3 steps" in result.stdout
+
+
+def test_noise_and_gradient_make_up_the_gradient_norm(run):
+    # |g|^2 = |G|^2 + tr(Sigma) / B, by what they are.
+    line = run.text("train", steps=1, noise_every=1, **CUT).ok().metrics[0]
+    assert line["squared_gradient"] + line["gradient_variance"] / line["weight"] == pytest.approx(
+        line["gradient_norm"] ** 2, rel=1e-9)
+
+
+def test_measuring_changes_no_bit_of_the_run(run):
+    flags = CUT | {"steps": 6, "dropout": 0.1}
+    with_noise = run.text("train", noise_every=1, run="with", **flags).ok()
+    without = run.text("train", noise_every=0, run="without", **flags).ok()
+    assert with_noise.column("loss") == without.column("loss")
+    assert with_noise.weights == without.weights
+    assert set(without.column("gradient_variance")) == {None} and set(without.column("noise_batch")) == {None}
+
+
+@pytest.mark.parametrize("job, flags", [("text", {"layers": 2, "width": 64}), ("images", {}), ("images", {"norm": "batch"})])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_the_peak_of_every_step_is_predicted_with_noise_and_snapshots_beside_it(run, job, flags, optimizer):
+    for noise_every in (1, 2, 0):
+        result = getattr(run, job)("train", steps=35, run=str(noise_every), optimizer=optimizer, noise_every=noise_every,
+                                   **CUT | flags).ok()
+        # The first step makes the optimizer's state; the prediction is that of the run.
+        for line in result.metrics[1:]:
+            assert line["predicted_peak_bytes"] == pytest.approx(line["peak_bytes"], rel=0.03), line
+        assert result.metrics[0]["predicted_peak_bytes"] >= 0.97 * result.metrics[0]["peak_bytes"]
+        # A second snapshot after 32 steps.
+        assert result.metrics[33]["peak_bytes"] > result.metrics[31 - 1]["peak_bytes"]
+
+
+def test_where_a_copy_of_the_gradients_does_not_fit_it_says_so(run):
+    plan = run.text("plan", json=True, micro_batch=8, batch=16, layers=4).ok().document
+    peak = next(each["measured_peak_bytes"] for each in plan["candidates"])
+    result = run.text("train", batch=16, micro_batch=8, layers=4, memory=f"{peak + 1000}B", steps=3).ok()
+    assert re.search(r"not measured: a copy of the gradients needs [\d.]+ KiB more", result.stdout)
+    assert max(result.column("peak_bytes")) <= peak + 1000 and set(result.column("out_of_memory")) == {0}
+
+
+def test_one_micro_batch_says_nothing(run):
+    result = run.text("train", batch=8, micro_batch=8).ok()
+    assert "it takes two" in result.stdout and set(result.column("gradient_variance")) == {None}
+
+
+# Advice
+
+def test_the_table_is_that_of_the_noise(advised):
+    told = advised.document
+    noise = told["noise_batch"]
+    assert noise > 0 and told["measures"] == 20
+    for row in told["batches"]:
+        assert row["relative_steps"] == pytest.approx(1 + noise / row["batch"])
+        assert row["relative_samples"] == pytest.approx(1 + row["batch"] / noise)
+        assert row["micro_batch"] <= row["batch"] and row["relative_time"] >= 1
+        assert row["learning_rate"]["sqrt"] == pytest.approx(1e-3 * math.sqrt(row["batch"] / 16))
+    soonest = next(row for row in told["batches"] if row["relative_time"] == 1)
+    assert told["soonest_batch"] == soonest["batch"] and told["accumulation_pays"] in (True, False)
+    assert any(row["learning_rate"]["adam-sde"] is None for row in told["batches"]) == (told["batches"][-1]["batch"] >= 160)
+
+
+def test_it_says_what_to_do_in_words(run):
+    result = run.text("advise", **CUT | {"steps": 20}).ok()
+    for word in ("fewest steps", "fewest samples", "knee", "soonest", "accumulation", "time to the same loss"):
+        assert word in result.stdout
+    assert "\x1b" not in result.stdout and list(run.folder.iterdir()) == []
+
+
+def test_check_tries_larger_batches_and_says_which_is_as_good(run):
+    told = run.text("advise", check=True, json=True, batch=2, micro_batch=1, lr=0.003, steps=20).ok().document
+    assert [branch["batch"] for branch in told["branches"]] == [2, 4, 8, 16]
+    assert told["branches"][0]["as_good"] is True
+    assert [branch["learning_rate"] for branch in told["branches"]] == pytest.approx([0.003 * 2 ** (i / 2) for i in range(4)])
+
+
+def test_noise_that_hides_the_gradient_is_reported_as_undefined(run):
+    # A learning rate of 0 and few measures at chance: whatever comes of it, no number that is none.
+    told = run.text("advise", json=True, **CUT | {"batch": 2, "micro_batch": 1, "steps": 1}).ok().document
+    assert told["noise_batch"] is None or told["noise_batch"] > 0
+    assert (told["noise_batch"] is None) == (told["batches"] == [])
+
+
+def test_a_batch_that_cannot_be_cut_is_refused(run):
+    run.text("advise", batch=1).refused(2, "--batch 1", "two micro-batches")

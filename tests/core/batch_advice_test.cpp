@@ -1,0 +1,82 @@
+#include "microbatch/core/batch_advice.h"
+
+#include <gtest/gtest.h>
+
+#include <limits>
+
+#include "support/errors.h"
+
+namespace microbatch {
+namespace {
+
+using test::expect_usage_error;
+
+const std::vector<TimedCut> even = {{1, 0.01}, {2, 0.01}, {4, 0.01}};
+
+TEST(BatchAdvice, StepsAndSamplesAreThoseOfTheFormula) {
+    const BatchAdvice advice = advise_batch(64.0, even, 0.0, 256);
+    ASSERT_EQ(advice.table.size(), 9u);
+    EXPECT_EQ(advice.table.back().batch, 256);
+    for (const BatchCost& cost : advice.table) {
+        const auto batch = static_cast<double>(cost.batch);
+        // (S/S_min - 1)(E/E_min - 1) = 1
+        EXPECT_NEAR((cost.steps - 1) * (cost.samples - 1), 1, 1e-12);
+        EXPECT_DOUBLE_EQ(cost.steps, 1 + 64 / batch);
+        if (cost.batch != 64) continue;
+        EXPECT_DOUBLE_EQ(cost.steps, 2);
+        EXPECT_DOUBLE_EQ(cost.samples, 2);
+    }
+}
+
+TEST(BatchAdvice, WithoutACostOfTheStepTheSmallestBatchIsThereSoonest) {
+    const BatchAdvice advice = advise_batch(64.0, even, 0.0, 256);
+    EXPECT_EQ(advice.table[advice.soonest].batch, 1);
+    EXPECT_FALSE(advice.accumulation_pays());
+    EXPECT_DOUBLE_EQ(advice.table[0].time, 1);
+    EXPECT_DOUBLE_EQ(advice.table[6].time, (2 * 64) / 65.0);
+}
+
+TEST(BatchAdvice, AStepThatCostsMuchMakesAccumulationPay) {
+    // (1 + 64 / B) (B t + u) is least at B = sqrt(64 u / t) = 16.
+    const BatchAdvice advice = advise_batch(64.0, even, 0.04, 1024);
+    EXPECT_EQ(advice.table[advice.soonest].batch, 16);
+    EXPECT_EQ(advice.table[advice.soonest].micro_batch, 4);
+    EXPECT_EQ(advice.table[*advice.soonest_uncut].batch, 4);
+    EXPECT_TRUE(advice.accumulation_pays());
+}
+
+TEST(BatchAdvice, WhereLargerMicroBatchesAreFasterTheUncutBatchMayBeAsGood) {
+    const std::vector<TimedCut> cuts = {{1, 0.1}, {2, 0.06}, {4, 0.03}, {8, 0.02}, {16, 0.0101}, {32, 0.01}};
+    const BatchAdvice advice = advise_batch(64.0, cuts, 0.001, 1024);
+    EXPECT_EQ(advice.table[advice.soonest].batch, 16);
+    EXPECT_FALSE(advice.table[advice.soonest].is_cut());
+    EXPECT_FALSE(advice.accumulation_pays());
+    for (const BatchCost& cost : advice.table) EXPECT_LE(cost.micro_batch, cost.batch);
+    EXPECT_EQ(advice.table.back().micro_batch, 32);
+}
+
+TEST(BatchAdvice, RefusesWhatSaysNothing) {
+    for (const double noise :
+         {0.0, -1.0, std::numeric_limits<double>::infinity(), std::numeric_limits<double>::quiet_NaN()}) {
+        expect_usage_error({"noise"}, [&] { advise_batch(noise, even, 0.0, 8); });
+    }
+    expect_usage_error({"at most 0"}, [] { advise_batch(1.0, even, 0.0, 0); });
+    expect_usage_error({"at most 8"}, [] { advise_batch(1.0, std::vector<TimedCut>{{9, 0.1}}, 0.0, 8); });
+    expect_usage_error({"micro-batch"}, [] { advise_batch(1.0, {}, 0.0, 8); });
+}
+
+TEST(BatchAdvice, BeginsWithTheSmallestMicroBatchThatIsKnown) {
+    const BatchAdvice advice = advise_batch(10.0, std::vector<TimedCut>{{12, 0.1}, {6, 0.1}}, 0.0, 30);
+    ASSERT_EQ(advice.table.size(), 3u);
+    EXPECT_EQ(advice.table[0].batch, 6);
+    EXPECT_EQ(advice.table[2].batch, 24);
+    EXPECT_EQ(advice.table[2].micro_batch, 12);
+}
+
+TEST(BatchAdvice, TheLargestBatchThereIsEndsTheTable) {
+    const BatchAdvice advice = advise_batch(1.0, even, 0.0, std::numeric_limits<std::int64_t>::max());
+    EXPECT_EQ(advice.table.size(), 63u);
+}
+
+}  // namespace
+}  // namespace microbatch
