@@ -1,4 +1,5 @@
 #include <ATen/Parallel.h>
+#include <c10/util/Exception.h>
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -68,6 +69,8 @@ Noise measure_noise_of_run(std::FILE* out, const JobPlan& plan, const Job& job, 
                      .noise_every = 1});
     ProgressLine progress(out, length, speed_unit(plan), budget);
     Noise noise;
+    std::vector<NoiseMeasure> measures;
+    double weight_per_sample = 1.0;
     while (!trainer.done()) {
         if (interrupted()) throw Interrupted();
         const TrainerReport report = trainer.step();
@@ -78,10 +81,21 @@ Noise measure_noise_of_run(std::FILE* out, const JobPlan& plan, const Job& job, 
                         fmt::format("the run diverged at step {}: {}; take a smaller --lr than {:g} or a --warmup",
                                     report.progress.steps, report.step.reason, learning_rate_of(plan.settings)));
         }
-        noise.batch = report.noise_batch;
-        if (report.step.noise) ++noise.measures;
+        if (!report.step.noise || !report.step.applied) continue;
+        measures.push_back(*report.step.noise);
+        weight_per_sample = report.step.weight / static_cast<double>(report.samples);
     }
     progress.finish();
+    noise.measures = static_cast<std::int64_t>(measures.size());
+    // The first half is of a gradient that is gone; the mean of the others, numerator and denominator apart.
+    NoiseMeasure sum;
+    for (std::size_t i = measures.size() / 2; i < measures.size(); ++i) {
+        sum.variance += measures[i].variance;
+        sum.squared_gradient += measures[i].squared_gradient;
+    }
+    if (sum.variance > 0.0 && sum.squared_gradient > 0.0) {
+        noise.batch = sum.variance / sum.squared_gradient / weight_per_sample;
+    }
     return noise;
 }
 
@@ -104,7 +118,9 @@ std::int64_t largest_of_table(double noise_batch, std::int64_t batch) {
 
 std::string rate_by(const Settings& settings, RateRule rule, std::int64_t batch) {
     try {
-        return fmt::format("{:.3g}", scale_to_batch(constants_of(settings), rule, settings.batch, batch).learning_rate);
+        return fmt::format("{:.3g}", scale_to_batch(constants_of(settings), rule,
+                                                    settings.reference_batch.value_or(settings.batch), batch)
+                                         .learning_rate);
     } catch (const Error&) {
         return "-";  // the rule has no answer there
     }
@@ -162,11 +178,10 @@ void print_costs(std::FILE* out, const Settings& settings, const BatchAdvice& ad
 
 std::string describe_accumulation(const BatchAdvice& advice) {
     const BatchCost& soonest = advice.table[advice.soonest];
+    const BatchCost& uncut = advice.soonest_uncut;
     if (!soonest.is_cut()) {
         return fmt::format("not needed: the batch that is there soonest, {}, is one micro-batch", soonest.batch);
     }
-    if (!advice.soonest_uncut) return fmt::format("needed for any batch; {} is there soonest", soonest.batch);
-    const BatchCost& uncut = advice.table[*advice.soonest_uncut];
     const double gain = 100.0 * (1.0 - soonest.time / uncut.time);
     if (advice.accumulation_pays()) {
         return fmt::format(
@@ -175,7 +190,7 @@ std::string describe_accumulation(const BatchAdvice& advice) {
     }
     return fmt::format(
         "not worth it for time: a batch of {} at once is as soon there as {} accumulated (within {:.1f} %)",
-        uncut.batch, soonest.batch, gain);
+        uncut.batch, soonest.batch, std::max(0.0, gain));
 }
 
 void print_advice(std::FILE* out, const Settings& settings, const Noise& noise, const BatchAdvice& advice) {
@@ -194,10 +209,18 @@ void print_advice(std::FILE* out, const Settings& settings, const Noise& noise, 
     fmt::print(out, "accumulation     {}\n", describe_accumulation(advice));
 }
 
+// The user's, where there is one that changes the rate alone.
+RateRule rule_of_branches(const Settings& settings) {
+    if (settings.lr_rule.empty()) return settings.optimizer == "sgd" ? RateRule::linear : RateRule::sqrt;
+    const RateRule rule = parse_rate_rule(settings.lr_rule);
+    if (rule == RateRule::adam_sde) return RateRule::sqrt;
+    return rule == RateRule::beta2_time ? RateRule::none : rule;
+}
+
 std::vector<Branch> check_branches(std::FILE* out, const JobPlan& plan, const Job& job) {
     BranchOptions options{.batch = plan.settings.batch,
                           .samples = branch_batches * plan.settings.batch,
-                          .rule = plan.settings.optimizer == "sgd" ? RateRule::linear : RateRule::sqrt,
+                          .rule = rule_of_branches(plan.settings),
                           .seed = static_cast<std::uint64_t>(plan.settings.seed) + 1};
     std::int64_t shown = 0;
     options.on_step = [&](std::int64_t batch) {
@@ -218,6 +241,10 @@ void print_branches(std::FILE* out, const std::vector<Branch>& branches) {
         if (branch.as_good) critical = branch.batch;
     }
     print_table(out, rows);
+    if (critical == 0) {
+        fmt::print(out, "critical         undefined: the loss of the first is not finite\n");
+        return;
+    }
     fmt::print(out, "critical         {}{}: the largest that loses at most 0.01\n",
                critical == branches.back().batch ? "at least " : "", critical);
 }
@@ -230,7 +257,9 @@ nlohmann::ordered_json to_json(const BatchCost& cost, const Settings& settings) 
         nlohmann::ordered_json& rate = row["learning_rate"][std::string(to_string(rule))];
         rate = nullptr;
         try {
-            rate = scale_to_batch(constants_of(settings), rule, settings.batch, cost.batch).learning_rate;
+            rate = scale_to_batch(constants_of(settings), rule, settings.reference_batch.value_or(settings.batch),
+                                  cost.batch)
+                       .learning_rate;
         } catch (const Error&) {
             continue;  // the rule has no answer there
         }
@@ -297,8 +326,12 @@ int advise(const AdviseSettings& advise_settings) {
     }
     std::vector<Branch> branches;
     if (advise_settings.check) {
-        branches = check_branches(out, plan, job);
-        print_branches(out, branches);
+        try {
+            branches = check_branches(out, plan, job);
+            print_branches(out, branches);
+        } catch (const c10::OutOfMemoryError&) {
+            fmt::print(out, "check     not made: a copy of parameters and optimizer state does not fit the memory\n");
+        }
     }
     if (settings.json) print_json(plan, noise, advice, branches);
     return 0;
@@ -322,7 +355,7 @@ void add_advise(CLI::App& application, Action& action) {
         "Trains a little, at a constant rate, and measures at every step how much the micro-batches' gradients "
         "differ.\n"
         "Noise falls as a model trains: ask again later, or read noise_batch in a run's metrics.jsonl.\n"
-        "The rates are those that --lr, taken as right for --batch, becomes by each rule.");
+        "The rates are those that --lr, right for --reference-batch or else for --batch, becomes by each rule.");
     command->callback([command, settings, &action] {
         action = [command, settings] {
             refuse_empty_values(*command);

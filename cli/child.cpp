@@ -48,13 +48,18 @@ bool read_some(int from, std::string& into) {
     return count > 0 || (count < 0 && errno == EINTR);
 }
 
-// All but the last line, which may not be whole.
-void pass_on(std::string& text, std::FILE* out) {
-    const std::size_t end = text.find_last_of("\n\r");
-    if (end == std::string::npos || end + 1 == text.size()) return;
-    fmt::print(out, "{}", text.substr(0, end + 1));
+// Whole lines, as they come; what the child says of its failure is kept.
+void pass_on(std::string& text, std::FILE* out, std::string& error) {
+    for (std::size_t end = text.find('\n'); end != std::string::npos; end = text.find('\n')) {
+        const std::string line = text.substr(0, end);
+        text.erase(0, end + 1);
+        if (line.starts_with("microbatch: ")) {
+            error = line;
+        } else {
+            fmt::print(out, "{}\n", line);
+        }
+    }
     std::fflush(out);
-    text.erase(0, end + 1);
 }
 
 pid_t start(const std::vector<std::string>& words, Pipe& output, Pipe& errors) {
@@ -65,8 +70,14 @@ pid_t start(const std::vector<std::string>& words, Pipe& output, Pipe& errors) {
     posix_spawn_file_actions_init(&actions);
     posix_spawn_file_actions_adddup2(&actions, output.ends[1], STDOUT_FILENO);
     posix_spawn_file_actions_adddup2(&actions, errors.ends[1], STDERR_FILENO);
+    // In a group of its own a terminal's Ctrl-C reaches it by this process alone: once.
+    posix_spawnattr_t attributes;
+    posix_spawnattr_init(&attributes);
+    posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETPGROUP);
+    posix_spawnattr_setpgroup(&attributes, 0);
     pid_t child = -1;
-    const int failure = ::posix_spawn(&child, "/proc/self/exe", &actions, nullptr, arguments.data(), environ);
+    const int failure = ::posix_spawn(&child, "/proc/self/exe", &actions, &attributes, arguments.data(), environ);
+    posix_spawnattr_destroy(&attributes);
     posix_spawn_file_actions_destroy(&actions);
     if (failure != 0) {
         throw Error(ErrorKind::usage, fmt::format("cannot start another process: {}", std::strerror(failure)));
@@ -92,11 +103,11 @@ ChildResult run_child(const std::vector<std::string>& words, std::FILE* out) {
     const pid_t child = start(all, output, errors);
     ChildResult result;
     std::array<pollfd, 2> ends{{{output.ends[0], POLLIN, 0}, {errors.ends[0], POLLIN, 0}}};
-    std::array<std::string*, 2> texts{&result.output, &result.errors};
+    std::string errors_so_far;
+    std::array<std::string*, 2> texts{&result.output, &errors_so_far};
     bool told = false;
     while (ends[0].fd >= 0 || ends[1].fd >= 0) {
         ::poll(ends.data(), ends.size(), 200);
-        // From a terminal it has had the signal, too; from elsewhere only this process has.
         if (interrupted() && !told) {
             ::kill(child, SIGINT);
             told = true;
@@ -104,11 +115,10 @@ ChildResult run_child(const std::vector<std::string>& words, std::FILE* out) {
         for (std::size_t i = 0; i < ends.size(); ++i) {
             if (ends[i].fd >= 0 && ends[i].revents != 0 && !read_some(ends[i].fd, *texts[i])) ends[i].fd = -1;
         }
-        pass_on(result.errors, out);
+        pass_on(errors_so_far, out, result.error);
     }
     result.exit_code = wait_for(child);
     if (interrupted()) throw Interrupted();
-    if (result.exit_code == 0 && !result.errors.empty()) fmt::print(out, "{}", result.errors);
     return result;
 }
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <nlohmann/json.hpp>
 #include <numeric>
 #include <optional>
@@ -34,7 +35,10 @@ class WorkFolder {
 public:
     explicit WorkFolder(const std::string& named) : keep_(!named.empty()), path_(named) {
         if (keep_) {
-            std::filesystem::create_directories(path_);
+            std::error_code failure;
+            std::filesystem::create_directories(path_, failure);
+            if (failure)
+                throw Error(ErrorKind::usage, fmt::format("cannot make --run {}: {}", named, failure.message()));
             return;
         }
         std::string name = (std::filesystem::temp_directory_path() / "microbatch-compare-XXXXXX").string();
@@ -45,7 +49,8 @@ public:
     WorkFolder& operator=(const WorkFolder&) = delete;
     ~WorkFolder() {
         std::error_code ignored;
-        if (!keep_) std::filesystem::remove_all(path_, ignored);
+        // One that stays goes if nothing came into it.
+        keep_ ? std::filesystem::remove(path_, ignored) : std::filesystem::remove_all(path_, ignored) > 0;
     }
 
     const std::filesystem::path& path() const { return path_; }
@@ -67,6 +72,7 @@ double mean_of(const std::vector<double>& values) {
 }
 
 std::string describe_losses(const Strategy& strategy) {
+    if (!strategy.failure.empty()) return "did not finish";
     if (!strategy.ran) return "-";
     if (strategy.diverged) return "diverged";
     const auto [least, most] = std::minmax_element(strategy.held_out.begin(), strategy.held_out.end());
@@ -109,8 +115,12 @@ std::vector<std::int64_t> parse_batches(const std::string& list) {
             throw Error(ErrorKind::usage,
                         fmt::format("--batches \"{}\": {}; write \"16, 64, 256\"", list, error.what()));
         }
-        if (batches.back() < 1) {
-            throw Error(ErrorKind::usage, fmt::format("--batches \"{}\": a batch must be at least 1", list));
+        const auto refuse = [&list](const std::string& why) {
+            throw Error(ErrorKind::usage, fmt::format("--batches \"{}\": {}", list, why));
+        };
+        if (batches.back() < 1 || batches.back() > std::int64_t{1} << 31) refuse("a batch must be from 1 to 2^31");
+        if (std::count(batches.begin(), batches.end(), batches.back()) > 1) {
+            refuse(fmt::format("{} stands there twice", batches.back()));
         }
         if (comma == std::string_view::npos) return batches;
         rest.remove_prefix(comma + 1);
@@ -170,7 +180,7 @@ std::string describe_comparison(const JobPlan& plan, std::int64_t samples, std::
 const char* const what_stands_there =
     "Gradient variance: trace of the covariance of the batch's mean gradient, all at the same parameters. Sharpness: "
     "the "
-    "largest eigenvalue of the Hessian at the end, over 64 samples.";
+    "largest eigenvalue of the Hessian at the end, over 32 samples.";
 
 void print_strategies(std::FILE* out, const std::string& title, const std::vector<Strategy>& strategies,
                       const std::vector<std::vector<std::string>>& rows) {
@@ -193,6 +203,7 @@ nlohmann::ordered_json to_json(const JobPlan& plan, const Strategy& s, std::int6
     row["recompute"] = s.plan.recompute;
     row["ran"] = s.ran;
     row["diverged"] = s.diverged;
+    row["failure"] = s.failure.empty() ? nlohmann::ordered_json() : nlohmann::ordered_json(s.failure);
     row["peak_bytes"] = s.peak_bytes;  // predicted, if it was not run
     row["fits"] = s.peak_bytes <= budget;
     row["gradient_variance"] = s.variance ? json_number(*s.variance) : nlohmann::ordered_json();
@@ -234,17 +245,20 @@ ReportCurves curves_of(const std::vector<Strategy>& strategies) {
     return curves;
 }
 
-// The page of the first strategy's run that is a whole batch, with all of them beside it.
+// The comparison into the page of every run.
 void write_comparison(std::FILE* out, const std::filesystem::path& folder, const std::string& title, std::int64_t seed,
-                      const std::vector<Strategy>& strategies, std::vector<std::vector<std::string>> rows) {
+                      std::int64_t seeds, const std::vector<Strategy>& strategies,
+                      std::vector<std::vector<std::string>> rows) {
     ReportTable table{
         .title = "Strategies", .heading = rows.front(), .rows = {}, .note = title + ". " + what_stands_there};
     rows.erase(rows.begin());
     table.rows = std::move(rows);
     for (const Strategy& each : strategies) {
-        if (!each.ran) continue;
-        write_run_report(folder_of(folder, each, seed), {.tables = {table}, .curves = {curves_of(strategies)}});
-        fmt::print(out, "written   {}\n", (folder_of(folder, each, seed) / "report.html").string());
+        for (std::int64_t run = 0; run < static_cast<std::int64_t>(each.held_out.size()) && run < seeds; ++run) {
+            const std::filesystem::path of_run = folder_of(folder, each, seed + run);
+            write_run_report(of_run, {.tables = {table}, .curves = {curves_of(strategies)}});
+            fmt::print(out, "written   {}\n", (of_run / "report.html").string());
+        }
     }
 }
 
@@ -253,6 +267,11 @@ int compare(const CompareSettings& compare_settings) {
     validate(settings);
     if (!compare_settings.batches.empty()) parse_batches(compare_settings.batches);
     refuse_used_folder(settings.run);
+    const WorkFolder folder(settings.run);
+    if (settings.seed > std::numeric_limits<std::int64_t>::max() - compare_settings.seeds) {
+        throw Error(ErrorKind::usage,
+                    fmt::format("--seed {} leaves no room for --seeds {}", settings.seed, compare_settings.seeds));
+    }
     const std::int64_t budget = memory_budget_of(settings);
     const Interval asked = length_of(settings, {16 * settings.batch, Unit::samples});
     std::FILE* out = settings.json ? stderr : stdout;
@@ -265,10 +284,10 @@ int compare(const CompareSettings& compare_settings) {
     schedule_of(settings, {samples, Unit::samples}, tokens_per_sample, settings.batch);
     std::vector<Strategy> strategies = strategies_of(compare_settings, plan_cuts(out, plan, budget), budget);
     for (const Strategy& each : strategies) constants_of(settings, each.batch);  // a rule may have no answer
-    const WorkFolder folder(settings.run);
-    for (std::int64_t seed = settings.seed; seed < settings.seed + compare_settings.seeds; ++seed) {
+    for (std::int64_t run = 0; run < compare_settings.seeds; ++run) {
+        const std::int64_t seed = settings.seed + run;
         for (Strategy& each : strategies) {
-            if (each.can_run) train_in_child(out, plan, samples, seed, folder.path(), each);
+            if (each.can_run && each.failure.empty()) train_in_child(out, plan, samples, seed, folder.path(), each);
         }
     }
     measure_at_the_end(out, plan, folder.path(), strategies[std::min<std::size_t>(1, strategies.size() - 1)],
@@ -276,7 +295,8 @@ int compare(const CompareSettings& compare_settings) {
     const auto rows = rows_of(plan, strategies, samples, budget);
     const std::string title = describe_comparison(plan, samples, compare_settings.seeds, budget);
     print_strategies(out, title, strategies, rows);
-    if (folder.is_kept()) write_comparison(out, folder.path(), title, settings.seed, strategies, rows);
+    if (folder.is_kept())
+        write_comparison(out, folder.path(), title, settings.seed, compare_settings.seeds, strategies, rows);
     if (settings.json) print_json(plan, strategies, samples, compare_settings.seeds, budget);
     return 0;
 }
@@ -299,7 +319,10 @@ void add_compare(CLI::App& application, Action& action) {
             "--seeds",
             [settings](const std::string& text) {
                 settings->seeds = parse_count(text);
-                if (settings->seeds < 1) throw Error(ErrorKind::usage, "--seeds is 0; it must be at least 1");
+                if (settings->seeds < 1 || settings->seeds > 1000) {
+                    throw Error(ErrorKind::usage,
+                                fmt::format("--seeds is {}; it must be from 1 to 1000", settings->seeds));
+                }
             },
             "Runs of each, with seeds from --seed on (default 2)")
         ->type_name("N")

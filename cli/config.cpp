@@ -127,8 +127,12 @@ void write_config(const std::filesystem::path& folder, const RunConfig& config) 
     table.insert("optimizer", s.optimizer);
     table.insert("lr", learning_rate_of(s));
     if (schedule.shape != ScheduleShape::constant) table.insert("final-lr", s.final_lr.value_or(0.0));
-    if (s.reference_batch || !s.batch_schedule.empty()) table.insert("lr-rule", to_string(rate_rule_of(s)));
-    if (s.reference_batch) table.insert("reference-batch", *s.reference_batch);
+    // A batch that changes has the first as its reference; written, the rule holds for other commands, too.
+    const bool grows = !s.batch_schedule.empty();
+    if (s.reference_batch || grows) {
+        table.insert("lr-rule", to_string(rate_rule_of(s)));
+        table.insert("reference-batch", s.reference_batch.value_or(s.batch));
+    }
     table.insert("schedule", s.schedule);
     table.insert("warmup", s.warmup);
     if (schedule.shape == ScheduleShape::wsd) table.insert("decay", to_string(schedule.decay));

@@ -5,7 +5,9 @@
 #include <toml++/toml.h>
 #include <algorithm>
 #include <cmath>
+#include <fstream>
 #include <memory>
+#include <nlohmann/json.hpp>
 
 #include "cli/commands.h"
 #include "cli/output.h"
@@ -60,7 +62,7 @@ std::vector<std::pair<std::string, std::string>> tiles_of(const LoggedRun& run, 
     std::vector<std::pair<std::string, std::string>> tiles{
         {"steps", format_count(last.step)},
         {"samples", format_count(last.samples)},
-        {"loss at the last step", fmt::format("{:.4f}", last.loss)},
+        {"loss at the last step", fmt::format("{:.5g}", last.loss)},
     };
     if (extras.held_out_loss) tiles.push_back({"loss held out", fmt::format("{:.4f}", *extras.held_out_loss)});
     tiles.push_back({"peak memory", format_bytes(peak)});
@@ -72,6 +74,78 @@ std::vector<std::pair<std::string, std::string>> tiles_of(const LoggedRun& run, 
     return tiles;
 }
 
+// Text that was written by this command, and may have been changed since.
+template <class Read>
+auto read_summary_part(const std::filesystem::path& file, Read read) {
+    try {
+        return read();
+    } catch (const nlohmann::json::exception&) {
+        throw Error(ErrorKind::bad_data, fmt::format("{} is not as `train` writes it", file.string()));
+    }
+}
+
+RunExtras read_summary(const std::filesystem::path& file) {
+    std::ifstream stream(file);
+    if (!stream) return {};
+    return read_summary_part(file, [&] {
+        const auto json = nlohmann::json::parse(stream);
+        RunExtras extras{.banner = json.at("banner").get<std::string>()};
+        if (!json.at("held_out_loss").is_null()) extras.held_out_loss = json["held_out_loss"].get<double>();
+        for (const auto& table : json.at("tables")) {
+            extras.tables.push_back({table.at("title"), table.at("heading"), table.at("rows"), table.at("note")});
+        }
+        for (const auto& one : json.at("curves")) {
+            ReportCurves curves{one.at("title"), one.at("along"), one.at("x"), {}, one.at("note")};
+            for (const auto& line : one.at("lines")) {
+                std::vector<double> values;
+                for (const auto& y : line.at("y")) values.push_back(y.is_null() ? std::nan("") : y.get<double>());
+                curves.lines.emplace_back(line.at("name").get<std::string>(), std::move(values));
+            }
+            extras.curves.push_back(std::move(curves));
+        }
+        return extras;
+    });
+}
+
+nlohmann::ordered_json finite_or_null(double value) {
+    return std::isfinite(value) ? nlohmann::ordered_json(value) : nlohmann::ordered_json();
+}
+
+void write_summary(const std::filesystem::path& file, const RunExtras& extras) {
+    nlohmann::ordered_json json;
+    json["banner"] = extras.banner;
+    json["held_out_loss"] = extras.held_out_loss ? finite_or_null(*extras.held_out_loss) : nullptr;
+    json["tables"] = nlohmann::ordered_json::array();
+    for (const ReportTable& table : extras.tables) {
+        json["tables"].push_back(
+            {{"title", table.title}, {"heading", table.heading}, {"rows", table.rows}, {"note", table.note}});
+    }
+    json["curves"] = nlohmann::ordered_json::array();
+    for (const ReportCurves& curves : extras.curves) {
+        nlohmann::ordered_json lines = nlohmann::ordered_json::array();
+        for (const auto& [name, values] : curves.lines) {
+            nlohmann::ordered_json y = nlohmann::ordered_json::array();
+            for (const double value : values) y.push_back(finite_or_null(value));
+            lines.push_back({{"name", name}, {"y", y}});
+        }
+        json["curves"].push_back({{"title", curves.title},
+                                  {"along", curves.along},
+                                  {"x", curves.x},
+                                  {"lines", lines},
+                                  {"note", curves.note}});
+    }
+    write_report(file, json.dump(2, ' ', false, nlohmann::ordered_json::error_handler_t::replace) + "\n");
+}
+
+// What is there, and what is new.
+RunExtras merged(RunExtras there, const RunExtras& more) {
+    if (!more.banner.empty()) there.banner = more.banner;
+    if (more.held_out_loss) there.held_out_loss = more.held_out_loss;
+    if (!more.tables.empty()) there.tables = more.tables;
+    if (!more.curves.empty()) there.curves = more.curves;
+    return there;
+}
+
 std::string title_of(const std::filesystem::path& folder, const toml::table& config) {
     const std::string name = std::filesystem::absolute(folder).lexically_normal().filename().string();
     const auto model = config["model"].value<std::string>();
@@ -80,8 +154,10 @@ std::string title_of(const std::filesystem::path& folder, const toml::table& con
 
 }  // namespace
 
-std::string write_run_report(const std::filesystem::path& folder, const RunExtras& extras) {
+std::string write_run_report(const std::filesystem::path& folder, const RunExtras& more) {
     const LoggedRun run = read_run_log(folder);
+    const std::filesystem::path summary = folder / "summary.json";
+    const RunExtras extras = merged(read_summary(summary), more);
     const toml::table config = read_config(folder);
     ReportText text{.title = title_of(folder, config),
                     .banner = extras.banner,
@@ -91,6 +167,9 @@ std::string write_run_report(const std::filesystem::path& folder, const RunExtra
                     .budget_bytes = budget_of(config)};
     for (const auto& [key, node] : config) text.settings.emplace_back(std::string(key.str()), as_text(node));
     write_report(folder / "report.html", report_html(run, text));
+    if (std::filesystem::exists(summary) || !extras.banner.empty() || extras.held_out_loss || !extras.tables.empty()) {
+        write_summary(summary, extras);
+    }
     return run.cut
                ? fmt::format("{} ends in the midst of a line, which is left out", (folder / "metrics.jsonl").string())
                : std::string();

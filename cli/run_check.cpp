@@ -24,17 +24,23 @@ struct Steps {
     std::int64_t out_of_memory = 0;
     std::int64_t peak_bytes = 0;
     std::optional<std::int64_t> predicted_peak_bytes;
-    std::vector<double> seconds;
+    std::vector<double> seconds, foretold_seconds;  // of all, and of those whose time was predicted
     std::optional<double> predicted_seconds;
 
     void add(const Steps& more) {
         count += more.count;
         out_of_memory += more.out_of_memory;
         peak_bytes = std::max(peak_bytes, more.peak_bytes);
-        if (!predicted_peak_bytes) predicted_peak_bytes = more.predicted_peak_bytes;
+        // What a step keeps beside the plan differs from one to the next; the peak is where most is.
+        if (more.predicted_peak_bytes) {
+            predicted_peak_bytes = std::max(predicted_peak_bytes.value_or(0), *more.predicted_peak_bytes);
+        }
         if (!predicted_seconds) predicted_seconds = more.predicted_seconds;
         seconds.insert(seconds.end(), more.seconds.begin(), more.seconds.end());
+        foretold_seconds.insert(foretold_seconds.end(), more.foretold_seconds.begin(), more.foretold_seconds.end());
     }
+
+    double median_seconds() const { return median(foretold_seconds.empty() ? seconds : foretold_seconds); }
 };
 
 Steps steps_of(const LoggedStep& step) {
@@ -44,6 +50,7 @@ Steps steps_of(const LoggedStep& step) {
             .peak_bytes = step.peak_bytes,
             .predicted_peak_bytes = step.predicted_peak_bytes,
             .seconds = {step.seconds},
+            .foretold_seconds = step.predicted_seconds ? std::vector{step.seconds} : std::vector<double>{},
             .predicted_seconds = step.predicted_seconds};
 }
 
@@ -68,7 +75,7 @@ void print_run(const std::vector<Steps>& run) {
     std::vector<std::vector<std::string>> rows{{"steps", "micro-batch", "recompute", "predicted peak", "measured peak",
                                                 "", "predicted time", "measured time", "", "out of memory"}};
     for (const Steps& steps : run) {
-        const double seconds = median(steps.seconds);
+        const double seconds = steps.median_seconds();
         const auto& peak = steps.predicted_peak_bytes;
         const auto& time = steps.predicted_seconds;
         rows.push_back({format_count(steps.count), std::to_string(steps.plan.micro_batch),
@@ -93,7 +100,7 @@ void print_json(const std::vector<Steps>& run) {
         row["measured_peak_bytes"] = steps.peak_bytes;
         row["predicted_step_seconds"] = nullptr;
         if (steps.predicted_seconds) row["predicted_step_seconds"] = *steps.predicted_seconds;
-        row["measured_step_seconds"] = median(steps.seconds);
+        row["measured_step_seconds"] = steps.median_seconds();
         row["out_of_memory"] = steps.out_of_memory;
         document.push_back(row);
     }

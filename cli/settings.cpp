@@ -251,12 +251,12 @@ void add_train_options(CLI::App& command, Settings& s) {
         ->group(group);
 }
 
-void resolve_batch(const CLI::App& command, Settings& settings) {
+void resolve_batch(Settings& settings, bool batch_given) {
     if (settings.batch_schedule.empty() || is_seesaw(settings)) return;
     const BatchSchedule schedule =
         read_flag("--batch-schedule", [&] { return parse_batch_schedule(settings.batch_schedule); });
     const std::int64_t first = schedule.front().batch;
-    if (command.get_option("--batch")->count() > 0 && settings.batch != first) {
+    if (batch_given && settings.batch != first) {
         refuse(fmt::format("--batch {} contradicts --batch-schedule, which begins with {}", settings.batch, first));
     }
     settings.batch = first;

@@ -61,8 +61,8 @@ void add_job_options(CLI::App& command, Settings& settings);
 void add_train_options(CLI::App& command, Settings& settings);
 
 /// The --batch is that of the schedule's first stage.
-/// Errors: ErrorKind::usage if both were given and differ, or the schedule cannot be read.
-void resolve_batch(const CLI::App& command, Settings& settings);
+/// Errors: ErrorKind::usage if the command line had a --batch that differs, or the schedule cannot be read.
+void resolve_batch(Settings& settings, bool batch_given);
 
 /// Errors: ErrorKind::usage if a flag was given an empty value.
 void refuse_empty_values(const CLI::App& command);

@@ -21,6 +21,7 @@ struct Strategy {
     // Below: measured, the first seed's where nothing else is said.
     bool ran = false;
     bool diverged = false;
+    std::string failure = {};           ///< why a run of it did not finish; no other is begun then
     std::int64_t peak_bytes = 0;        ///< predicted, until it ran
     double step_seconds = 0.0;          ///< median
     double seconds = 0.0;               ///< in all
@@ -34,8 +35,9 @@ struct Strategy {
 /// How far along a filter-normalised direction losses are looked at.
 const std::vector<double>& distances();
 
-/// Trains it in a process of its own, in folder/NAME-SEED, so that its peak is its own.
-/// Errors: Interrupted; ErrorKind::stopped and so on as the process's, with its words, unless it diverged.
+/// Trains it in a process of its own, in folder/NAME-SEED, so that its peak is its own. Where that fails, the strategy
+/// says why.
+/// Errors: Interrupted; ErrorKind::usage if there can be no process.
 void train_in_child(std::FILE* out, const JobPlan& plan, std::int64_t samples, std::int64_t seed,
                     const std::filesystem::path& folder, Strategy& strategy);
 

@@ -111,19 +111,18 @@ private:
 };
 
 // A prediction is logged with the steps that it is of: the plan's own, and for the time of a full batch.
-StepMeasures measures_of(const TrainerReport& report, std::int64_t peak, const JobPlan& plan, const PlanReport& planned,
-                         std::int64_t snapshot_bytes) {
+StepMeasures measures_of(const TrainerReport& report, std::int64_t peak, const JobPlan& plan,
+                         const PlanReport& planned) {
     StepMeasures measures{.peak_bytes = peak};
     if (report.step.plan != planned.choice().plan) return measures;
     measures.predicted_peak_bytes =
-        predicted_peak(planned, snapshot_bytes, report.step.noise.has_value(), report.progress.steps == 1);
+        predicted_peak(planned, report.snapshot_bytes, report.step.noise.has_value(), report.progress.steps == 1);
     if (report.samples == plan.batch) measures.predicted_step_seconds = planned.choice().step_seconds;
     return measures;
 }
 
-void measure_held_out(const JobPlan& plan, const Job& job, const Candidate& chosen, Outcome& outcome) {
-    const std::int64_t micro_batch =
-        outcome.out_of_memory > 0 ? outcome.last.step.plan.micro_batch : chosen.plan.micro_batch;
+void measure_held_out(const JobPlan& plan, const Job& job, Outcome& outcome) {
+    const std::int64_t micro_batch = outcome.plan.micro_batch;
     try {
         outcome.held_out = held_out_loss(plan, job, outcome.last.progress.samples, micro_batch);
     } catch (const Interrupted&) {
@@ -176,8 +175,8 @@ void train_to_the_end(std::FILE* out, const JobPlan& plan, const Job& job, const
         outcome.last = trainer.step();
         outcome.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
         const std::int64_t peak = memory_use().peak_bytes;
-        const StepMeasures measures = measures_of(outcome.last, peak, plan, report, trainer.snapshot_bytes());
-        outcome.add(peak, measures.predicted_peak_bytes);
+        const StepMeasures measures = measures_of(outcome.last, peak, plan, report);
+        outcome.add(peak, measures.predicted_peak_bytes, plan.batch);
         log.write(outcome.last, measures);
         events.write(outcome.last.progress.steps, scalars_of(outcome.last, measures));
         note_events(progress, watch, outcome);
@@ -190,7 +189,7 @@ void train_to_the_end(std::FILE* out, const JobPlan& plan, const Job& job, const
                            !(std::isfinite(last.loss) && std::isfinite(last.gradient_norm));
     outcome.interrupted = !trainer.done() && !outcome.diverged();
     if (trainer.done() && log.lines() > 0 && !outcome.diverged()) {
-        measure_held_out(plan, job, report.choice(), outcome);
+        measure_held_out(plan, job, outcome);
     }
 }
 
@@ -233,6 +232,7 @@ int train(const Settings& settings) {
     if (!settings.quiet) print_header(out, plan, report, watch, length, folder);
     if (!settings.no_verify) check_decomposition(out, plan, job);
     Outcome outcome;
+    outcome.plan = report.choice().plan;
     try {
         train_to_the_end(out, plan, job, report, watch, length, drill, log, events, outcome);
     } catch (...) {
@@ -286,8 +286,9 @@ void add_train(CLI::App& application, Action& action) {
     command->callback([command, settings, &action] {
         action = [command, settings] {
             refuse_empty_values(*command);
+            const bool batch_given = command->get_option("--batch")->count() > 0;
             apply_config(*command, *settings);
-            resolve_batch(*command, *settings);
+            resolve_batch(*settings, batch_given);
             return train(*settings);
         };
     });

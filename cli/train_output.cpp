@@ -59,7 +59,10 @@ void print_header(std::FILE* out, const JobPlan& plan, const PlanReport& report,
     const Candidate& chosen = report.choice();
     fmt::print(out, "model     {}\n", plan.model_description);
     fmt::print(out, "data      {}\n", plan.data.description);
-    fmt::print(out, "batch     {} samples per step, {} ({})\n", plan.settings.batch, describe_cut(chosen), report.why);
+    const std::string batch = plan.batches.size() == 1 ? fmt::format("{} samples per step", plan.settings.batch)
+                                                       : fmt::format("{} samples per step at first, {} at most",
+                                                                     plan.settings.batch, plan.batch);
+    fmt::print(out, "batch     {}, {} ({})\n", batch, describe_cut(chosen), report.why);
     fmt::print(out, "memory    budget {}, predicted peak {}: {}\n", format_bytes(report.budget_bytes),
                format_bytes(chosen.peak_bytes()), describe_parts(parts_of(report, chosen)));
     fmt::print(out, "optimizer {}, learning rate {:g}, schedule {}, {}, clip {:g}\n", plan.settings.optimizer,
@@ -116,15 +119,14 @@ void print_summary(std::FILE* out, const JobPlan& plan, const PlanReport& report
                                                           format_count(std::llround(*outcome.last.noise_batch)))
                                             : "undefined: too few measures, or the noise hides the gradient");
     }
-    const double seconds = median(outcome.step_seconds);
+    const double seconds = median(outcome.seconds_to_compare());
     fmt::print(out, "time      {:.3f} s a step measured, {:.3f} s predicted ({})\n", seconds, chosen.step_seconds,
                percent_off(chosen.step_seconds, seconds));
     if (outcome.out_of_memory > 0) {
         fmt::print(
             out,
             "undone    {} times a step ran out of memory and was made again, in the end in micro-batches of {}{}\n",
-            outcome.out_of_memory, outcome.last.step.plan.micro_batch,
-            outcome.last.step.plan.recompute ? " with recompute" : "");
+            outcome.out_of_memory, outcome.plan.micro_batch, outcome.plan.recompute ? " with recompute" : "");
     }
     if (outcome.restores > 0) {
         fmt::print(out, "restores  {} times the run diverged and went back to weights from before, at a smaller rate\n",
@@ -145,8 +147,8 @@ void print_json(const JobPlan& plan, const PlanReport& report, const Outcome& ou
     document["batch"] = plan.settings.batch;
     document["peak_learning_rate"] = constants_of(plan.settings, plan.settings.batch).learning_rate;
     document["lr_rule"] = to_string(rate_rule_of(plan.settings));
-    document["micro_batch"] = outcome.last.step.plan.micro_batch;
-    document["recompute"] = outcome.last.step.plan.recompute;
+    document["micro_batch"] = outcome.plan.micro_batch;
+    document["recompute"] = outcome.plan.recompute;
     document["steps"] = outcome.last.progress.steps;
     document["samples"] = outcome.last.progress.samples;
     document["tokens"] = outcome.last.progress.tokens;
@@ -157,7 +159,7 @@ void print_json(const JobPlan& plan, const PlanReport& report, const Outcome& ou
     document["tokens_per_second"] = speed(outcome);
     document["peak_bytes"] = outcome.peak_bytes;
     document["predicted_peak_bytes"] = std::max(outcome.predicted_peak_bytes, chosen.peak_bytes());
-    document["step_seconds"] = median(outcome.step_seconds);
+    document["step_seconds"] = median(outcome.seconds_to_compare());
     document["predicted_step_seconds"] = chosen.step_seconds;
     document["budget_bytes"] = report.budget_bytes;
     document["out_of_memory"] = outcome.out_of_memory;

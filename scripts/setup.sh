@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs what is missing for `build`, `demo`, `bench` or `test`: Debian packages as root or through sudo, uPlot into
-# node_modules, for the tests TensorBoard into .venv-test, and torch into .venv unless a LibTorch is named. Where it may not install, it lists what to install and stops. Does nothing twice.
+# node_modules, for the tests TensorBoard into .venv-test, and torch into .venv unless a LibTorch is named. Where it may
+# not install, it lists what to install and stops. Does nothing twice.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -11,7 +12,8 @@ data_packages=(fortunes dataset-fashion-mnist)
 bench_packages=(libbenchmark-dev "${data_packages[@]}")
 test_packages=(libgtest-dev clang-format clang-tidy python3-pytest chromium "${data_packages[@]}")
 # An npm from elsewhere is as good.
-command -v npm > /dev/null || build_packages+=(npm)
+has_uplot() { [ -n "${MICROBATCH_UPLOT:-}" ] || [ -e node_modules/uplot/dist/uPlot.iife.min.js ]; }
+has_uplot || command -v npm > /dev/null || build_packages+=(npm)
 
 case "${1:-}" in
     build) packages=("${build_packages[@]}") ;;
@@ -75,7 +77,7 @@ install_torch() {
 
 # uPlot, which report.html is drawn with: the version that package-lock.json names.
 install_uplot() {
-    if [ -n "${MICROBATCH_UPLOT:-}" ] || [ -e node_modules/uplot/dist/uPlot.iife.min.js ]; then return; fi
+    if has_uplot; then return; fi
     echo "installing uPlot into node_modules"
     local log; log=$(mktemp)
     if ! npm ci --ignore-scripts --no-audit --no-fund > "$log" 2>&1; then

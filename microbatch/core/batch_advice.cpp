@@ -29,7 +29,7 @@ const TimedCut* fastest(std::span<const TimedCut> cuts, std::int64_t batch) {
 
 bool BatchAdvice::accumulation_pays() const {
     if (!table[soonest].is_cut()) return false;
-    return !soonest_uncut || table[soonest].time < worthwhile * table[*soonest_uncut].time;
+    return table[soonest].time < worthwhile * soonest_uncut.time;
 }
 
 BatchAdvice advise_batch(double noise_batch, std::span<const TimedCut> cuts, double update_seconds,
@@ -44,8 +44,7 @@ BatchAdvice advise_batch(double noise_batch, std::span<const TimedCut> cuts, dou
                                       return one.micro_batch < other.micro_batch;
                                   })->micro_batch;
     BatchAdvice advice{.noise_batch = noise_batch, .table = {}};
-    for (std::int64_t batch = smallest;; batch *= 2) {
-        const TimedCut& cut = *fastest(cuts, batch);
+    const auto cost_of = [&](std::int64_t batch, const TimedCut& cut) {
         const auto size = static_cast<double>(batch);
         BatchCost cost{.batch = batch,
                        .micro_batch = cut.micro_batch,
@@ -53,17 +52,20 @@ BatchAdvice advise_batch(double noise_batch, std::span<const TimedCut> cuts, dou
                        .steps = 1.0 + noise_batch / size,
                        .samples = 1.0 + size / noise_batch};
         cost.time = cost.steps * cost.step_seconds;
-        advice.table.push_back(cost);
+        return cost;
+    };
+    for (std::int64_t batch = smallest;; batch *= 2) {
+        advice.table.push_back(cost_of(batch, *fastest(cuts, batch)));
+        if (advice.table.back().time < advice.table[advice.soonest].time) advice.soonest = advice.table.size() - 1;
         if (batch > largest / 2) break;
     }
-    for (std::size_t i = 0; i < advice.table.size(); ++i) {
-        const BatchCost& cost = advice.table[i];
-        if (cost.time < advice.table[advice.soonest].time) advice.soonest = i;
-        if (cost.is_cut()) continue;
-        if (!advice.soonest_uncut || cost.time < advice.table[*advice.soonest_uncut].time) advice.soonest_uncut = i;
+    for (const TimedCut& cut : cuts) {
+        const BatchCost cost = cost_of(cut.micro_batch, cut);
+        if (advice.soonest_uncut.time == 0.0 || cost.time < advice.soonest_uncut.time) advice.soonest_uncut = cost;
     }
     const double least = advice.table[advice.soonest].time;
     for (BatchCost& cost : advice.table) cost.time /= least;
+    advice.soonest_uncut.time /= least;
     return advice;
 }
 

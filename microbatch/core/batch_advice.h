@@ -1,7 +1,6 @@
 #pragma once
 
 #include <cstdint>
-#include <optional>
 #include <span>
 #include <vector>
 
@@ -27,10 +26,10 @@ struct BatchCost {
 
 /// Batches side by side, and what follows.
 struct BatchAdvice {
-    double noise_batch = 0.0;                       ///< the knee: twice the fewest steps and twice the fewest samples
-    std::vector<BatchCost> table;                   ///< each twice the one before
-    std::size_t soonest = 0;                        ///< in the table: at the same loss first, on this machine
-    std::optional<std::size_t> soonest_uncut = {};  ///< of those that are one micro-batch; none where none is
+    double noise_batch = 0.0;      ///< the knee: twice the fewest steps and twice the fewest samples
+    std::vector<BatchCost> table;  ///< each twice the one before
+    std::size_t soonest = 0;       ///< in the table: at the same loss first, on this machine
+    BatchCost soonest_uncut = {};  ///< of those that were timed as one micro-batch, whether in the table or not
 
     /// True if the batch that is there soonest is accumulated, and that by 5 % sooner than any that is not.
     bool accumulation_pays() const;

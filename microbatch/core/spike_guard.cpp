@@ -76,7 +76,8 @@ Judgement SpikeGuard::judge(double loss, double gradient_norm) {
 
 bool SpikeGuard::is_calm() const {
     if (refused_in_a_row_ > 0) return false;
-    return !lowest_mean_ || last_mean_ <= *lowest_mean_ + lowest_deviation_;
+    if (!lowest_mean_) return accepted_.empty() || accepted_.back().loss <= accepted_.front().loss;
+    return last_mean_ <= *lowest_mean_ + lowest_deviation_;
 }
 
 std::string SpikeGuard::why_unusual(double loss, double gradient_norm) const {

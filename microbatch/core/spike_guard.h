@@ -48,8 +48,9 @@ public:
     /// Judges the next batch, and takes it that the verdict is followed.
     Judgement judge(double loss, double gradient_norm);
 
-    /// True if the last step was applied and the mean loss is not far above its lowest: within a deviation of it. What
-    /// the parameters are then is worth going back to.
+    /// True if the last step was applied and the mean loss is not far above its lowest: within a deviation of it, or,
+    /// in the first `least` steps, the loss is not above the first. What the parameters are then is worth going back
+    /// to.
     bool is_calm() const;
 
     /// Steps refused since the last one that was applied.

@@ -183,7 +183,8 @@ void FusedOptimizer::restore(Slot& slot, const std::vector<at::Tensor>& state) {
     }
     parts_.clear();  // they hold what was there
     slot.state.clear();
-    for (const at::Tensor& tensor : state) slot.state.push_back(tensor.clone());
+    const at::Device device = slot.parameter.tensor.device();
+    for (const at::Tensor& tensor : state) slot.state.push_back(tensor.to(device, tensor.scalar_type(), false, true));
 }
 
 FusedOptimizer::Parts FusedOptimizer::make_parts(State state) {

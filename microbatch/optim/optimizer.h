@@ -44,6 +44,9 @@ public:
     /// which the next step changes.
     virtual OptimizerState state() const = 0;
 
+    /// True if state() gives the optimizer's own tensors: writing into them is as good as restore().
+    virtual bool owns_state() const { return true; }
+
     /// Goes back to what state() was, by copies. The learning rate stays.
     /// Errors: ErrorKind::usage if it is not the state of such parameters; nothing has changed then.
     virtual void restore(const OptimizerState& state) = 0;

@@ -28,6 +28,7 @@ public:
 
     /// One tensor of bytes, as torch writes an optimizer; none before the first step.
     OptimizerState state() const override;
+    bool owns_state() const override { return false; }
 
     /// Errors: ErrorKind::usage if torch cannot read it.
     void restore(const OptimizerState& state) override;

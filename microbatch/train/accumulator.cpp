@@ -116,12 +116,12 @@ Gathered Accumulator::gather(const Batch& batch, const LossFunction& loss, const
     while (!try_gather(batch, loss, measure_parts)) {
         // Out of the handler: an exception that is being handled keeps the tensors of the failed attempt alive.
         undo();
-        if (options.give_up_memory && options.give_up_memory()) {
-            release_cached_memory();
-            continue;
-        }
         if (measure_parts) {
             measure_parts = false;
+            continue;
+        }
+        if (options.give_up_memory && options.give_up_memory()) {
+            release_cached_memory();
             continue;
         }
         const std::optional<Plan> smaller = smaller_plan();

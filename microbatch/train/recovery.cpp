@@ -37,19 +37,29 @@ Recovery::Recovery(Accumulator& accumulator, RecoveryOptions options)
 std::string Recovery::keep(std::int64_t steps, const SpikeGuard& guard) {
     const std::int64_t last = points_.empty() ? 0 : std::max(points_.back().steps, gone_back_at_);
     const bool due = points_.empty() || (steps - last >= options_.every && guard.is_calm());
-    if (!due || failed_) return {};
-    // Before the new one is made, so that there are never three.
-    if (points_.size() == std::size_t{most_points}) points_.pop_front();
+    if (due && !failed_) {
+        // Before the new one is made, so that there are never three.
+        if (points_.size() == std::size_t{most_points}) points_.pop_front();
+        take(steps, guard);
+    }
+    return std::exchange(warning_, {});
+}
+
+void Recovery::take(std::int64_t steps, const SpikeGuard& guard) {
     try {
         points_.push_back({steps, guard, RunPoint(accumulator_, options_.memory_bytes / most_points, new_file())});
-        return {};
     } catch (const c10::OutOfMemoryError&) {
-        failed_ = true;
-        return "no snapshot is taken any more: out of memory";
+        if (options_.memory_bytes == 0 || options_.folder.empty()) return fail("out of memory");
+        options_.memory_bytes = 0;
+        take(steps, guard);
     } catch (const Error& error) {
-        failed_ = true;
-        return text("no snapshot is taken any more: ", error.what());
+        fail(error.what());
     }
+}
+
+void Recovery::fail(const std::string& why) {
+    failed_ = true;
+    warning_ = text("no snapshot is taken any more: ", why);
 }
 
 std::optional<std::int64_t> Recovery::go_back(std::int64_t steps, SpikeGuard& guard) {
@@ -86,8 +96,8 @@ bool Recovery::give_up_memory() {
         if (point.run.memory_bytes() == 0) continue;
         try {
             point.run.move_to(new_file());
-        } catch (const Error&) {
-            failed_ = true;
+        } catch (const Error& error) {
+            fail(error.what());
         }
     }
     std::erase_if(points_, [](const Point& point) { return point.run.memory_bytes() > 0; });

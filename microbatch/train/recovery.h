@@ -17,8 +17,8 @@ struct RecoveryOptions {
     std::int64_t every = 32;   ///< steps from one snapshot to the next; the last two are kept
     std::int64_t margin = 16;  ///< steps: a snapshot less older than the first refused step may be of damaged weights
     double cut = 0.5;          ///< what remains of the learning rate
-    std::int64_t warmup = 20;  ///< steps, linear, until that is reached
-    std::int64_t mend = 80;    ///< steps more, linear, until the rate is what it was before it was cut this time
+    std::int64_t warmup = 10;  ///< steps, linear, until that is reached
+    std::int64_t mend = 40;    ///< steps more, linear, until the rate is what it was before it was cut this time
     /// Snapshots that take more go to files in the folder instead.
     std::int64_t memory_bytes = std::numeric_limits<std::int64_t>::max();
     std::filesystem::path folder = {};  ///< none: there are no others
@@ -77,6 +77,8 @@ private:
     };
 
     std::filesystem::path new_file();
+    void take(std::int64_t steps, const SpikeGuard& guard);
+    void fail(const std::string& why);
 
     Accumulator& accumulator_;
     RecoveryOptions options_;
@@ -85,6 +87,7 @@ private:
     std::int64_t gone_back_at_ = 0;
     std::int64_t files_ = 0;  // made so far
     bool failed_ = false;
+    std::string warning_;  // not said yet
 };
 
 }  // namespace microbatch

@@ -3,6 +3,8 @@
 #include <ATen/core/grad_mode.h>
 #include <torch/nn/module.h>
 
+#include <numeric>
+
 #include "microbatch/core/error.h"
 
 namespace microbatch {
@@ -49,16 +51,29 @@ void RunPoint::move_to(const std::filesystem::path& file) {
 
 void RunPoint::put_back(Accumulator& accumulator) const {
     const at::NoGradGuard no_grad;
-    const std::vector<at::Tensor> saved = snapshot_.tensors();
-    const std::vector<at::Tensor> live = weights_of(accumulator);
-    auto next = saved.begin() + static_cast<std::ptrdiff_t>(live.size());
+    const Live live(accumulator);
+    if (accumulator.optimizer().owns_state() && live.state_counts == state_counts_) {
+        snapshot_.copy_into(live.tensors);
+        return;
+    }
+    const std::vector<at::Tensor> saved = snapshot_.tensors(), weights = weights_of(accumulator);
+    const auto state_size = std::accumulate(state_counts_.begin(), state_counts_.end(), std::size_t{0});
+    if (saved.size() != weights.size() + state_size) {
+        throw Error(ErrorKind::usage, "a snapshot is of other parameters than there are now");
+    }
+    auto next = saved.begin() + static_cast<std::ptrdiff_t>(weights.size());
     OptimizerState state;
     for (const std::size_t count : state_counts_) {
         state.emplace_back(next, next + static_cast<std::ptrdiff_t>(count));
         next += static_cast<std::ptrdiff_t>(count);
     }
+    for (std::size_t i = 0; i < weights.size(); ++i) {
+        if (weights[i].sizes() != saved[i].sizes()) {
+            throw Error(ErrorKind::usage, "a snapshot is of tensors of other shapes");
+        }
+    }
     accumulator.optimizer().restore(state);
-    for (std::size_t i = 0; i < live.size(); ++i) at::Tensor(live[i]).copy_(saved[i]);
+    for (std::size_t i = 0; i < weights.size(); ++i) at::Tensor(weights[i]).copy_(saved[i]);
 }
 
 }  // namespace microbatch

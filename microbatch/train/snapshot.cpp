@@ -3,6 +3,7 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty_like.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <fstream>
@@ -57,16 +58,39 @@ Snapshot::Snapshot(const std::vector<at::Tensor>& tensors, const std::filesystem
 
 std::vector<at::Tensor> Snapshot::tensors() const {
     if (!file_) return copies_;
-    const at::NoGradGuard no_grad;
-    std::ifstream stream(file_->path, std::ios::binary);
     std::vector<at::Tensor> result;
-    for (const at::Tensor& shape : copies_) {
-        result.push_back(at::empty_like(shape, at::TensorOptions(at::kCPU)));
-        stream.read(static_cast<char*>(result.back().mutable_data_ptr()),
-                    static_cast<std::streamsize>(result.back().nbytes()));
-        if (!stream) throw Error(ErrorKind::bad_data, text(file_->path.string(), " is not as it was written"));
-    }
+    for (const at::Tensor& shape : copies_) result.push_back(at::empty_like(shape, at::TensorOptions(at::kCPU)));
+    copy_into(result);
     return result;
+}
+
+void Snapshot::copy_into(const std::vector<at::Tensor>& live) const {
+    const at::NoGradGuard no_grad;
+    const auto alike = [](const at::Tensor& one, const at::Tensor& other) {
+        return one.sizes() == other.sizes() && one.scalar_type() == other.scalar_type();
+    };
+    if (!std::equal(live.begin(), live.end(), copies_.begin(), copies_.end(), alike)) {
+        throw Error(ErrorKind::usage, "a snapshot is of tensors of other shapes");
+    }
+    if (!file_) {
+        for (std::size_t i = 0; i < live.size(); ++i) at::Tensor(live[i]).copy_(copies_[i]);
+        return;
+    }
+    std::error_code failure;
+    std::ifstream stream(file_->path, std::ios::binary);
+    const auto size = std::filesystem::file_size(file_->path, failure);
+    if (!stream || failure || size != static_cast<std::uintmax_t>(bytes_of(copies_))) refuse_file();
+    for (std::size_t i = 0; i < live.size(); ++i) {
+        const bool in_place = live[i].is_cpu() && live[i].strides() == copies_[i].strides();
+        const at::Tensor bytes = in_place ? live[i] : at::empty_like(copies_[i], at::TensorOptions(at::kCPU));
+        stream.read(static_cast<char*>(bytes.mutable_data_ptr()), static_cast<std::streamsize>(bytes.nbytes()));
+        if (!stream) refuse_file();
+        if (!in_place) at::Tensor(live[i]).copy_(bytes);
+    }
+}
+
+void Snapshot::refuse_file() const {
+    throw Error(ErrorKind::bad_data, text(file_->path.string(), " is not as it was written"));
 }
 
 std::int64_t Snapshot::memory_bytes() const {

@@ -26,12 +26,20 @@ public:
     /// Errors: ErrorKind::bad_data if the file is not there whole.
     std::vector<at::Tensor> tensors() const;
 
+    /// Makes `live` what the tensors were. Of a file one after the other, so that it takes no memory beside them (on
+    /// the CPU; elsewhere that of the largest). Errors: ErrorKind::usage if they are not as many, of other shapes or
+    /// dtypes; ErrorKind::bad_data if the file is
+    ///         not there whole. Nothing has changed then.
+    void copy_into(const std::vector<at::Tensor>& live) const;
+
     /// What the copies take of memory: 0 for a file.
     std::int64_t memory_bytes() const;
 
 private:
     /// Removes the file at its end.
     struct File;
+
+    [[noreturn]] void refuse_file() const;
 
     std::vector<at::Tensor> copies_;  // of a file without storage: shapes alone
     std::shared_ptr<const File> file_;

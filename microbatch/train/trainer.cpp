@@ -70,13 +70,17 @@ TrainerReport Trainer::step() {
     const auto started = std::chrono::steady_clock::now();
     const SamplerState position = sampler_.state();
     const std::optional<SpikeGuard> guard = guard_;
+    const std::int64_t last_batch = last_batch_;
     TrainerReport report;
     report.samples = std::min(full_batch(), samples_left());
     const Interval tokens =
         convert({report.samples, Unit::samples}, Unit::tokens, report.samples, dataset_.tokens_per_sample());
     const Progress batch{1, report.samples, tokens.count};
     report.progress = progress_ + batch;
-    if (recovery_) report.warning = recovery_->keep(progress_.steps, *guard_);
+    if (recovery_) {
+        report.warning = recovery_->keep(progress_.steps, *guard_);
+        report.snapshot_bytes = recovery_->memory_bytes();
+    }
     try {
         const Batch samples = next_samples(report.samples);
         set_learning_rate(batch);
@@ -84,6 +88,7 @@ TrainerReport Trainer::step() {
     } catch (...) {
         sampler_.restore(position);
         guard_ = guard;
+        last_batch_ = last_batch;
         throw;
     }
     progress_ = report.progress;
@@ -122,7 +127,10 @@ void Trainer::set_learning_rate(const Progress& batch) {
 StepOptions Trainer::step_options(TrainerReport& report) {
     const std::int64_t full = full_batch();
     // Smaller batches are noisier: what was usual says nothing of them.
-    if (guard_ && full < last_batch_) guard_.emplace(*options_.guard);
+    if (guard_ && full < last_batch_) {
+        guard_.emplace(*options_.guard);
+        shrunk_at_ = progress_.steps;
+    }
     last_batch_ = full;
     StepOptions how;
     if (recovery_) how.give_up_memory = [this] { return recovery_->give_up_memory(); };
@@ -150,8 +158,17 @@ void Trainer::add_noise(TrainerReport& report) {
 void Trainer::go_back(TrainerReport& report) {
     if (!recovery_) return;
     if (recovery_->times() == 0) own_rate_ = accumulator_.optimizer().learning_rate();
-    report.went_back_to = recovery_->go_back(progress_.steps, *guard_);
-    if (report.went_back_to) report.diverged = !recovery_->may_go_on();
+    try {
+        report.went_back_to = recovery_->go_back(progress_.steps, *guard_);
+    } catch (const Error& error) {
+        report.warning = text("no way back: ", error.what());
+    } catch (const c10::OutOfMemoryError&) {
+        report.warning = "no way back: out of memory";
+    }
+    if (!report.went_back_to) return;
+    // The guard of a larger batch would refuse the noise of this one.
+    if (*report.went_back_to < shrunk_at_) guard_.emplace(*options_.guard);
+    report.diverged = !recovery_->may_go_on();
 }
 
 double mean_loss(const Dataset& dataset, std::int64_t micro_batch, const LossFunction& loss) {

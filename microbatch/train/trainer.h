@@ -44,7 +44,8 @@ struct TrainerReport {
     /// Batch, in samples, at which the gradient's noise is as large as the gradient; averaged over the measures so far,
     /// none where it is undefined: see NoiseAverage.
     std::optional<double> noise_batch = {};
-    std::string warning = {};  ///< what whoever trains should know, and the run can do without
+    std::int64_t snapshot_bytes = 0;  ///< that snapshots took of memory beside the step
+    std::string warning = {};         ///< what whoever trains should know, and the run can do without
 };
 
 /// Draws batches, sets the learning rate, steps; the samples of a micro-batch are fetched when its turn comes, so that
@@ -92,6 +93,7 @@ private:
     NoiseAverage noise_;
     double own_rate_ = 0.0;        // without a schedule: the optimizer's, before the run first went back
     std::int64_t last_batch_ = 0;  // the full batch of the last step
+    std::int64_t shrunk_at_ = 0;   // after so many steps it became smaller, the last time
 };
 
 /// Mean loss over the whole dataset at `micro_batch` samples a time, without gradients: sum of sums / sum of weights.

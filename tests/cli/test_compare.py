@@ -145,7 +145,9 @@ def test_a_run_that_diverges_is_told_as_such(run):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ({"batches": "4,,8"}, ["--batches"]), ({"batches": "0"}, ["--batches", "at least 1"]), ({"seeds": 0}, ["--seeds"]),
+    ({"batches": "4,,8"}, ["--batches"]), ({"batches": "0"}, ["--batches", "from 1"]), ({"batches": "8,4,8"}, ["--batches", "twice"]),
+    ({"batches": "3G"}, ["--batches", "2^31"]), ({"seeds": 2000}, ["--seeds"]), ({"seed": 2**63 - 1}, ["--seeds"]),
+    ({"run": "/proc/none"}, ["--run"]), ({"seeds": 0}, ["--seeds"]),
     ({"batches": "8", "reference_batch": 0}, ["--reference-batch"]), ({"seeds": "many"}, ["many"]),
 ])
 def test_what_cannot_be_compared_is_refused(run, flags, words):

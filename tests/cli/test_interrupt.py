@@ -1,6 +1,7 @@
 """Ctrl-C at any moment: what was done is whole and on the disk, and the command ends soon."""
 
 import json
+import pathlib
 import signal
 import subprocess
 import time
@@ -64,12 +65,34 @@ def test_a_signal_while_the_micro_batch_is_sought_ends_the_command(run, seconds)
     assert process.returncode in (130, -signal.SIGINT) and "chosen" not in out
 
 
-def test_a_comparison_can_be_interrupted(run):
-    process = run.start("compare", samples="30M")
-    time.sleep(4)  # loading torch from a cold disk takes longer than one would think
+def processes_with(word):
+    found = []
+    for entry in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found += [entry] if word.encode() in entry.read_bytes() else []
+        except OSError:
+            pass  # gone meanwhile
+    return found
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["in a folder of its own", "in a folder that stays"])
+def test_a_comparison_can_be_interrupted_and_leaves_neither_processes_nor_folders(run, monkeypatch, kept):
+    place = run.folder / "place"
+    place.mkdir()
+    monkeypatch.setenv("TMPDIR", str(place))
+    process = run.start("compare", samples="30M", **({"run": str(place / "kept")} if kept else {}))
+    # Its child is at work.
+    wait_for(lambda: any(place.glob("**/metrics.jsonl")), process, 60)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == 130
+    assert processes_with(str(place)) == []
+    if kept:
+        # The child has ended as a run does that is interrupted.
+        assert {path.name for path in (place / "kept").iterdir()} == {"small-batch-1"}
+        assert (place / "kept" / "small-batch-1" / "model.safetensors").exists()
+    else:
+        assert list(place.iterdir()) == []
 
 
 def test_two_signals_end_at_once(run):

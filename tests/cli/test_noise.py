@@ -98,12 +98,5 @@ def test_check_tries_larger_batches_and_says_which_is_as_good(run):
     assert [branch["learning_rate"] for branch in told["branches"]] == pytest.approx([0.003 * 2 ** (i / 2) for i in range(4)])
 
 
-def test_noise_that_hides_the_gradient_is_reported_as_undefined(run):
-    # A learning rate of 0 and few measures at chance: whatever comes of it, no number that is none.
-    told = run.text("advise", json=True, **CUT | {"batch": 2, "micro_batch": 1, "steps": 1}).ok().document
-    assert told["noise_batch"] is None or told["noise_batch"] > 0
-    assert (told["noise_batch"] is None) == (told["batches"] == [])
-
-
 def test_a_batch_that_cannot_be_cut_is_refused(run):
     run.text("advise", batch=1).refused(2, "--batch 1", "two micro-batches")

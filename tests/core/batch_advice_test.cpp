@@ -41,7 +41,7 @@ TEST(BatchAdvice, AStepThatCostsMuchMakesAccumulationPay) {
     const BatchAdvice advice = advise_batch(64.0, even, 0.04, 1024);
     EXPECT_EQ(advice.table[advice.soonest].batch, 16);
     EXPECT_EQ(advice.table[advice.soonest].micro_batch, 4);
-    EXPECT_EQ(advice.table[*advice.soonest_uncut].batch, 4);
+    EXPECT_EQ(advice.soonest_uncut.batch, 4);
     EXPECT_TRUE(advice.accumulation_pays());
 }
 
@@ -53,6 +53,19 @@ TEST(BatchAdvice, WhereLargerMicroBatchesAreFasterTheUncutBatchMayBeAsGood) {
     EXPECT_FALSE(advice.accumulation_pays());
     for (const BatchCost& cost : advice.table) EXPECT_LE(cost.micro_batch, cost.batch);
     EXPECT_EQ(advice.table.back().micro_batch, 32);
+}
+
+TEST(BatchAdvice, ABatchThatIsHardlySlowerAtOnceDoesNotNeedAccumulation) {
+    // 64 in micro-batches of 8: 2 * (64 + 50) ms; at once 2 * (67.2 + 50), 2.8 % more.
+    const std::vector<TimedCut> cuts = {{1, 0.002}, {8, 0.001}, {64, 0.00105}};
+    const BatchAdvice advice = advise_batch(64.0, cuts, 0.05, 1024);
+    EXPECT_EQ(advice.table[advice.soonest].batch, 64);
+    EXPECT_TRUE(advice.table[advice.soonest].is_cut());
+    EXPECT_EQ(advice.soonest_uncut.batch, 64);
+    EXPECT_NEAR(advice.soonest_uncut.time, 117.2 / 114, 1e-9);
+    EXPECT_FALSE(advice.accumulation_pays());
+    EXPECT_TRUE(advise_batch(64.0, std::vector<TimedCut>{{1, 0.002}, {8, 0.001}, {64, 0.0012}}, 0.05, 1024)
+                    .accumulation_pays());
 }
 
 TEST(BatchAdvice, RefusesWhatSaysNothing) {

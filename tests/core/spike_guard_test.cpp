@@ -217,5 +217,31 @@ TEST(SpikeGuard, RefusesSettingsThatHaveNoMeaning) {
     expect_usage_error({"most_refused is 0"}, [] { SpikeGuard({.most_refused = 0}); });
 }
 
+TEST(SpikeGuard, IsCalmWhileTheLossIsNearItsLowest) {
+    SpikeGuard guard;
+    EXPECT_TRUE(guard.is_calm());
+    // At the start: not above where it began.
+    for (const auto& [loss, calm] : {std::pair{5.0, true}, {4.9, true}, {5.1, false}, {4.8, true}}) {
+        guard.judge(loss, 1.0);
+        EXPECT_EQ(guard.is_calm(), calm) << loss;
+    }
+    Trace trace;
+    for (int i = 0; i < 500; ++i) {
+        trace.step();
+        if (i >= 64) {
+            EXPECT_TRUE(trace.guard().is_calm()) << i;
+        }
+    }
+    EXPECT_NE(trace.step(10.0), Verdict::apply);
+    EXPECT_FALSE(trace.guard().is_calm());
+    EXPECT_EQ(trace.step(), Verdict::apply);
+    EXPECT_TRUE(trace.guard().is_calm());
+    // Up by a thousandth a step: long before it is called divergence it is not calm.
+    int calm = 0, steps = 0;
+    while (trace.step(1.0 + 0.001 * ++steps) == Verdict::apply) calm += trace.guard().is_calm() ? 1 : 0;
+    EXPECT_LT(calm, 4 * steps / 5);
+    EXPECT_FALSE(trace.guard().is_calm());
+}
+
 }  // namespace
 }  // namespace microbatch

@@ -213,6 +213,57 @@ TEST(Recovery, SnapshotsThatDoNotFitTheMemoryAreFiles) {
     EXPECT_TRUE(std::filesystem::is_empty(folder.path()));
 }
 
+TEST(Recovery, GoesBackFromFilesInTheMemoryThatThereIs) {
+    install_budget_allocator();
+    const TempFolder folder;
+    const auto model = make_mlp(1, at::kFloat, 64, 1024, 64);  // half a MiB of parameters, and twice that of state
+    const Parameters parameters = parameters_of(model);
+    AdamW optimizer({{.parameters = parameters}}, {.learning_rate = 1e-4});
+    Accumulator accumulator(parameters, optimizer, {.plan = {1}, .model = model.get()});
+    Batch rows = regression_batch(23, 1, at::kFloat, 64, 64);
+    rows.fields[2].fill_(1.0);
+    const TensorDataset dataset(rows);
+    TrainerOptions options =
+        recovering({.every = 10, .margin = 5, .warmup = 8, .memory_bytes = 0, .folder = folder.path()});
+    Trainer trainer(accumulator, dataset, weighted_squares(model), options);
+    for (int i = 0; i < 37; ++i) ASSERT_TRUE(trainer.step().step.applied);
+    reset_peak_memory();
+    ASSERT_TRUE(trainer.step().step.applied);
+    const BudgetScope tight(memory_use().peak_bytes);
+    {
+        const at::NoGradGuard no_grad;
+        for (const Parameter& one : parameters) at::Tensor(one.tensor).mul_(1000);
+    }
+    TrainerReport report;
+    for (int i = 0; i < 5; ++i) report = trainer.step();
+    EXPECT_EQ(report.went_back_to, 30) << report.warning;
+    EXPECT_FALSE(report.diverged);
+    EXPECT_TRUE(trainer.step().step.applied);
+}
+
+TEST(Recovery, ASnapshotThatIsGoneEndsTheRunWithAWarning) {
+    const TempFolder folder;
+    Training run(recovering({.every = 10, .margin = 5, .warmup = 8, .memory_bytes = 0, .folder = folder.path()}));
+    run.quiet(47);
+    for (const auto& file : std::filesystem::directory_iterator(folder.path())) std::filesystem::remove(file);
+    run.damage();
+    const TrainerReport report = run.until_back();
+    EXPECT_TRUE(report.diverged);
+    EXPECT_FALSE(report.went_back_to);
+    EXPECT_NE(report.warning.find("no way back"), std::string::npos);
+}
+
+TEST(Recovery, GoingBackBeforeTheBatchBecameSmallerBringsNoGuardOfTheLargerOne) {
+    TrainerOptions options = recovering({.every = 30, .margin = 5, .warmup = 0, .mend = 0});
+    options.batches = parse_batch_schedule("23 at 0, 1 at 45 steps");
+    Training run(options);
+    run.quiet(47);
+    run.model->first->bias.detach().fill_(nan_value);
+    const TrainerReport report = run.until_back();
+    EXPECT_EQ(report.went_back_to, 30);
+    run.quiet(40);
+}
+
 TEST(Recovery, WhereNoSnapshotCanBeTakenTheRunSaysSoOnceAndGoesOn) {
     const TempFolder folder;
     for (const std::filesystem::path& place : {std::filesystem::path(), folder.path() / "nowhere"}) {

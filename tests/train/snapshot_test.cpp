@@ -45,6 +45,26 @@ TEST(Snapshot, HoldsWhatTheTensorsWereInMemoryOrInAFile) {
     }
 }
 
+TEST(Snapshot, IsCopiedIntoWhatThereIs) {
+    const TempFolder folder;
+    for (const bool in_file : {false, true}) {
+        const std::vector<at::Tensor> live = some_tensors();
+        const Snapshot snapshot = in_file ? Snapshot(live, folder.path() / "snapshot") : Snapshot(live);
+        for (const at::Tensor& tensor : live) at::Tensor(tensor).zero_();
+        snapshot.copy_into(live);
+        expect_equal(live, some_tensors());
+        std::vector<at::Tensor> other = live;
+        other.pop_back();
+        expect_usage_error({"shapes"}, [&] { snapshot.copy_into(other); });
+        other = live;
+        other[0] = at::zeros({5, 3});
+        expect_usage_error({"shapes"}, [&] { snapshot.copy_into(other); });
+        other[0] = at::zeros({3, 5}, at::kDouble);
+        expect_usage_error({"shapes"}, [&] { snapshot.copy_into(other); });
+        expect_equal(live, some_tensors());
+    }
+}
+
 TEST(Snapshot, AFileGoesWithItsLastOwner) {
     const TempFolder folder;
     const auto path = folder.path() / "snapshot";

@@ -19,8 +19,8 @@ function card(parent, title) {
 }
 
 const mebibyte = 1024 * 1024;
-const short = value => value == null ? "-" : Math.abs(value) >= 1e5 || (value !== 0 && Math.abs(value) < 1e-3)
-  ? value.toExponential(2) : String(Number(value.toPrecision(5)));
+const short = (value, digits = 5) => value == null ? "-" : Math.abs(value) >= 1e5 || (value !== 0 && Math.abs(value) < 1e-3)
+  ? value.toExponential(Math.min(digits, 3) - 1) : String(Number(value.toPrecision(digits)));
 
 // The mean of about the last 20 steps, of fewer at the start; steps without a number are passed over.
 function smoothed(values) {
@@ -33,26 +33,36 @@ function smoothed(values) {
   });
 }
 
-function at_events(kinds, column) {
-  const places = new Set(run.events.filter(event => kinds.includes(event.kind)).map(event => event.step));
-  return run.columns.step.map((step, i) => places.has(step) ? column[i] : null);
+// Steps that were refused must not flatten the others: they are drawn apart, no higher than the highest of those.
+const refused = new Set(run.events.filter(event => event.kind === "refused").map(event => event.step));
+
+function applied_only(column) {
+  return column.map((value, i) => refused.has(run.columns.step[i]) ? null : value);
+}
+
+function refused_only(column) {
+  const top = applied_only(column).reduce((most, value) => value == null ? most : Math.max(most, value), -Infinity);
+  return column.map((value, i) => {
+    if (!refused.has(run.columns.step[i])) return null;
+    return top === -Infinity ? value : Math.min(value == null ? top : value, top);
+  });
 }
 
 const columns = run.columns;
 const in_mebibytes = values => values.map(value => value == null ? null : value / mebibyte);
 const has = values => values.some(value => value != null);
 const charts = [
-  { id: "loss", title: "Loss", note: "Mean of the batch before its step; smoothed over about 20 steps.", series: [
-    { label: "loss", values: columns.loss, color: "--faint", width: 1 },
-    { label: "smoothed", values: smoothed(columns.loss), color: "--a" },
-    { label: "refused", values: at_events(["refused", "went back"], columns.loss), color: "--bad", points: true }] },
+  { id: "loss", title: "Loss", note: "Mean of the batch before its step; smoothed over about 20 steps. Refused steps are drawn no higher than the others.", series: [
+    { label: "loss", values: applied_only(columns.loss), color: "--faint", width: 1 },
+    { label: "smoothed", values: smoothed(applied_only(columns.loss)), color: "--a" },
+    { label: "refused", values: refused_only(columns.loss), color: "--bad", points: true }] },
   { id: "learning_rate", title: "Learning rate and batch", series: [
     { label: "learning rate", values: columns.learning_rate, color: "--a" },
     { label: "batch", values: columns.batch, color: "--b", scale: "batch" }] },
   { id: "gradient_norm", title: "Gradient norm", note: "Of the batch's mean gradient, before clipping.", log: true, series: [
-    { label: "gradient norm", values: columns.gradient_norm, color: "--a" },
-    { label: "refused", values: at_events(["refused", "went back"], columns.gradient_norm), color: "--bad", points: true }] },
-  { id: "noise", title: "Noise of the gradient", log: true,
+    { label: "gradient norm", values: applied_only(columns.gradient_norm), color: "--a" },
+    { label: "refused", values: refused_only(columns.gradient_norm), color: "--bad", points: true }] },
+  { id: "noise", title: "Noise of the gradient", log: true, of_the_first: true,
     note: "Noise batch: the batch at which noise and gradient are as large, a proxy for the largest batch worth having; undefined where the noise hides the gradient.",
     series: [
     { label: "noise batch (samples)", values: columns.noise_batch, color: "--a" },
@@ -82,7 +92,7 @@ function draw(chart, place) {
   const scales = { x: { time: false }, y: chart.log && positive ? { distr: 3 } : {} };
   if (series.some(each => each.scale)) scales.batch = {};
   const axis = extra => ({ stroke: color("--muted"), grid: { stroke: color("--line"), width: 1 }, ticks: { stroke: color("--line") }, ...extra });
-  const axes = [axis({}), axis({ size: 60, values: (plot, ticks) => ticks.map(tick => tick == null ? "" : short(tick)) })];
+  const axes = [axis({}), axis({ size: 64, values: (plot, ticks) => ticks.map(tick => tick == null ? "" : short(tick, 3)) })];
   if (scales.batch) axes.push(axis({ side: 1, scale: "batch", grid: { show: false } }));
   const options = {
     width: place.clientWidth, height: 240, scales, axes, cursor: chart.x ? {} : { sync: { key: "steps" } },
@@ -105,7 +115,7 @@ function draw_all() {
 function make_charts() {
   const parent = document.getElementById("charts");
   for (const chart of charts) {
-    if (!(chart.x ? chart.series : chart.series.slice(0, 1)).some(each => has(each.values))) continue;
+    if (!(chart.of_the_first ? chart.series.slice(0, 1) : chart.series).some(each => has(each.values))) continue;
     const place = card(parent, chart.title);
     place.id = "chart-" + chart.id;
     chart.place = element("div", place);
