@@ -8,6 +8,7 @@
 #include <fstream>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
 
 #include "cli/commands.h"
 #include "cli/output.h"
@@ -146,6 +147,22 @@ RunExtras merged(RunExtras there, const RunExtras& more) {
     return there;
 }
 
+// What `advise` would say of the batch by the noise alone; none where it is undefined.
+std::vector<ReportTable> advice_of(const LoggedRun& run) {
+    const std::optional<double> noise = run.steps.back().noise_batch;
+    if (!noise) return {};
+    const auto samples = [](double batch) { return format_count(std::max<std::int64_t>(1, std::llround(batch))); };
+    return {{.title = "What the noise says of the batch",
+             .heading = {"for", "batch"},
+             .rows = {{"fewest steps, within 10 %", samples(10.0 * *noise) + " or more"},
+                      {"knee: twice the fewest steps and samples", samples(*noise)},
+                      {"fewest samples, within 10 %", samples(*noise / 10.0) + " or less"},
+                      {"this run, at its end", format_count(run.steps.back().batch)}},
+             .note =
+                 "A proxy: language models may use several times as much. microbatch advise says which is soonest on a "
+                 "machine, and --check tries it."}};
+}
+
 std::string title_of(const std::filesystem::path& folder, const toml::table& config) {
     const std::string name = std::filesystem::absolute(folder).lexically_normal().filename().string();
     const auto model = config["model"].value<std::string>();
@@ -162,9 +179,10 @@ std::string write_run_report(const std::filesystem::path& folder, const RunExtra
     ReportText text{.title = title_of(folder, config),
                     .banner = extras.banner,
                     .tiles = tiles_of(run, extras),
-                    .tables = extras.tables,
+                    .tables = advice_of(run),
                     .curves = extras.curves,
                     .budget_bytes = budget_of(config)};
+    text.tables.insert(text.tables.end(), extras.tables.begin(), extras.tables.end());
     for (const auto& [key, node] : config) text.settings.emplace_back(std::string(key.str()), as_text(node));
     write_report(folder / "report.html", report_html(run, text));
     if (std::filesystem::exists(summary) || !extras.banner.empty() || extras.held_out_loss || !extras.tables.empty()) {

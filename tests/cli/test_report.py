@@ -86,6 +86,24 @@ def test_what_the_guard_did_is_told_with_its_reasons(stopped, tmp_path):
             assert f"<td>{line['step']}</td><td>refused</td>" in dom and line["reason"] in dom
 
 
+def test_what_the_noise_says_of_the_batch_is_told(trained, tmp_path):
+    noise = trained.metrics[-1]["noise_batch"]
+    _, _, dom = look(trained.folder, tmp_path, "1280,900")
+    assert ("What the noise says of the batch" in dom) == (noise is not None)
+    if noise is not None:
+        assert f"<td>{round(10 * noise):,} or more</td>" in dom
+
+
+def test_a_report_written_again_tells_what_the_first_one_told(run, stopped, tmp_path):
+    folder = shutil.copytree(stopped.folder, run.folder / "copy")
+    (folder / "report.html").unlink()
+    run("report", "copy").ok()
+    _, _, dom = look(folder, tmp_path, "1280,900")
+    assert "Stopped by the guard: the run diverged at step" in dom
+    (folder / "summary.json").write_text("{")
+    run("report", "copy").refused(5, "summary.json")
+
+
 def test_the_page_is_whole_in_itself(trained):
     page = (trained.folder / "report.html").read_text()
     assert not re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?\s*(?:https?:)?//""", page)
