@@ -10,12 +10,12 @@
 
 #include "cli/commands.h"
 #include "cli/config.h"
+#include "cli/flags.h"
 #include "cli/interrupt.h"
 #include "cli/outcome.h"
 #include "cli/output.h"
 #include "cli/plan_job.h"
 #include "cli/progress.h"
-#include "cli/run_check.h"
 #include "cli/watch.h"
 #include "microbatch/analysis/branches.h"
 #include "microbatch/core/batch_advice.h"
@@ -28,7 +28,6 @@ namespace microbatch::cli {
 namespace {
 
 constexpr std::int64_t branch_batches = 64;  // of the base, that a branch trains on
-constexpr std::int64_t largest_factor = 8;
 
 struct AdviseSettings {
     Settings job;
@@ -46,9 +45,7 @@ Plan cut_to_measure(const PlanReport& report) {
     const Candidate* best = nullptr;
     for (const Candidate& one : report.candidates) {
         if (!one.fits || !one.measured || one.micro_batches < 2) continue;
-        PhasePeaks peaks = *one.measured;
-        peaks.later_micro_batches += report.fixed.gradients;
-        if (peaks.largest() > report.budget_bytes) continue;
+        if (predicted_peak(report, one, {.noise = true}) > report.budget_bytes) continue;
         if (best == nullptr || one.step_seconds < best->step_seconds) best = &one;
     }
     if (best != nullptr) return best->plan;
@@ -57,9 +54,17 @@ Plan cut_to_measure(const PlanReport& report) {
             .recompute = chosen.recompute};
 }
 
+// Its rate does not fall: what says how is left out.
+Settings at_constant_rate(Settings settings) {
+    settings.schedule = "constant";
+    settings.final_lr.reset();
+    settings.power.reset();
+    settings.decay.clear();
+    return settings;
+}
+
 Noise measure_noise_of_run(std::FILE* out, const JobPlan& plan, const Job& job, Interval length, std::int64_t budget) {
-    Settings constant = plan.settings;
-    constant.schedule = "constant";
+    const Settings constant = at_constant_rate(plan.settings);
     Trainer trainer(*job.accumulator, *plan.data.train, job.loss,
                     {.batch = plan.settings.batch,
                      .length = length,
@@ -116,13 +121,13 @@ std::int64_t largest_of_table(double noise_batch, std::int64_t batch) {
     return std::max(batch, static_cast<std::int64_t>(std::min(16.0 * noise_batch, most)));
 }
 
-std::string rate_by(const Settings& settings, RateRule rule, std::int64_t batch) {
+// None where the rule has no answer.
+std::optional<double> rate_by(const Settings& settings, RateRule rule, std::int64_t batch) {
     try {
-        return fmt::format("{:.3g}", scale_to_batch(constants_of(settings), rule,
-                                                    settings.reference_batch.value_or(settings.batch), batch)
-                                         .learning_rate);
+        const std::int64_t reference = settings.reference_batch.value_or(settings.batch);
+        return scale_to_batch(constants_of(settings), rule, reference, batch).learning_rate;
     } catch (const Error&) {
-        return "-";  // the rule has no answer there
+        return std::nullopt;
     }
 }
 
@@ -163,7 +168,10 @@ void print_costs(std::FILE* out, const Settings& settings, const BatchAdvice& ad
                                      fmt::format("{:.2f} x", cost.steps),
                                      fmt::format("{:.2f} x", cost.samples),
                                      fmt::format("{:.2f} x", cost.time)};
-        for (const RateRule rule : rules) row.push_back(rate_by(settings, rule, cost.batch));
+        for (const RateRule rule : rules) {
+            const std::optional<double> rate = rate_by(settings, rule, cost.batch);
+            row.push_back(rate ? fmt::format("{:.3g}", *rate) : "-");
+        }
         rows.push_back(row);
     }
     print_table(out, rows);
@@ -199,9 +207,9 @@ void print_advice(std::FILE* out, const Settings& settings, const Noise& noise, 
     fmt::print(out, "          a proxy: language models may use several times as much; --check tries it\n\n");
     print_costs(out, settings, advice);
     fmt::print(out, "\nfewest steps     a batch of {} or more: within 10 % of the fewest that any batch needs\n",
-               format_count(std::llround(10.0 * advice.noise_batch)));
+               format_count(batch_of_few_steps(advice.noise_batch)));
     fmt::print(out, "fewest samples   a batch of {} or less: within 10 % of the fewest\n",
-               format_count(std::max<std::int64_t>(1, std::llround(advice.noise_batch / 10.0))));
+               format_count(batch_of_few_samples(advice.noise_batch)));
     fmt::print(out, "knee             {}: twice the fewest of both\n",
                format_count(std::max<std::int64_t>(1, std::llround(advice.noise_batch))));
     fmt::print(out, "soonest          {}, by the time of a step on this machine\n",
@@ -225,9 +233,10 @@ std::vector<Branch> check_branches(std::FILE* out, const JobPlan& plan, const Jo
     std::int64_t shown = 0;
     options.on_step = [&](std::int64_t batch) {
         if (interrupted()) throw Interrupted();
-        if (batch != shown) fmt::print(out, "check     a branch at a batch of {}\n", shown = batch);
+        if (batch == shown) return;
+        shown = batch;
+        fmt::print(out, "check     a branch at a batch of {}\n", batch);
     };
-    static_assert(branch_batches >= largest_factor);
     return branch_by_batch(*job.accumulator, *plan.data.train, job.loss, options);
 }
 
@@ -254,15 +263,8 @@ nlohmann::ordered_json to_json(const BatchCost& cost, const Settings& settings) 
         {"batch", cost.batch},          {"micro_batch", cost.micro_batch},  {"step_seconds", cost.step_seconds},
         {"relative_steps", cost.steps}, {"relative_samples", cost.samples}, {"relative_time", cost.time}};
     for (const RateRule rule : rules_for(settings)) {
-        nlohmann::ordered_json& rate = row["learning_rate"][std::string(to_string(rule))];
-        rate = nullptr;
-        try {
-            rate = scale_to_batch(constants_of(settings), rule, settings.reference_batch.value_or(settings.batch),
-                                  cost.batch)
-                       .learning_rate;
-        } catch (const Error&) {
-            continue;  // the rule has no answer there
-        }
+        const std::optional<double> rate = rate_by(settings, rule, cost.batch);
+        row["learning_rate"][std::string(to_string(rule))] = rate ? nlohmann::ordered_json(*rate) : nullptr;
     }
     return row;
 }
@@ -352,7 +354,7 @@ void add_advise(CLI::App& application, Action& action) {
     command->footer(
         "Example:\n"
         "  microbatch advise --data /usr/share/games/fortunes --batch 64 --memory 100MiB --check\n"
-        "Trains a little, at a constant rate, and measures at every step how much the micro-batches' gradients "
+        "Trains a little, at a constant rate, and measures at every step how much the gradients of its micro-batches\n"
         "differ.\n"
         "Noise falls as a model trains: ask again later, or read noise_batch in a run's metrics.jsonl.\n"
         "The rates are those that --lr, right for --reference-batch or else for --batch, becomes by each rule.");

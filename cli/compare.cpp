@@ -10,6 +10,7 @@
 
 #include "cli/commands.h"
 #include "cli/config.h"
+#include "cli/flags.h"
 #include "cli/interrupt.h"
 #include "cli/machine.h"
 #include "cli/output.h"
@@ -49,8 +50,11 @@ public:
     WorkFolder& operator=(const WorkFolder&) = delete;
     ~WorkFolder() {
         std::error_code ignored;
-        // One that stays goes if nothing came into it.
-        keep_ ? std::filesystem::remove(path_, ignored) : std::filesystem::remove_all(path_, ignored) > 0;
+        if (keep_) {
+            std::filesystem::remove(path_, ignored);  // if nothing came into it
+        } else {
+            std::filesystem::remove_all(path_, ignored);
+        }
     }
 
     const std::filesystem::path& path() const { return path_; }
@@ -335,15 +339,12 @@ void add_compare(CLI::App& application, Action& action) {
     command->footer(
         "Examples:\n"
         "  microbatch compare --data /usr/share/games/fortunes --batch 64 --memory 64MiB --samples 1280\n"
-        "  microbatch compare --data /usr/share/games/fortunes --batches \"8, 64, 512\" --reference-batch 64 --run "
-        "runs/sizes\n"
-        "Every strategy sees the same samples (default 16 batches), in a process of its own. What is beyond the budget "
-        "is\n"
-        "run all the same where the machine has the memory, and marked as not fitting. Gradient variance: trace of "
-        "the\n"
-        "covariance of the batch's mean gradient, all strategies at the same parameters. Sharpness: the largest "
-        "eigenvalue\n"
-        "of the Hessian at the end of each.");
+        "  microbatch compare --data /usr/share/games/fortunes --batches \"8, 64, 512\" --reference-batch 64 \\\n"
+        "      --run runs/sizes\n"
+        "Every strategy sees the same samples (default 16 batches), in a process of its own. What is beyond the\n"
+        "budget is run all the same where the machine has the memory, and marked as not fitting. Gradient variance:\n"
+        "trace of the covariance of the batch's mean gradient, all strategies at the same parameters. Sharpness: the\n"
+        "largest eigenvalue of the Hessian at the end of each.");
     command->callback([command, settings, &action] {
         action = [command, settings] {
             refuse_empty_values(*command);

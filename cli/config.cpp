@@ -7,17 +7,15 @@
 #include <fstream>
 #include <vector>
 
+#include "cli/flags.h"
 #include "cli/nearest.h"
+#include "cli/refuse.h"
 #include "microbatch/core/error.h"
 
 namespace microbatch::cli {
 namespace {
 
 const std::vector<std::string> length_flags = {"steps", "samples", "tokens"};
-
-[[noreturn]] void refuse(const std::string& message) {
-    throw Error(ErrorKind::usage, message);
-}
 
 std::string as_text(const toml::node& node, const std::string& key) {
     if (const auto text = node.value_exact<std::string>()) return *text;

@@ -242,6 +242,12 @@ Job make_job(const JobPlan& plan, const Plan& cut, std::optional<std::int64_t> b
     return job;
 }
 
+Parameters weights_of(const Job& job) {
+    Parameters weights = job.parameters;
+    for (const auto& buffer : job.model->named_buffers()) weights.push_back({buffer.key(), buffer.value()});
+    return weights;
+}
+
 double held_out_loss(const JobPlan& plan, const Job& job, std::int64_t trained, std::int64_t micro_batch) {
     const FirstSamples samples(*plan.data.held_out, std::clamp<std::int64_t>(trained, 16, 1024));
     const LossFunction unless_interrupted = [&job](const Batch& micro) {

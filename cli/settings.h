@@ -1,8 +1,5 @@
 #pragma once
 
-#include <CLI/App.hpp>
-#include <CLI/Config.hpp>
-#include <CLI/Formatter.hpp>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -54,24 +51,9 @@ struct Settings {
     bool quiet = false;
 };
 
-/// Declares the flags that describe a job: model, data, batch, memory, optimizer, seed, threads, --config and --json.
-void add_job_options(CLI::App& command, Settings& settings);
-
-/// Declares what only a run has: the batch's schedule, the guard, the measuring of noise.
-void add_train_options(CLI::App& command, Settings& settings);
-
 /// The --batch is that of the schedule's first stage.
 /// Errors: ErrorKind::usage if the command line had a --batch that differs, or the schedule cannot be read.
 void resolve_batch(Settings& settings, bool batch_given);
-
-/// Errors: ErrorKind::usage if a flag was given an empty value.
-void refuse_empty_values(const CLI::App& command);
-
-/// What CLI11 says of a value that it cannot read, in words for the one who wrote it.
-std::string reworded(const CLI::Error& error);
-
-/// Declares --steps, --samples and --tokens; `fallback` is what the help says holds without them.
-void add_length_options(CLI::App& command, Settings& settings, const std::string& fallback);
 
 /// The --memory budget in bytes; without the flag four fifths of what the machine has available now.
 std::int64_t memory_budget_of(const Settings& settings);

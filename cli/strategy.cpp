@@ -44,15 +44,9 @@ Settings settings_of(const JobPlan& plan, std::int64_t samples, std::int64_t see
     return settings;
 }
 
-Parameters tensors_of(const Job& job) {
-    Parameters tensors = job.parameters;
-    for (const auto& buffer : job.model->named_buffers()) tensors.push_back({buffer.key(), buffer.value()});
-    return tensors;
-}
-
 void load_weights(const std::filesystem::path& folder, const Job& job) {
     const std::filesystem::path file = folder / "model.safetensors";
-    copy_by_name(read_safetensors(file), tensors_of(job), file.string());
+    copy_by_name(read_safetensors(file), weights_of(job), file.string());
 }
 
 // Ends where a signal came, and does not wait for threads that a busy machine does not run.
@@ -92,25 +86,6 @@ void measure_curvature(const JobPlan& plan, const Job& job, Strategy& strategy) 
     job.model->train();
 }
 
-}  // namespace
-
-const std::vector<double>& distances() {
-    static const std::vector<double> all = [] {
-        std::vector<double> result;
-        for (int i = -10; i <= 10; ++i) result.push_back(0.1 * i);
-        return result;
-    }();
-    return all;
-}
-
-std::filesystem::path folder_of(const std::filesystem::path& folder, const Strategy& strategy, std::int64_t seed) {
-    std::string name = fmt::format("{}-{}", strategy.name, seed);
-    std::replace(name.begin(), name.end(), ' ', '-');
-    return folder / name;
-}
-
-namespace {
-
 /// A folder that is gone at its end.
 struct Scratch {
     std::filesystem::path path;
@@ -146,6 +121,21 @@ void add_result(const ChildResult& result, Strategy& strategy) {
 }
 
 }  // namespace
+
+const std::vector<double>& distances() {
+    static const std::vector<double> all = [] {
+        std::vector<double> result;
+        for (int i = -10; i <= 10; ++i) result.push_back(0.1 * i);
+        return result;
+    }();
+    return all;
+}
+
+std::filesystem::path folder_of(const std::filesystem::path& folder, const Strategy& strategy, std::int64_t seed) {
+    std::string name = fmt::format("{}-{}", strategy.name, seed);
+    std::replace(name.begin(), name.end(), ' ', '-');
+    return folder / name;
+}
 
 void train_in_child(std::FILE* out, const JobPlan& plan, std::int64_t samples, std::int64_t seed,
                     const std::filesystem::path& folder, Strategy& strategy) {

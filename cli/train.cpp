@@ -15,6 +15,7 @@
 
 #include "cli/commands.h"
 #include "cli/config.h"
+#include "cli/flags.h"
 #include "cli/interrupt.h"
 #include "cli/job.h"
 #include "cli/outcome.h"
@@ -115,8 +116,10 @@ StepMeasures measures_of(const TrainerReport& report, std::int64_t peak, const J
                          const PlanReport& planned) {
     StepMeasures measures{.peak_bytes = peak};
     if (report.step.plan != planned.choice().plan) return measures;
-    measures.predicted_peak_bytes =
-        predicted_peak(planned, report.snapshot_bytes, report.step.noise.has_value(), report.progress.steps == 1);
+    measures.predicted_peak_bytes = predicted_peak(planned, planned.choice(),
+                                                   {.snapshot_bytes = report.snapshot_bytes,
+                                                    .noise = report.step.noise.has_value(),
+                                                    .first_step = report.progress.steps == 1});
     if (report.samples == plan.batch) measures.predicted_step_seconds = planned.choice().step_seconds;
     return measures;
 }
@@ -203,9 +206,7 @@ void remove_unused_folder(const std::filesystem::path& folder, const EventFile& 
 }
 
 void save_weights(const std::filesystem::path& folder, const Job& job) {
-    Parameters tensors = job.parameters;
-    for (const auto& buffer : job.model->named_buffers()) tensors.push_back({buffer.key(), buffer.value()});
-    write_safetensors(folder / "model.safetensors", tensors);
+    write_safetensors(folder / "model.safetensors", weights_of(job));
 }
 
 int train(const Settings& settings) {
@@ -277,7 +278,7 @@ void add_train(CLI::App& application, Action& action) {
         "  microbatch train --data /usr/share/datasets/fashion-mnist --model resnet --norm group --batch 512 \\\n"
         "      --memory 100MiB --samples 60k --optimizer sgd --warmup \"5 steps\"\n"
         "Written to the run's folder: config.toml, metrics.jsonl (one object a step), model.safetensors, report.html\n"
-        "(charts), events.out.tfevents.* (for TensorBoard).\n"
+        "(charts), summary.json (what the page tells beside the log), events.out.tfevents.* (for TensorBoard).\n"
         "The held-out loss is of as many samples as the run trained on, 1,024 at most.\n"
         "A run that diverges goes back to a snapshot, at half the rate; after --restores times it is stopped with "
         "exit\n"

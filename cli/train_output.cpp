@@ -90,11 +90,11 @@ void note_refusal(ProgressLine& progress, const TrainerReport& report) {
 void note_going_back(ProgressLine& progress, const TrainerReport& report, const RecoveryOptions& recovery,
                      std::int64_t times) {
     if (!report.went_back_to) return;
-    progress.note(
-        fmt::format("step {}: diverged; back to the weights of step {}, the learning rate {:g} times the schedule's "
-                    "after a warmup of {} steps; the data since then is left out",
-                    report.progress.steps, *report.went_back_to, std::pow(recovery.cut, static_cast<double>(times)),
-                    recovery.warmup));
+    const double before = std::pow(recovery.cut, static_cast<double>(times - 1));
+    progress.note(fmt::format(
+        "step {}: diverged; back to the weights of step {}; the learning rate goes on at {:g} times the "
+        "schedule's and comes back to {:g} times within {} steps; the data since then is left out",
+        report.progress.steps, *report.went_back_to, before * recovery.cut, before, recovery.warmup + recovery.mend));
 }
 
 void print_summary(std::FILE* out, const JobPlan& plan, const PlanReport& report, const Watch& watch,
@@ -135,7 +135,8 @@ void print_summary(std::FILE* out, const JobPlan& plan, const PlanReport& report
     if (outcome.refused > 0) {
         fmt::print(out, "refused   {} steps were not applied; the reasons are in metrics.jsonl\n", outcome.refused);
     }
-    fmt::print(out, "written   {}: config.toml, metrics.jsonl, model.safetensors, report.html\n", folder.string());
+    fmt::print(out, "written   {}: config.toml, metrics.jsonl, model.safetensors, report.html, summary.json\n",
+               folder.string());
 }
 
 void print_json(const JobPlan& plan, const PlanReport& report, const Outcome& outcome,

@@ -31,21 +31,20 @@ std::string describe_recovery(const RecoveryOptions& recovery, std::int64_t byte
 
 }  // namespace
 
-std::int64_t predicted_peak(const PlanReport& report, std::int64_t snapshot_bytes, bool measures_noise, bool is_first) {
-    const PhasePeaks& peaks = *report.choice().measured;
+std::int64_t predicted_peak(const PlanReport& report, const Candidate& plan, const Beside& beside) {
+    const PhasePeaks& peaks = *plan.measured;
     std::int64_t peak = peaks.largest();
-    if (measures_noise) {
-        // From the first micro-batch's end to the last one's.
-        const std::int64_t state = is_first ? report.fixed.optimizer_state : 0;
+    if (beside.noise) {
+        const std::int64_t state = beside.first_step ? report.fixed.optimizer_state : 0;
         peak = std::max(peak, peaks.later_micro_batches - state + report.fixed.gradients);
     }
-    return peak + snapshot_bytes;
+    return peak + beside.snapshot_bytes;
 }
 
 Watch watch_of(const JobPlan& plan, const PlanReport& report, const std::filesystem::path& folder) {
     Watch watch;
     const Settings& settings = plan.settings;
-    const std::int64_t missing = predicted_peak(report, 0, true) - report.budget_bytes;
+    const std::int64_t missing = predicted_peak(report, report.choice(), {.noise = true}) - report.budget_bytes;
     const bool cut = report.choice().micro_batches > 1;
     if (cut && missing <= 0) watch.noise_every = settings.noise_every;
     watch.noise_line = describe_noise(settings.noise_every, missing, cut);
@@ -54,10 +53,10 @@ Watch watch_of(const JobPlan& plan, const PlanReport& report, const std::filesys
     watch.guard = SpikeGuardOptions{.most_refused = most_refused_in_a_row - 1};
     watch.guard_line = fmt::format("{:g} deviations of the last {} steps", watch.guard->sigmas, watch.guard->window);
     if (settings.restores == 0) return watch;
-    watch.recovery =
-        RecoveryOptions{.most = settings.restores,
-                        .memory_bytes = report.budget_bytes - predicted_peak(report, 0, watch.noise_every > 0),
-                        .folder = folder};
+    watch.recovery = RecoveryOptions{
+        .most = settings.restores,
+        .memory_bytes = report.budget_bytes - predicted_peak(report, report.choice(), {.noise = watch.noise_every > 0}),
+        .folder = folder};
     watch.guard_line += "; " + describe_recovery(*watch.recovery, snapshot_bytes_of(report));
     return watch;
 }

@@ -19,9 +19,14 @@ struct Watch {
 /// What goes beside the chosen plan in its budget. Snapshots that do not are files in `folder`.
 Watch watch_of(const JobPlan& plan, const PlanReport& report, const std::filesystem::path& folder);
 
-/// The peak of a run by that plan, with such snapshots beside it, and a copy of the gradients in the step that measures
-/// noise; in the first step there is no optimizer state beside it.
-std::int64_t predicted_peak(const PlanReport& report, std::int64_t snapshot_bytes, bool measures_noise,
-                            bool is_first = false);
+/// What a step holds beside its plan.
+struct Beside {
+    std::int64_t snapshot_bytes = 0;
+    bool noise = false;       ///< a copy of the gradients, from the first micro-batch's end to the last one's
+    bool first_step = false;  ///< there is no optimizer state yet beside that copy
+};
+
+/// The peak of a run by a plan that was measured, with that beside it.
+std::int64_t predicted_peak(const PlanReport& report, const Candidate& plan, const Beside& beside);
 
 }  // namespace microbatch::cli

@@ -10,6 +10,7 @@ namespace microbatch {
 namespace {
 
 constexpr double worthwhile = 0.95;
+constexpr double little_more = 0.1;
 
 // The fastest micro-batch that the batch can be cut by; of a tie the largest.
 const TimedCut* fastest(std::span<const TimedCut> cuts, std::int64_t batch) {
@@ -30,6 +31,14 @@ const TimedCut* fastest(std::span<const TimedCut> cuts, std::int64_t batch) {
 bool BatchAdvice::accumulation_pays() const {
     if (!table[soonest].is_cut()) return false;
     return table[soonest].time < worthwhile * soonest_uncut.time;
+}
+
+std::int64_t batch_of_few_steps(double noise_batch) {
+    return std::max<std::int64_t>(1, std::llround(noise_batch / little_more));
+}
+
+std::int64_t batch_of_few_samples(double noise_batch) {
+    return std::max<std::int64_t>(1, std::llround(noise_batch * little_more));
 }
 
 BatchAdvice advise_batch(double noise_batch, std::span<const TimedCut> cuts, double update_seconds,

@@ -35,6 +35,11 @@ struct BatchAdvice {
     bool accumulation_pays() const;
 };
 
+/// The smallest batch that takes at most a tenth more steps than the fewest there are; the largest that takes at most a
+/// tenth more samples, and 1 where none does.
+std::int64_t batch_of_few_steps(double noise_batch);
+std::int64_t batch_of_few_samples(double noise_batch);
+
 /// Compares batches from the smallest micro-batch that is known to `largest`, doubling.
 ///
 /// Formula:  steps S / S_min = 1 + B_noise / B, samples E / E_min = 1 + B / B_noise, time = S (samples * time of one +

@@ -1,15 +1,12 @@
 #include "microbatch/io/report.h"
 
-#include <cerrno>
 #include <cmath>
-#include <cstring>
-#include <fstream>
 #include <nlohmann/json.hpp>
 #include <string_view>
 
-#include "microbatch/core/error.h"
 #include "microbatch/core/text.h"
 #include "microbatch/io/report_files.h"
+#include "microbatch/io/report_json.h"
 
 namespace microbatch {
 namespace {
@@ -19,12 +16,8 @@ using Json = nlohmann::ordered_json;
 constexpr std::size_t most_points = 10'000;
 constexpr std::size_t most_events = 1'000;
 
-Json or_null(double value) {
-    return std::isfinite(value) ? Json(value) : Json();
-}
-
 template <class Value>
-Json or_null(const std::optional<Value>& value) {
+Json optional_json(const std::optional<Value>& value) {
     return value ? Json(*value) : Json();
 }
 
@@ -45,15 +38,15 @@ Json columns_of(const LoggedRun& run) {
         const LoggedStep& step = run.steps[i];
         columns["step"].push_back(step.step);
         columns["batch"].push_back(step.batch);
-        columns["loss"].push_back(or_null(step.loss));
-        columns["learning_rate"].push_back(or_null(step.learning_rate));
-        columns["gradient_norm"].push_back(or_null(step.gradient_norm));
-        columns["noise_batch"].push_back(or_null(step.noise_batch));
+        columns["loss"].push_back(finite_or_null(step.loss));
+        columns["learning_rate"].push_back(finite_or_null(step.learning_rate));
+        columns["gradient_norm"].push_back(finite_or_null(step.gradient_norm));
+        columns["noise_batch"].push_back(optional_json(step.noise_batch));
         columns["peak_bytes"].push_back(step.peak_bytes);
-        columns["predicted_peak_bytes"].push_back(or_null(step.predicted_peak_bytes));
-        columns["step_seconds"].push_back(or_null(step.seconds));
-        columns["predicted_step_seconds"].push_back(or_null(step.predicted_seconds));
-        columns["update_seconds"].push_back(or_null(step.update_seconds));
+        columns["predicted_peak_bytes"].push_back(optional_json(step.predicted_peak_bytes));
+        columns["step_seconds"].push_back(finite_or_null(step.seconds));
+        columns["predicted_step_seconds"].push_back(optional_json(step.predicted_seconds));
+        columns["update_seconds"].push_back(finite_or_null(step.update_seconds));
     }
     return columns;
 }
@@ -85,20 +78,6 @@ void add_events(const LoggedRun& run, Json& document) {
     document["events_left_out"] = left_out;
 }
 
-Json to_json(const ReportTable& table) {
-    return {{"title", table.title}, {"heading", table.heading}, {"rows", table.rows}, {"note", table.note}};
-}
-
-Json to_json(const ReportCurves& curves) {
-    Json lines = Json::array();
-    for (const auto& [name, values] : curves.lines) {
-        Json y = Json::array();
-        for (const double value : values) y.push_back(or_null(value));
-        lines.push_back({{"name", name}, {"y", y}});
-    }
-    return {{"title", curves.title}, {"along", curves.along}, {"x", curves.x}, {"lines", lines}, {"note", curves.note}};
-}
-
 Json document_of(const LoggedRun& run, const ReportText& text) {
     Json document;
     document["banner"] = text.banner;
@@ -106,32 +85,36 @@ Json document_of(const LoggedRun& run, const ReportText& text) {
     document["budget_bytes"] = text.budget_bytes;
     document["columns"] = columns_of(run);
     add_events(run, document);
-    document["tables"] = Json::array();
-    for (const ReportTable& table : text.tables) document["tables"].push_back(to_json(table));
-    document["curves"] = Json::array();
-    for (const ReportCurves& curves : text.curves) document["curves"].push_back(to_json(curves));
+    document["tables"] = to_json(text.tables);
+    document["curves"] = to_json(text.curves);
     document["settings"] = text.settings;
     return document;
 }
 
 // Inside a script element only "<" can do harm; in JSON it stands in strings alone.
 std::string script_safe(std::string json) {
-    for (std::size_t at = json.find('<'); at != std::string::npos; at = json.find('<', at))
+    for (std::size_t at = json.find('<'); at != std::string::npos; at = json.find('<', at)) {
         json.replace(at, 1, "\\u003c");
+    }
     return json;
 }
 
 std::string escaped(std::string_view plain) {
     std::string result;
     for (const char c : plain) {
-        if (c == '&')
-            result += "&amp;";
-        else if (c == '<')
-            result += "&lt;";
-        else if (c == '>')
-            result += "&gt;";
-        else
-            result += c;
+        switch (c) {
+            case '&':
+                result += "&amp;";
+                break;
+            case '<':
+                result += "&lt;";
+                break;
+            case '>':
+                result += "&gt;";
+                break;
+            default:
+                result += c;
+        }
     }
     return result;
 }
@@ -160,21 +143,6 @@ std::string report_html(const LoggedRun& run, const ReportText& text) {
     }
     html += rest;
     return html;
-}
-
-void write_report(const std::filesystem::path& file, const std::string& html) {
-    std::filesystem::path unfinished = file;
-    unfinished += ".part";
-    errno = 0;
-    std::ofstream stream(unfinished, std::ios::binary | std::ios::trunc);
-    stream << html;
-    stream.close();
-    std::error_code failure;
-    if (stream) std::filesystem::rename(unfinished, file, failure);
-    if (stream && !failure) return;
-    const std::string why = stream ? failure.message() : std::strerror(errno);
-    std::filesystem::remove(unfinished, failure);
-    throw Error(ErrorKind::usage, text("cannot write ", file.string(), ": ", why));
 }
 
 }  // namespace microbatch

@@ -1,7 +1,6 @@
 #pragma once
 
 #include <cstdint>
-#include <filesystem>
 #include <string>
 #include <utility>
 #include <vector>
@@ -42,8 +41,5 @@ struct ReportText {
 ///
 /// Size: beyond 10,000 steps every n-th is drawn; what the guard did is all there up to 1,000 events.
 std::string report_html(const LoggedRun& run, const ReportText& text);
-
-/// Writes it to a file, whole or not at all. Errors: ErrorKind::usage if it cannot be written.
-void write_report(const std::filesystem::path& file, const std::string& html);
 
 }  // namespace microbatch

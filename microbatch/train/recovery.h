@@ -38,9 +38,8 @@ struct RecoveryOptions {
 /// Threads:  no two calls at the same time.
 class Recovery {
 public:
-    /// Errors: ErrorKind::usage unless most, margin, warmup, mend and memory_bytes are at least 0, every >= 1, 0 < cut
-    /// <=
-    ///         1.
+    /// Errors: ErrorKind::usage unless most, margin, warmup, mend and memory_bytes are at least 0, every is at least 1,
+    ///         and cut is above 0 and at most 1.
     Recovery(Accumulator& accumulator, RecoveryOptions options);
 
     /// Before the step after `steps` steps: takes a snapshot where it is time and the guard is calm. Says what went

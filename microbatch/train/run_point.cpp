@@ -18,6 +18,10 @@ std::vector<at::Tensor> weights_of(const Accumulator& accumulator) {
     return tensors;
 }
 
+std::ptrdiff_t sum_of(const std::vector<std::size_t>& counts) {
+    return std::accumulate(counts.begin(), counts.end(), std::ptrdiff_t{0});
+}
+
 }  // namespace
 
 struct RunPoint::Live {
@@ -56,9 +60,10 @@ void RunPoint::put_back(Accumulator& accumulator) const {
         snapshot_.copy_into(live.tensors);
         return;
     }
-    const std::vector<at::Tensor> saved = snapshot_.tensors(), weights = weights_of(accumulator);
-    const auto state_size = std::accumulate(state_counts_.begin(), state_counts_.end(), std::size_t{0});
-    if (saved.size() != weights.size() + state_size) {
+    const std::vector<at::Tensor> saved = snapshot_.tensors();
+    const std::vector<at::Tensor> weights(live.tensors.begin(), live.tensors.end() - sum_of(live.state_counts));
+    if (static_cast<std::ptrdiff_t>(saved.size()) !=
+        static_cast<std::ptrdiff_t>(weights.size()) + sum_of(state_counts_)) {
         throw Error(ErrorKind::usage, "a snapshot is of other parameters than there are now");
     }
     auto next = saved.begin() + static_cast<std::ptrdiff_t>(weights.size());

@@ -68,9 +68,6 @@ public:
     bool done() const { return progress_.in(options_.length.unit) >= options_.length.count; }
     const Progress& progress() const { return progress_; }
 
-    /// What the snapshots for recovery take of memory now.
-    std::int64_t snapshot_bytes() const { return recovery_ ? recovery_->memory_bytes() : 0; }
-
 private:
     void validate_options() const;
     std::int64_t full_batch() const;

@@ -38,6 +38,12 @@ def test_the_configuration_that_is_written_gives_the_same_run(run, growing):
     assert (again.folder / "model.safetensors").read_bytes() == (growing.folder / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("words", [["plan"], ["compare", "--samples", "16", "--seeds", "1"], ["advise", "--steps", "2"]],
+                         ids=["plan", "compare", "advise"])
+def test_other_commands_read_that_configuration_too(run, growing, words):
+    run(*words, "--config", growing.folder / "config.toml", "--json").ok()
+
+
 def test_seesaw_doubles_the_batch_where_the_rate_has_halved(run):
     result = run.text("train", batch=4, batch_schedule="seesaw to 16", schedule="linear", lr=0.01, steps=None,
                       samples=200, memory="64MiB").ok()

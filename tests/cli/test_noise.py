@@ -91,6 +91,14 @@ def test_it_says_what_to_do_in_words(run):
     assert "\x1b" not in result.stdout and list(run.folder.iterdir()) == []
 
 
+@pytest.mark.parametrize("flags", [{}, {"schedule": "wsd", "decay": "2 steps"}, {"schedule": "polynomial", "power": 3},
+                                   {"final_lr": 0.0001}], ids=["cosine", "wsd", "polynomial", "final rate"])
+def test_the_configuration_of_a_run_is_advised_on_at_a_constant_rate(run, flags):
+    run.text("train", steps=4, **CUT | flags).ok()
+    told = run("advise", "--config", "run/config.toml", "--json").ok().document
+    assert told["batch"] == 16 and told["measures"] == 4
+
+
 def test_check_tries_larger_batches_and_says_which_is_as_good(run):
     told = run.text("advise", check=True, json=True, batch=2, micro_batch=1, lr=0.003, steps=20).ok().document
     assert [branch["batch"] for branch in told["branches"]] == [2, 4, 8, 16]

@@ -28,6 +28,18 @@ TEST(BatchAdvice, StepsAndSamplesAreThoseOfTheFormula) {
     }
 }
 
+TEST(BatchAdvice, FewIsATenthMoreThanTheFewest) {
+    EXPECT_EQ(batch_of_few_steps(64.0), 640);
+    EXPECT_EQ(batch_of_few_samples(64.0), 6);
+    EXPECT_EQ(batch_of_few_samples(0.3), 1);
+    EXPECT_EQ(batch_of_few_steps(0.01), 1);
+    const BatchAdvice advice = advise_batch(64.0, even, 0.0, 1024);
+    for (const BatchCost& cost : advice.table) {
+        EXPECT_EQ(cost.steps <= 1.1, cost.batch >= batch_of_few_steps(64.0)) << cost.batch;
+        EXPECT_EQ(cost.samples <= 1.1, cost.batch <= batch_of_few_samples(64.0)) << cost.batch;
+    }
+}
+
 TEST(BatchAdvice, WithoutACostOfTheStepTheSmallestBatchIsThereSoonest) {
     const BatchAdvice advice = advise_batch(64.0, even, 0.0, 256);
     EXPECT_EQ(advice.table[advice.soonest].batch, 1);

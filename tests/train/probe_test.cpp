@@ -1,8 +1,7 @@
-// Planning on a live job: what is predicted is what is then measured, and no trace is left.
+// Planning on a live job leaves no trace of it.
 #include "microbatch/train/probe.h"
 
 #include <ATen/ATen.h>
-#include <gtest/gtest.h>
 #include <torch/optim/adamw.h>
 
 #include <chrono>
@@ -11,45 +10,17 @@
 #include <string>
 #include <thread>
 
-#include "microbatch/memory/budget_allocator.h"
 #include "microbatch/nn/recompute.h"
 #include "microbatch/optim/torch_optimizer.h"
 #include "support/errors.h"
 #include "support/gradients.h"
-#include "support/jobs.h"
-#include "support/one_thread.h"
+#include "support/planning.h"
 
 namespace microbatch {
 namespace {
 
-using test::Job;
-using test::Named;
-
-constexpr std::int64_t mebibyte = std::int64_t{1} << 20;
-
-GptConfig small_gpt(double dropout = 0.1) {
-    return {.layers = 2, .heads = 2, .width = 32, .length = 16, .vocabulary = 64, .dropout = dropout};
-}
-
-class ProbeTest : public ::testing::Test {
-protected:
-    static void SetUpTestSuite() { install_budget_allocator(); }
-};
-
-PlanReport plan_of(Job& job, const Batch& batch, PlannerOptions options = {}) {
-    if (options.budget_bytes == 0) options.budget_bytes = 1024 * mebibyte;
-    return plan_batch(*job.accumulator, batch, job.loss, options);
-}
-
-/// The peak of the second of two steps by this plan, with everything that is live.
-std::int64_t peak_of_two_steps(Job& job, const Batch& batch, const Plan& plan) {
-    job.accumulator->set_plan(plan);
-    reset_peak_memory();
-    for (int step = 0; step < 2; ++step) job.accumulator->step(batch, job.loss);
-    return memory_use().peak_bytes;
-}
-
-// ---- no trace ----
+using namespace test;
+using NoTrace = Planning;
 
 void expect_no_trace(const std::function<Job()>& make, int steps_before) {
     Job probed = make(), other = make();
@@ -73,7 +44,7 @@ void expect_no_trace(const std::function<Job()>& make, int steps_before) {
     test::expect_same_bits(probed.state(), other.state());
 }
 
-TEST_F(ProbeTest, LeavesNoTraceBeforeTheFirstStep) {
+TEST_F(NoTrace, LeavesNoTraceBeforeTheFirstStep) {
     for (const char* optimizer : {"adamw", "sgd"}) {
         expect_no_trace([=] { return test::gpt_job(small_gpt(), {.micro_batch = 2}, optimizer); }, 0);
         expect_no_trace(
@@ -82,7 +53,7 @@ TEST_F(ProbeTest, LeavesNoTraceBeforeTheFirstStep) {
     }
 }
 
-TEST_F(ProbeTest, LeavesNoTraceInTheMiddleOfARun) {
+TEST_F(NoTrace, LeavesNoTraceInTheMiddleOfARun) {
     for (const char* optimizer : {"adamw", "sgd"}) {
         expect_no_trace([=] { return test::gpt_job(small_gpt(), {.micro_batch = 2}, optimizer); }, 2);
         expect_no_trace(
@@ -91,7 +62,7 @@ TEST_F(ProbeTest, LeavesNoTraceInTheMiddleOfARun) {
     }
 }
 
-TEST_F(ProbeTest, LeavesGradientsOfZeroAsTheyAre) {
+TEST_F(NoTrace, LeavesGradientsOfZeroAsTheyAre) {
     Job job = test::gpt_job(small_gpt());
     const Batch batch = job.make_batch(4);
     std::vector<at::Tensor> zeros;
@@ -106,7 +77,7 @@ TEST_F(ProbeTest, LeavesGradientsOfZeroAsTheyAre) {
     }
 }
 
-TEST_F(ProbeTest, LeavesNoTraceOfATorchOptimizer) {
+TEST_F(NoTrace, LeavesNoTraceOfATorchOptimizer) {
     Job job = test::gpt_job(small_gpt(0.0));
     std::vector<at::Tensor> tensors;
     for (const Parameter& parameter : job.parameters) tensors.push_back(parameter.tensor);
@@ -134,7 +105,7 @@ TEST_F(ProbeTest, LeavesNoTraceOfATorchOptimizer) {
     }
 }
 
-TEST_F(ProbeTest, ALossFunctionThatThrowsLeavesTheJobAsItWas) {
+TEST_F(NoTrace, ALossFunctionThatThrowsLeavesTheJobAsItWas) {
     for (int fail_at = 1; fail_at < 12; ++fail_at) {
         Job job = test::resnet_job({.classes = 3, .width = 8, .blocks = 1});
         const Batch batch = job.make_batch(8);
@@ -154,7 +125,7 @@ TEST_F(ProbeTest, ALossFunctionThatThrowsLeavesTheJobAsItWas) {
     }
 }
 
-TEST_F(ProbeTest, ALossOfNanIsPlannedLikeAnyOther) {
+TEST_F(NoTrace, ALossOfNanIsPlannedLikeAnyOther) {
     Job job = test::gpt_job(small_gpt());
     const Batch batch = job.make_batch(8);
     const Named before = job.state();
@@ -168,7 +139,7 @@ TEST_F(ProbeTest, ALossOfNanIsPlannedLikeAnyOther) {
     EXPECT_TRUE(job.accumulator->step(batch, job.loss).applied);
 }
 
-TEST_F(ProbeTest, SamplesWithoutTargetsArePlannedLikeOthers) {
+TEST_F(NoTrace, SamplesWithoutTargetsArePlannedLikeOthers) {
     Job job = test::gpt_job(small_gpt()), other = test::gpt_job(small_gpt());
     const Batch batch = job.make_batch(16);
     Batch masked = batch;
@@ -181,7 +152,7 @@ TEST_F(ProbeTest, SamplesWithoutTargetsArePlannedLikeOthers) {
     }());
 }
 
-TEST_F(ProbeTest, AHeadThatWasAddedInTheMiddleOfARunIsPlannedFor) {
+TEST_F(NoTrace, AHeadThatWasAddedInTheMiddleOfARunIsPlannedFor) {
     Job job = test::mlp_job({.inputs = 8, .classes = 4});
     const Batch batch = job.make_batch(8);
     for (int i = 0; i < 2; ++i) job.accumulator->step(batch, job.loss);
@@ -200,7 +171,7 @@ TEST_F(ProbeTest, AHeadThatWasAddedInTheMiddleOfARunIsPlannedFor) {
     EXPECT_LE(memory_use().peak_bytes, report.choice().peak_bytes());
 }
 
-TEST_F(ProbeTest, ParametersThatTheAccumulatorDoesNotKnowKeepTheirGradients) {
+TEST_F(NoTrace, ParametersThatTheAccumulatorDoesNotKnowKeepTheirGradients) {
     Job job = test::mlp_job({.inputs = 8, .classes = 4});
     const Parameters some(job.parameters.begin(), job.parameters.begin() + 2);
     AdamW optimizer(split_by_decay(some, 0.1));
@@ -209,7 +180,7 @@ TEST_F(ProbeTest, ParametersThatTheAccumulatorDoesNotKnowKeepTheirGradients) {
     test::expect_no_gradients(job.parameters);
 }
 
-TEST_F(ProbeTest, ABatchThatIsGatheredIsNotTouched) {
+TEST_F(NoTrace, ABatchThatIsGatheredIsNotTouched) {
     Job job = test::gpt_job(small_gpt(), {.micro_batch = 2});
     const Batch batch = job.make_batch(4);
     job.accumulator->gather(batch, job.loss);
@@ -217,7 +188,7 @@ TEST_F(ProbeTest, ABatchThatIsGatheredIsNotTouched) {
     EXPECT_TRUE(job.accumulator->apply().applied);
 }
 
-TEST_F(ProbeTest, TheRecomputeOfTheModelIsThePlansAgain) {
+TEST_F(NoTrace, TheRecomputeOfTheModelIsThePlansAgain) {
     for (const bool recompute : {false, true}) {
         Job job = test::gpt_job(small_gpt(), {.micro_batch = 2, .recompute = recompute});
         plan_of(job, job.make_batch(16));
@@ -227,7 +198,7 @@ TEST_F(ProbeTest, TheRecomputeOfTheModelIsThePlansAgain) {
 
 // ---- what it costs ----
 
-TEST_F(ProbeTest, AGivenMicroBatchIsRunTwiceAndTheOptimizerIsRehearsedWithItsGradients) {
+TEST_F(NoTrace, AGivenMicroBatchIsRunTwiceAndTheOptimizerIsRehearsedWithItsGradients) {
     Job job = test::gpt_job({.layers = 2, .heads = 2, .width = 256, .length = 128, .vocabulary = 64});
     int calls = 0;
     const LossFunction loss = [&](const Batch& micro) -> WeightedLoss {
@@ -241,167 +212,6 @@ TEST_F(ProbeTest, AGivenMicroBatchIsRunTwiceAndTheOptimizerIsRehearsedWithItsGra
     EXPECT_EQ(calls, 2);
     EXPECT_GT(report.fixed.optimizer_state, 0);
     EXPECT_GT(report.update_seconds, 0.0);
-}
-
-// ---- predicted against measured ----
-
-struct Case {
-    const char* name;
-    std::function<Job(const std::string&)> make;
-    std::vector<std::int64_t> sizes;  // none of which planning tries
-    bool recompute;
-};
-
-// The smaller version of bench/memory. Bar: 3 %.
-TEST_F(ProbeTest, PredictsThePeakOfMicroBatchesThatItHasNotTried) {
-    const auto gpt = [](const std::string& optimizer) {
-        return test::gpt_job({.layers = 3, .heads = 2, .width = 64, .length = 32, .vocabulary = 256}, {}, optimizer);
-    };
-    const auto resnet = [](const std::string& optimizer) {
-        return test::resnet_job({.classes = 10, .width = 16, .blocks = 1, .norm = ImageNorm::group}, {}, optimizer);
-    };
-    const auto batch_norm = [](const std::string& optimizer) {
-        return test::resnet_job({.classes = 10, .width = 16, .blocks = 1}, {}, optimizer);
-    };
-    const auto mlp = [](const std::string& optimizer) {
-        return test::mlp_job({.inputs = 256, .width = 128, .classes = 10}, {}, optimizer);
-    };
-    const std::vector<Case> cases{{"gpt", gpt, {8, 32}, false},           {"gpt", gpt, {8, 32}, true},
-                                  {"resnet", resnet, {8, 32}, false},     {"resnet", resnet, {8, 32}, true},
-                                  {"batch norm", batch_norm, {16}, true}, {"mlp", mlp, {16, 256}, false}};
-    for (const Case& one : cases) {
-        for (const char* optimizer : {"adamw", "sgd"}) {
-            for (const std::int64_t size : one.sizes) {
-                SCOPED_TRACE(::testing::Message() << one.name << ", " << optimizer << ", micro-batch " << size);
-                Job job = one.make(optimizer);
-                const Batch batch = job.make_batch(2 * size);
-                const PlanReport report = plan_of(job, batch,
-                                                  {.recompute = one.recompute ? Recompute::always : Recompute::never,
-                                                   .most_steps = 0.0,
-                                                   .least_seconds = 0.0});
-                const auto row = std::find_if(report.candidates.begin(), report.candidates.end(),
-                                              [size](const Candidate& each) { return each.plan.micro_batch == size; });
-                ASSERT_NE(row, report.candidates.end());
-                ASSERT_FALSE(row->time_measured);
-                const auto measured = static_cast<double>(peak_of_two_steps(job, batch, row->plan));
-                EXPECT_NEAR(static_cast<double>(row->peak_bytes()), measured, 0.03 * measured);
-            }
-        }
-    }
-}
-
-TEST_F(ProbeTest, ThePeakDoesNotGrowWithTheNumberOfMicroBatches) {
-    std::int64_t of_two = 0;
-    for (const std::int64_t count : {2, 3, 8, 64}) {
-        Job job = test::gpt_job(small_gpt());
-        const Batch batch = job.make_batch(2 * count);
-        std::int64_t batch_bytes = 0;
-        for (const at::Tensor& field : batch.fields) batch_bytes += static_cast<std::int64_t>(field.nbytes());
-        const std::int64_t peak = peak_of_two_steps(job, batch, {.micro_batch = 2}) - batch_bytes;
-        if (count == 2) of_two = peak;
-        EXPECT_NEAR(static_cast<double>(peak), static_cast<double>(of_two), 0.01 * static_cast<double>(of_two));
-    }
-}
-
-TEST_F(ProbeTest, TheBudgetHoldsToTheByte) {
-    Job job = test::gpt_job(small_gpt());
-    const Batch batch = job.make_batch(16);
-    for (const std::int64_t asked : {std::int64_t{3'000'000}, std::int64_t{2'000'000}, std::int64_t{1'300'000}}) {
-        Job fresh = test::gpt_job(small_gpt());
-        const PlanReport report = plan_of(fresh, batch, {.budget_bytes = asked});
-        ASSERT_TRUE(report.chosen) << asked;
-        const std::int64_t needed = report.choice().peak_bytes();
-        EXPECT_LE(needed, asked);
-        {
-            const BudgetScope scope(needed);
-            EXPECT_EQ(peak_of_two_steps(fresh, batch, report.choice().plan), needed);
-            EXPECT_EQ(fresh.accumulator->step(batch, fresh.loss).out_of_memory, 0);
-        }
-        const BudgetScope scope(needed - 1);
-        EXPECT_GT(fresh.accumulator->step(batch, fresh.loss).out_of_memory, 0);
-    }
-}
-
-TEST_F(ProbeTest, AModelThatAllocatesDifferentlyEveryTimeIsPlannedAllTheSame) {
-    Job job = test::gpt_job(small_gpt(0.0));
-    const Batch batch = job.make_batch(16);
-    int calls = 0;
-    const LossFunction loss = [&](const Batch& micro) -> WeightedLoss {
-        const int odd = ++calls * 7919 % 13;
-        std::vector<at::Tensor> scratch;
-        for (int i = 0; i < odd; ++i) scratch.push_back(at::empty({1000 + 100 * odd}));
-        return job.loss(micro);
-    };
-    const PlanReport report = plan_batch(*job.accumulator, batch, loss, {.budget_bytes = 1024 * mebibyte});
-    EXPECT_TRUE(report.chosen);
-    EXPECT_FALSE(report.affine);
-    EXPECT_TRUE(report.choice().time_measured);
-}
-
-// ---- what does not fit ----
-
-TEST_F(ProbeTest, ABudgetBelowTheParametersIsExplained) {
-    Job job = test::gpt_job(small_gpt());
-    const Batch batch = job.make_batch(8);
-    const PlanReport report = plan_of(job, batch, {.budget_bytes = 1000, .most_bytes = 1024 * mebibyte});
-    EXPECT_FALSE(report.chosen);
-    const std::string message = test::error_message(ErrorKind::does_not_fit, [&] { report.choice(); });
-    for (const char* part :
-         {"parameters", "gradients", "optimizer state", "activations", "1 sample", "what would help"}) {
-        EXPECT_NE(message.find(part), std::string::npos) << part << " is not in: " << message;
-    }
-    const Candidate* least = smallest(report);
-    ASSERT_NE(least, nullptr);
-    // The whole truth: with exactly that budget it runs.
-    Job again = test::gpt_job(small_gpt());
-    const std::int64_t elsewhere = memory_use().live_bytes - report.fixed.parameters - report.fixed.other;
-    const BudgetScope budget(least->peak_bytes() + elsewhere);
-    again.accumulator->set_plan(least->plan);
-    for (int i = 0; i < 2; ++i) EXPECT_EQ(again.accumulator->step(batch, again.loss).out_of_memory, 0);
-}
-
-TEST_F(ProbeTest, RefusesWhatMeansNothing) {
-    Job job = test::gpt_job(small_gpt());
-    test::expect_usage_error({"empty"}, [&] { plan_of(job, {}); });
-    const Batch batch = job.make_batch(2);
-    test::expect_usage_error({"budget"}, [&] { plan_of(job, batch, {.budget_bytes = -1}); });
-    test::expect_usage_error({"micro-batch", "3"}, [&] { plan_of(job, batch, {.micro_batch = 3}); });
-    Job mlp = test::mlp_job({.inputs = 4, .classes = 2});
-    test::expect_usage_error({"recompute"}, [&] { plan_of(mlp, mlp.make_batch(2), {.recompute = Recompute::always}); });
-}
-
-// ---- sequences of different lengths ----
-
-/// Samples of different lengths, padded to the longest of a batch.
-class Ragged final : public Dataset {
-public:
-    std::int64_t size() const override { return 10; }
-    std::int64_t longest_sample() const override { return 7; }
-    Batch get(std::span<const std::int64_t> indices) const override {
-        std::int64_t longest = 0;
-        for (const std::int64_t index : indices) longest = std::max(longest, length_of(index));
-        const auto samples = static_cast<std::int64_t>(indices.size());
-        return {{at::ones({samples, longest}, at::kLong), at::ones({samples, longest}, at::kLong)}};
-    }
-
-private:
-    static std::int64_t length_of(std::int64_t index) { return index == 7 ? 16 : 1 + index; }
-};
-
-TEST_F(ProbeTest, PlansForTheLongestShapeThatTheDataHolds) {
-    const Ragged data;
-    Batch longest = longest_batch(data, 4);
-    EXPECT_EQ(longest.size(), 4);
-    EXPECT_EQ(longest.fields[0].size(1), 16);
-    Job job = test::gpt_job(small_gpt());
-    const PlanReport report = plan_of(job, longest, {.budget_bytes = 2 * mebibyte});
-    longest = {};  // or two batches would be there at once
-    const BudgetScope budget(report.choice().peak_bytes());
-    job.accumulator->set_plan(report.choice().plan);
-    for (std::int64_t i = 0; i + 4 <= data.size(); ++i) {
-        const Batch batch = data.get(std::vector<std::int64_t>{i, i + 1, i + 2, i + 3});
-        EXPECT_EQ(job.accumulator->step(batch, job.loss).out_of_memory, 0);
-    }
 }
 
 }  // namespace
