@@ -62,6 +62,7 @@ public:
     bool has_state() const override { return inner_.has_state(); }
     OptimizerState state() const override { return inner_.state(); }
     void restore(const OptimizerState& state) override { inner_.restore(state); }
+    void require_state(const OptimizerState& state) const override { inner_.require_state(state); }
     double learning_rate() const override { return inner_.learning_rate(); }
     void set_learning_rate(double rate) override { inner_.set_learning_rate(rate); }
     std::vector<at::Tensor> parameters() const override { return inner_.parameters(); }

@@ -10,6 +10,7 @@
 
 #include "cli/commands.h"
 #include "cli/config.h"
+#include "cli/config_file.h"
 #include "cli/flags.h"
 #include "cli/interrupt.h"
 #include "cli/outcome.h"
@@ -361,7 +362,7 @@ void add_advise(CLI::App& application, Action& action) {
     command->callback([command, settings, &action] {
         action = [command, settings] {
             refuse_empty_values(*command);
-            apply_config(*command, settings->job);
+            apply_config_file(*command, settings->job.config);
             return advise(*settings);
         };
     });

@@ -10,9 +10,9 @@
 
 #include "cli/commands.h"
 #include "cli/config.h"
+#include "cli/config_file.h"
 #include "cli/flags.h"
 #include "cli/interrupt.h"
-#include "cli/machine.h"
 #include "cli/output.h"
 #include "cli/plan_job.h"
 #include "cli/report.h"
@@ -21,6 +21,7 @@
 #include "microbatch/core/units.h"
 #include "microbatch/io/json_number.h"
 #include "microbatch/memory/budget_allocator.h"
+#include "microbatch/memory/machine.h"
 
 namespace microbatch::cli {
 namespace {
@@ -348,7 +349,7 @@ void add_compare(CLI::App& application, Action& action) {
     command->callback([command, settings, &action] {
         action = [command, settings] {
             refuse_empty_values(*command);
-            apply_config(*command, settings->job);
+            apply_config_file(*command, settings->job.config);
             return compare(*settings);
         };
     });

@@ -1,19 +1,13 @@
 #pragma once
 
-#include <CLI/App.hpp>
 #include <cstdint>
 #include <filesystem>
+#include <string>
 
 #include "cli/job.h"
 #include "cli/settings.h"
 
 namespace microbatch::cli {
-
-/// Fills what the flags left open from the TOML file that --config names: flags win. A key is a flag's name; keys that
-/// only another command knows are left to it.
-/// Errors: ErrorKind::usage if the file cannot be read or parsed, or a key is no flag of any command: the message names
-///         the nearest one that is.
-void apply_config(CLI::App& command, const Settings& settings);
 
 /// A run as it was resolved.
 struct RunConfig {
@@ -27,8 +21,10 @@ struct RunConfig {
 
 RunConfig config_of(const JobPlan& plan, const Plan& cut, Interval length, std::int64_t budget_bytes);
 
-/// Writes config.toml. `--config` with it gives the same run again.
-/// Errors: ErrorKind::usage if the file cannot be written.
+/// What config.toml holds: `--config` with it gives the same run again.
+std::string config_text(const RunConfig& config);
+
+/// Writes config.toml. Errors: ErrorKind::usage if it cannot be written.
 void write_config(const std::filesystem::path& folder, const RunConfig& config);
 
 }  // namespace microbatch::cli

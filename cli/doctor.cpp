@@ -12,11 +12,11 @@
 #include <thread>
 
 #include "cli/commands.h"
-#include "cli/machine.h"
 #include "cli/output.h"
 #include "microbatch/analysis/verify.h"
 #include "microbatch/core/units.h"
 #include "microbatch/memory/budget_allocator.h"
+#include "microbatch/memory/machine.h"
 #include "microbatch/models/gpt.h"
 #include "microbatch/nn/cross_entropy.h"
 

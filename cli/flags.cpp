@@ -164,6 +164,34 @@ void add_train_options(CLI::App& command, Settings& s) {
         ->group(group);
 }
 
+void add_checkpoint_options(CLI::App& command, Settings& s) {
+    const char* group = "Checkpoints";
+    command
+        .add_option("--checkpoint-every", s.checkpoint_every,
+                    "How much a run that is killed loses at most (default \"100 steps\"; \"0 steps\": one when it is "
+                    "interrupted, and at its end)")
+        ->type_name("INTERVAL")
+        ->group(group);
+    add_count(command, "--keep", s.keep, "How many of the newest checkpoints stay (default 3)", 1)
+        ->type_name("N")
+        ->group(group);
+    command
+        .add_option("--keep-every", s.keep_every,
+                    "The first checkpoint at or after each multiple of this stays, too, such as \"1000 steps\"")
+        ->type_name("INTERVAL")
+        ->group(group);
+    command.add_flag("--no-checkpoints", s.no_checkpoints, "Write none: a run that is killed is lost")->group(group);
+    command
+        .add_flag("--resume", s.resume,
+                  "Go on with the run of --run from its newest checkpoint that is whole, to the same bits; with no "
+                  "checkpoint there, begin. Settings come from the checkpoint; flags win")
+        ->group(group);
+    command
+        .add_flag("--resume-changed", s.resume_changed,
+                  "As --resume, although model, data, batch, optimizer or seed are not those of the checkpoint")
+        ->group(group);
+}
+
 void add_length_options(CLI::App& command, Settings& s, const std::string& fallback) {
     const std::string group = fmt::format("How long (one of them; default {})", fallback);
     command.add_option("--steps", s.steps, "Optimizer steps, such as 500 or 10k")->type_name("N")->group(group);

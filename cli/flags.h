@@ -14,6 +14,7 @@ void add_job_options(CLI::App& command, Settings& settings);
 
 /// Declares what only a run has: the batch's schedule, the guard, the measuring of noise.
 void add_train_options(CLI::App& command, Settings& settings);
+void add_checkpoint_options(CLI::App& command, Settings& settings);
 
 /// Errors: ErrorKind::usage if a flag was given an empty value.
 void refuse_empty_values(const CLI::App& command);

@@ -5,6 +5,7 @@
 #include <CLI/Config.hpp>
 #include <CLI/Formatter.hpp>
 #include <algorithm>
+#include <csignal>
 #include <new>
 
 #include "cli/commands.h"
@@ -121,6 +122,7 @@ int main(int count, char** arguments) {
         "Exit codes: 0 done, 2 bad usage or configuration, 3 does not fit the budget, 4 stopped by the guard,\n"
         "5 bad data or checkpoint, 130 interrupted.\n"
         "`microbatch COMMAND --help` tells more of each.");
+    std::signal(SIGXFSZ, SIG_IGN);                  // a file that may not grow is an error to be told, like a full disk
     std::setvbuf(stdout, nullptr, _IOLBF, BUFSIZ);  // in a pipe, too, a line is to be read when it is written
     cli::Action action;
     cli::add_train(application, action);

@@ -25,7 +25,9 @@ struct Outcome {
     std::int64_t out_of_memory = 0;
     std::int64_t refused = 0;
     std::int64_t restores = 0;
-    int refused_in_a_row = 0;  ///< up to the last step; batches of weight 0 do not count
+    int refused_in_a_row = 0;                       ///< up to the last step; batches of weight 0 do not count
+    std::optional<std::int64_t> resumed_from = {};  ///< steps
+    bool checkpointed = false;                      ///< its last state is in a checkpoint
     bool interrupted = false;
     bool ended_in_nan = false;  ///< the length was reached, by steps that were refused because they are not finite
 

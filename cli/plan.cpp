@@ -5,6 +5,7 @@
 
 #include "cli/commands.h"
 #include "cli/config.h"
+#include "cli/config_file.h"
 #include "cli/flags.h"
 #include "cli/interrupt.h"
 #include "cli/output.h"
@@ -170,7 +171,7 @@ void add_plan(CLI::App& application, Action& action) {
     command->callback([command, settings, &action] {
         action = [command, settings] {
             refuse_empty_values(*command);
-            apply_config(*command, *settings);
+            apply_config_file(*command, settings->config);
             return settings->run.empty() ? plan_batch_of(*settings) : check_run(settings->run, settings->json);
         };
     });

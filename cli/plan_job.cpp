@@ -6,11 +6,11 @@
 #include <chrono>
 
 #include "cli/interrupt.h"
-#include "cli/machine.h"
 #include "cli/output.h"
 #include "microbatch/core/error.h"
 #include "microbatch/core/units.h"
 #include "microbatch/memory/budget_allocator.h"
+#include "microbatch/memory/machine.h"
 
 namespace microbatch::cli {
 namespace {

@@ -28,12 +28,14 @@ double seconds_between(std::chrono::steady_clock::time_point a, std::chrono::ste
 
 }  // namespace
 
-ProgressLine::ProgressLine(std::FILE* stream, Interval length, const char* speed_unit, std::int64_t budget_bytes)
+ProgressLine::ProgressLine(std::FILE* stream, Interval length, const char* speed_unit, std::int64_t budget_bytes,
+                           const Progress& begun)
     : stream_(stream),
       terminal_(is_terminal(stream)),
       length_(length),
       speed_unit_(speed_unit),
       budget_bytes_(budget_bytes),
+      begun_(begun),
       started_(std::chrono::steady_clock::now()),
       drawn_(started_) {}
 
@@ -70,13 +72,14 @@ std::string ProgressLine::line() const {
     const Progress& progress = last_.progress;
     const double share =
         std::min(1.0, static_cast<double>(progress.in(length_.unit)) / static_cast<double>(length_.count));
-    const double speed = static_cast<double>(progress.tokens) / std::max(elapsed, 1e-9);
+    const double speed = static_cast<double>(progress.tokens - begun_.tokens) / std::max(elapsed, 1e-9);
+    const double begun = static_cast<double>(begun_.in(length_.unit)) / static_cast<double>(length_.count);
+    const double left = share > begun ? elapsed / (share - begun) * (1.0 - share) : -1.0;
     const double mebibyte = 1024.0 * 1024.0;
-    const std::string figures =
-        fmt::format("{:3.0f} %  step {}  loss {:.4f}  {} {}/s  peak {:.1f} of {:.1f} MiB  {} left", 100.0 * share,
-                    progress.steps, loss_, format_count(std::llround(speed)), speed_unit_,
-                    static_cast<double>(peak_bytes_) / mebibyte, static_cast<double>(budget_bytes_) / mebibyte,
-                    clock_time(share > 0.0 ? elapsed / share * (1.0 - share) : -1.0));
+    const std::string figures = fmt::format(
+        "{:3.0f} %  step {}  loss {:.4f}  {} {}/s  peak {:.1f} of {:.1f} MiB  {} left", 100.0 * share, progress.steps,
+        loss_, format_count(std::llround(speed)), speed_unit_, static_cast<double>(peak_bytes_) / mebibyte,
+        static_cast<double>(budget_bytes_) / mebibyte, clock_time(left));
     return terminal_ ? bar(share, terminal_columns(stream_), figures.size()) + figures : figures;
 }
 

@@ -15,7 +15,9 @@ namespace microbatch::cli {
 class ProgressLine {
 public:
     /// speed_unit: "tokens" or "images".
-    ProgressLine(std::FILE* stream, Interval length, const char* speed_unit, std::int64_t budget_bytes);
+    /// begun: what a run had made already that goes on.
+    ProgressLine(std::FILE* stream, Interval length, const char* speed_unit, std::int64_t budget_bytes,
+                 const Progress& begun = {});
 
     /// After every step. peak_bytes: the largest so far.
     void update(const TrainerReport& report, std::int64_t peak_bytes);
@@ -35,6 +37,7 @@ private:
     Interval length_;
     const char* speed_unit_;
     std::int64_t budget_bytes_;
+    Progress begun_;
     std::chrono::steady_clock::time_point started_, drawn_;
     TrainerReport last_;
     std::int64_t peak_bytes_ = 0;

@@ -15,16 +15,18 @@
 #include "microbatch/core/batch_advice.h"
 #include "microbatch/core/error.h"
 #include "microbatch/core/units.h"
-#include "microbatch/io/write_whole.h"
+#include "microbatch/io/file_system.h"
+#include "microbatch/io/input_file.h"
 
 namespace microbatch::cli {
 namespace {
 
 toml::table read_config(const std::filesystem::path& folder) {
+    constexpr std::uint64_t most_bytes = std::uint64_t{1} << 20U;
     const std::filesystem::path file = folder / "config.toml";
     if (!std::filesystem::exists(file)) return {};
     try {
-        return toml::parse_file(file.string());
+        return toml::parse(InputFile(file).read_all(most_bytes), file.string());
     } catch (const toml::parse_error& error) {
         throw Error(ErrorKind::bad_data,
                     fmt::format("{} line {}: {}", file.string(), error.source().begin.line, error.description()));

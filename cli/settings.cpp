@@ -6,9 +6,9 @@
 #include <cmath>
 #include <vector>
 
-#include "cli/machine.h"
 #include "cli/refuse.h"
 #include "microbatch/core/error.h"
+#include "microbatch/memory/machine.h"
 
 namespace microbatch::cli {
 namespace {

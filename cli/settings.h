@@ -46,6 +46,12 @@ struct Settings {
     bool no_guard = false;
     std::int64_t restores = 3;
     std::int64_t noise_every = 20;  ///< steps; 0: never
+    std::string checkpoint_every = "100 steps";
+    std::int64_t keep = 3;
+    std::string keep_every;  ///< empty: none
+    bool no_checkpoints = false;
+    bool resume = false;
+    bool resume_changed = false;
     std::string run, config;
     bool json = false;
     bool quiet = false;

@@ -149,7 +149,7 @@ void train_in_child(std::FILE* out, const JobPlan& plan, std::int64_t samples, s
     given.cut.micro_batch = std::min(given.cut.micro_batch, strategy.batch);
     write_config(config.path, given);
     add_result(run_child({"train", "--config", (config.path / "config.toml").string(), "--run", run.string(), "--json",
-                          "--quiet"},
+                          "--quiet", "--no-checkpoints"},
                          out),
                strategy);
     if (!strategy.failure.empty()) fmt::print(out, "{} did not finish: {}\n", strategy.name, strategy.failure);

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <nlohmann/json.hpp>
 
+#include "cli/checkpoints.h"
 #include "cli/output.h"
 #include "cli/plan_job.h"
 #include "microbatch/core/error.h"
@@ -72,6 +73,7 @@ void print_header(std::FILE* out, const JobPlan& plan, const PlanReport& report,
     print_rate_rule(out, plan.settings);
     fmt::print(out, "guard     {}\n", watch.guard_line);
     fmt::print(out, "noise     {}\n", watch.noise_line);
+    fmt::print(out, "saved     {}\n", describe_checkpoints(plan.settings));
     fmt::print(out, "run       {}, seed {}, {} threads\n", folder.string(), plan.settings.seed, at::get_num_threads());
 }
 
@@ -120,8 +122,10 @@ void print_summary(std::FILE* out, const JobPlan& plan, const PlanReport& report
                                             : "undefined: too few measures, or the noise hides the gradient");
     }
     const double seconds = median(outcome.seconds_to_compare());
-    fmt::print(out, "time      {:.3f} s a step measured, {:.3f} s predicted ({})\n", seconds, chosen.step_seconds,
-               percent_off(chosen.step_seconds, seconds));
+    if (seconds > 0.0) {  // a run that was done already made no step
+        fmt::print(out, "time      {:.3f} s a step measured, {:.3f} s predicted ({})\n", seconds, chosen.step_seconds,
+                   percent_off(chosen.step_seconds, seconds));
+    }
     if (outcome.out_of_memory > 0) {
         fmt::print(
             out,
@@ -135,8 +139,14 @@ void print_summary(std::FILE* out, const JobPlan& plan, const PlanReport& report
     if (outcome.refused > 0) {
         fmt::print(out, "refused   {} steps were not applied; the reasons are in metrics.jsonl\n", outcome.refused);
     }
-    fmt::print(out, "written   {}: config.toml, metrics.jsonl, model.safetensors, report.html, summary.json\n",
-               folder.string());
+    fmt::print(out, "written   {}: config.toml, metrics.jsonl, model.safetensors, report.html, summary.json{}\n",
+               folder.string(), outcome.checkpointed ? ", checkpoints" : "");
+    if (outcome.interrupted) print_way_on(out, outcome, folder);
+}
+
+void print_way_on(std::FILE* out, const Outcome& outcome, const std::filesystem::path& folder) {
+    if (!outcome.checkpointed) return;
+    fmt::print(out, "go on     microbatch train --run {} --resume\n", folder.string());
 }
 
 void print_json(const JobPlan& plan, const PlanReport& report, const Outcome& outcome,
@@ -168,6 +178,8 @@ void print_json(const JobPlan& plan, const PlanReport& report, const Outcome& ou
     document["restores"] = outcome.restores;
     document["noise_batch"] = outcome.last.noise_batch ? json_number(*outcome.last.noise_batch) : nullptr;
     document["interrupted"] = outcome.interrupted;
+    document["resumed_from"] = nullptr;
+    if (outcome.resumed_from) document["resumed_from"] = *outcome.resumed_from;
     document["run"] = folder.string();
     fmt::print("{}\n", document.dump(2));
 }

@@ -22,6 +22,8 @@ void note_going_back(ProgressLine& progress, const TrainerReport& report, const 
 /// What came of it; `folder` is what was written to.
 void print_summary(std::FILE* out, const JobPlan& plan, const PlanReport& report, const Watch& watch,
                    const Outcome& outcome, const std::filesystem::path& folder);
+/// How to go on with a run that was stopped.
+void print_way_on(std::FILE* out, const Outcome& outcome, const std::filesystem::path& folder);
 void print_json(const JobPlan& plan, const PlanReport& report, const Outcome& outcome,
                 const std::filesystem::path& folder);
 

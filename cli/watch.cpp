@@ -38,7 +38,7 @@ std::int64_t predicted_peak(const PlanReport& report, const Candidate& plan, con
         const std::int64_t state = beside.first_step ? report.fixed.optimizer_state : 0;
         peak = std::max(peak, peaks.later_micro_batches - state + report.fixed.gradients);
     }
-    return peak + beside.snapshot_bytes;
+    return peak + beside.copy_bytes;
 }
 
 Watch watch_of(const JobPlan& plan, const PlanReport& report, const std::filesystem::path& folder) {
@@ -49,15 +49,17 @@ Watch watch_of(const JobPlan& plan, const PlanReport& report, const std::filesys
     if (cut && missing <= 0) watch.noise_every = settings.noise_every;
     watch.noise_line = describe_noise(settings.noise_every, missing, cut);
     watch.guard_line = "off: only what is not finite is refused";
+    const std::int64_t room =
+        report.budget_bytes - predicted_peak(report, report.choice(), {.noise = watch.noise_every > 0});
+    watch.checkpoint_bytes = room;
     if (settings.no_guard) return watch;
     watch.guard = SpikeGuardOptions{.most_refused = most_refused_in_a_row - 1};
     watch.guard_line = fmt::format("{:g} deviations of the last {} steps", watch.guard->sigmas, watch.guard->window);
     if (settings.restores == 0) return watch;
-    watch.recovery = RecoveryOptions{
-        .most = settings.restores,
-        .memory_bytes = report.budget_bytes - predicted_peak(report, report.choice(), {.noise = watch.noise_every > 0}),
-        .folder = folder};
-    watch.guard_line += "; " + describe_recovery(*watch.recovery, snapshot_bytes_of(report));
+    watch.recovery = RecoveryOptions{.most = settings.restores, .memory_bytes = room, .folder = folder};
+    const std::int64_t snapshots = snapshot_bytes_of(report);
+    watch.guard_line += "; " + describe_recovery(*watch.recovery, snapshots);
+    if (snapshots <= room) watch.checkpoint_bytes = room - snapshots;
     return watch;
 }
 

@@ -8,11 +8,13 @@
 
 namespace microbatch::cli {
 
-/// What a run keeps beside its plan: noise is measured, and snapshots are in memory, where there is room for it.
+/// What a run keeps beside its plan: noise is measured, snapshots are in memory, and checkpoints are written from a
+/// copy, where there is room for it.
 struct Watch {
     std::int64_t noise_every = 0;
     std::optional<SpikeGuardOptions> guard;
     std::optional<RecoveryOptions> recovery;
+    std::int64_t checkpoint_bytes = 0;   ///< what a copy to write from may take
     std::string guard_line, noise_line;  ///< for the reader
 };
 
@@ -21,9 +23,9 @@ Watch watch_of(const JobPlan& plan, const PlanReport& report, const std::filesys
 
 /// What a step holds beside its plan.
 struct Beside {
-    std::int64_t snapshot_bytes = 0;
-    bool noise = false;       ///< a copy of the gradients, from the first micro-batch's end to the last one's
-    bool first_step = false;  ///< there is no optimizer state yet beside that copy
+    std::int64_t copy_bytes = 0;  ///< snapshots, and what a checkpoint is written from
+    bool noise = false;           ///< a copy of the gradients, from the first micro-batch's end to the last one's
+    bool first_step = false;      ///< there is no optimizer state yet beside that copy
 };
 
 /// The peak of a run by a plan that was measured, with that beside it.

@@ -11,6 +11,7 @@
 #include "microbatch/core/schedule.h"
 #include "microbatch/core/units.h"
 #include "microbatch/data/open.h"
+#include "microbatch/io/checkpoint_store.h"
 #include "microbatch/io/run_log.h"
 #include "microbatch/io/safetensors.h"
 #include "microbatch/memory/budget_allocator.h"

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # Installs what is missing for `build`, `demo`, `bench` or `test`: Debian packages as root or through sudo, uPlot into
-# node_modules, for the tests TensorBoard into .venv-test, and torch into .venv unless a LibTorch is named. Where it may
+# node_modules, for the tests TensorBoard and safetensors into .venv-test, and torch into .venv unless a LibTorch is named. Where it may
 # not install, it lists what to install and stops. Does nothing twice.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 torch_version=2.13.0
-tensorboard_version=2.21.0
+readers=(tensorboard==2.21.0 safetensors==0.8.0)
 build_packages=(cmake ninja-build ccache g++ python3-venv libcli11-dev libtomlplusplus-dev nlohmann-json3-dev zlib1g-dev)
 data_packages=(fortunes dataset-fashion-mnist)
 bench_packages=(libbenchmark-dev "${data_packages[@]}")
-test_packages=(libgtest-dev clang-format clang-tidy python3-pytest chromium "${data_packages[@]}")
+test_packages=(libgtest-dev clang-format clang-tidy clang libclang-rt-14-dev python3-pytest chromium
+               "${data_packages[@]}")
 # An npm from elsewhere is as good.
 has_uplot() { [ -n "${MICROBATCH_UPLOT:-}" ] || [ -e node_modules/uplot/dist/uPlot.iife.min.js ]; }
 has_uplot || command -v npm > /dev/null || build_packages+=(npm)
@@ -88,17 +89,17 @@ install_uplot() {
     rm -f "$log"
 }
 
-# Only what reads event files back in a test; apart from torch's own Python, which may be somebody else's.
-install_tensorboard() {
-    local marker=.venv-test/tensorboard-$tensorboard_version
+# Only what reads our files back in tests; apart from torch's own Python, which may be somebody else's.
+install_readers() {
+    local marker=.venv-test/$(IFS=,; echo "${readers[*]}")
     if [ -e "$marker" ]; then return; fi
-    echo "installing TensorBoard $tensorboard_version into .venv-test"
+    echo "installing ${readers[*]} into .venv-test"
     rm -rf .venv-test
     python3 -m venv .venv-test
-    if ! .venv-test/bin/python -m pip install --quiet --disable-pip-version-check "tensorboard==$tensorboard_version" \
-         2> .venv-test/pip.log; then
+    if ! .venv-test/bin/python -m pip install --quiet --disable-pip-version-check "${readers[@]}" 2> .venv-test/pip.log
+    then
         cat .venv-test/pip.log >&2
-        echo "TensorBoard could not be installed: the test of event files will fail" >&2
+        echo "they could not be installed: the tests of event files and checkpoints that read by them will fail" >&2
         return
     fi
     touch "$marker"
@@ -111,4 +112,4 @@ else
 fi
 install_torch
 install_uplot
-if [ "$1" = test ]; then install_tensorboard; fi
+if [ "$1" = test ]; then install_readers; fi

@@ -31,19 +31,27 @@ NoiseAverage::NoiseAverage(double decay) : decay_(decay) {
 
 void NoiseAverage::add(const NoiseMeasure& measure) {
     const double part = 1.0 - decay_;
-    sum_.variance = decay_ * sum_.variance + part * measure.variance;
-    sum_.squared_gradient = decay_ * sum_.squared_gradient + part * measure.squared_gradient;
-    weight_ = decay_ * weight_ + part;
+    state_.sum.variance = decay_ * state_.sum.variance + part * measure.variance;
+    state_.sum.squared_gradient = decay_ * state_.sum.squared_gradient + part * measure.squared_gradient;
+    state_.weight = decay_ * state_.weight + part;
+}
+
+void NoiseAverage::restore(const State& state) {
+    const bool sound = state.weight >= 0.0 && state.weight <= 1.000001 && std::isfinite(state.sum.variance) &&
+                       std::isfinite(state.sum.squared_gradient);
+    if (!sound) throw Error(ErrorKind::usage, "noise: this is the state of no average");
+    state_ = state;
 }
 
 std::optional<NoiseMeasure> NoiseAverage::mean() const {
-    if (weight_ == 0.0) return std::nullopt;
-    return NoiseMeasure{.variance = sum_.variance / weight_, .squared_gradient = sum_.squared_gradient / weight_};
+    if (state_.weight == 0.0) return std::nullopt;
+    return NoiseMeasure{.variance = state_.sum.variance / state_.weight,
+                        .squared_gradient = state_.sum.squared_gradient / state_.weight};
 }
 
 std::optional<double> NoiseAverage::noise_batch() const {
-    if (weight_ == 0.0 || sum_.squared_gradient <= 0.0 || sum_.variance <= 0.0) return std::nullopt;
-    return sum_.variance / sum_.squared_gradient;
+    if (state_.weight == 0.0 || state_.sum.squared_gradient <= 0.0 || state_.sum.variance <= 0.0) return std::nullopt;
+    return state_.sum.variance / state_.sum.squared_gradient;
 }
 
 }  // namespace microbatch

@@ -45,10 +45,19 @@ public:
     /// measure yet, or a gradient that the noise hides, |G|^2 or tr(Sigma) not above 0.
     std::optional<double> noise_batch() const;
 
+    /// All that it remembers.
+    struct State {
+        double weight = 0.0;  ///< of all measures so far; 1 in the end
+        NoiseMeasure sum = {};
+    };
+    const State& state() const { return state_; }
+
+    /// Errors: ErrorKind::usage if no average could have this state; nothing has changed then.
+    void restore(const State& state);
+
 private:
     double decay_;
-    double weight_ = 0.0;  // of all measures so far; 1 in the end
-    NoiseMeasure sum_;
+    State state_;
 };
 
 }  // namespace microbatch

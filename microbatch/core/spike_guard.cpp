@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <iterator>
+#include <utility>
 
 #include "microbatch/core/error.h"
 #include "microbatch/core/text.h"
@@ -61,31 +62,43 @@ SpikeGuard::SpikeGuard(const SpikeGuardOptions& options) : options_(options) {
 
 Judgement SpikeGuard::judge(double loss, double gradient_norm) {
     if (const std::string reason = why_unusual(loss, gradient_norm); !reason.empty()) {
-        ++refused_in_a_row_;
-        return {refused_in_a_row_ <= options_.most_refused ? Verdict::refuse : Verdict::diverged, reason};
+        ++state_.refused_in_a_row;
+        return {state_.refused_in_a_row <= options_.most_refused ? Verdict::refuse : Verdict::diverged, reason};
     }
     accept(loss, gradient_norm);
     if (const std::string reason = why_climbing(); !reason.empty()) {
-        accepted_.pop_back();
-        ++refused_in_a_row_;
+        state_.accepted.pop_back();
+        ++state_.refused_in_a_row;
         return {Verdict::diverged, reason};
     }
-    refused_in_a_row_ = 0;
+    state_.refused_in_a_row = 0;
     return {};
 }
 
+void SpikeGuard::restore(SpikeGuardState state) {
+    bool sound = state.refused_in_a_row >= 0 && std::isfinite(state.lowest_mean.value_or(0.0)) &&
+                 std::isfinite(state.lowest_deviation) && std::isfinite(state.last_mean) && std::isfinite(state.scale);
+    for (const Accepted& one : state.accepted) {
+        sound = sound && std::isfinite(one.loss) && std::isfinite(one.gradient_norm);
+    }
+    if (!sound) throw Error(ErrorKind::usage, "spike guard: this is the state of none");
+    while (static_cast<std::int64_t>(state.accepted.size()) > options_.window) state.accepted.pop_front();
+    state_ = std::move(state);
+}
+
 bool SpikeGuard::is_calm() const {
-    if (refused_in_a_row_ > 0) return false;
-    if (!lowest_mean_) return accepted_.empty() || accepted_.back().loss <= accepted_.front().loss;
-    return last_mean_ <= *lowest_mean_ + lowest_deviation_;
+    if (state_.refused_in_a_row > 0) return false;
+    if (!state_.lowest_mean)
+        return state_.accepted.empty() || state_.accepted.back().loss <= state_.accepted.front().loss;
+    return state_.last_mean <= *state_.lowest_mean + state_.lowest_deviation;
 }
 
 std::string SpikeGuard::why_unusual(double loss, double gradient_norm) const {
     if (!std::isfinite(loss)) return "loss is not finite";
     if (!std::isfinite(gradient_norm)) return "gradient norm is not finite";
-    if (static_cast<std::int64_t>(accepted_.size()) < options_.least) return {};
-    const auto usual = [this](auto value) { return usual_of(accepted_.begin(), accepted_.end(), value); };
-    const Usual losses = widened(usual([](const Accepted& one) { return one.loss; }), scale_);
+    if (static_cast<std::int64_t>(state_.accepted.size()) < options_.least) return {};
+    const auto usual = [this](auto value) { return usual_of(state_.accepted.begin(), state_.accepted.end(), value); };
+    const Usual losses = widened(usual([](const Accepted& one) { return one.loss; }), state_.scale);
     if (loss > losses.most(options_.sigmas)) {
         return text("loss of ", loss, " is ", (loss - losses.mean) / losses.deviation, " deviations above ",
                     losses.mean);
@@ -101,23 +114,24 @@ std::string SpikeGuard::why_unusual(double loss, double gradient_norm) const {
 }
 
 void SpikeGuard::accept(double loss, double gradient_norm) {
-    accepted_.push_back({loss, gradient_norm});
-    if (static_cast<std::int64_t>(accepted_.size()) > options_.window) accepted_.pop_front();
+    state_.accepted.push_back({loss, gradient_norm});
+    if (static_cast<std::int64_t>(state_.accepted.size()) > options_.window) state_.accepted.pop_front();
 }
 
 std::string SpikeGuard::why_climbing() {
-    if (static_cast<std::int64_t>(accepted_.size()) < options_.least) return {};
-    Usual last =
-        usual_of(accepted_.end() - options_.least, accepted_.end(), [](const Accepted& one) { return one.loss; });
-    if (!lowest_mean_) scale_ = std::abs(last.mean);
-    last = widened(last, scale_);
-    last_mean_ = last.mean;
-    if (!lowest_mean_ || last.mean < *lowest_mean_) {
-        lowest_mean_ = last.mean;
-        lowest_deviation_ = last.deviation;
+    if (static_cast<std::int64_t>(state_.accepted.size()) < options_.least) return {};
+    Usual last = usual_of(state_.accepted.end() - options_.least, state_.accepted.end(),
+                          [](const Accepted& one) { return one.loss; });
+    if (!state_.lowest_mean) state_.scale = std::abs(last.mean);
+    last = widened(last, state_.scale);
+    state_.last_mean = last.mean;
+    if (!state_.lowest_mean || last.mean < *state_.lowest_mean) {
+        state_.lowest_mean = last.mean;
+        state_.lowest_deviation = last.deviation;
     }
-    if (last.mean <= *lowest_mean_ + options_.sigmas * lowest_deviation_) return {};
-    return text("mean loss of the last ", options_.least, " steps has climbed to ", last.mean, " from ", *lowest_mean_);
+    if (last.mean <= *state_.lowest_mean + options_.sigmas * state_.lowest_deviation) return {};
+    return text("mean loss of the last ", options_.least, " steps has climbed to ", last.mean, " from ",
+                *state_.lowest_mean);
 }
 
 }  // namespace microbatch

@@ -26,6 +26,24 @@ struct Judgement {
     std::string reason = {};  ///< what is wrong with this step, or with the last ones; empty if it is applied
 };
 
+/// All that a guard remembers.
+struct SpikeGuardState {
+    struct Accepted {
+        double loss = 0.0, gradient_norm = 0.0;
+
+        bool operator==(const Accepted&) const = default;
+    };
+
+    std::deque<Accepted> accepted = {};  ///< the last `window`
+    std::int64_t refused_in_a_row = 0;
+    std::optional<double> lowest_mean = {};  ///< of `least` losses
+    double lowest_deviation = 0.0;           ///< of those
+    double last_mean = 0.0;                  ///< of `least` losses
+    double scale = 0.0;                      ///< of the loss: the mean of the first `least`
+
+    bool operator==(const SpikeGuardState&) const = default;
+};
+
 /// Tells bad steps before they are taken, from the loss and the gradient norm of the whole batch.
 ///
 /// A step is refused if one of both is not finite, or beyond what is usual: mean + sigmas * deviation of the last
@@ -54,24 +72,25 @@ public:
     bool is_calm() const;
 
     /// Steps refused since the last one that was applied.
-    std::int64_t refused_in_a_row() const { return refused_in_a_row_; }
+    std::int64_t refused_in_a_row() const { return state_.refused_in_a_row; }
+
+    const SpikeGuardState& state() const { return state_; }
+
+    /// Goes on from a state that a guard had.
+    /// Errors: ErrorKind::usage if none could have it: a count below 0, a number that is not finite. Nothing has
+    /// changed
+    ///         then. What was accepted beyond the window is forgotten, as another window may be asked for now.
+    void restore(SpikeGuardState state);
 
 private:
-    struct Accepted {
-        double loss, gradient_norm;
-    };
+    using Accepted = SpikeGuardState::Accepted;
 
     std::string why_unusual(double loss, double gradient_norm) const;
     std::string why_climbing();
     void accept(double loss, double gradient_norm);
 
     SpikeGuardOptions options_;
-    std::deque<Accepted> accepted_;  // the last `window`
-    std::int64_t refused_in_a_row_ = 0;
-    std::optional<double> lowest_mean_;  // of `least` losses
-    double lowest_deviation_ = 0.0;      // of those
-    double last_mean_ = 0.0;             // of `least` losses
-    double scale_ = 0.0;                 // of the loss: the mean of the first `least`
+    SpikeGuardState state_;
 };
 
 }  // namespace microbatch

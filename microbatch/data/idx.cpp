@@ -13,21 +13,24 @@
 
 #include "microbatch/core/error.h"
 #include "microbatch/core/text.h"
-#include "microbatch/data/mapped_file.h"
+#include "microbatch/core/units.h"
+#include "microbatch/io/input_file.h"
 
 namespace microbatch {
 namespace {
 
 constexpr std::uint8_t unsigned_byte = 0x08;
-constexpr std::int64_t largest_array = std::int64_t{1} << 40;
 constexpr std::size_t chunk_bytes = 1 << 20;
+// The most that deflate makes of one byte: https://zlib.net/zlib_tech.html
+constexpr std::uint64_t largest_expansion = 1032;
 
 /// Bytes of a file in order, decompressed on the way if it is gzipped.
 class Reader {
 public:
     explicit Reader(const std::filesystem::path& path) : path_(path) {
-        // zlib opens folders and pipes and says little about why it cannot: let MappedFile judge first.
-        if (MappedFile(path).bytes().empty()) refuse("is empty: give an IDX file");
+        // zlib opens folders and pipes and says little about why it cannot: let InputFile judge first.
+        size_ = InputFile(path).size();
+        if (size_ == 0) refuse("is empty: give an IDX file");
         file_.reset(::gzopen(path.c_str(), "rbe"));
         if (!file_) refuse("cannot be opened");
         ::gzbuffer(file_.get(), 1 << 17);
@@ -36,6 +39,9 @@ public:
     [[noreturn]] void refuse(const std::string& reason) const {
         throw Error(ErrorKind::bad_data, text(path_.string(), " ", reason));
     }
+
+    /// More bytes than the file can hold, gzipped or not.
+    std::uint64_t bound() const { return (size_ + 1) * largest_expansion; }
 
     /// As many bytes as there are left, up to the length of `into`.
     std::size_t read(std::span<std::uint8_t> into) {
@@ -52,6 +58,7 @@ private:
         void operator()(gzFile_s* file) const { ::gzclose(file); }
     };
     const std::filesystem::path& path_;
+    std::uint64_t size_ = 0;
     std::unique_ptr<gzFile_s, Close> file_;
 };
 
@@ -77,38 +84,37 @@ void check_magic(const Reader& file, std::span<const std::uint8_t> magic, int di
     }
 }
 
-std::vector<std::int64_t> read_shape(Reader& file, int dimensions) {
+std::vector<std::int64_t> read_shape(Reader& file, int dimensions, std::uint64_t most_bytes) {
     std::array<std::uint8_t, 4> word{};
     if (const std::size_t count = file.read(word); count < word.size()) {
         file.refuse(text("is truncated: ", count, " bytes, expected an IDX header of ", 4 + 4 * dimensions));
     }
     check_magic(file, word, dimensions);
     std::vector<std::int64_t> shape;
-    std::int64_t elements = 1;
+    std::uint64_t elements = 1;
     for (int i = 0; i < dimensions; ++i) {
         if (file.read(word) < word.size()) {
             file.refuse(text("is truncated within its header, expected ", 4 + 4 * dimensions, " bytes of it"));
         }
         shape.push_back(std::int64_t{word[0]} << 24 | word[1] << 16 | word[2] << 8 | word[3]);
         if (shape.back() == 0) file.refuse(text("has nothing in it: dimension ", i, " is 0, expected at least 1"));
-        if (shape.back() > largest_array / elements) {
-            file.refuse(text("has a header that announces more than 1 TiB (dimension ", i, " is ", shape.back(),
-                             "), expected less: it is not a data set"));
+        const auto length = static_cast<std::uint64_t>(shape.back());
+        if (length > most_bytes / elements) {
+            file.refuse(text("has a header that announces more than ",
+                             format_bytes(static_cast<std::int64_t>(most_bytes)), " (dimension ", i, " is ", length,
+                             "), which is what it may take of memory: give a smaller data set"));
         }
-        elements *= shape.back();
+        elements *= length;
     }
     return shape;
 }
 
 std::vector<std::uint8_t> read_elements(Reader& file, std::size_t announced) {
     std::vector<std::uint8_t> bytes;
+    bytes.reserve(static_cast<std::size_t>(std::min<std::uint64_t>(announced, file.bound())));
     while (bytes.size() < announced) {
         const std::size_t before = bytes.size();
         const std::size_t wanted = std::min(chunk_bytes, announced - before);
-        if (bytes.capacity() < before + wanted) {
-            // Doubling, but never beyond the end: an honest file ends with no byte to spare.
-            bytes.reserve(std::min(announced, std::max(before + wanted, 2 * before)));
-        }
         bytes.resize(before + wanted);
         const std::size_t count = file.read(std::span(bytes).subspan(before));
         if (count < wanted) {
@@ -124,13 +130,13 @@ std::vector<std::uint8_t> read_elements(Reader& file, std::size_t announced) {
 
 }  // namespace
 
-IdxArray read_idx(const std::filesystem::path& path, int dimensions) {
+IdxArray read_idx(const std::filesystem::path& path, int dimensions, std::uint64_t most_bytes) {
     if (dimensions < 1 || dimensions > 255) {
         throw Error(ErrorKind::usage, text("an IDX file has 1 to 255 dimensions, not ", dimensions));
     }
     Reader file(path);
     IdxArray array;
-    array.shape = read_shape(file, dimensions);
+    array.shape = read_shape(file, dimensions, most_bytes);
     std::size_t elements = 1;
     for (const std::int64_t length : array.shape) elements *= static_cast<std::size_t>(length);
     array.bytes = read_elements(file, elements);

@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <optional>
 #include <span>
+#include <string_view>
 #include <system_error>
 #include <utility>
 
+#include "microbatch/core/crc32c.h"
 #include "microbatch/core/error.h"
 #include "microbatch/core/text.h"
 #include "microbatch/core/units.h"
@@ -14,6 +16,7 @@
 #include "microbatch/data/text.h"
 #include "microbatch/data/token_file.h"
 #include "microbatch/data/token_windows.h"
+#include "microbatch/memory/machine.h"
 
 namespace microbatch {
 namespace {
@@ -24,7 +27,12 @@ std::string samples_in_words(const OpenedData& data) {
     return text(format_count(data.train->size()), " training and ", format_count(data.held_out->size()), " held-out ");
 }
 
-/// Windows of the first 90 % to train on and of the rest to hold out.
+/// What text or an array may take: a part of what there is now, so that what is read next has some left.
+std::uint64_t most_bytes() {
+    return static_cast<std::uint64_t>(available_memory_bytes() / 2);
+}
+
+/// Windows of the first 90 % to train on and of the rest to hold out, and what one pass over them finds.
 void split_tokens(OpenedData& data, const Tokens& tokens, std::int64_t length, const fs::path& path) {
     if (length < 1) throw Error(ErrorKind::usage, text("a sample has ", length, " tokens: it needs at least 1"));
     const std::int64_t total = tokens.size();
@@ -35,16 +43,20 @@ void split_tokens(OpenedData& data, const Tokens& tokens, std::int64_t length, c
                          ") are held out, but one sample of ", length, " needs ",
                          static_cast<std::uint64_t>(length) + 1, ": give more data or use shorter samples"));
     }
-    data.train = std::make_unique<TokenWindows>(tokens.slice(0, total - held_out), length);
-    data.held_out = std::make_unique<TokenWindows>(tokens.slice(total - held_out, total), length);
+    const Tokens first = tokens.slice(0, total - held_out), last = tokens.slice(total - held_out, total);
+    data.train = std::make_unique<TokenWindows>(first, length);
+    data.held_out = std::make_unique<TokenWindows>(last, length);
+    const TokenScan seen = scan(first);
+    data.classes = std::max(seen.vocabulary, scan(last).vocabulary);
+    data.fingerprint = seen.checksum;
 }
 
 OpenedData open_text(const fs::path& path, std::int64_t length) {
     OpenedData data;
     data.kind = DataKind::text;
-    data.classes = 256;
-    const Tokens tokens = byte_tokens(read_text(path));
+    const Tokens tokens = byte_tokens(read_text(path, most_bytes()));
     split_tokens(data, tokens, length, path);
+    data.classes = 256;  // any byte can follow, seen or not
     data.description = text(format_bytes(tokens.size()), " of text, ", samples_in_words(data), "samples of ",
                             format_count(length), " bytes");
     return data;
@@ -55,7 +67,6 @@ OpenedData open_tokens(const fs::path& path, std::int64_t length) {
     data.kind = DataKind::tokens;
     const Tokens tokens = open_token_file(path);
     split_tokens(data, tokens, length, path);
-    data.classes = vocabulary_of(tokens);
     data.description = text(format_count(tokens.size()), " tokens of a vocabulary of ", format_count(data.classes),
                             ", ", samples_in_words(data), "samples of ", format_count(length), " tokens");
     return data;
@@ -94,12 +105,17 @@ std::shared_ptr<const LabelledImages> read_set(const fs::path& folder, const std
         throw Error(ErrorKind::bad_data, text(folder.string(), " has ", images ? images_name : labels_name, " but no ",
                                               images ? labels_name : images_name, " (.gz or not): put it there"));
     }
-    return std::make_shared<const LabelledImages>(LabelledImages{
-        read_idx(*images, 3), read_idx(*labels, 1), text(images->string(), " and ", labels->filename().string())});
+    return std::make_shared<const LabelledImages>(
+        LabelledImages{read_idx(*images, 3, most_bytes()), read_idx(*labels, 1, most_bytes()),
+                       text(images->string(), " and ", labels->filename().string())});
 }
 
 std::int64_t largest_label(const LabelledImages& data) {
     return *std::max_element(data.labels.bytes.begin(), data.labels.bytes.end());
+}
+
+std::string_view characters(std::span<const std::uint8_t> bytes) {
+    return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
 }
 
 OpenedData open_images(const fs::path& folder) {
@@ -123,13 +139,16 @@ OpenedData open_images(const fs::path& folder) {
                     text(folder.string(), " has training images of ", shape[1], "x", shape[2], " but held-out ones of ",
                          test->images.shape[1], "x", test->images.shape[2], ": give files that belong together"));
     }
-    const auto scale = pixel_scale(std::span(train->images.bytes).first(static_cast<std::size_t>(trained * pixels)));
+    const auto seen = std::span(train->images.bytes).first(static_cast<std::size_t>(trained * pixels));
+    const PixelScale scale = pixel_scale(seen);
     OpenedData data;
     data.kind = DataKind::images;
     data.train = std::make_unique<ImageDataset>(train, scale, 0, trained);
     const auto& held_out = test ? test : train;
     data.held_out = std::make_unique<ImageDataset>(held_out, scale, test ? 0 : trained, held_out->images.shape[0]);
     data.classes = std::max(largest_label(*train), largest_label(*held_out)) + 1;
+    const auto labels = std::span(train->labels.bytes).first(static_cast<std::size_t>(trained));
+    data.fingerprint = crc32c(characters(labels), crc32c(characters(seen)));
     data.height = shape[1];
     data.width = shape[2];
     data.description =

@@ -16,10 +16,11 @@ struct OpenedData {
     DataKind kind = DataKind::text;
     std::unique_ptr<Dataset> train;
     std::unique_ptr<Dataset> held_out;
-    std::int64_t classes = 0;  ///< 256 for text, else the largest token or label + 1 over both datasets
-    std::int64_t height = 0;   ///< pixels; 0 unless images
-    std::int64_t width = 0;    ///< pixels; 0 unless images
-    std::string description;   ///< one line for a person
+    std::int64_t classes = 0;       ///< 256 for text, else the largest token or label + 1 over both datasets
+    std::int64_t height = 0;        ///< pixels; 0 unless images
+    std::int64_t width = 0;         ///< pixels; 0 unless images
+    std::uint32_t fingerprint = 0;  ///< CRC-32C of the bytes trained on: other data has another one
+    std::string description;        ///< one line for a person
 };
 
 /// Opens the data at a path for training, by what it is:
@@ -33,8 +34,11 @@ struct OpenedData {
 ///
 /// length: tokens per sample; not used for images.
 /// Errors: ErrorKind::usage if length < 1 for text or tokens; ErrorKind::bad_data if a file is missing, damaged or does
-///         not fit the others, or either part has fewer than length + 1 tokens or no image.
-/// Cost:   tokens are mapped, text and images read into memory; one pass over all of it.
+///         not fit the others, either part has fewer than length + 1 tokens or no image, or text or an array of images
+///         would take more than half of the memory that the machine has available now.
+/// State:  files of text and images are closed again. A file of tokens stays open and is read when a sample is asked
+///         for: get() throws ErrorKind::bad_data if it has become shorter; it may be removed.
+/// Cost:   text and images are read into memory, tokens are not; one pass over all of it.
 OpenedData open_data(const std::filesystem::path& path, std::int64_t length);
 
 }  // namespace microbatch

@@ -1,6 +1,7 @@
 #include "microbatch/data/text.h"
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <span>
 #include <string>
@@ -8,7 +9,8 @@
 
 #include "microbatch/core/error.h"
 #include "microbatch/core/text.h"
-#include "microbatch/data/mapped_file.h"
+#include "microbatch/core/units.h"
+#include "microbatch/io/input_file.h"
 
 namespace microbatch {
 namespace {
@@ -17,14 +19,12 @@ namespace fs = std::filesystem;
 
 constexpr std::size_t binary_check_bytes = 8192;
 
-bool is_binary(std::span<const std::byte> bytes) {
-    const auto head = bytes.first(std::min(bytes.size(), binary_check_bytes));
+bool is_binary(const InputFile& file) {
+    std::array<std::byte, binary_check_bytes> bytes{};
+    const auto head =
+        std::span(bytes).first(static_cast<std::size_t>(std::min<std::uint64_t>(bytes.size(), file.size())));
+    file.read(0, head);
     return std::find(head.begin(), head.end(), std::byte{0}) != head.end();
-}
-
-void append(std::vector<std::uint8_t>& all, std::span<const std::byte> bytes) {
-    const auto* begin = reinterpret_cast<const std::uint8_t*>(bytes.data());
-    all.insert(all.end(), begin, begin + bytes.size());
 }
 
 void check_walk(const std::error_code& error, const fs::path& folder) {
@@ -53,31 +53,66 @@ std::vector<fs::path> files_below(const fs::path& folder) {
     return files;
 }
 
-}  // namespace
+struct TextFile {
+    fs::path path;
+    std::uint64_t size;
+};
 
-std::vector<std::uint8_t> read_text(const fs::path& path) {
-    std::vector<std::uint8_t> all;
-    std::error_code ignored;  // what cannot be looked at is reported by opening it
-    if (fs::is_directory(path, ignored)) {
-        for (const fs::path& name : files_below(path)) {
-            const MappedFile file(name);
-            if (!is_binary(file.bytes())) append(all, file.bytes());
-        }
-        if (all.empty()) {
-            throw Error(ErrorKind::bad_data, text("the folder ", path.string(),
-                                                  " holds no text: give one with text "
-                                                  "files that are not empty, hidden, binary or links"));
-        }
-        return all;
+/// Those of the files that are text, without the empty ones.
+std::vector<TextFile> text_among(const std::vector<fs::path>& paths) {
+    std::vector<TextFile> found;
+    for (const fs::path& path : paths) {
+        const InputFile file(path);
+        if (file.size() > 0 && !is_binary(file)) found.push_back({path, file.size()});
     }
-    const MappedFile file(path);
-    if (file.bytes().empty()) throw Error(ErrorKind::bad_data, text(path.string(), " is empty: give a file with text"));
-    if (is_binary(file.bytes())) {
+    return found;
+}
+
+/// The file as a list of one. Errors: ErrorKind::bad_data if it is empty or binary.
+std::vector<TextFile> only_text(const fs::path& path) {
+    const InputFile file(path);
+    if (file.size() == 0) throw Error(ErrorKind::bad_data, text(path.string(), " is empty: give a file with text"));
+    if (is_binary(file)) {
         throw Error(ErrorKind::bad_data, text(path.string(),
                                               " is not text (it has a NUL byte): give a text file, "
                                               "a .bin of uint16 tokens or a folder with IDX images and labels"));
     }
-    append(all, file.bytes());
+    return {{path, file.size()}};
+}
+
+/// The sum of the sizes. Errors: ErrorKind::bad_data if it is above `most`.
+std::size_t total_size(const std::vector<TextFile>& files, const fs::path& path, std::uint64_t most) {
+    std::uint64_t total = 0;
+    for (const TextFile& file : files) {
+        if (file.size > most - total) {
+            throw Error(ErrorKind::bad_data,
+                        text(path.string(), " holds more text than the ", format_bytes(static_cast<std::int64_t>(most)),
+                             " of memory that it may take: give less, or a .bin of uint16 tokens, "
+                             "which is not kept in memory"));
+        }
+        total += file.size;
+    }
+    return static_cast<std::size_t>(total);
+}
+
+}  // namespace
+
+std::vector<std::uint8_t> read_text(const fs::path& path, std::uint64_t most_bytes) {
+    std::error_code ignored;  // what cannot be looked at is reported by opening it
+    const bool folder = fs::is_directory(path, ignored);
+    const auto files = folder ? text_among(files_below(path)) : only_text(path);
+    if (files.empty()) {
+        throw Error(ErrorKind::bad_data, text("the folder ", path.string(),
+                                              " holds no text: give one with text "
+                                              "files that are not empty, hidden, binary or links"));
+    }
+    std::vector<std::uint8_t> all(total_size(files, path, most_bytes));
+    std::span<std::byte> rest = std::as_writable_bytes(std::span(all));
+    for (const TextFile& file : files) {
+        // By the size that was counted: what a file has grown by meanwhile is not read.
+        InputFile(file.path).read(0, rest.first(static_cast<std::size_t>(file.size)));
+        rest = rest.subspan(static_cast<std::size_t>(file.size));
+    }
     return all;
 }
 

@@ -1,77 +1,76 @@
 #include "microbatch/data/token_file.h"
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cstddef>
-#include <cstring>
+#include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 
 #include "microbatch/core/error.h"
 #include "microbatch/core/text.h"
-#include "microbatch/data/mapped_file.h"
+#include "microbatch/io/input_file.h"
 
 namespace microbatch {
 namespace {
 
-static_assert(std::endian::native == std::endian::little, "token files are read in place and are little-endian");
-
-using Bytes = std::span<const std::byte>;
+static_assert(std::endian::native == std::endian::little, "the header is read as it is and is little-endian");
 
 constexpr std::int32_t uint16_magic = 20240520;
 constexpr std::int32_t uint32_magic = 20240801;
 constexpr std::int32_t known_version = 1;
-constexpr std::size_t header_bytes = 256 * sizeof(std::int32_t);
+constexpr std::uint64_t header_bytes = 256 * sizeof(std::int32_t);
 
-[[noreturn]] void refuse(const std::filesystem::path& path, const std::string& reason) {
-    throw Error(ErrorKind::bad_data, text(path.string(), " ", reason));
+[[noreturn]] void refuse(const InputFile& file, const std::string& reason) {
+    throw Error(ErrorKind::bad_data, text(file.path().string(), " ", reason));
 }
 
-std::int32_t magic_of(Bytes file) {
-    std::int32_t magic = 0;
-    if (file.size() >= sizeof magic) std::memcpy(&magic, file.data(), sizeof magic);
-    return magic;
+/// The first words of a header of llm.c; 0 where the file is too short.
+std::array<std::int32_t, 3> read_header(const InputFile& file) {
+    std::array<std::int32_t, 3> words{};
+    const auto bytes = std::as_writable_bytes(std::span(words));
+    file.read(0, bytes.first(static_cast<std::size_t>(std::min<std::uint64_t>(bytes.size(), file.size()))));
+    return words;
 }
 
-/// What follows the header of llm.c, once the header is found to describe it.
-Bytes after_header(Bytes file, const std::filesystem::path& path) {
+/// That the header of llm.c describes the file.
+void check_header(std::span<const std::int32_t, 3> header, const InputFile& file) {
     if (file.size() < header_bytes) {
-        refuse(path, text("is truncated: it has ", file.size(), " bytes of the ", header_bytes,
+        refuse(file, text("is truncated: it has ", file.size(), " bytes of the ", header_bytes,
                           " of an llm.c header; write or fetch it again"));
     }
-    std::array<std::int32_t, 3> header{};
-    std::memcpy(header.data(), file.data(), sizeof header);
-    const auto [magic, version, count] = header;
+    const std::int32_t version = header[1], count = header[2];
     if (version != known_version) {
-        refuse(path, text("is an llm.c token file of version ", version, ", but only version ", known_version,
+        refuse(file, text("is an llm.c token file of version ", version, ", but only version ", known_version,
                           " (uint16 tokens) can be read"));
     }
-    const Bytes tokens = file.subspan(header_bytes);
-    if (static_cast<std::int64_t>(tokens.size()) != std::int64_t{count} * 2) {
-        refuse(path, text("is truncated or damaged: its header announces ", count, " tokens of 2 bytes, but ",
-                          tokens.size(), " bytes follow it; write or fetch it again"));
+    const auto following = static_cast<std::int64_t>(file.size() - header_bytes);
+    if (following != std::int64_t{count} * 2) {
+        refuse(file, text("is truncated or damaged: its header announces ", count, " tokens of 2 bytes, but ",
+                          following, " bytes follow it; write or fetch it again"));
     }
-    return tokens;
 }
 
 }  // namespace
 
 Tokens open_token_file(const std::filesystem::path& path) {
-    const auto file = std::make_shared<const MappedFile>(path);
-    Bytes tokens = file->bytes();
-    if (tokens.empty()) refuse(path, "is empty: give a file of uint16 tokens");
-    const std::int32_t magic = magic_of(tokens);
-    if (magic == uint32_magic) {
-        refuse(path, text("holds uint32 tokens (llm.c's ", uint32_magic,
-                          ", the Llama 3 tokenizer), but only uint16 tokens can be read: write it with another one"));
+    const auto file = std::make_shared<const InputFile>(path);
+    if (file->size() == 0) refuse(*file, "is empty: give a file of uint16 tokens");
+    const auto header = read_header(*file);
+    if (header[0] == uint32_magic) {
+        refuse(*file, text("holds uint32 tokens (llm.c's ", uint32_magic,
+                           ", the Llama 3 tokenizer), but only uint16 tokens can be read: write it with another one"));
     }
-    if (magic == uint16_magic) tokens = after_header(tokens, path);
-    if (tokens.size() % 2 != 0) {
-        refuse(path,
-               text("is not a file of uint16 tokens, or is truncated: ", tokens.size(), " bytes is an odd number"));
+    const bool has_header = header[0] == uint16_magic;
+    if (has_header) check_header(header, *file);
+    const std::uint64_t begin = has_header ? header_bytes : 0;
+    const std::uint64_t bytes = file->size() - begin;
+    if (bytes % 2 != 0) {
+        refuse(*file, text("is not a file of uint16 tokens, or is truncated: ", bytes, " bytes is an odd number"));
     }
-    const auto* first = reinterpret_cast<const std::uint16_t*>(tokens.data());
-    return {std::span<const std::uint16_t>(first, tokens.size() / 2), file};
+    return {TokensInFile{file.get(), begin, static_cast<std::size_t>(bytes / 2)}, file};
 }
 
 }  // namespace microbatch

@@ -3,20 +3,19 @@
 #include <unistd.h>
 
 #include <bit>
-#include <cerrno>
 #include <chrono>
-#include <cstring>
 
 #include "microbatch/core/crc32c.h"
-#include "microbatch/core/error.h"
 #include "microbatch/core/text.h"
 
 namespace microbatch {
 namespace {
 
 // The fields of tensorboard's event.proto and summary.proto, and protobuf's wire types.
-enum Field : std::uint32_t { wall_time = 1, step_number = 2, file_version = 3, summary = 5 };
+enum Field : std::uint32_t { wall_time = 1, step_number = 2, file_version = 3, summary = 5, session_log = 7 };
 enum SummaryField : std::uint32_t { summary_value = 1 };
+enum SessionField : std::uint32_t { session_status = 1 };
+enum SessionStatus : std::uint32_t { session_start = 1 };
 enum ValueField : std::uint32_t { value_tag = 1, simple_value = 2 };
 enum Wire : std::uint32_t { varint = 0, fixed64 = 1, bytes = 2, fixed32 = 5 };
 
@@ -58,22 +57,38 @@ std::filesystem::path new_name(const std::filesystem::path& folder) {
     const auto now = std::chrono::system_clock::now().time_since_epoch();
     char host[256] = "localhost";
     ::gethostname(host, sizeof(host) - 1);
-    return folder / text("events.out.tfevents.", std::chrono::duration_cast<std::chrono::seconds>(now).count(), ".",
-                         host, ".", ::getpid());
+    const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(now).count();
+    const auto name = [&](int more) {
+        return folder /
+               text("events.out.tfevents.", seconds, ".", host, ".", ::getpid(), more > 0 ? text(".", more) : "");
+    };
+    // A clock may jump back, and in a container every process has the same number.
+    int more = 0;
+    while (std::filesystem::exists(std::filesystem::symlink_status(name(more)))) ++more;
+    return name(more);
 }
 
 }  // namespace
 
-EventFile::EventFile(const std::filesystem::path& folder) : path_(new_name(folder)) {
-    errno = 0;
-    file_.open(path_, std::ios::binary | std::ios::trunc);
-    if (!file_) throw Error(ErrorKind::usage, text("cannot write ", path_.string(), ": ", std::strerror(errno)));
+EventFile::EventFile(const std::filesystem::path& folder) {
+    file_.emplace(new_name(folder));
     std::string event = begin_event();
     add_bytes(event, file_version, "brain.Event:2");
     write_record(event);
 }
 
-void EventFile::write(std::int64_t step, std::span<const Scalar> scalars) {
+std::string EventFile::go_on(std::int64_t steps) {
+    std::string session;
+    add_key(session, session_status, varint);
+    add_varint(session, session_start);
+    std::string event = begin_event();
+    add_key(event, step_number, varint);
+    add_varint(event, static_cast<std::uint64_t>(steps) + 1);
+    add_bytes(event, session_log, session);
+    return write_record(event);
+}
+
+std::string EventFile::write(std::int64_t step, std::span<const Scalar> scalars) {
     std::string values;
     for (const Scalar& scalar : scalars) {
         std::string value;
@@ -86,17 +101,16 @@ void EventFile::write(std::int64_t step, std::span<const Scalar> scalars) {
     add_key(event, step_number, varint);
     add_varint(event, static_cast<std::uint64_t>(step));
     add_bytes(event, summary, values);
-    write_record(event);
+    return write_record(event);
 }
 
-void EventFile::write_record(const std::string& data) {
+std::string EventFile::write_record(const std::string& data) {
     std::string record;
     add_little_endian(record, static_cast<std::uint64_t>(data.size()));
     add_little_endian(record, masked_crc(record));
     record += data;
     add_little_endian(record, masked_crc(data));
-    file_ << record << std::flush;
-    if (!file_) throw Error(ErrorKind::usage, text("cannot write ", path_.string(), ": is the disk full?"));
+    return file_->append(record);
 }
 
 }  // namespace microbatch

@@ -2,10 +2,12 @@
 
 #include <cstdint>
 #include <filesystem>
-#include <fstream>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
+
+#include "microbatch/io/append_file.h"
 
 namespace microbatch {
 
@@ -17,6 +19,7 @@ struct Scalar {
 
 /// events.out.tfevents.*: what TensorBoard reads, written through a step at a time.
 ///
+/// Faults:  as RunLog's.
 /// Format: records of (length, masked CRC-32C of it, data, masked CRC-32C of it), each an Event of tensorboard's
 ///         event.proto: wall_time, step, and a summary of simple values; the first names the version.
 /// Threads: no two calls at the same time.
@@ -26,17 +29,20 @@ public:
     /// Errors: ErrorKind::usage if it cannot be written.
     explicit EventFile(const std::filesystem::path& folder);
 
-    /// Adds the numbers of a step; none is left out for not being finite.
-    /// Errors: ErrorKind::usage if they cannot be written (disk full); it names the file.
-    void write(std::int64_t step, std::span<const Scalar> scalars);
+    /// Tells TensorBoard that a run goes on after so many steps: what other files of the folder have of later ones is
+    /// not drawn. As write().
+    std::string go_on(std::int64_t steps);
 
-    const std::filesystem::path& path() const { return path_; }
+    /// Adds the numbers of a step; none is left out for not being finite. Returns why they, or those before them, could
+    /// not be written, naming the file; empty if all are.
+    std::string write(std::int64_t step, std::span<const Scalar> scalars);
+
+    const std::filesystem::path& path() const { return file_->path(); }
 
 private:
-    void write_record(const std::string& data);
+    std::string write_record(const std::string& data);
 
-    std::filesystem::path path_;
-    std::ofstream file_;
+    std::optional<AppendFile> file_;
 };
 
 }  // namespace microbatch

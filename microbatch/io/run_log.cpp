@@ -1,31 +1,80 @@
 #include "microbatch/io/run_log.h"
 
-#include <cerrno>
-#include <cstring>
+#include <charconv>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <string_view>
 
 #include "microbatch/core/error.h"
 #include "microbatch/core/text.h"
 #include "microbatch/io/json_number.h"
+#include "microbatch/io/line_reader.h"
 
 namespace microbatch {
-RunLog::RunLog(const std::filesystem::path& folder) : path_(folder / "metrics.jsonl") {
+namespace {
+
+void make_folder(const std::filesystem::path& folder) {
     std::error_code failure;
     std::filesystem::create_directories(folder, failure);
     if (failure) {
         throw Error(ErrorKind::usage, text("cannot make the run folder ", folder.string(), ": ", failure.message()));
     }
+}
+
+bool is_line_of(std::int64_t step, std::string_view line) {
+    constexpr std::string_view begin = "{\"step\":";
+    if (!line.starts_with(begin) || !line.ends_with('}')) return false;
+    std::int64_t found = 0;
+    const auto [end, failure] = std::from_chars(line.data() + begin.size(), line.data() + line.size(), found);
+    return failure == std::errc() && found == step && *end == ',';
+}
+
+struct Kept {
+    std::int64_t lines = 0;
+    std::uint64_t bytes = 0;
+};
+
+// How much of a log is the lines of steps 1, 2, ..., `steps`.
+Kept sound_part(const std::filesystem::path& path, std::int64_t steps) {
+    LineReader lines(path);
+    Kept kept;
+    while (kept.lines < steps) {
+        const auto line = lines.next();
+        if (!line || !lines.is_whole() || !is_line_of(kept.lines + 1, *line)) break;
+        ++kept.lines;
+        kept.bytes = lines.offset();
+    }
+    return kept;
+}
+
+}  // namespace
+
+RunLog::RunLog(const std::filesystem::path& folder) : path_(folder / "metrics.jsonl") {
+    make_folder(folder);
     // A link that leads nowhere counts, too: writing through it would write elsewhere.
+    std::error_code failure;
     if (std::filesystem::exists(std::filesystem::symlink_status(path_, failure))) {
         throw Error(ErrorKind::usage, text(path_.string(), " exists already: name a new folder for this run"));
     }
-    errno = 0;
-    file_.open(path_, std::ios::binary | std::ios::trunc);
-    if (!file_) throw Error(ErrorKind::usage, text("cannot write ", path_.string(), ": ", std::strerror(errno)));
+    file_.emplace(path_);
 }
 
-void RunLog::write(const TrainerReport& report, const StepMeasures& measures) {
+RunLog::RunLog(const std::filesystem::path& folder, std::int64_t steps) : path_(folder / "metrics.jsonl") {
+    make_folder(folder);
+    std::error_code failure;
+    if (!std::filesystem::exists(std::filesystem::symlink_status(path_, failure))) {
+        file_.emplace(path_);
+        return;
+    }
+    if (!std::filesystem::is_regular_file(std::filesystem::symlink_status(path_, failure))) {
+        throw Error(ErrorKind::usage, text(path_.string(), " is no file: it is in the way of the run's log"));
+    }
+    const Kept kept = sound_part(path_, steps);
+    file_.emplace(path_, kept.bytes);
+    lines_ = kept.lines;
+}
+
+std::string RunLog::write(const TrainerReport& report, const StepMeasures& measures) {
     nlohmann::ordered_json line;
     line["step"] = report.progress.steps;
     line["samples"] = report.progress.samples;
@@ -58,9 +107,8 @@ void RunLog::write(const TrainerReport& report, const StepMeasures& measures) {
     }
     line["noise_batch"] = nullptr;
     if (report.noise_batch) line["noise_batch"] = json_number(*report.noise_batch);
-    file_ << line.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) << '\n' << std::flush;
-    if (!file_) throw Error(ErrorKind::usage, text("cannot write ", path_.string(), ": is the disk full?"));
     ++lines_;
+    return file_->append(line.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
 }
 
 }  // namespace microbatch

@@ -2,9 +2,10 @@
 
 #include <cstdint>
 #include <filesystem>
-#include <fstream>
 #include <optional>
+#include <string>
 
+#include "microbatch/io/append_file.h"
 #include "microbatch/train/trainer.h"
 
 namespace microbatch {
@@ -23,26 +24,34 @@ struct StepMeasures {
 /// those, the optimizer's), predicted_step_seconds (or null), peak_bytes, predicted_peak_bytes (or null), applied,
 /// reason, went_back_to (the step after which the parameters now are, or null), gradient_variance and squared_gradient
 /// (see NoiseMeasure, or null), noise_batch (in samples, or null). Numbers that are not finite are the strings "nan",
-/// "inf",
-/// "-inf".
-/// Threads: no two calls at the same time.
+/// "inf" and "-inf".
+/// Faults:  a line that cannot be written (disk full) is kept and written with the next one that can be: see
+/// AppendFile. Threads: no two calls at the same time.
 class RunLog {
 public:
     /// Makes the folder where it is missing, and a new metrics.jsonl in it.
     /// Errors: ErrorKind::usage if the folder cannot be written, or holds a metrics.jsonl already.
     explicit RunLog(const std::filesystem::path& folder);
 
-    /// Errors: ErrorKind::usage if the line cannot be written (disk full); it names the file.
-    void write(const TrainerReport& report, const StepMeasures& measures);
+    /// Goes on with the log of a run that goes on after so many steps: the lines after them are cut off, and so is
+    /// what follows a line that is none. lines() then tells whether all are there.
+    /// Errors: ErrorKind::usage as above; a log that is not there is begun anew.
+    RunLog(const std::filesystem::path& folder, std::int64_t steps);
 
-    /// Lines written so far.
+    /// Why the line, or those before it, could not be written, naming the file; empty if all are.
+    std::string write(const TrainerReport& report, const StepMeasures& measures);
+
+    /// Tries again what could not be written. As write().
+    std::string flush() { return file_->flush(); }
+
+    /// Lines so far, those that wait included.
     std::int64_t lines() const { return lines_; }
 
     const std::filesystem::path& path() const { return path_; }
 
 private:
     std::filesystem::path path_;
-    std::ofstream file_;
+    std::optional<AppendFile> file_;
     std::int64_t lines_ = 0;
 };
 

@@ -1,49 +1,43 @@
 #include "microbatch/io/run_reader.h"
 
-#include <cmath>
-#include <fstream>
-#include <limits>
 #include <nlohmann/json.hpp>
+#include <stdexcept>
 
 #include "microbatch/core/error.h"
 #include "microbatch/core/text.h"
+#include "microbatch/io/bounded_json.h"
+#include "microbatch/io/json_number.h"
+#include "microbatch/io/line_reader.h"
 
 namespace microbatch {
 namespace {
 
 using Json = nlohmann::json;
 
-double number(const Json& value) {
-    if (!value.is_string()) return value.get<double>();
-    const auto& word = value.get_ref<const std::string&>();
-    if (word == "inf") return std::numeric_limits<double>::infinity();
-    if (word == "-inf") return -std::numeric_limits<double>::infinity();
-    if (word == "nan") return std::numeric_limits<double>::quiet_NaN();
-    return Json(word).get<double>();  // throws
-}
+constexpr std::size_t most_values = 1000;  // of a line, which has some 25
 
 std::optional<double> number_or_none(const Json& value) {
-    return value.is_null() ? std::nullopt : std::optional(number(value));
+    return value.is_null() ? std::nullopt : std::optional(number_from(value));
 }
 
 std::optional<std::int64_t> count_or_none(const Json& value) {
-    return value.is_null() ? std::nullopt : std::optional(value.get<std::int64_t>());
+    return value.is_null() ? std::nullopt : std::optional(count_from(value));
 }
 
 LoggedStep read_line(const Json& line) {
-    LoggedStep step{.step = line.at("step"),
-                    .samples = line.at("samples"),
-                    .tokens = line.at("tokens"),
-                    .batch = line.at("batch"),
-                    .loss = number(line.at("loss")),
-                    .learning_rate = number(line.at("learning_rate")),
-                    .gradient_norm = number(line.at("gradient_norm")),
-                    .plan = {line.at("micro_batch").get<std::int64_t>(), line.at("recompute").get<bool>()},
-                    .out_of_memory = line.at("out_of_memory"),
-                    .seconds = number(line.at("step_seconds")),
+    LoggedStep step{.step = count_from(line.at("step")),
+                    .samples = count_from(line.at("samples")),
+                    .tokens = count_from(line.at("tokens")),
+                    .batch = count_from(line.at("batch")),
+                    .loss = number_from(line.at("loss")),
+                    .learning_rate = number_from(line.at("learning_rate")),
+                    .gradient_norm = number_from(line.at("gradient_norm")),
+                    .plan = {count_from(line.at("micro_batch")), line.at("recompute").get<bool>()},
+                    .out_of_memory = count_from(line.at("out_of_memory")),
+                    .seconds = number_from(line.at("step_seconds")),
                     .predicted_seconds = number_or_none(line.at("predicted_step_seconds")),
-                    .update_seconds = number(line.at("update_seconds")),
-                    .peak_bytes = line.at("peak_bytes"),
+                    .update_seconds = number_from(line.at("update_seconds")),
+                    .peak_bytes = count_from(line.at("peak_bytes")),
                     .predicted_peak_bytes = count_or_none(line.at("predicted_peak_bytes")),
                     .applied = line.at("applied"),
                     .reason = line.at("reason"),
@@ -53,12 +47,14 @@ LoggedStep read_line(const Json& line) {
 }
 
 // None if the line is not a step.
-std::optional<LoggedStep> read_step(const std::string& text) {
+std::optional<LoggedStep> read_step(std::string_view text) {
     try {
-        const LoggedStep step = read_line(Json::parse(text));
+        const LoggedStep step = read_line(parse_bounded(text, most_values));
         const bool sound = step.step > 0 && step.peak_bytes > 0 && step.seconds > 0.0 && step.plan.micro_batch > 0;
         return sound ? std::optional(step) : std::nullopt;
     } catch (const Json::exception&) {
+        return std::nullopt;
+    } catch (const std::invalid_argument&) {
         return std::nullopt;
     }
 }
@@ -68,19 +64,16 @@ std::optional<LoggedStep> read_step(const std::string& text) {
 LoggedRun read_run_log(const std::filesystem::path& folder) {
     const std::filesystem::path path = folder / "metrics.jsonl";
     const auto refuse = [](const auto&... what) { throw Error(ErrorKind::bad_data, text(what...)); };
-    std::ifstream file(path, std::ios::binary);
-    // Opening a folder works; reading from it does not.
-    if (!file || (file.peek(), file.bad())) refuse(folder.string(), " is no run: there is no ", path.string());
-    file.clear();
+    if (!std::filesystem::is_regular_file(path)) refuse(folder.string(), " is no run: there is no ", path.string());
+    LineReader lines(path);
     LoggedRun run;
-    std::string line;
-    for (std::int64_t number = 1; std::getline(file, line); ++number) {
-        const std::optional<LoggedStep> step = read_step(line);
-        if (!step && file.eof()) {
+    while (const auto line = lines.next()) {
+        const std::optional<LoggedStep> step = read_step(*line);
+        if (!step && !lines.is_whole()) {
             run.cut = true;
             break;
         }
-        if (!step) refuse(path.string(), " line ", number, " is not a step as `train` writes it");
+        if (!step) refuse(path.string(), " line ", lines.number(), " is not a step as `train` writes it");
         run.steps.push_back(*step);
     }
     if (run.steps.empty()) refuse(path.string(), " holds no step");

@@ -33,9 +33,9 @@ struct LoggedRun {
 };
 
 /// Reads a run's metrics.jsonl.
+/// Memory: the steps, and a line of at most 1 MiB.
 /// Errors: ErrorKind::bad_data, naming file and line, if there is none, it holds no step, or a line that is not the
-/// last is none that
-///         RunLog writes.
+///         last is none that RunLog writes.
 LoggedRun read_run_log(const std::filesystem::path& folder);
 
 }  // namespace microbatch

@@ -1,12 +1,14 @@
 #include "microbatch/io/run_summary.h"
 
-#include <fstream>
 #include <nlohmann/json.hpp>
+#include <stdexcept>
 
 #include "microbatch/core/error.h"
 #include "microbatch/core/text.h"
+#include "microbatch/io/bounded_json.h"
+#include "microbatch/io/file_system.h"
+#include "microbatch/io/input_file.h"
 #include "microbatch/io/report_json.h"
-#include "microbatch/io/write_whole.h"
 
 namespace microbatch {
 namespace {
@@ -23,10 +25,11 @@ RunSummary RunSummary::with(const RunSummary& more) const {
 }
 
 RunSummary read_run_summary(const std::filesystem::path& folder) {
-    std::ifstream stream(folder / file_name);
-    if (!stream) return {};
+    constexpr std::uint64_t most_bytes = std::uint64_t{64} << 20U;
+    constexpr std::size_t most_values = 4'000'000;
+    if (!std::filesystem::exists(folder / file_name)) return {};
     try {
-        const auto json = nlohmann::json::parse(stream);
+        const auto json = parse_bounded(InputFile(folder / file_name).read_all(most_bytes), most_values);
         RunSummary summary{.banner = json.at("banner"),
                            .tables = tables_from(json.at("tables")),
                            .curves = curves_from(json.at("curves"))};
@@ -35,6 +38,8 @@ RunSummary read_run_summary(const std::filesystem::path& folder) {
         return summary;
     } catch (const nlohmann::json::exception&) {
         throw Error(ErrorKind::bad_data, text((folder / file_name).string(), " is not as `train` writes it"));
+    } catch (const std::invalid_argument& error) {
+        throw Error(ErrorKind::bad_data, text((folder / file_name).string(), ": ", error.what()));
     }
 }
 

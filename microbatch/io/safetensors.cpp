@@ -1,22 +1,23 @@
 #include "microbatch/io/safetensors.h"
 
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
 
-#include <algorithm>
 #include <bit>
 #include <cstdint>
-#include <fstream>
+#include <memory>
 #include <nlohmann/json.hpp>
-#include <optional>
-#include <stdexcept>
+#include <span>
 #include <string>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
 #include "microbatch/core/error.h"
 #include "microbatch/core/text.h"
+#include "microbatch/io/input_file.h"
+#include "microbatch/io/safetensors_header.h"
 
 namespace microbatch {
 namespace {
@@ -32,142 +33,104 @@ constexpr NamedType types[] = {{"F64", at::kDouble}, {"F32", at::kFloat}, {"F16"
                                {"I64", at::kLong},   {"I32", at::kInt},   {"I16", at::kShort}, {"I8", at::kChar},
                                {"U8", at::kByte},    {"BOOL", at::kBool}};
 
-const char* dtype_name(const Parameter& tensor) {
+const char* dtype_name(const StoredTensor& tensor) {
     for (const auto& [name, type] : types) {
-        if (type == tensor.tensor.scalar_type()) return name;
+        if (type == tensor.shape.scalar_type()) return name;
     }
     throw Error(ErrorKind::usage,
-                text(tensor.name, " is ", tensor.tensor.scalar_type(), ", which safetensors cannot hold"));
+                text(tensor.name, " is ", tensor.shape.scalar_type(), ", which safetensors cannot hold"));
 }
 
-std::string make_header(const Parameters& tensors) {
-    nlohmann::ordered_json header = nlohmann::ordered_json::object();
-    std::int64_t offset = 0;
-    for (const Parameter& tensor : tensors) {
-        if (header.contains(tensor.name)) throw Error(ErrorKind::usage, text("two tensors are named ", tensor.name));
-        const auto bytes = static_cast<std::int64_t>(tensor.tensor.nbytes());
-        header[tensor.name] = {{"dtype", dtype_name(tensor)},
-                               {"shape", tensor.tensor.sizes().vec()},
-                               {"data_offsets", {offset, offset + bytes}}};
-        offset += bytes;
+at::ScalarType type_of(const std::string& dtype) {
+    for (const auto& [name, type] : types) {
+        if (dtype == name) return type;
     }
-    std::string text = header.dump();
-    // The data begins at a multiple of 8 bytes, as the format's own writer has it.
-    text.append((8 - text.size() % 8) % 8, ' ');
-    return text;
+    throw Error(ErrorKind::bad_data, text("there is no dtype ", dtype));
 }
 
-void write_all(const std::filesystem::path& path, const std::string& header, const Parameters& tensors) {
-    std::ofstream file(path, std::ios::binary | std::ios::trunc);
-    const std::uint64_t length = header.size();
-    file.write(reinterpret_cast<const char*>(&length), sizeof(length));
-    file << header;
-    for (const Parameter& tensor : tensors) {
-        const at::Tensor data = tensor.tensor.detach().cpu().contiguous();
-        file.write(static_cast<const char*>(data.const_data_ptr()), static_cast<std::streamsize>(data.nbytes()));
+std::string make_header(const StoredTensors& tensors) {
+    std::vector<SafetensorsEntry> entries;
+    std::unordered_set<std::string> names;
+    std::uint64_t offset = 0;
+    for (const StoredTensor& tensor : tensors) {
+        if (!names.insert(tensor.name).second)
+            throw Error(ErrorKind::usage, text("two tensors are named ", tensor.name));
+        const std::uint64_t end = offset + tensor.shape.nbytes();
+        const bool dense = tensor.shape.is_non_overlapping_and_dense();
+        const std::vector<std::int64_t> shape = tensor.shape.sizes().vec();
+        entries.push_back({.name = tensor.name,
+                           .dtype = dtype_name(tensor),
+                           .shape = shape,
+                           .strides = dense ? tensor.shape.strides().vec() : row_major_strides(shape),
+                           .begin = offset,
+                           .end = end});
+        offset = end;
     }
-    file.close();
-    if (!file) {
-        throw Error(ErrorKind::usage,
-                    text("cannot write ", path.string(), ": is the folder there and the disk not full?"));
-    }
-}
-
-// The format's own limit.
-constexpr std::uint64_t most_header = 100'000'000;
-
-[[noreturn]] void refuse(const std::filesystem::path& path, const std::string& why) {
-    throw Error(ErrorKind::bad_data, text(path.string(), " is not a sound safetensors file: ", why));
-}
-
-/// Where in the data a tensor is.
-struct Entry {
-    std::string name;
-    at::ScalarType type;
-    std::vector<std::int64_t> shape;
-    std::uint64_t begin, end;
-};
-
-// Of the shape; none where it leaves 63 bits.
-std::optional<std::uint64_t> bytes_of(const Entry& entry) {
-    std::int64_t count = static_cast<std::int64_t>(c10::elementSize(entry.type));
-    for (const std::int64_t size : entry.shape) {
-        if (size < 0 || __builtin_mul_overflow(count, size, &count)) return std::nullopt;
-    }
-    return static_cast<std::uint64_t>(count);
-}
-
-Entry read_entry(const std::string& name, const nlohmann::json& json) {
-    const std::string dtype = json.at("dtype");
-    const auto* const known =
-        std::find_if(std::begin(types), std::end(types), [&](const NamedType& one) { return dtype == one.name; });
-    if (known == std::end(types)) throw std::invalid_argument("its dtype is " + dtype);
-    const auto offsets = json.at("data_offsets").get<std::vector<std::uint64_t>>();
-    if (offsets.size() != 2 || offsets[0] > offsets[1]) throw std::invalid_argument("its offsets are no stretch");
-    for (const auto& number : json.at("data_offsets")) {
-        if (!number.is_number_unsigned()) throw std::invalid_argument("its offsets are no stretch");
-    }
-    for (const auto& number : json.at("shape")) {
-        if (!number.is_number_unsigned()) throw std::invalid_argument("its shape is none");
-    }
-    Entry entry{name, known->type, json.at("shape").get<std::vector<std::int64_t>>(), offsets[0], offsets[1]};
-    if (entry.shape.size() > 64) throw std::invalid_argument("its shape has too many dimensions");
-    if (bytes_of(entry) != entry.end - entry.begin) throw std::invalid_argument("its shape and its bytes differ");
-    return entry;
-}
-
-// In the order of their bytes, which have no holes and end with the file.
-std::vector<Entry> read_entries(const std::filesystem::path& path, const std::string& header, std::uint64_t data) {
-    std::vector<Entry> entries;
-    nlohmann::json json;
     try {
-        json = nlohmann::json::parse(header);
+        return make_safetensors_header(entries);
     } catch (const nlohmann::json::exception&) {
-        refuse(path, "its header is no JSON");
+        throw Error(ErrorKind::usage, "a tensor's name is not UTF-8");
     }
-    if (!json.is_object()) refuse(path, "its header is no JSON object");
-    for (const auto& [name, value] : json.items()) {
-        if (name == "__metadata__") continue;
-        try {
-            entries.push_back(read_entry(name, value));
-        } catch (const nlohmann::json::exception&) {
-            refuse(path, text("the entry of ", name, " is not as the format has it"));
-        } catch (const std::invalid_argument& error) {
-            refuse(path, text(name, ": ", error.what()));
-        }
-    }
-    std::sort(entries.begin(), entries.end(), [](const Entry& one, const Entry& other) {
-        return std::pair(one.begin, one.end) < std::pair(other.begin, other.end);
-    });
-    std::uint64_t at = 0;
-    for (const Entry& entry : entries) {
-        if (entry.begin != at) refuse(path, text("the bytes of ", entry.name, " do not follow those before them"));
-        at = entry.end;
-    }
-    if (at != data) refuse(path, text("its tensors take ", at, " bytes, and it has ", data));
-    return entries;
+}
+
+std::string_view bytes_of(const at::Tensor& contiguous) {
+    return {static_cast<const char*>(contiguous.const_data_ptr()), contiguous.nbytes()};
+}
+
+at::Tensor read_tensor(const InputFile& file, std::uint64_t data, const SafetensorsEntry& entry) {
+    const at::NoGradGuard no_grad;
+    const at::Tensor tensor =
+        at::empty_strided(entry.shape, row_major_strides(entry.shape), at::TensorOptions(type_of(entry.dtype)));
+    file.read(data + entry.begin,
+              std::as_writable_bytes(std::span(static_cast<char*>(tensor.mutable_data_ptr()), tensor.nbytes())));
+    if (entry.strides == tensor.strides()) return tensor;
+    const at::Tensor laid_out = at::empty_strided(entry.shape, entry.strides, tensor.options());
+    return laid_out.copy_(tensor);
+}
+
+at::Tensor shape_of(const SafetensorsEntry& entry) {
+    return at::empty_strided(entry.shape, entry.strides, at::TensorOptions(at::kMeta).dtype(type_of(entry.dtype)));
 }
 
 }  // namespace
 
-Parameters read_safetensors(const std::filesystem::path& path) {
-    std::error_code failure;
-    const std::uint64_t size = std::filesystem::file_size(path, failure);
-    std::ifstream file(path, std::ios::binary);
-    if (failure || !file) throw Error(ErrorKind::bad_data, text("cannot read ", path.string()));
-    std::uint64_t length = 0;
-    file.read(reinterpret_cast<char*>(&length), sizeof(length));
-    if (!file || length > size - sizeof(length) || length > most_header)
-        refuse(path, "it is cut short, or none at all");
-    std::string header(length, ' ');
-    file.read(header.data(), static_cast<std::streamsize>(length));
-    Parameters tensors;
-    for (const Entry& entry : read_entries(path, header, size - sizeof(length) - length)) {
-        const at::Tensor tensor = at::empty(entry.shape, entry.type);
-        file.read(static_cast<char*>(tensor.mutable_data_ptr()), static_cast<std::streamsize>(tensor.nbytes()));
-        if (!file) refuse(path, text("the bytes of ", entry.name, " cannot be read"));
-        tensors.push_back({entry.name, tensor});
+void write_safetensors(OutputFile& file, const StoredTensors& tensors) {
+    const at::NoGradGuard no_grad;
+    file.write(make_header(tensors));
+    for (const StoredTensor& tensor : tensors) file.write(bytes_of(tensor.get().detach().cpu().contiguous()));
+}
+
+void write_safetensors(const std::filesystem::path& path, const Parameters& tensors) {
+    StoredTensors all;
+    for (const Parameter& tensor : tensors) all.push_back(stored(tensor.name, tensor.tensor));
+    make_header(all);  // refuses before there is a file
+    write_whole(path, [&all](OutputFile& file) { write_safetensors(file, all); });
+}
+
+StoredTensors open_safetensors(const std::filesystem::path& path) {
+    const auto file = std::make_shared<const InputFile>(path);
+    const auto read = [&file](std::uint64_t offset, std::uint64_t length) {
+        std::string bytes(length, ' ');
+        file->read(offset, std::as_writable_bytes(std::span(bytes)));
+        return bytes;
+    };
+    const std::string first = read(0, std::min(file->size(), safetensors_length_bytes));
+    const std::uint64_t length = safetensors_header_length(first, file->size(), path.string());
+    const std::uint64_t data = safetensors_length_bytes + length;
+    StoredTensors tensors;
+    for (SafetensorsEntry& entry :
+         parse_safetensors_header(read(safetensors_length_bytes, length), file->size() - data, path.string())) {
+        const at::Tensor shape = shape_of(entry);
+        std::string name = entry.name;
+        tensors.push_back({std::move(name), shape,
+                           [file, data, entry = std::move(entry)] { return read_tensor(*file, data, entry); }});
     }
+    return tensors;
+}
+
+Parameters read_safetensors(const std::filesystem::path& path) {
+    Parameters tensors;
+    for (const StoredTensor& tensor : open_safetensors(path)) tensors.push_back({tensor.name, tensor.get()});
     return tensors;
 }
 
@@ -188,20 +151,6 @@ void copy_by_name(const Parameters& from, const Parameters& to, const std::strin
     if (found.size() > to.size()) refuse_tensor("there are ", found.size(), " tensors for ", to.size());
     const at::NoGradGuard no_grad;
     for (const Parameter& one : to) at::Tensor(one.tensor).copy_(found.at(one.name));
-}
-
-void write_safetensors(const std::filesystem::path& path, const Parameters& tensors) {
-    const std::string header = make_header(tensors);
-    const std::filesystem::path temporary = path.string() + ".part";
-    try {
-        write_all(temporary, header, tensors);
-        std::filesystem::rename(temporary, path);
-    } catch (const std::exception& error) {
-        std::error_code ignored;
-        std::filesystem::remove(temporary, ignored);
-        if (dynamic_cast<const std::filesystem::filesystem_error*>(&error) == nullptr) throw;
-        throw Error(ErrorKind::usage, text("cannot write ", path.string(), ": ", error.what()));
-    }
 }
 
 }  // namespace microbatch

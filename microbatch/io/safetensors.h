@@ -3,7 +3,9 @@
 #include <filesystem>
 #include <string>
 
+#include "microbatch/io/file_system.h"
 #include "microbatch/optim/parameters.h"
+#include "microbatch/train/trainer_state.h"
 
 namespace microbatch {
 
@@ -17,13 +19,21 @@ namespace microbatch {
 ///         that was there before stays then.
 void write_safetensors(const std::filesystem::path& path, const Parameters& tensors);
 
-/// Reads every tensor of a safetensors file, on the CPU, by name. The file is not trusted: lengths, shapes and offsets
-/// are held against each other and the file before anything is made of them.
+/// The same into a file that is open, and left open; how the tensors lay in memory is in its metadata.
+/// Memory: one tensor at a time, where it has to be fetched or laid out anew.
+void write_safetensors(OutputFile& file, const StoredTensors& tensors);
+
+/// The tensors of a safetensors file, each read, on the CPU, when it is asked for: the file stays open as long as one
+/// of them is held. The file is not trusted: lengths, shapes and offsets are held against each other and the file
+/// before anything is made of them. In the order of their bytes, laid out as their metadata has it.
 ///
-/// Memory: the tensors, and a header of at most 100 MB.
+/// Memory: the header, of at most 100 MB, some ten times.
 /// Errors: ErrorKind::bad_data, naming the file and what is wrong with it, if it is not there, cut short, or not as the
 ///         format has it (a dtype that write_safetensors() does not write, offsets that overlap, leave holes or do not
-///         fit the shape).
+///         fit the shape); from get(), too, if it cannot be read any more.
+StoredTensors open_safetensors(const std::filesystem::path& path);
+
+/// Every tensor of a file. Errors: as open_safetensors().
 Parameters read_safetensors(const std::filesystem::path& path);
 
 /// Copies tensors into those of the same names.

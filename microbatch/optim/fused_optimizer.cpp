@@ -160,20 +160,55 @@ OptimizerState FusedOptimizer::state() const {
 
 void FusedOptimizer::restore(const OptimizerState& state) {
     const at::NoGradGuard no_grad;
+    require_state(state);
+    const std::vector<Slot*> slots = all_slots();
+    for (std::size_t i = 0; i < slots.size(); ++i) restore(*slots[i], state[i]);
+}
+
+void FusedOptimizer::adopt(OptimizerState state) {
+    require_state(state);
+    parts_.clear();  // they hold what was there
+    const std::vector<Slot*> slots = all_slots();
+    for (std::size_t i = 0; i < slots.size(); ++i) {
+        for (at::Tensor& tensor : state[i]) tensor = tensor.to(slots[i]->parameter.tensor.device());
+        slots[i]->state = std::move(state[i]);
+    }
+}
+
+std::vector<FusedOptimizer::Slot*> FusedOptimizer::all_slots() {
     std::vector<Slot*> slots;
     for (Group& group : groups_) {
         for (Slot& slot : group.slots) slots.push_back(&slot);
     }
+    return slots;
+}
+
+void FusedOptimizer::require_state(const OptimizerState& state) const {
     const auto refuse = [this](const auto&... what) { throw Error(ErrorKind::usage, text(name_, ": ", what...)); };
-    if (state.size() != slots.size()) refuse("the state is of ", state.size(), " parameters, not ", slots.size());
-    for (std::size_t i = 0; i < slots.size(); ++i) {
-        if (!state[i].empty() && state[i].size() != state_count()) {
-            refuse("parameter ", slots[i]->parameter.name, " has ", state_count(), " state tensors, not ",
-                   state[i].size());
+    const std::vector<at::Tensor> known = parameters();
+    if (state.size() != known.size()) refuse("the state is of ", state.size(), " parameters, not ", known.size());
+    auto of_parameter = state.begin();
+    for (const Group& group : groups_) {
+        for (const Slot& slot : group.slots) {
+            const std::vector<at::Tensor>& tensors = *of_parameter++;
+            if (tensors.empty()) continue;  // it has made no step yet
+            const std::string& name = slot.parameter.name;
+            const auto wanted = make_state(at::empty_like(slot.parameter.tensor, at::TensorOptions(at::kMeta)));
+            if (tensors.size() != wanted.size()) {
+                refuse("parameter ", name, " has ", wanted.size(), " state tensors, not ", tensors.size());
+            }
+            for (std::size_t i = 0; i < wanted.size(); ++i) {
+                const at::Tensor& tensor = tensors[i];
+                if (tensor.sizes() == wanted[i].sizes() && tensor.scalar_type() == wanted[i].scalar_type() &&
+                    same_layout(tensor, wanted[i])) {
+                    continue;
+                }
+                refuse("a state tensor of parameter ", name, " is ", tensor.scalar_type(), " of shape ", tensor.sizes(),
+                       ", not ", wanted[i].scalar_type(), " of shape ", wanted[i].sizes(),
+                       " laid out as the parameter");
+            }
         }
-        for (const at::Tensor& tensor : state[i]) require_same_layout(slots[i]->parameter, tensor);
     }
-    for (std::size_t i = 0; i < slots.size(); ++i) restore(*slots[i], state[i]);
 }
 
 void FusedOptimizer::restore(Slot& slot, const std::vector<at::Tensor>& state) {

@@ -19,6 +19,8 @@ public:
     bool has_state() const final;
     OptimizerState state() const final;
     void restore(const OptimizerState& state) final;
+    void require_state(const OptimizerState& state) const final;
+    void adopt(OptimizerState state) final;
     double learning_rate() const final { return learning_rate_; }
     void set_learning_rate(double rate) final;
     std::vector<at::Tensor> parameters() const final;
@@ -82,6 +84,7 @@ private:
 
     using State = std::vector<at::Tensor> Slot::*;
 
+    std::vector<Slot*> all_slots();
     void restore(Slot& slot, const std::vector<at::Tensor>& state);
 
     /// All parameters that have a gradient, without their gradients. If it throws, no state is kept that was not there

@@ -51,6 +51,13 @@ public:
     /// Errors: ErrorKind::usage if it is not the state of such parameters; nothing has changed then.
     virtual void restore(const OptimizerState& state) = 0;
 
+    /// Throws ErrorKind::usage unless it can be the state of such parameters, told by sizes, layouts and dtypes alone:
+    /// the tensors may be without numbers.
+    virtual void require_state(const OptimizerState& state) const = 0;
+
+    /// The same with tensors that nobody else holds: they become the optimizer's own where it has such, uncopied.
+    virtual void adopt(OptimizerState state) { restore(state); }
+
     /// The learning rate of the groups whose learning_rate_scale is 1.
     virtual double learning_rate() const = 0;
 

@@ -123,6 +123,12 @@ OptimizerState TorchOptimizer::state() const {
     return {{tensor}};
 }
 
+void TorchOptimizer::require_state(const OptimizerState& state) const {
+    const bool sound = state.empty() || (state.size() == 1 && state[0].size() == 1 && state[0][0].dim() == 1 &&
+                                         state[0][0].scalar_type() == at::kByte);
+    if (!sound) throw Error(ErrorKind::usage, "this is not the state of a torch optimizer");
+}
+
 void TorchOptimizer::restore(const OptimizerState& state) {
     const double rate = learning_rate();
     // Loading keeps the state of parameters that have none in the archive.

@@ -32,6 +32,7 @@ public:
 
     /// Errors: ErrorKind::usage if torch cannot read it.
     void restore(const OptimizerState& state) override;
+    void require_state(const OptimizerState& state) const override;
 
     /// The first group's learning rate.
     double learning_rate() const override;

@@ -70,6 +70,7 @@ StepReport Accumulator::step(const Batch& batch, const LossFunction& loss, const
     std::int64_t lost = 0;
     for (bool again = false;; again = true) {
         const Gathered gathered = gather(batch, loss, again ? StepOptions{} : options);
+        if (paused_) return {.plan = plan_, .out_of_memory = out_of_memory_, .paused = true};
         std::string reason;
         if (options.judge && !again && gathered.weight > 0.0) reason = ask(options.judge, gathered);
         if (reason.empty()) reason = reason_to_refuse(gathered);
@@ -81,7 +82,9 @@ StepReport Accumulator::step(const Batch& batch, const LossFunction& loss, const
         }
         // Out of the handler, where what the failed update held is gone. A smaller micro-batch would not help it.
         undo();
-        if (options.give_up_memory) options.give_up_memory();
+        if (!options.release_memory || !options.release_memory()) {
+            if (options.give_up_memory) options.give_up_memory();
+        }
         if (again) {
             throw Error(ErrorKind::does_not_fit,
                         text("the optimizer's step ran out of memory, whatever the micro-batch; parameters and "
@@ -105,22 +108,12 @@ std::string Accumulator::ask(const Judge& judge, const Gathered& gathered) {
 
 Gathered Accumulator::gather(const Batch& batch, const LossFunction& loss, const StepOptions& options) {
     refuse_unknown_parameters();
-    gatherer_.require_idle();
     threads_.look();
-    const std::int64_t samples = batch.size();
-    plan_ = limits_.within(options_.plan, batch);
-    plan_.micro_batch = std::clamp<std::int64_t>(plan_.micro_batch, 1, std::max<std::int64_t>(samples, 1));
-    out_of_memory_ = 0;
-    // One micro-batch alone says nothing of noise.
-    bool measure_parts = options.measure_noise && plan_.micro_batch < samples;
-    while (!try_gather(batch, loss, measure_parts)) {
+    open(batch, options);
+    while (!try_gather(batch, loss, options.pause)) {
         // Out of the handler: an exception that is being handled keeps the tensors of the failed attempt alive.
         undo();
-        if (measure_parts) {
-            measure_parts = false;
-            continue;
-        }
-        if (options.give_up_memory && options.give_up_memory()) {
+        if (make_room(options)) {
             release_cached_memory();
             continue;
         }
@@ -131,18 +124,53 @@ Gathered Accumulator::gather(const Batch& batch, const LossFunction& loss, const
         ++out_of_memory_;
     }
     // Not before it has shown that it can run.
-    if (out_of_memory_ > 0) limits_.remember(batch, plan_);
+    if (out_of_memory_ > 0 && !paused_) limits_.remember(batch, plan_);
     return gathered_;
 }
 
-bool Accumulator::try_gather(const Batch& batch, const LossFunction& loss, bool measure_parts) {
+void Accumulator::open(const Batch& batch, const StepOptions& options) {
+    const std::int64_t samples = batch.size();
+    const Plan so_far = plan_;
+    const bool goes_on = paused_ && gatherer_.samples() < samples;
+    if (paused_ && !goes_on) undo();  // of another batch
+    if (!goes_on) gatherer_.require_idle();
+    plan_ = limits_.within(options_.plan, batch);
+    plan_.micro_batch = std::clamp<std::int64_t>(plan_.micro_batch, 1, std::max<std::int64_t>(samples, 1));
+    if (!goes_on) {
+        out_of_memory_ = 0;
+        // One micro-batch alone says nothing of noise.
+        measure_parts_ = options.measure_noise && plan_.micro_batch < samples;
+    } else if (out_of_memory_ > 0) {
+        plan_.micro_batch = std::min(plan_.micro_batch, so_far.micro_batch);
+        plan_.recompute = plan_.recompute || so_far.recompute;
+    }
+}
+
+// What may help before the plan is made smaller, the least loss first.
+bool Accumulator::make_room(const StepOptions& options) {
+    if (options.release_memory && options.release_memory()) return true;
+    if (measure_parts_) {
+        measure_parts_ = false;
+        return true;
+    }
+    return options.give_up_memory && options.give_up_memory();
+}
+
+void Accumulator::hold_before() {
+    std::vector<at::Tensor> tensors;
+    for (const Parameter& parameter : parameters()) tensors.push_back(parameter.tensor);
+    before_.emplace(options_.model, tensors);
+}
+
+bool Accumulator::try_gather(const Batch& batch, const LossFunction& loss, const std::function<bool()>& pause) {
     std::string failure;
     try {
-        std::vector<at::Tensor> tensors;
-        for (const Parameter& parameter : parameters()) tensors.push_back(parameter.tensor);
-        before_.emplace(options_.model, tensors);
+        if (!paused_) hold_before();
         if (Recomputable* model = recomputable()) model->set_recompute(plan_.recompute);
-        gathered_ = gatherer_.gather(batch, plan_, loss, measure_parts);
+        if (!paused_) gatherer_.begin_on(batch, plan_, measure_parts_);
+        paused_ = !gatherer_.add_all(batch, plan_, loss, pause);
+        if (paused_) return true;
+        gathered_ = gatherer_.finish();
         ready_ = true;
         return true;
     } catch (const c10::OutOfMemoryError& error) {
@@ -158,6 +186,28 @@ bool Accumulator::try_gather(const Batch& batch, const LossFunction& loss, bool 
     }
     give_up(text("out of memory, and with a micro-batch of ", plan_.micro_batch,
                  " the loss function fails: ", failure.substr(0, failure.find('\n')), "; ", out_of_memory_message_));
+}
+
+std::optional<OpenBatch> Accumulator::open_batch() const {
+    if (!paused_) return std::nullopt;
+    return OpenBatch{gatherer_.open(), plan_, out_of_memory_, before_->held()};
+}
+
+void Accumulator::go_on(const OpenBatch& open) {
+    gatherer_.require_idle();
+    if (open.plan.micro_batch < 1) throw Error(ErrorKind::usage, "the batch that was left open has no plan");
+    hold_before();
+    try {
+        before_->hold(open.before);
+        gatherer_.go_on(open.gathered);
+    } catch (...) {
+        before_.reset();
+        throw;
+    }
+    plan_ = open.plan;
+    out_of_memory_ = open.out_of_memory;
+    measure_parts_ = open.gathered.measure_parts;
+    paused_ = true;
 }
 
 void Accumulator::give_up(const std::string& why) {
@@ -178,6 +228,8 @@ bool Accumulator::try_apply(StepReport& report) {
 }
 
 void Accumulator::undo() {
+    if (paused_) gatherer_.clear();
+    paused_ = false;
     if (before_) before_->restore();
     before_.reset();
 }
@@ -253,6 +305,7 @@ StepReport Accumulator::discard(std::string_view reason) {
     gatherer_.clear();
     gathered_ = {};
     ready_ = false;
+    paused_ = false;
     if (before_) before_->restore_model();
     before_.reset();
     return result;

@@ -5,6 +5,8 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
+#include <vector>
 
 #include "microbatch/optim/optimizer.h"
 #include "microbatch/train/gatherer.h"
@@ -41,6 +43,7 @@ struct StepReport {
     std::optional<NoiseMeasure> noise = {};
     std::int64_t out_of_memory = 0;  ///< how many times it ran out of memory and was begun again, with a smaller plan
     bool applied = false;            ///< false: the parameters are as they were
+    bool paused = false;             ///< the batch is not all in yet, and stays open: nothing else is reported
     std::string reason = {};         ///< why not applied; empty if it was
 };
 
@@ -59,9 +62,22 @@ struct StepOptions {
     /// PartNorms. The update has the same bits. Memory: a copy of the gradients; where it runs out, the batch is begun
     /// again without.
     bool measure_noise = false;
-    /// Asked where memory has run out, before the plan is made smaller: true if it has given up some, and the batch is
+    /// Asked where memory has run out, before all else: true if some that was lent has come back, and the batch is
     /// worth another try as it was.
+    std::function<bool()> release_memory = {};
+    /// The same, asked before the plan is made smaller, for what is given up for good.
     std::function<bool()> give_up_memory = {};
+    /// Asked after every micro-batch but the last: true leaves the batch open there. Called again with the same batch,
+    /// step() goes on with the next micro-batch, to the same bits.
+    std::function<bool()> pause = {};
+};
+
+/// A batch that was left open, to be gone on with by this accumulator or, written down, by another one made alike.
+struct OpenBatch {
+    OpenGather gathered;
+    Plan plan;
+    std::int64_t out_of_memory = 0;
+    HeldState before;  ///< the model's buffers and the generators before the batch
 };
 
 /// One optimizer step for a whole batch, however it is cut.
@@ -88,6 +104,7 @@ struct StepOptions {
 /// Source:   reference: docs/how-it-works.md, section 1. Deviation: none.
 /// State:    between gather (or finish) and apply everything about the batch is known and no parameter has changed.
 /// Ownership: borrows the optimizer, which must outlive this; shares the parameters' tensors.
+/// Pause:    a batch can be left between two micro-batches, see StepOptions::pause; open_batch() is its state.
 /// Threads:  no two calls at the same time.
 class Accumulator {
 public:
@@ -107,7 +124,21 @@ public:
     /// All gradients of the batch, no update yet. Errors: see Gatherer::gather(); ErrorKind::does_not_fit if the batch
     /// runs out of memory whatever the plan. Whatever is thrown, everything is as before the call.
     /// Of the options the judge is not asked.
+    /// With a pause, see is_paused().
     Gathered gather(const Batch& batch, const LossFunction& loss, const StepOptions& options = {});
+
+    /// True if a batch was left open by StepOptions::pause: the next step() or gather() goes on with it.
+    bool is_paused() const { return paused_; }
+
+    /// The batch that was left open, with the parameters' own gradients; none if there is none.
+    std::optional<OpenBatch> open_batch() const;
+
+    /// The next step() or gather() goes on with this batch, from the micro-batch that it was left at; if it runs out of
+    /// memory it is begun anew from `before`. A plan that was set meanwhile holds for the rest. The gradients are taken
+    /// as they are, not copied.
+    /// Errors: ErrorKind::usage if it is not of such parameters and such a model, or a batch is open or gathered;
+    ///         nothing has changed then.
+    void go_on(const OpenBatch& open);
 
     void begin();                        ///< see Gatherer::begin()
     void add(const WeightedLoss& loss);  ///< see Gatherer::add()
@@ -131,6 +162,10 @@ public:
     void set_plan(const Plan& plan);
     const Plan& plan() const { return options_.plan; }
 
+    /// What was learned from running out of memory, and to know it again.
+    const std::vector<ShapeLimit>& limits() const { return limits_.all(); }
+    void restore_limits(std::vector<ShapeLimit> limits) { limits_.restore(std::move(limits)); }
+
     /// The model, if there is one and it can recompute its blocks; null otherwise.
     Recomputable* recomputable() const;
 
@@ -145,7 +180,10 @@ private:
     void refuse_unknown_parameters();
     std::string ask(const Judge& judge, const Gathered& gathered);
     [[noreturn]] void give_up(const std::string& why);
-    bool try_gather(const Batch& batch, const LossFunction& loss, bool measure_parts);
+    void open(const Batch& batch, const StepOptions& options);
+    bool make_room(const StepOptions& options);
+    bool try_gather(const Batch& batch, const LossFunction& loss, const std::function<bool()>& pause);
+    void hold_before();
     bool try_apply(StepReport& report);
     void undo();
     std::optional<Plan> smaller_plan() const;
@@ -162,6 +200,8 @@ private:
     std::optional<ModelState> before_;  // the batch that is gathered
     std::int64_t out_of_memory_ = 0;    // in this step
     std::string out_of_memory_message_;
+    bool measure_parts_ = false;  // in this batch
+    bool paused_ = false;         // between two micro-batches of it
     Gathered gathered_;
     bool ready_ = false;  // gathered, and neither applied nor discarded
 };

@@ -2,7 +2,9 @@
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/count_nonzero.h>
+#include <ATen/ops/full.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -57,6 +59,7 @@ void Gatherer::begin(bool measure_parts) {
     refuse_stale_gradients();
     clear();
     gathered_ = {};
+    samples_ = 0;
     if (sum_in_product_) in_place_.emplace();
     if (measure_parts) parts_.emplace();
     state_ = State::open;
@@ -119,20 +122,57 @@ void Gatherer::measure() {
 }
 
 Gathered Gatherer::gather(const Batch& batch, const Plan& plan, const LossFunction& loss, bool measure_parts) {
-    const std::int64_t samples = batch.size();
-    if (samples == 0) throw Error(ErrorKind::usage, "the batch is empty: give it at least one sample");
-    const std::int64_t count = micro_batch_count(samples, plan.micro_batch);
+    begin_on(batch, plan, measure_parts);
+    add_all(batch, plan, loss, {});
+    return finish();
+}
+
+void Gatherer::begin_on(const Batch& batch, const Plan& plan, bool measure_parts) {
+    if (batch.size() == 0) throw Error(ErrorKind::usage, "the batch is empty: give it at least one sample");
+    micro_batch_count(batch.size(), plan.micro_batch);  // refuses a plan that cuts nothing
     begin(measure_parts);
+}
+
+bool Gatherer::add_all(const Batch& batch, const Plan& plan, const LossFunction& loss,
+                       const std::function<bool()>& pause) {
+    const std::int64_t samples = batch.size();
     try {
-        for (std::int64_t i = 0; i < count; ++i) {
-            const Slice slice = micro_batch_slice(samples, plan.micro_batch, i);
-            add(loss(batch.slice(slice.begin, slice.end)));
+        while (samples_ < samples) {
+            const std::int64_t end = std::min(samples, samples_ + plan.micro_batch);
+            add(loss(batch.slice(samples_, end)));
+            samples_ = end;
+            if (end < samples && pause && pause()) return false;
         }
     } catch (...) {
         clear();
         throw;
     }
-    return finish();
+    return true;
+}
+
+OpenGather Gatherer::open() const {
+    if (state_ != State::open) throw Error(ErrorKind::usage, "no batch is open");
+    OpenGather open{.samples = samples_, .so_far = gathered_, .measure_parts = parts_.has_value()};
+    if (loss_sum_.defined()) open.so_far.loss_sum = loss_sum_.item<double>();
+    for (const Parameter& parameter : parameters_) open.gradients.push_back(parameter.tensor.grad());
+    return open;
+}
+
+void Gatherer::go_on(const OpenGather& open) {
+    const auto fits = [](const Parameter& parameter, const at::Tensor& gradient) {
+        return !gradient.defined() || (gradient.sizes() == parameter.tensor.sizes() &&
+                                       gradient.scalar_type() == parameter.tensor.scalar_type());
+    };
+    if (!std::equal(parameters_.begin(), parameters_.end(), open.gradients.begin(), open.gradients.end(), fits)) {
+        throw Error(ErrorKind::usage, "the gradients of the batch that was left open are of other parameters");
+    }
+    begin(open.measure_parts);
+    for (std::size_t i = 0; i < parameters_.size(); ++i) parameters_[i].tensor.mutable_grad() = open.gradients[i];
+    gathered_ = open.so_far;
+    gathered_.loss_sum = 0.0;
+    samples_ = open.samples;
+    if (gathered_.weight > 0.0) loss_sum_ = at::full({}, open.so_far.loss_sum, at::kDouble);
+    if (parts_) parts_->begin_with(parameters_);
 }
 
 void Gatherer::clear() {

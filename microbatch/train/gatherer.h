@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <optional>
 #include <vector>
@@ -24,6 +25,14 @@ struct Gathered {
 
     /// Mean loss of the batch; 0 if the weight is 0.
     double loss() const { return weight > 0.0 ? loss_sum / weight : 0.0; }
+};
+
+/// A batch that was left between two of its micro-batches.
+struct OpenGather {
+    std::int64_t samples = 0;  ///< the first so many of the batch are in
+    Gathered so_far = {};      ///< without the gradient norm
+    bool measure_parts = false;
+    std::vector<at::Tensor> gradients = {};  ///< the sums so far, one for each parameter; undefined for none
 };
 
 /// Sums the gradients of one batch, micro-batch by micro-batch, in the parameters' .grad.
@@ -70,6 +79,26 @@ public:
     /// Errors: as those; ErrorKind::usage if the batch is empty.
     Gathered gather(const Batch& batch, const Plan& plan, const LossFunction& loss, bool measure_parts = false);
 
+    /// begin() for the micro-batches of a batch. Errors: as begin(); ErrorKind::usage if the batch is empty or the
+    /// micro-batch below 1.
+    void begin_on(const Batch& batch, const Plan& plan, bool measure_parts = false);
+
+    /// Adds the micro-batches of `batch` from the sample that add_all() came to last, in an open window. `pause` is
+    /// asked after each but the last: true leaves the window there, until add_all() is called again with the same
+    /// batch. Returns true if the whole batch is in. Errors: as gather().
+    bool add_all(const Batch& batch, const Plan& plan, const LossFunction& loss, const std::function<bool()>& pause);
+
+    /// What an open window holds: the parameters' own gradients. Errors: ErrorKind::usage if no window is open.
+    OpenGather open() const;
+
+    /// Opens a window that holds what another one of such parameters held. The gradients are taken as they are, not
+    /// copied.
+    /// Errors: as begin(); ErrorKind::usage if they are not those of such parameters; no window is open then.
+    void go_on(const OpenGather& open);
+
+    /// Samples that add_all() has added to the window.
+    std::int64_t samples() const { return samples_; }
+
     /// Drops all gradients and closes the window; allowed at any time.
     void clear();
 
@@ -90,6 +119,7 @@ private:
     std::optional<InPlaceGradients> in_place_;  // while a window is open
     std::optional<PartNorms> parts_;            // the same, where they are measured
     State state_ = State::idle;
+    std::int64_t samples_ = 0;
     at::Tensor loss_sum_;  // fp64 on the loss's device, so that no micro-batch waits for the device
     Gathered gathered_;
 };

@@ -8,7 +8,20 @@
 #include <algorithm>
 #include <mutex>
 
+#include "microbatch/core/error.h"
+
 namespace microbatch {
+namespace {
+
+// Other ones may be of buffers that grow.
+bool same_dtypes(const auto& live, const std::vector<at::Tensor>& given, auto&& tensor_of) {
+    return std::equal(live.begin(), live.end(), given.begin(), given.end(),
+                      [&](const auto& one, const at::Tensor& other) {
+                          return other.defined() && tensor_of(one).scalar_type() == other.scalar_type();
+                      });
+}
+
+}  // namespace
 
 ModelState::ModelState(torch::nn::Module& model) : ModelState(&model, model.parameters()) {}
 
@@ -36,6 +49,10 @@ ModelState::ModelState(torch::nn::Module* model, const std::vector<at::Tensor>& 
 
 void ModelState::restore() {
     restore_model();
+    restore_generators();
+}
+
+void ModelState::restore_generators() {
     for (Draws& draws : draws_) {
         const std::lock_guard lock(draws.generator.mutex());
         draws.generator.set_state(draws.state);
@@ -53,6 +70,24 @@ void ModelState::restore_model() {
         if (buffer.live.sizes() != buffer.copy.sizes()) buffer.live.resize_(buffer.copy.sizes());
         buffer.live.copy_(buffer.copy);
     }
+}
+
+HeldState ModelState::held() const {
+    HeldState state;
+    for (const Buffer& buffer : buffers_) state.buffers.push_back(buffer.copy);
+    for (const Draws& draws : draws_) state.generators.push_back(draws.state);
+    return state;
+}
+
+void ModelState::hold(const HeldState& state) {
+    bool alike = same_dtypes(buffers_, state.buffers, [](const Buffer& buffer) { return buffer.copy; }) &&
+                 same_dtypes(draws_, state.generators, [](const Draws& draws) { return draws.state; });
+    for (std::size_t i = 0; alike && i < draws_.size(); ++i) {
+        alike = draws_[i].state.sizes() == state.generators[i].sizes();
+    }
+    if (!alike) throw Error(ErrorKind::usage, "buffers or generators are not those of this model");
+    for (std::size_t i = 0; i < buffers_.size(); ++i) buffers_[i].copy = state.buffers[i];
+    for (std::size_t i = 0; i < draws_.size(); ++i) draws_[i].state = state.generators[i];
 }
 
 bool ModelState::buffers_changed() const {

@@ -11,6 +11,12 @@ class Module;
 
 namespace microbatch {
 
+/// What a ModelState holds, as tensors.
+struct HeldState {
+    std::vector<at::Tensor> buffers;     ///< in the model's order
+    std::vector<at::Tensor> generators;  ///< the CPU's, then those of the parameters' devices
+};
+
 /// A copy of what a forward pass may change beside gradients: the model's buffers and training flags, and torch's
 /// generators (the CPU's and those of the devices the parameters are on).
 ///
@@ -28,8 +34,19 @@ public:
     /// Puts buffers and training flags back, and lets the generators go on.
     void restore_model();
 
+    /// Puts the generators back, and leaves all else.
+    void restore_generators();
+
     /// True if a buffer holds other values than in the copy.
     bool buffers_changed() const;
+
+    /// The copies themselves, to be written down.
+    HeldState held() const;
+
+    /// From now on holds what another one of such a model held.
+    /// Errors: ErrorKind::usage if there are not as many buffers or generators, or they are of other dtypes or a
+    ///         generator's state is of another size; nothing has changed then.
+    void hold(const HeldState& state);
 
 private:
     struct Flag {

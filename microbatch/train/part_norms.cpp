@@ -24,4 +24,12 @@ double PartNorms::added(const Parameters& parameters) {
     return norm * norm;
 }
 
+void PartNorms::begin_with(const Parameters& parameters) {
+    before_.assign(parameters.size(), at::Tensor());
+    for (std::size_t i = 0; i < parameters.size(); ++i) {
+        const at::Tensor& gradient = parameters[i].tensor.grad();
+        if (gradient.defined()) before_[i] = gradient.detach().clone();
+    }
+}
+
 }  // namespace microbatch

@@ -19,6 +19,9 @@ public:
     /// Squared Euclidean norm of what has been added to the gradients since the last call, or since there were none.
     double added(const Parameters& parameters);
 
+    /// Goes on as if the gradients that there are had been seen by the last call.
+    void begin_with(const Parameters& parameters);
+
 private:
     std::vector<at::Tensor> before_;  // one for each parameter, as its gradient was; undefined for none
 };

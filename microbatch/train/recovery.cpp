@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <utility>
 
 #include "microbatch/core/error.h"
@@ -47,7 +48,8 @@ std::string Recovery::keep(std::int64_t steps, const SpikeGuard& guard) {
 
 void Recovery::take(std::int64_t steps, const SpikeGuard& guard) {
     try {
-        points_.push_back({steps, guard, RunPoint(accumulator_, options_.memory_bytes / most_points, new_file())});
+        points_.push_back(
+            {steps, guard.state(), RunPoint(accumulator_, options_.memory_bytes / most_points, new_file())});
     } catch (const c10::OutOfMemoryError&) {
         if (options_.memory_bytes == 0 || options_.folder.empty()) return fail("out of memory");
         options_.memory_bytes = 0;
@@ -67,7 +69,7 @@ std::optional<std::int64_t> Recovery::go_back(std::int64_t steps, SpikeGuard& gu
     if (points_.empty() || good <= points_.front().steps) return std::nullopt;
     while (points_.size() > 1 && points_.back().steps + options_.margin > good) points_.pop_back();
     points_.back().run.put_back(accumulator_);
-    guard = points_.back().guard;
+    guard.restore(points_.back().guard);
     const std::int64_t back_at = points_.back().steps;
     ++times_;
     gone_back_at_ = steps;
@@ -86,7 +88,13 @@ double Recovery::rate_factor(std::int64_t steps) const {
 }
 
 std::filesystem::path Recovery::new_file() {
-    return options_.folder.empty() ? options_.folder : options_.folder / text("snapshot-", files_++, ".bin");
+    if (options_.folder.empty()) return {};
+    // One of that name is of a process that was killed.
+    std::filesystem::path file;
+    do {
+        file = options_.folder / text("snapshot-", files_++, ".bin");
+    } while (std::filesystem::exists(std::filesystem::symlink_status(file)));
+    return file;
 }
 
 bool Recovery::give_up_memory() {
@@ -102,6 +110,49 @@ bool Recovery::give_up_memory() {
     }
     std::erase_if(points_, [](const Point& point) { return point.run.memory_bytes() > 0; });
     return true;
+}
+
+RecoveryState Recovery::state(const std::vector<std::string>& names) const {
+    RecoveryState state{
+        .times = times_, .gone_back_at = gone_back_at_, .in_files = options_.memory_bytes == 0, .failed = failed_};
+    for (const Point& point : points_) {
+        const auto snapshot = std::make_shared<const Snapshot>(point.run.snapshot());
+        RecoveryState::Point written{point.steps, point.guard, {}, point.run.state_counts()};
+        for (std::size_t i = 0; i < snapshot->size(); ++i) {
+            const std::string name = names.size() == snapshot->size() ? names[i] : text("tensor.", i);
+            written.tensors.push_back({name, snapshot->shape(i), [snapshot, i] { return snapshot->tensor(i); }});
+        }
+        state.points.push_back(std::move(written));
+    }
+    return state;
+}
+
+void Recovery::restore(const RecoveryState& state) {
+    if (state.times < 0 || state.gone_back_at < 0 || state.points.size() > std::size_t{most_points}) {
+        throw Error(ErrorKind::usage, "recovery: this is the state of none");
+    }
+    const bool in_files = state.in_files && !options_.folder.empty();
+    std::deque<Point> points;
+    for (const RecoveryState::Point& point : state.points) {
+        if (point.steps < 0) throw Error(ErrorKind::usage, "recovery: this is the state of none");
+        SpikeGuard().restore(point.guard);  // refuses what is none
+        points.push_back(
+            {point.steps, point.guard, RunPoint(make_snapshot(point.tensors, in_files), point.state_counts)});
+    }
+    points_ = std::move(points);
+    times_ = state.times;
+    gone_back_at_ = state.gone_back_at;
+    failed_ = state.failed;
+    if (in_files) options_.memory_bytes = 0;
+}
+
+Snapshot Recovery::make_snapshot(const StoredTensors& tensors, bool in_files) {
+    const auto get = [&tensors](std::size_t i) { return tensors[i].get(); };
+    const bool fits = bytes_of(tensors) <= options_.memory_bytes / most_points;
+    if (!options_.folder.empty() && (in_files || !fits)) return {tensors.size(), get, new_file()};
+    std::vector<at::Tensor> all;
+    for (const StoredTensor& tensor : tensors) all.push_back(get_own(tensor));
+    return Snapshot::of_copies(std::move(all));
 }
 
 std::int64_t Recovery::memory_bytes() const {

@@ -9,6 +9,7 @@
 
 #include "microbatch/core/spike_guard.h"
 #include "microbatch/train/run_point.h"
+#include "microbatch/train/trainer_state.h"
 
 namespace microbatch {
 
@@ -68,15 +69,25 @@ public:
     /// What the snapshots take of memory now.
     std::int64_t memory_bytes() const;
 
+    /// What it would go back to, with its snapshots' own tensors. `names` are those of the snapshots' tensors, where
+    /// they are as many; the others are numbered.
+    RecoveryState state(const std::vector<std::string>& names) const;
+
+    /// Goes on from a state that a run of such an accumulator had: snapshots in memory or in files by the options.
+    /// Errors: ErrorKind::usage if a count is below 0, a guard's state is none, or a file cannot be written, and what
+    ///         getting a tensor throws; nothing has changed then.
+    void restore(const RecoveryState& state);
+
 private:
     struct Point {
         std::int64_t steps;
-        SpikeGuard guard;
+        SpikeGuardState guard;
         RunPoint run;
     };
 
     std::filesystem::path new_file();
     void take(std::int64_t steps, const SpikeGuard& guard);
+    Snapshot make_snapshot(const StoredTensors& tensors, bool in_files);
     void fail(const std::string& why);
 
     Accumulator& accumulator_;

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <utility>
 #include <vector>
 
 #include "microbatch/train/accumulator.h"
@@ -19,6 +20,14 @@ public:
     /// Throws c10::OutOfMemoryError if there is no room.
     /// Errors: ErrorKind::usage if it is to be a file and that is empty, or as Snapshot.
     RunPoint(const Accumulator& accumulator, std::int64_t memory_bytes, const std::filesystem::path& file);
+
+    /// One that was made before: parameters, buffers, then the state of one parameter of the optimizer after the other,
+    /// of which `state_counts` says how many tensors it has.
+    RunPoint(Snapshot snapshot, std::vector<std::size_t> state_counts)
+        : snapshot_(std::move(snapshot)), state_counts_(std::move(state_counts)) {}
+
+    const Snapshot& snapshot() const { return snapshot_; }
+    const std::vector<std::size_t>& state_counts() const { return state_counts_; }
 
     /// Makes the job again what it was; it must be the same, or made alike.
     /// Errors: as Snapshot::tensors() and Optimizer::restore(); nothing has changed then.

@@ -7,7 +7,7 @@ namespace microbatch {
 void ShapeLimits::remember(const Batch& batch, const Plan& plan) {
     const Shape shape = shape_of(batch);
     // What the new limit implies is not needed any more: the list stays as short as the shapes are different.
-    std::erase_if(limits_, [&](const Limit& old) {
+    std::erase_if(limits_, [&](const ShapeLimit& old) {
         return covers(shape, old.shape) && plan.micro_batch <= old.plan.micro_batch &&
                plan.recompute >= old.plan.recompute;
     });
@@ -17,7 +17,7 @@ void ShapeLimits::remember(const Batch& batch, const Plan& plan) {
 Plan ShapeLimits::within(const Plan& plan, const Batch& batch) const {
     const Shape shape = shape_of(batch);
     Plan result = plan;
-    for (const Limit& limit : limits_) {
+    for (const ShapeLimit& limit : limits_) {
         if (!covers(limit.shape, shape)) continue;
         result.micro_batch = std::min(result.micro_batch, limit.plan.micro_batch);
         result.recompute = result.recompute || limit.plan.recompute;

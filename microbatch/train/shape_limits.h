@@ -1,11 +1,19 @@
 #pragma once
 
+#include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "microbatch/core/batch_plan.h"
 #include "microbatch/train/batch.h"
 
 namespace microbatch {
+
+/// A plan that samples of a shape, or of a larger one, had to be cut down to.
+struct ShapeLimit {
+    std::vector<std::vector<std::int64_t>> shape;  ///< of one sample, field by field
+    Plan plan;
+};
 
 /// The plans that batches of some shapes had to be cut down to.
 class ShapeLimits {
@@ -18,18 +26,16 @@ public:
 
     void clear() { limits_.clear(); }
 
-private:
-    using Shape = std::vector<std::vector<std::int64_t>>;  // of one sample, field by field
+    const std::vector<ShapeLimit>& all() const { return limits_; }
+    void restore(std::vector<ShapeLimit> limits) { limits_ = std::move(limits); }
 
-    struct Limit {
-        Shape shape;
-        Plan plan;
-    };
+private:
+    using Shape = decltype(ShapeLimit::shape);
 
     static Shape shape_of(const Batch& batch);
     static bool covers(const Shape& smaller, const Shape& larger);
 
-    std::vector<Limit> limits_;
+    std::vector<ShapeLimit> limits_;
 };
 
 }  // namespace microbatch

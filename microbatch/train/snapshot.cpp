@@ -7,6 +7,7 @@
 #include <cerrno>
 #include <cstring>
 #include <fstream>
+#include <utility>
 
 #include "microbatch/core/error.h"
 #include "microbatch/core/text.h"
@@ -39,7 +40,18 @@ Snapshot::Snapshot(const std::vector<at::Tensor>& tensors) {
     for (const at::Tensor& tensor : tensors) copies_.push_back(tensor.detach().clone());
 }
 
-Snapshot::Snapshot(const std::vector<at::Tensor>& tensors, const std::filesystem::path& file) {
+Snapshot Snapshot::of_copies(std::vector<at::Tensor> copies) {
+    Snapshot snapshot;
+    snapshot.copies_ = std::move(copies);
+    return snapshot;
+}
+
+Snapshot::Snapshot(const std::vector<at::Tensor>& tensors, const std::filesystem::path& file)
+    : Snapshot(
+          tensors.size(), [&](std::size_t i) { return tensors[i]; }, file) {}
+
+Snapshot::Snapshot(std::size_t count, const std::function<at::Tensor(std::size_t)>& tensor,
+                   const std::filesystem::path& file) {
     const at::NoGradGuard no_grad;
     if (std::filesystem::exists(std::filesystem::symlink_status(file))) {
         throw Error(ErrorKind::usage, text(file.string(), " exists already"));
@@ -47,13 +59,41 @@ Snapshot::Snapshot(const std::vector<at::Tensor>& tensors, const std::filesystem
     file_ = std::make_shared<File>(file);
     errno = 0;
     std::ofstream stream(file, std::ios::binary | std::ios::trunc);
-    for (const at::Tensor& tensor : tensors) {
-        const at::Tensor bytes = on_the_cpu(tensor);
+    for (std::size_t i = 0; i < count; ++i) {
+        const at::Tensor bytes = on_the_cpu(tensor(i));
         stream.write(static_cast<const char*>(bytes.const_data_ptr()), static_cast<std::streamsize>(bytes.nbytes()));
         copies_.push_back(at::empty_like(bytes, at::TensorOptions(at::kMeta)));
     }
     stream.close();
     if (!stream) throw Error(ErrorKind::usage, text("cannot write ", file.string(), ": ", std::strerror(errno)));
+}
+
+/// The file, found whole.
+struct Snapshot::Reader {
+    const Snapshot& snapshot;
+    std::ifstream stream;
+
+    explicit Reader(const Snapshot& of) : snapshot(of), stream(of.file_->path, std::ios::binary) {
+        std::error_code failure;
+        const auto size = std::filesystem::file_size(of.file_->path, failure);
+        if (!stream || failure || size != static_cast<std::uintmax_t>(bytes_of(of.copies_))) of.refuse_file();
+    }
+
+    // The next one, into a tensor that is laid out as it was.
+    void read(const at::Tensor& into) {
+        stream.read(static_cast<char*>(into.mutable_data_ptr()), static_cast<std::streamsize>(into.nbytes()));
+        if (!stream) snapshot.refuse_file();
+    }
+};
+
+at::Tensor Snapshot::tensor(std::size_t i) const {
+    if (!file_) return copies_.at(i);
+    Reader reader(*this);
+    const auto first = copies_.begin();
+    reader.stream.seekg(bytes_of({first, first + static_cast<std::ptrdiff_t>(i)}));
+    const at::Tensor result = at::empty_like(copies_.at(i), at::TensorOptions(at::kCPU));
+    reader.read(result);
+    return result;
 }
 
 std::vector<at::Tensor> Snapshot::tensors() const {
@@ -76,15 +116,11 @@ void Snapshot::copy_into(const std::vector<at::Tensor>& live) const {
         for (std::size_t i = 0; i < live.size(); ++i) at::Tensor(live[i]).copy_(copies_[i]);
         return;
     }
-    std::error_code failure;
-    std::ifstream stream(file_->path, std::ios::binary);
-    const auto size = std::filesystem::file_size(file_->path, failure);
-    if (!stream || failure || size != static_cast<std::uintmax_t>(bytes_of(copies_))) refuse_file();
+    Reader reader(*this);
     for (std::size_t i = 0; i < live.size(); ++i) {
         const bool in_place = live[i].is_cpu() && live[i].strides() == copies_[i].strides();
         const at::Tensor bytes = in_place ? live[i] : at::empty_like(copies_[i], at::TensorOptions(at::kCPU));
-        stream.read(static_cast<char*>(bytes.mutable_data_ptr()), static_cast<std::streamsize>(bytes.nbytes()));
-        if (!stream) refuse_file();
+        reader.read(bytes);
         if (!in_place) at::Tensor(live[i]).copy_(bytes);
     }
 }

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -17,10 +18,25 @@ public:
     /// In memory, each on its tensor's device. Throws c10::OutOfMemoryError if there is no room.
     explicit Snapshot(const std::vector<at::Tensor>& tensors);
 
+    /// Of copies that are made already, and that nobody else changes.
+    static Snapshot of_copies(std::vector<at::Tensor> copies);
+
     /// In a new file, which goes with this. The folder must exist.
     /// Errors: ErrorKind::usage if there is one already, or it cannot be written whole (disk full, read-only); nothing
     /// is left of it then.
     Snapshot(const std::vector<at::Tensor>& tensors, const std::filesystem::path& file);
+
+    /// The same of tensors that are asked for one after the other and not held.
+    Snapshot(std::size_t count, const std::function<at::Tensor(std::size_t)>& tensor,
+             const std::filesystem::path& file);
+
+    std::size_t size() const { return copies_.size(); }
+
+    /// Its i-th tensor: the copy itself; of a file, read anew. Errors: as tensors().
+    at::Tensor tensor(std::size_t i) const;
+
+    /// Sizes, strides and dtype of the i-th tensor; of a file without its numbers.
+    const at::Tensor& shape(std::size_t i) const { return copies_[i]; }
 
     /// The tensors as they were; of a file, read anew.
     /// Errors: ErrorKind::bad_data if the file is not there whole.
@@ -38,6 +54,10 @@ public:
 private:
     /// Removes the file at its end.
     struct File;
+
+    struct Reader;
+
+    Snapshot() = default;
 
     [[noreturn]] void refuse_file() const;
 

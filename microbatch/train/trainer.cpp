@@ -65,37 +65,70 @@ std::int64_t Trainer::samples_left() const {
     return left / per_sample + (left % per_sample != 0);
 }
 
+struct Trainer::Before {
+    SamplerState position;
+    std::optional<SpikeGuard> guard;
+    std::int64_t last_batch, shrunk_at;
+
+    explicit Before(const Trainer& trainer)
+        : position(trainer.sampler_.state()),
+          guard(trainer.guard_),
+          last_batch(trainer.last_batch_),
+          shrunk_at(trainer.shrunk_at_) {}
+};
+
+void Trainer::put_back(const Before& before) {
+    sampler_.restore(before.position);
+    guard_ = before.guard;
+    last_batch_ = before.last_batch;
+    shrunk_at_ = before.shrunk_at;
+}
+
 TrainerReport Trainer::step() {
     if (done()) throw Error(ErrorKind::usage, text("the run of ", to_string(options_.length), " is done"));
     const auto started = std::chrono::steady_clock::now();
-    const SamplerState position = sampler_.state();
-    const std::optional<SpikeGuard> guard = guard_;
-    const std::int64_t last_batch = last_batch_;
+    const auto seconds = [&] {
+        return open_seconds_ + std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
+    };
+    const Before before(*this);
     TrainerReport report;
-    report.samples = std::min(full_batch(), samples_left());
-    const Interval tokens =
-        convert({report.samples, Unit::samples}, Unit::tokens, report.samples, dataset_.tokens_per_sample());
-    const Progress batch{1, report.samples, tokens.count};
-    report.progress = progress_ + batch;
-    if (recovery_) {
-        report.warning = recovery_->keep(progress_.steps, *guard_);
-        report.snapshot_bytes = recovery_->memory_bytes();
-    }
+    begin_step(report);
+    const Progress batch{1, report.samples, report.progress.tokens - progress_.tokens};
     try {
         const Batch samples = next_samples(report.samples);
         set_learning_rate(batch);
         report.step = accumulator_.step(samples, loss_, step_options(report));
     } catch (...) {
-        sampler_.restore(position);
-        guard_ = guard;
-        last_batch_ = last_batch;
+        put_back(before);
+        open_seconds_ = 0.0;
         throw;
+    }
+    report.paused = report.step.paused;
+    if (report.paused) {
+        put_back(before);
+        open_warning_ = report.warning;
+        report.progress = progress_;
+        report.seconds = open_seconds_ = seconds();
+        return report;
     }
     progress_ = report.progress;
     add_noise(report);
     if (report.diverged) go_back(report);
-    report.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
+    report.seconds = seconds();
+    open_seconds_ = 0.0;
     return report;
+}
+
+void Trainer::begin_step(TrainerReport& report) {
+    report.samples = std::min(full_batch(), samples_left());
+    const Interval tokens =
+        convert({report.samples, Unit::samples}, Unit::tokens, report.samples, dataset_.tokens_per_sample());
+    report.progress = progress_ + Progress{1, report.samples, tokens.count};
+    report.warning = std::exchange(open_warning_, {});
+    // The snapshot before a batch that was left open was taken before it.
+    if (!recovery_) return;
+    if (!accumulator_.is_paused()) report.warning = recovery_->keep(progress_.steps, *guard_);
+    report.snapshot_bytes = recovery_->memory_bytes();
 }
 
 Batch Trainer::next_samples(std::int64_t count) {
@@ -103,7 +136,9 @@ Batch Trainer::next_samples(std::int64_t count) {
     try {
         return lazy_batch(indices);
     } catch (const c10::OutOfMemoryError&) {
-        if (!recovery_ || !recovery_->give_up_memory()) throw;
+        const bool released = options_.release_memory && options_.release_memory();
+        const bool given_up = recovery_ && recovery_->give_up_memory();
+        if (!released && !given_up) throw;
     }
     return lazy_batch(indices);
 }
@@ -132,7 +167,7 @@ StepOptions Trainer::step_options(TrainerReport& report) {
         shrunk_at_ = progress_.steps;
     }
     last_batch_ = full;
-    StepOptions how;
+    StepOptions how{.release_memory = options_.release_memory, .pause = options_.pause};
     if (recovery_) how.give_up_memory = [this] { return recovery_->give_up_memory(); };
     how.measure_noise = options_.noise_every > 0 && progress_.steps % options_.noise_every == 0;
     if (guard_ && report.samples == full) {

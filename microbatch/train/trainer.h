@@ -1,7 +1,10 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <optional>
+#include <string>
+#include <vector>
 
 #include "microbatch/core/batch_schedule.h"
 #include "microbatch/core/learning_rate.h"
@@ -13,6 +16,7 @@
 #include "microbatch/train/dataset.h"
 #include "microbatch/train/recovery.h"
 #include "microbatch/train/sampler.h"
+#include "microbatch/train/trainer_state.h"
 
 namespace microbatch {
 
@@ -30,14 +34,20 @@ struct TrainerOptions {
     /// What is done where the guard says that the run has diverged; none: nothing, whoever trains decides.
     std::optional<RecoveryOptions> recovery = {};
     std::int64_t noise_every = 0;  ///< steps from one measure of the gradient's noise to the next; 0: none
+    /// Asked after every micro-batch but a step's last: true ends step() there, see TrainerReport::paused.
+    std::function<bool()> pause = {};
+    /// See StepOptions::release_memory.
+    std::function<bool()> release_memory = {};
 };
 
 /// A batch's report, with where in the run it was.
 struct TrainerReport {
     StepReport step;
+    /// The batch was left between two micro-batches, and progress is that of before it: the next step() goes on there.
+    bool paused = false;
     Progress progress;         ///< after this batch; a batch that was not applied counts too
     std::int64_t samples = 0;  ///< in this batch
-    double seconds = 0.0;      ///< wall time, fetching the data included
+    double seconds = 0.0;      ///< wall time, fetching the data included; of a batch that was left, all its parts
     bool diverged = false;     ///< the guard says that going on does not help; not applied, step.reason says why
     /// The run had diverged, step.reason says why, and went back: parameters and optimizer are as after so many steps.
     std::optional<std::int64_t> went_back_to = {};
@@ -65,11 +75,34 @@ public:
     /// 64 bits. On any exception the position in the data and the guard are as before.
     TrainerReport step();
 
+    /// All that the run goes on from, between two steps or after one that was paused. Its tensors are this trainer's
+    /// own: see own_tensors(). Cost: no copies, but of the state of a TorchOptimizer.
+    TrainerState state() const;
+
+    /// Goes on from a state that a trainer of the same model, optimizer, data and options had: the next step is the one
+    /// that it would have made, bit for bit with the same plan and threads. The plan and the length may be others.
+    /// Memory: one tensor at a time, the optimizer's state without a second copy.
+    /// Errors: ErrorKind::bad_data, naming it, if a tensor is missing, too many, of another shape or dtype, or a number
+    ///         is impossible; nothing has changed then. What getting a tensor throws: parameters and optimizer are
+    ///         then a mixture, not to be trained on.
+    void restore(const TrainerState& state);
+
     bool done() const { return progress_.in(options_.length.unit) >= options_.length.count; }
     const Progress& progress() const { return progress_; }
 
 private:
+    /// What a step changes of this before it is taken.
+    struct Before;
+
     void validate_options() const;
+    void begin_step(TrainerReport& report);
+    void require_fits(const TrainerState& state) const;
+    void require_optimizer(const std::vector<std::size_t>& counts, const StoredTensors& tensors) const;
+    void require_point(const RecoveryState::Point& point) const;
+    void require_generators(const std::vector<at::Tensor>& states) const;
+    void restore_optimizer(const TrainerState& state);
+    void restore_open_batch(const OpenBatchState& open);
+    void put_back(const Before& before);
     std::int64_t full_batch() const;
     std::int64_t samples_left() const;
     Batch next_samples(std::int64_t count);
@@ -91,6 +124,8 @@ private:
     double own_rate_ = 0.0;        // without a schedule: the optimizer's, before the run first went back
     std::int64_t last_batch_ = 0;  // the full batch of the last step
     std::int64_t shrunk_at_ = 0;   // after so many steps it became smaller, the last time
+    double open_seconds_ = 0.0;    // that the batch has taken which was left open
+    std::string open_warning_;     // not reported yet, as it was left open
 };
 
 /// Mean loss over the whole dataset at `micro_batch` samples a time, without gradients: sum of sums / sum of weights.

@@ -30,7 +30,7 @@ OF_COMMAND = {"train": {"run": "run", "steps": 2}, "plan": {}, "compare": {"samp
 # A job of many blocks.
 DEEP = {"layers": 12, "heads": 1, "width": 16, "batch": 8}
 PARTS = ["parameters", "gradients", "optimizer state", "activations", "other"]
-FILES = {"config.toml", "metrics.jsonl", "model.safetensors", "report.html", "summary.json",
+FILES = {"checkpoints", "config.toml", "metrics.jsonl", "model.safetensors", "report.html", "summary.json",
          "events.out.tfevents.*"}
 HINT = "Run with --help for more information."
 

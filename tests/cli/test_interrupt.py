@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import signal
 import subprocess
 import time
@@ -81,8 +82,8 @@ def test_a_comparison_can_be_interrupted_and_leaves_neither_processes_nor_folder
     place.mkdir()
     monkeypatch.setenv("TMPDIR", str(place))
     process = run.start("compare", samples="30M", **({"run": str(place / "kept")} if kept else {}))
-    # Its child is at work.
-    wait_for(lambda: any(place.glob("**/metrics.jsonl")), process, 60)
+    # Its child is at work, and has made a step.
+    wait_for(lambda: any(file.stat().st_size for file in place.glob("**/metrics.jsonl")), process, 60)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == 130
@@ -95,17 +96,34 @@ def test_a_comparison_can_be_interrupted_and_leaves_neither_processes_nor_folder
         assert list(place.iterdir()) == []
 
 
-def test_two_signals_end_at_once(run):
-    # A step of many seconds, so that the first signal cannot have ended the run by itself.
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_run_inside_a_batch_and_nothing_of_it_is_lost(run, sent):
+    # A batch of many seconds, micro-batches of a thousandth of one.
     process = run.start("train", batch=100_000, micro_batch=1, steps=100)
+    wait_for(lambda: lines_of(run) == 0, process)
+    time.sleep(0.5)
+    process.send_signal(sent)
+    out, err = process.communicate(timeout=4)
+    assert process.returncode == 130 and err == ""
+    (checkpoint,) = (run.folder / "run" / "checkpoints").iterdir()
+    samples = int(re.fullmatch(r"step-00000000-(\d+)", checkpoint.name)[1])
+    assert 0 < samples < 100_000
+    assert lines_of(run) == 0 and re.search(r"^go on +microbatch train --run run --resume$", out, re.MULTILINE)
+
+
+def test_two_signals_end_at_once(run):
+    # A micro-batch of many seconds, so that the first signal cannot have ended the run by itself.
+    process = run.start("train", data=FORTUNES, layers=2, width=256, length=256, batch=128, micro_batch=128,
+                        recompute="always", memory="4GiB", no_verify=True, noise_every=0, steps=100)
     wait_for(lambda: lines_of(run) == 0, process)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=3)
+    process.communicate(timeout=2)
     assert process.returncode in (130, -signal.SIGINT)
+    assert list((run.folder / "run").glob("checkpoints/step-*")) == []
 
 
 def test_the_end_after_a_signal_does_not_wait_for_the_held_out_samples(run):

@@ -2,7 +2,9 @@
 
 #include <gtest/gtest.h>
 
+#include <random>
 #include <string>
+#include <string_view>
 
 namespace microbatch {
 namespace {
@@ -27,6 +29,19 @@ TEST(Crc32c, InPiecesIsThatOfTheWhole) {
     for (std::size_t cut = 0; cut <= all.size(); ++cut) {
         EXPECT_EQ(crc32c(all.substr(cut), crc32c(all.substr(0, cut))), crc32c(all));
     }
+}
+
+TEST(Crc32c, ByTheProcessorsInstructionIsThatOfTheTable) {
+    std::mt19937_64 random(1);
+    std::string bytes(5000, '\0');
+    for (char& byte : bytes) byte = static_cast<char>(random());
+    for (int i = 0; i < 5000; ++i) {
+        const std::size_t length = i < 200 ? static_cast<std::size_t>(i) : random() % 4000;
+        const std::string_view part = std::string_view(bytes).substr(random() % 1000, length);
+        const auto before = static_cast<std::uint32_t>(random());
+        EXPECT_EQ(crc32c(part, before), crc32c_by_table(part, before)) << length;
+    }
+    EXPECT_EQ(crc32c_by_table("123456789"), 0xE3069283u);
 }
 
 }  // namespace

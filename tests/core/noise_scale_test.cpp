@@ -131,5 +131,45 @@ TEST(NoiseScale, RefusesADecayThatForgetsNothing) {
     }
 }
 
+TEST(NoiseAverage, GoesOnFromItsStateToTheSameBits) {
+    std::mt19937_64 random(3);
+    std::normal_distribution<double> normal;
+    NoiseAverage average(0.9), twin(0.9);
+    for (int i = 0; i < 200; ++i) {
+        NoiseAverage fresh(0.9);
+        fresh.add({.variance = 1e9, .squared_gradient = 1e9});
+        fresh.restore(average.state());
+        average = fresh;
+        EXPECT_EQ(average.noise_batch(), twin.noise_batch());
+        EXPECT_EQ(average.mean().has_value(), i > 0);
+        if (i > 0) {
+            EXPECT_EQ(average.mean()->variance, twin.mean()->variance);
+            EXPECT_EQ(average.mean()->squared_gradient, twin.mean()->squared_gradient);
+        }
+        const NoiseMeasure measure{.variance = 2 + normal(random), .squared_gradient = 1 + normal(random)};
+        average.add(measure);
+        twin.add(measure);
+    }
+}
+
+TEST(NoiseAverage, RefusesAStateThatNoneCouldHaveAndKeepsItsOwn) {
+    NoiseAverage average;
+    average.add({.variance = 2, .squared_gradient = 1});
+    const double infinity = std::numeric_limits<double>::infinity();
+    const NoiseAverage::State good = average.state();
+    const auto refused = [&](const NoiseAverage::State& state) {
+        expect_usage_error({"noise"}, [&] { average.restore(state); });
+        EXPECT_EQ(average.state().weight, good.weight);
+        EXPECT_EQ(average.noise_batch(), 2.0);
+    };
+    for (const double bad : {nan_value, infinity, -infinity}) {
+        refused({bad, good.sum});
+        refused({good.weight, {.variance = bad, .squared_gradient = 1}});
+        refused({good.weight, {.variance = 1, .squared_gradient = bad}});
+    }
+    refused({-0.1, good.sum});
+    refused({1.1, good.sum});
+}
+
 }  // namespace
 }  // namespace microbatch

@@ -243,5 +243,60 @@ TEST(SpikeGuard, IsCalmWhileTheLossIsNearItsLowest) {
     EXPECT_FALSE(trace.guard().is_calm());
 }
 
+TEST(SpikeGuard, GoesOnFromItsStateToTheSameVerdicts) {
+    for (std::uint64_t seed = 1; seed <= 20; ++seed) {
+        const SpikeGuardOptions options{.window = 40, .least = 20, .most_refused = 4};
+        Trace trace(seed, options), twin(seed, options);
+        int refused = 0;
+        for (int i = 0; i < 400; ++i) {
+            // Now and then up to eight bad steps in a row, so that verdicts of every kind are among them.
+            const double of_loss = i % 50 > 41 && i % 50 < 42 + i / 50 ? 3.0 : i % 37 == 30 ? nan_value : 1.0;
+            SpikeGuard fresh(options);
+            fresh.judge(1e6, 1e6);
+            fresh.restore(trace.guard().state());
+            trace.guard() = fresh;
+            EXPECT_EQ(trace.guard().is_calm(), twin.guard().is_calm());
+            EXPECT_EQ(trace.guard().refused_in_a_row(), twin.guard().refused_in_a_row());
+            const Verdict verdict = trace.step(of_loss);
+            ASSERT_EQ(verdict, twin.step(of_loss));
+            EXPECT_EQ(trace.reason(), twin.reason());
+            EXPECT_EQ(trace.guard().state(), twin.guard().state());
+            refused += verdict != Verdict::apply ? 1 : 0;
+        }
+        EXPECT_GT(refused, 15);
+    }
+}
+
+TEST(SpikeGuard, AStateOfALargerWindowIsThatOfItsLastSteps) {
+    Trace trace(1, {.window = 64, .least = 20});
+    trace.quiet(100);
+    SpikeGuard smaller({.window = 30, .least = 20});
+    smaller.restore(trace.guard().state());
+    ASSERT_EQ(smaller.state().accepted.size(), 30u);
+    EXPECT_EQ(smaller.state().accepted.front(), trace.guard().state().accepted[34]);
+    EXPECT_EQ(smaller.state().accepted.back(), trace.guard().state().accepted.back());
+}
+
+TEST(SpikeGuard, RefusesAStateThatNoneCouldHaveAndKeepsItsOwn) {
+    Trace trace;
+    trace.quiet(100);
+    const SpikeGuardState good = trace.guard().state();
+    const auto refused = [&](const std::function<void(SpikeGuardState&)>& change) {
+        SpikeGuardState state = good;
+        change(state);
+        expect_usage_error({"spike guard"}, [&] { trace.guard().restore(state); });
+        EXPECT_EQ(trace.guard().state(), good);
+    };
+    refused([](SpikeGuardState& state) { state.refused_in_a_row = -1; });
+    for (const double bad : {nan_value, infinity, -infinity}) {
+        refused([bad](SpikeGuardState& state) { state.accepted[50].loss = bad; });
+        refused([bad](SpikeGuardState& state) { state.accepted[50].gradient_norm = bad; });
+        refused([bad](SpikeGuardState& state) { state.lowest_mean = bad; });
+        refused([bad](SpikeGuardState& state) { state.lowest_deviation = bad; });
+        refused([bad](SpikeGuardState& state) { state.last_mean = bad; });
+        refused([bad](SpikeGuardState& state) { state.scale = bad; });
+    }
+}
+
 }  // namespace
 }  // namespace microbatch

@@ -1,11 +1,16 @@
 #include "microbatch/data/idx.h"
 
 #include <gtest/gtest.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
 #include <zlib.h>
 
 #include <algorithm>
 #include <initializer_list>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -21,9 +26,15 @@ namespace fs = std::filesystem;
 using Shape = std::vector<std::int64_t>;
 using Bytes = std::vector<std::uint8_t>;
 
+constexpr std::uint64_t tebibyte = std::uint64_t{1} << 40;
+
+IdxArray read(const fs::path& path, int dimensions) {
+    return read_idx(path, dimensions, tebibyte);
+}
+
 void expect_bad_data(const fs::path& path, int dimensions, std::vector<std::string> parts) {
     parts.push_back(path.string());
-    test::expect_error(ErrorKind::bad_data, parts, [&] { read_idx(path, dimensions); });
+    test::expect_error(ErrorKind::bad_data, parts, [&] { read(path, dimensions); });
 }
 
 std::string big_endian(std::uint32_t word) {
@@ -49,17 +60,17 @@ std::string gzipped(const test::TempFolder& folder, const std::string& bytes) {
 
 TEST(Idx, ReadsTheShapeAndTheElements) {
     const test::TempFolder folder;
-    const auto images = read_idx(folder.write("images", idx(0x803, {2, 1, 3}, "abcdef")), 3);
+    const auto images = read(folder.write("images", idx(0x803, {2, 1, 3}, "abcdef")), 3);
     EXPECT_EQ(images.shape, (Shape{2, 1, 3}));
     EXPECT_EQ(images.bytes, (Bytes{'a', 'b', 'c', 'd', 'e', 'f'}));
-    const auto labels = read_idx(folder.write("labels", idx(0x801, {1}, "\xff")), 1);
+    const auto labels = read(folder.write("labels", idx(0x801, {1}, "\xff")), 1);
     EXPECT_EQ(labels.shape, Shape{1});
     EXPECT_EQ(labels.bytes, Bytes{255});
 }
 
 TEST(Idx, LengthsAreBigEndian) {
     const test::TempFolder folder;
-    const auto array = read_idx(folder.write("a", idx(0x801, {0x010203}, std::string(0x010203, 'x'))), 1);
+    const auto array = read(folder.write("a", idx(0x801, {0x010203}, std::string(0x010203, 'x'))), 1);
     EXPECT_EQ(array.shape, Shape{66051});
     EXPECT_EQ(array.bytes, Bytes(66051, 'x'));
 }
@@ -67,8 +78,8 @@ TEST(Idx, LengthsAreBigEndian) {
 TEST(Idx, TellsGzipByTheContentAndNotTheName) {
     const test::TempFolder folder;
     const std::string bytes = idx(0x801, {3}, "abc");
-    EXPECT_EQ(read_idx(folder.write("a", gzipped(folder, bytes)), 1).bytes, (Bytes{'a', 'b', 'c'}));
-    EXPECT_EQ(read_idx(folder.write("b.gz", bytes), 1).bytes, (Bytes{'a', 'b', 'c'}));
+    EXPECT_EQ(read(folder.write("a", gzipped(folder, bytes)), 1).bytes, (Bytes{'a', 'b', 'c'}));
+    EXPECT_EQ(read(folder.write("b.gz", bytes), 1).bytes, (Bytes{'a', 'b', 'c'}));
 }
 
 TEST(Idx, GivesBackRandomBytesOfSeveralChunks) {
@@ -79,10 +90,10 @@ TEST(Idx, GivesBackRandomBytesOfSeveralChunks) {
         for (char& element : elements) element = static_cast<char>(random());
         const std::string bytes = idx(0x801, {size}, elements);
         const Bytes expected(elements.begin(), elements.end());
-        const auto plain = read_idx(folder.write("plain", bytes), 1);
+        const auto plain = read(folder.write("plain", bytes), 1);
         EXPECT_TRUE(plain.bytes == expected) << size;
         EXPECT_EQ(plain.bytes.capacity(), size);  // nothing kept to spare
-        EXPECT_TRUE(read_idx(folder.write("zipped", gzipped(folder, bytes)), 1).bytes == expected) << size;
+        EXPECT_TRUE(read(folder.write("zipped", gzipped(folder, bytes)), 1).bytes == expected) << size;
     }
 }
 
@@ -126,6 +137,88 @@ TEST(Idx, BelievesTheFileAndNotItsHeaderAboutMemory) {
     expect_bad_data(folder.write("b", gzipped(folder, bytes)), 3, {"truncated", "holds 3 bytes"});
 }
 
+/// Bytes of memory that a call takes at most, all that the process has meanwhile; of a process of its own, for a peak
+/// is never forgotten.
+template <class Call>
+std::int64_t peak_bytes(Call&& call) {
+    int ends[2];
+    if (::pipe(ends) != 0) throw std::runtime_error("no pipe");
+    const pid_t child = ::fork();
+    if (child == 0) {
+        rusage before{}, after{};
+        ::getrusage(RUSAGE_SELF, &before);
+        call();
+        ::getrusage(RUSAGE_SELF, &after);
+        const std::int64_t kibibytes = after.ru_maxrss - before.ru_maxrss;
+        const bool written = ::write(ends[1], &kibibytes, sizeof kibibytes) == sizeof kibibytes;
+        ::_exit(written ? 0 : 1);
+    }
+    ::close(ends[1]);
+    std::int64_t kibibytes = -1;
+    const bool got = ::read(ends[0], &kibibytes, sizeof kibibytes) == sizeof kibibytes;
+    ::close(ends[0]);
+    ::waitpid(child, nullptr, 0);
+    return got ? kibibytes * 1024 : -1;
+}
+
+/// A gzip stream of some bytes and then many zeros, which takes a thousandth of them.
+fs::path write_bomb(const test::TempFolder& folder, const std::string& first, std::size_t zeros) {
+    const fs::path path = folder.path() / "bomb.gz";
+    const gzFile file = ::gzopen(path.c_str(), "wb");
+    ::gzwrite(file, first.data(), static_cast<unsigned>(first.size()));
+    const std::string some(1 << 20, '\0');
+    for (std::size_t i = 0; i < zeros; i += some.size()) ::gzwrite(file, some.data(), 1 << 20);
+    ::gzclose(file);
+    return path;
+}
+
+TEST(Idx, AGzipBombTakesNoMoreMemoryThanItsHeaderAnnounces) {
+    const test::TempFolder folder;
+    const fs::path path = write_bomb(folder, idx(0x803, {10, 28, 28}, ""), 64 << 20);
+    ASSERT_LT(fs::file_size(path), 1U << 20);
+    expect_bad_data(path, 3, {"goes on after its end", "announces 7840 bytes"});
+    const auto peak = peak_bytes([&] { test::error_message(ErrorKind::bad_data, [&] { read(path, 3); }); });
+    EXPECT_GE(peak, 0);
+    EXPECT_LT(peak, 16 << 20);
+}
+
+TEST(Idx, AGzipBombThatAnnouncesItsSizeIsRefusedBeforeItIsExpanded) {
+    const test::TempFolder folder;
+    const fs::path path = write_bomb(folder, idx(0x802, {1 << 20, 1 << 20}, ""), 64 << 20);
+    const auto refusal = [&] {
+        test::expect_error(ErrorKind::bad_data, {path.string(), "more than 32 MiB", "dimension 1 is 1048576"},
+                           [&] { read_idx(path, 2, 32 << 20); });
+    };
+    refusal();
+    const auto peak = peak_bytes(refusal);
+    EXPECT_GE(peak, 0);
+    EXPECT_LT(peak, 16 << 20);
+}
+
+TEST(Idx, TakesUpToTheLimitAndNoByteMore) {
+    const test::TempFolder folder;
+    const fs::path path = folder.write("a", idx(0x803, {2, 3, 5}, std::string(30, 'x')));
+    EXPECT_EQ(read_idx(path, 3, 30).bytes.size(), 30U);
+    test::expect_error(ErrorKind::bad_data, {path.string(), "more than 29 B", "dimension 2 is 5"},
+                       [&] { read_idx(path, 3, 29); });
+}
+
+TEST(Idx, AnArrayIsReadWithoutAnotherOfItsSize) {
+    const test::TempFolder folder;
+    const std::uint32_t size = 65 << 20;  // just beyond where doubling would hold two arrays
+    const fs::path path = folder.write("a", idx(0x801, {size}, std::string(size, 'x')));
+    const auto peak = peak_bytes([&] { EXPECT_EQ(read(path, 1).bytes.size(), size); });
+    EXPECT_GT(peak, 0);
+    EXPECT_LT(peak, size + (32 << 20));
+}
+
+TEST(Idx, RefusesAPipe) {
+    const test::TempFolder folder;
+    const fs::path path = folder.path() / "pipe";
+    ASSERT_EQ(::mkfifo(path.c_str(), 0600), 0);
+    expect_bad_data(path, 1, {"not a regular file"});
+}
+
 TEST(Idx, RefusesATruncatedFileWhereverItEnds) {
     const test::TempFolder folder;
     const std::string bytes = idx(0x803, {2, 1, 3}, "abcdef");
@@ -148,7 +241,7 @@ TEST(Idx, RefusesAGzipStreamCutOffAnywhere) {
     std::string elements(300, '\0');
     for (char& element : elements) element = static_cast<char>(random());
     const std::string bytes = gzipped(folder, idx(0x801, {300}, elements));
-    EXPECT_EQ(read_idx(folder.write("whole", bytes), 1).bytes.size(), 300U);
+    EXPECT_EQ(read(folder.write("whole", bytes), 1).bytes.size(), 300U);
     // From 2 bytes on it is recognised as gzip; the last 8 are its checksum and size.
     for (std::size_t size = 2; size < bytes.size(); ++size) {
         SCOPED_TRACE(size);
@@ -173,17 +266,17 @@ TEST(Idx, RefusesAMissingOrEmptyFileOrAFolder) {
 
 TEST(Idx, RefusesToExpectAnImpossibleNumberOfDimensions) {
     for (const int dimensions : {0, -1, 256}) {
-        test::expect_usage_error({std::to_string(dimensions)}, [&] { read_idx("unused", dimensions); });
+        test::expect_usage_error({std::to_string(dimensions)}, [&] { read("unused", dimensions); });
     }
 }
 
 TEST(Idx, ReadsFashionMnist) {
     const fs::path folder = "/usr/share/datasets/fashion-mnist";
     ASSERT_TRUE(fs::is_directory(folder)) << folder << " is missing: install Debian's dataset-fashion-mnist";
-    EXPECT_EQ(read_idx(folder / "train-images-idx3-ubyte.gz", 3).shape, (Shape{60000, 28, 28}));
-    EXPECT_EQ(read_idx(folder / "t10k-images-idx3-ubyte.gz", 3).shape, (Shape{10000, 28, 28}));
-    const auto train = read_idx(folder / "train-labels-idx1-ubyte.gz", 1).bytes;
-    const auto test = read_idx(folder / "t10k-labels-idx1-ubyte.gz", 1).bytes;
+    EXPECT_EQ(read(folder / "train-images-idx3-ubyte.gz", 3).shape, (Shape{60000, 28, 28}));
+    EXPECT_EQ(read(folder / "t10k-images-idx3-ubyte.gz", 3).shape, (Shape{10000, 28, 28}));
+    const auto train = read(folder / "train-labels-idx1-ubyte.gz", 1).bytes;
+    const auto test = read(folder / "t10k-labels-idx1-ubyte.gz", 1).bytes;
     ASSERT_EQ(train.size(), 60000U);
     ASSERT_EQ(test.size(), 10000U);
     // The first labels, as published with the data set; it has the same number of each of its ten classes.

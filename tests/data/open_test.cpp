@@ -4,9 +4,11 @@
 
 #include <initializer_list>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "data/elements.h"
+#include "microbatch/core/crc32c.h"
 #include "support/errors.h"
 #include "support/temp_folder.h"
 
@@ -213,6 +215,52 @@ TEST(OpenData, RefusesAnIdxFileWithAWrongMagicNumber) {
     images[0] = '\x7f';
     const auto path = folder.write("train-images-idx3-ubyte.gz", images);
     expect_error(ErrorKind::bad_data, folder.path(), 1, {path.string(), "0x7f000803", "0x00000803"});
+}
+
+TEST(OpenData, FingerprintTellsOtherTrainingData) {
+    const test::TempFolder folder;
+    std::string bytes = tokens_file(1000);
+    const auto of_file = [&](const char* name, const std::string& content) {
+        return open_data(folder.write(name, content), 9).fingerprint;
+    };
+    const std::uint32_t tokens = of_file("a.bin", bytes), as_text = of_file("a", std::string(2000, 'x'));
+    EXPECT_EQ(of_file("copied/elsewhere.bin", bytes), tokens);
+    EXPECT_EQ(of_file("copied/elsewhere", std::string(2000, 'x')), as_text);
+    EXPECT_EQ(tokens, crc32c(std::string_view(bytes).substr(0, 1800)));
+    bytes[1799] ^= 1;  // the last byte that is trained on
+    EXPECT_NE(of_file("b.bin", bytes), tokens);
+    EXPECT_NE(of_file("b", std::string(1999, 'x') + 'y'), 0U);
+    EXPECT_EQ(of_file("c", std::string(1999, 'x') + 'y'), as_text);  // a held-out byte
+    EXPECT_NE(of_file("d", std::string(1799, 'x') + 'y' + std::string(200, 'x')), as_text);
+}
+
+TEST(OpenData, FingerprintTellsOtherImagesAndOtherLabels) {
+    const test::TempFolder folder;
+    const auto of_images = [&](const char* name, int pixel, int label, int held_out) {
+        const fs::path here = folder.path() / name;
+        folder.write(here / "train-images-idx3-ubyte", images_file({1, 2, 3, pixel}, 1, 2));
+        folder.write(here / "train-labels-idx1-ubyte", labels_file({0, label}));
+        folder.write(here / "t10k-images-idx3-ubyte", images_file({5, held_out}, 1, 2));
+        folder.write(here / "t10k-labels-idx1-ubyte", labels_file({1}));
+        return open_data(here, 1).fingerprint;
+    };
+    const std::uint32_t first = of_images("a", 4, 1, 6);
+    EXPECT_EQ(first, crc32c(std::string_view("\1\2\3\4\0\1", 6)));
+    EXPECT_EQ(of_images("copied/elsewhere", 4, 1, 6), first);
+    EXPECT_NE(of_images("b", 5, 1, 6), first);
+    EXPECT_NE(of_images("c", 4, 2, 6), first);
+    EXPECT_EQ(of_images("d", 4, 1, 7), first);
+}
+
+TEST(OpenData, RefusesWhatWouldTakeMoreMemoryThanThereIs) {
+    const test::TempFolder folder;
+    const fs::path path = folder.write("text", std::string(8192, 'a'));
+    fs::resize_file(path, std::uintmax_t{1} << 42);  // a hole: it takes no disk
+    expect_error(ErrorKind::bad_data, path, 8, {path.string(), "more text than the "});
+    folder.write("images/train-labels-idx1-ubyte", labels_file({1}));
+    const std::string header("\0\0\x8\3\0\1\0\0\0\1\0\0\0\0\4\0", 16);  // 2^16 images of 2^16 x 2^10 pixels
+    const fs::path images = folder.write("images/train-images-idx3-ubyte", header);
+    expect_error(ErrorKind::bad_data, images.parent_path(), 1, {images.string(), "announces more than ", "memory"});
 }
 
 TEST(OpenData, OpensTheFortunesOfDebian) {

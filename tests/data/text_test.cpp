@@ -1,6 +1,7 @@
 #include "microbatch/data/text.h"
 
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -15,13 +16,15 @@ namespace {
 
 namespace fs = std::filesystem;
 
+constexpr std::uint64_t enough = 1 << 30;
+
 std::string read(const fs::path& path) {
-    const auto bytes = read_text(path);
+    const auto bytes = read_text(path, enough);
     return {bytes.begin(), bytes.end()};
 }
 
 void expect_bad_data(const fs::path& path, const std::vector<std::string>& parts) {
-    test::expect_error(ErrorKind::bad_data, parts, [&] { read_text(path); });
+    test::expect_error(ErrorKind::bad_data, parts, [&] { read_text(path, enough); });
 }
 
 TEST(ReadText, ReadsTheBytesOfAFile) {
@@ -120,6 +123,42 @@ TEST(ReadText, RefusesAFolderOfWhichAPartCannotBeRead) {
     }
 }
 
+TEST(ReadText, RefusesMoreThanItMayTakeOfMemory) {
+    const test::TempFolder folder;
+    folder.write("a", std::string(600, 'a'));
+    const fs::path path = folder.write("b", std::string(424, 'b'));
+    EXPECT_EQ(read_text(folder.path(), 1024).size(), 1024U);
+    EXPECT_EQ(read_text(path, 424).size(), 424U);
+    const auto refuses = [](const fs::path& what, std::uint64_t most, const std::string& in_words) {
+        test::expect_error(ErrorKind::bad_data, {what.string(), "more text than the " + in_words},
+                           [&] { read_text(what, most); });
+    };
+    refuses(folder.path(), 1023, "1023 B");
+    refuses(path, 423, "423 B");
+}
+
+TEST(ReadText, RefusesAHugeFileBeforeItTakesMemory) {
+    const test::TempFolder folder;
+    const fs::path path = folder.write("file", std::string(8192, 'a'));
+    fs::resize_file(path, std::uintmax_t{1} << 40);  // a hole: it takes no disk
+    expect_bad_data(path, {path.string(), "more text than the 1 GiB"});
+    expect_bad_data(folder.path(), {folder.path().string(), "more text than the 1 GiB"});
+}
+
+TEST(ReadText, RefusesAFileThatIsShorterThanItWas) {
+    // The system says 4096 bytes of each file there, whatever it holds: to a reader, one that has been cut since.
+    const fs::path path = "/sys/devices/system/cpu/online";
+    if (!fs::exists(path)) GTEST_SKIP() << path << " is missing";
+    expect_bad_data(path, {"cannot read " + path.string() + ": it ends at byte ", "4096 bytes"});
+}
+
+TEST(ReadText, RefusesAPipe) {
+    const test::TempFolder folder;
+    const fs::path path = folder.path() / "pipe";
+    ASSERT_EQ(::mkfifo(path.c_str(), 0600), 0);
+    expect_bad_data(path, {path.string(), "not a regular file"});
+}
+
 TEST(ReadText, ReadsTheFortunesOfDebian) {
     const fs::path fortunes = "/usr/share/games/fortunes";
     ASSERT_TRUE(fs::is_directory(fortunes)) << fortunes << " is missing: install Debian's fortunes and fortunes-min";
@@ -129,7 +168,7 @@ TEST(ReadText, ReadsTheFortunesOfDebian) {
         const auto extension = entry.path().extension();
         if (extension != ".dat" && extension != ".u8") expected += entry.file_size();
     }
-    const auto text = read_text(fortunes);
+    const auto text = read_text(fortunes, enough);
     EXPECT_GT(expected, 1'000'000U);
     EXPECT_EQ(text.size(), expected);
     EXPECT_EQ(std::count(text.begin(), text.end(), 0), 0);

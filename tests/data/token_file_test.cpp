@@ -1,13 +1,18 @@
 #include "microbatch/data/token_file.h"
 
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 
 #include <cstdint>
 #include <fstream>
 #include <random>
+#include <span>
 #include <string>
 #include <vector>
 
+#include "data/elements.h"
+#include "microbatch/core/crc32c.h"
+#include "microbatch/data/token_windows.h"
 #include "support/errors.h"
 #include "support/temp_folder.h"
 
@@ -43,8 +48,10 @@ std::string header(std::uint32_t magic, std::uint32_t version, std::uint32_t cou
 }
 
 Values values_of(const Tokens& tokens) {
-    const auto span = std::get<std::span<const std::uint16_t>>(tokens.values);
-    return {span.begin(), span.end()};
+    const auto part = std::get<TokensInFile>(tokens.values);
+    Values values(part.count);
+    part.file->read(part.offset, std::as_writable_bytes(std::span(values)));
+    return values;
 }
 
 TEST(TokenFile, ReadsLittleEndianTokensWithoutAHeader) {
@@ -74,7 +81,18 @@ TEST(TokenFile, GivesBackRandomTokensInBothFormats) {
     }
 }
 
-TEST(TokenFile, IsMappedAndNotCopied) {
+TEST(TokenFile, GivesWindowsOfBothFormats) {
+    const test::TempFolder folder;
+    const std::string bytes = little_endian({50256, 1, 65535, 7, 8, 9});
+    for (const auto& content : {bytes, header(20240520, 1, 6) + bytes}) {
+        const TokenWindows windows(open_token_file(folder.write("a.bin", content)).slice(1, 6), 2);
+        const Batch batch = windows.get(std::vector<std::int64_t>{1, 0});
+        EXPECT_EQ(test::elements<std::int64_t>(batch.fields[0]), (std::vector<std::int64_t>{7, 8, 1, 65535}));
+        EXPECT_EQ(test::elements<std::int64_t>(batch.fields[1]), (std::vector<std::int64_t>{8, 9, 65535, 7}));
+    }
+}
+
+TEST(TokenFile, IsReadWhenASampleIsAskedFor) {
     const test::TempFolder folder;
     const auto path = folder.write("a.bin", little_endian({1, 2, 3}));
     const Tokens tokens = open_token_file(path);
@@ -82,10 +100,44 @@ TEST(TokenFile, IsMappedAndNotCopied) {
     EXPECT_EQ(values_of(tokens), (Values{7, 8, 9}));
 }
 
-TEST(TokenFile, StaysMappedAsLongAsASliceOfItLives) {
+TEST(TokenFile, ThatIsRemovedIsReadAsLongAsASliceOfItLives) {
     const test::TempFolder folder;
-    const Tokens part = open_token_file(folder.write("a.bin", little_endian({1, 2, 3, 4}))).slice(2, 4);
+    const fs::path path = folder.write("a.bin", little_endian({1, 2, 3, 4}));
+    const Tokens part = open_token_file(path).slice(2, 4);
+    fs::remove(path);
     EXPECT_EQ(values_of(part), (Values{3, 4}));
+}
+
+TEST(TokenFile, ThatBecomesShorterIsAnErrorOfTheSampleThatIsGone) {
+    const test::TempFolder folder;
+    const fs::path path = folder.write("a.bin", little_endian({1, 2, 3, 4, 5}));
+    const Tokens tokens = open_token_file(path);
+    const TokenWindows windows(tokens, 2);
+    fs::resize_file(path, 7);
+    EXPECT_EQ(test::elements<std::int64_t>(windows.get(std::vector<std::int64_t>{0}).fields[1]),
+              (std::vector<std::int64_t>{2, 3}));
+    const std::vector<std::string> parts{"cannot read " + path.string() + ": it ends at byte 7", "10 bytes"};
+    test::expect_error(ErrorKind::bad_data, parts, [&] { windows.get(std::vector<std::int64_t>{0, 1}); });
+    test::expect_error(ErrorKind::bad_data, parts, [&] { scan(tokens); });
+}
+
+TEST(TokenFile, IsScannedInParts) {
+    std::mt19937 random(5);
+    Values values(1'300'000);  // three parts
+    for (auto& value : values) value = static_cast<std::uint16_t>(random() % 40000);
+    values[1'299'999] = 50256;
+    const test::TempFolder folder;
+    const std::string bytes = little_endian(values);
+    const TokenScan seen = scan(open_token_file(folder.write("a.bin", bytes)));
+    EXPECT_EQ(seen.vocabulary, 50257);
+    EXPECT_EQ(seen.checksum, crc32c(bytes));
+}
+
+TEST(TokenFile, RefusesAPipe) {
+    const test::TempFolder folder;
+    const fs::path path = folder.path() / "a.bin";
+    ASSERT_EQ(::mkfifo(path.c_str(), 0600), 0);
+    expect_bad_data(path, {"not a regular file"});
 }
 
 TEST(TokenFile, RefusesAHeaderThatDisagreesWithTheSize) {

@@ -92,37 +92,5 @@ TEST(TokenWindows, RefusesALengthBelowOne) {
     }
 }
 
-TEST(Tokens, SlicesShareTheStorageAndKeepItAlive) {
-    Tokens all = byte_tokens({0, 1, 2, 3, 4});
-    const std::weak_ptr<const void> storage = all.owner;
-    const auto* third = std::get<0>(all.values).data() + 2;
-    {
-        const Tokens part = all.slice(2, 5);
-        all = {};
-        EXPECT_EQ(std::get<0>(part.values).data(), third);
-        EXPECT_EQ(part.size(), 3);
-        const TokenWindows windows(part, 2);
-        EXPECT_EQ(elements<std::int64_t>(windows.get(Indices{0}).fields[1]), (Indices{3, 4}));
-        EXPECT_FALSE(storage.expired());
-    }
-    EXPECT_TRUE(storage.expired());
-}
-
-TEST(Tokens, RefusesASliceThatIsNotWithin) {
-    const Tokens tokens = two_byte_tokens({1, 2, 3});
-    EXPECT_EQ(tokens.slice(3, 3).size(), 0);
-    for (const auto& [begin, end] : {std::pair{-1, 2}, std::pair{2, 1}, std::pair{0, 4}, std::pair{4, 4}}) {
-        expect_usage_error({"the 3 there are"}, [&, b = begin, e = end] { tokens.slice(b, e); });
-    }
-}
-
-TEST(Tokens, VocabularyIsTheLargestTokenPlusOne) {
-    EXPECT_EQ(vocabulary_of(byte_tokens({})), 0);
-    EXPECT_EQ(vocabulary_of(byte_tokens({0})), 1);
-    EXPECT_EQ(vocabulary_of(byte_tokens({3, 255, 7})), 256);
-    EXPECT_EQ(vocabulary_of(two_byte_tokens({65535, 1})), 65536);
-    EXPECT_EQ(vocabulary_of(two_byte_tokens({4, 5, 50256})), 50257);
-}
-
 }  // namespace
 }  // namespace microbatch

@@ -4,10 +4,12 @@
 
 #include <cstring>
 #include <limits>
+#include <set>
 #include <vector>
 
 #include "microbatch/core/crc32c.h"
 #include "support/errors.h"
+#include "support/full_disk.h"
 #include "support/temp_folder.h"
 
 namespace microbatch {
@@ -58,6 +60,45 @@ TEST(EventFile, IsRecordsWithChecksumsTheFirstOfWhichNamesTheVersion) {
 TEST(EventFile, WhatCannotBeWrittenIsAnError) {
     const TempFolder folder;
     expect_usage_error({"nowhere"}, [&] { EventFile(folder.path() / "nowhere"); });
+}
+
+TEST(EventFile, GoingOnTellsWhichStepsOfOtherFilesAreNotDrawn) {
+    const TempFolder folder;
+    EventFile events(folder.path());
+    EXPECT_EQ(events.go_on(299), "");
+    const std::vector<std::string> records = records_of(events.path());
+    ASSERT_EQ(records.size(), 2u);
+    // Field 1, a double; field 2, a varint: the step that comes next; field 7: a session log whose status, its field 1,
+    // is START, 1. See tensorboard's event.proto.
+    EXPECT_EQ(records[1].front(), '\x09');
+    EXPECT_EQ(records[1].substr(9), std::string("\x10\xAC\x02\x3A\x02\x08\x01", 7));
+}
+
+TEST(EventFile, NoneIsWrittenOverAnotherOneOfTheSameSecondAndProcess) {
+    const TempFolder folder;
+    std::set<std::filesystem::path> paths;
+    for (int i = 0; i < 20; ++i) {
+        EventFile events(folder.path());
+        events.write(i, {});
+        paths.insert(events.path());
+        EXPECT_EQ(events.path().filename().string().find("events.out.tfevents."), 0u);
+    }
+    EXPECT_EQ(paths.size(), 20u);
+    for (const auto& path : paths) EXPECT_EQ(records_of(path).size(), 2u);
+}
+
+TEST(EventFile, WhatAFullDiskDoesNotTakeComesWithTheNextStep) {
+    const TempFolder folder;
+    EventFile events(folder.path());
+    const std::vector<Scalar> scalars{{"loss", 1.0}};
+    {
+        const FullDisk disk(std::filesystem::file_size(events.path()) + 20);
+        const std::string why = events.write(1, scalars);
+        EXPECT_NE(why.find(events.path().string()), std::string::npos) << why;
+        EXPECT_EQ(records_of(events.path()).size(), 1u);
+    }
+    EXPECT_EQ(events.write(2, scalars), "");
+    EXPECT_EQ(records_of(events.path()).size(), 3u);
 }
 
 }  // namespace

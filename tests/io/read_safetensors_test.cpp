@@ -1,6 +1,7 @@
 // What is written is read back; what is not sound is named and makes nothing.
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <cstring>
 #include <functional>
 
@@ -45,6 +46,61 @@ TEST(ReadSafetensors, GivesBackWhatWasWritten) {
         EXPECT_EQ(read[i].tensor.scalar_type(), wanted[i].tensor.scalar_type());
         EXPECT_TRUE(at::equal(read[i].tensor, wanted[i].tensor)) << read[i].name;
     }
+}
+
+TEST(ReadSafetensors, GivesBackHowATensorLay) {
+    at::manual_seed(2);
+    const Parameters tensors{{"rows", at::randn({3, 4})},
+                             {"columns", at::randn({4, 3}).t()},
+                             {"channels last", at::randn({2, 3, 4, 5}).contiguous(at::MemoryFormat::ChannelsLast)},
+                             {"permuted", at::randn({2, 3, 4, 5}).permute({2, 0, 3, 1})},
+                             {"ones", at::randn({1, 4, 1}).permute({2, 1, 0})},
+                             {"every other", at::randn({8}).slice(0, 0, 8, 2)},  // is not dense: by rows
+                             {"none", at::zeros({0, 3}).t()}};
+    const TempFolder folder;
+    const auto path = folder.path() / "model.safetensors";
+    write_safetensors(path, tensors);
+    const Parameters read = read_safetensors(path);
+    ASSERT_EQ(read.size(), tensors.size());
+    for (const Parameter& wanted : tensors) {
+        const auto found =
+            std::find_if(read.begin(), read.end(), [&](const auto& one) { return one.name == wanted.name; });
+        ASSERT_NE(found, read.end());
+        EXPECT_TRUE(same_bits(found->tensor, wanted.tensor)) << wanted.name;
+        const bool dense = wanted.tensor.is_non_overlapping_and_dense();
+        EXPECT_EQ(found->tensor.strides(), dense ? wanted.tensor.strides() : wanted.tensor.contiguous().strides())
+            << wanted.name;
+    }
+}
+
+TEST(ReadSafetensors, TensorsCanBeHadAfterTheFileIsGone) {
+    const TempFolder folder;
+    const auto path = folder.path() / "model.safetensors";
+    write_safetensors(path, some_tensors());
+    const StoredTensors tensors = open_safetensors(path);
+    std::filesystem::remove(path);
+    for (const Parameter& wanted : some_tensors()) {
+        const auto found =
+            std::find_if(tensors.begin(), tensors.end(), [&](const auto& one) { return one.name == wanted.name; });
+        ASSERT_NE(found, tensors.end());
+        EXPECT_EQ(found->shape.sizes(), wanted.tensor.sizes());
+        EXPECT_EQ(found->shape.scalar_type(), wanted.tensor.scalar_type());
+        EXPECT_TRUE(same_bits(found->get(), wanted.tensor));
+        EXPECT_TRUE(same_bits(found->get(), wanted.tensor));  // and again, in memory of its own
+        if (wanted.tensor.numel() > 0) {
+            EXPECT_NE(found->get().data_ptr(), wanted.tensor.data_ptr());
+        }
+    }
+}
+
+TEST(ReadSafetensors, ATensorThatIsNotAskedForIsNotRead) {
+    const TempFolder folder;
+    const auto path = folder.path() / "model.safetensors";
+    write_safetensors(path, {{"a", at::ones({100})}, {"b", at::ones({100})}});
+    const StoredTensors tensors = open_safetensors(path);
+    std::filesystem::resize_file(path, std::filesystem::file_size(path) - 4);  // of b
+    EXPECT_TRUE(at::equal(tensors[0].get(), at::ones({100})));
+    expect_error(ErrorKind::bad_data, {"model.safetensors"}, [&] { tensors[1].get(); });
 }
 
 TEST(ReadSafetensors, EveryFileThatIsCutShortIsRefused) {

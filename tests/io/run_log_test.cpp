@@ -1,8 +1,6 @@
 #include "microbatch/io/run_log.h"
 
 #include <gtest/gtest.h>
-#include <signal.h>
-#include <sys/resource.h>
 
 #include <bit>
 #include <cmath>
@@ -16,13 +14,13 @@
 #include <vector>
 
 #include "support/errors.h"
+#include "support/full_disk.h"
 #include "support/temp_folder.h"
 
 namespace microbatch {
 namespace {
 
 using Json = nlohmann::ordered_json;
-using test::error_message;
 using test::expect_usage_error;
 using test::read_file;
 using test::TempFolder;
@@ -264,40 +262,25 @@ TEST(RunLog, RefusesWhateverElseHasTheNameOfTheLog) {
     expect_usage_error({"metrics.jsonl"}, [&] { RunLog{other.path()}; });
 }
 
-/// No file of this process grows beyond `bytes` while this lives: what a full disk looks like to a writer.
-class FullDisk {
-public:
-    explicit FullDisk(rlim_t bytes) : signal_(::signal(SIGXFSZ, SIG_IGN)) {
-        ::getrlimit(RLIMIT_FSIZE, &before_);
-        const rlimit limit{bytes, before_.rlim_max};
-        ::setrlimit(RLIMIT_FSIZE, &limit);
-    }
-    FullDisk(const FullDisk&) = delete;
-    FullDisk& operator=(const FullDisk&) = delete;
-    ~FullDisk() {
-        ::setrlimit(RLIMIT_FSIZE, &before_);
-        ::signal(SIGXFSZ, signal_);
-    }
-
-private:
-    rlimit before_{};
-    sighandler_t signal_;
-};
-
-TEST(RunLog, SaysWhichFileCouldNotBeWrittenOnAFullDisk) {
+TEST(RunLog, SaysWhichFileCouldNotBeWrittenOnAFullDiskAndWritesTheLinesWhenItCan) {
     const TempFolder folder;
     RunLog log(folder.path());
-    log.write(some_report(), {});
+    EXPECT_EQ(log.write(some_report(), {}), "");
     const std::string first = read_file(folder.path() / "metrics.jsonl");
-    std::string message, again;
     {
-        const FullDisk disk(first.size() + 10);
-        message = error_message(ErrorKind::usage, [&] { log.write(some_report(), {}); });
-        again = error_message(ErrorKind::usage, [&] { log.write(some_report(), {}); });
+        const test::FullDisk disk(first.size() + 10);
+        for (int i = 0; i < 3; ++i) {
+            const std::string why = log.write(some_report(), {});
+            EXPECT_NE(why.find((folder.path() / "metrics.jsonl").string()), std::string::npos) << why;
+            EXPECT_EQ(read_file(folder.path() / "metrics.jsonl"), first);  // and no half of a line
+        }
+        EXPECT_NE(log.flush(), "");
+        EXPECT_EQ(log.lines(), 4);
     }
-    EXPECT_NE(message.find((folder.path() / "metrics.jsonl").string()), std::string::npos) << message;
-    EXPECT_FALSE(again.empty()) << "the second line was lost without a word";
-    EXPECT_EQ(read_file(folder.path() / "metrics.jsonl").substr(0, first.size()), first);
+    EXPECT_EQ(log.write(some_report(), {}), "");
+    EXPECT_EQ(lines(folder.path()).size(), 5u);
+    EXPECT_EQ(log.lines(), 5);
+    EXPECT_EQ(log.flush(), "");
 }
 
 }  // namespace

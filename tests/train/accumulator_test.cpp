@@ -252,6 +252,7 @@ struct Broken : Optimizer {
     bool has_state() const override { return false; }
     OptimizerState state() const override { return {}; }
     void restore(const OptimizerState&) override {}
+    void require_state(const OptimizerState&) const override {}
     double learning_rate() const override { return 0; }
     void set_learning_rate(double) override {}
     std::vector<at::Tensor> parameters() const override { return {tensor_}; }

@@ -1,0 +1,54 @@
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "cli/resume.h"
+#include "microbatch/io/checkpoint_store.h"
+
+namespace microbatch::cli {
+
+/// When a run writes checkpoints, and what into them.
+class RunCheckpoints {
+public:
+    /// Its log is to be on the disk before a checkpoint is.
+    RunCheckpoints(const std::filesystem::path& run, const Settings& settings, std::int64_t memory_bytes,
+                   RunNotes notes);
+
+    /// Goes on from a point that was read: see CheckpointStore::go_on_from().
+    void go_on_from(const TrainerState& state);
+
+    /// After a step: begins to write where it is time.
+    void after_step(const Trainer& trainer, const Outcome& outcome);
+
+    /// Writes at once, whether it is time or not. True if it, or one of the same point, is on the disk.
+    bool save_now(const Trainer& trainer, const Outcome& outcome);
+
+    /// What went wrong since the last call.
+    std::vector<std::string> warnings();
+
+    /// See CheckpointStore.
+    std::int64_t memory_bytes() const { return store_ ? store_->memory_bytes() : 0; }
+    bool release() { return store_ && store_->release(); }
+
+    bool are_written() const { return store_ != nullptr; }
+
+private:
+    Checkpoint checkpoint_of(const Trainer& trainer, const Outcome& outcome);
+
+    std::unique_ptr<CheckpointStore> store_;  // null: none are written
+    Interval every_;
+    std::int64_t times_ = 0;  // that `every_` has gone by, at the last one
+    bool due_ = false;
+    RunNotes notes_;
+};
+
+/// "every 100 steps, the newest 3 stay".
+std::string describe_checkpoints(const Settings& settings);
+
+/// Throws ErrorKind::usage for flags of checkpoints that cannot be read or contradict each other.
+void validate_checkpoints(const Settings& settings);
+
+}  // namespace microbatch::cli

@@ -1,0 +1,72 @@
+#include "microbatch/io/append_file.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <system_error>
+#include <utility>
+
+#include "microbatch/core/error.h"
+#include "microbatch/core/text.h"
+
+namespace microbatch {
+namespace {
+
+std::string last_error() {
+    return std::generic_category().message(errno);
+}
+
+}  // namespace
+
+AppendFile::AppendFile(std::filesystem::path path) : path_(std::move(path)) {
+    open(O_CREAT | O_EXCL);
+}
+
+AppendFile::AppendFile(std::filesystem::path path, std::uint64_t bytes) : path_(std::move(path)), size_(bytes) {
+    open(0);
+    struct stat status {};
+    std::string why;
+    if (::fstat(descriptor_, &status) != 0) why = last_error();
+    if (why.empty() && !S_ISREG(status.st_mode)) why = "not a regular file";
+    const bool shorter = why.empty() && static_cast<std::uint64_t>(status.st_size) < bytes;
+    if (why.empty() && !shorter && ::ftruncate(descriptor_, static_cast<off_t>(bytes)) != 0) why = last_error();
+    if (why.empty() && !shorter) return;
+    ::close(descriptor_);
+    if (shorter)
+        throw Error(ErrorKind::bad_data, text(path_.string(), " is shorter than the ", bytes, " bytes to keep"));
+    throw Error(ErrorKind::usage, text("cannot write ", path_.string(), ": ", why));
+}
+
+AppendFile::~AppendFile() {
+    ::close(descriptor_);
+}
+
+void AppendFile::open(int flags) {
+    // O_NONBLOCK: a pipe that nobody reads from is refused, not waited for.
+    descriptor_ = ::open(path_.c_str(), O_WRONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK | flags, 0666);
+    if (descriptor_ < 0) throw Error(ErrorKind::usage, text("cannot write ", path_.string(), ": ", last_error()));
+}
+
+std::string AppendFile::append(std::string_view record) {
+    waiting_ += record;
+    std::string_view rest = waiting_;
+    while (!rest.empty()) {
+        const auto at = static_cast<off_t>(size_ + (waiting_.size() - rest.size()));
+        const ssize_t count = ::pwrite(descriptor_, rest.data(), rest.size(), at);
+        if (count < 0 && errno == EINTR) continue;
+        if (count <= 0) {
+            const std::string why = text("cannot write ", path_.string(), ": ", last_error());
+            // Half a record is worse than none. If this fails, too, what is there is written over by the next try.
+            [[maybe_unused]] const int cut = ::ftruncate(descriptor_, static_cast<off_t>(size_));
+            return why;
+        }
+        rest.remove_prefix(static_cast<std::size_t>(count));
+    }
+    size_ += waiting_.size();
+    waiting_.clear();
+    return {};
+}
+
+}  // namespace microbatch

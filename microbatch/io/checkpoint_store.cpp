@@ -1,0 +1,276 @@
+#include "microbatch/io/checkpoint_store.h"
+
+#include <ATen/Parallel.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <charconv>
+#include <chrono>
+#include <functional>
+#include <system_error>
+#include <utility>
+
+#include "microbatch/core/error.h"
+#include "microbatch/core/text.h"
+#include "microbatch/nn/in_parallel.h"
+
+namespace microbatch {
+namespace {
+
+constexpr const char* unfinished = ".part";
+constexpr const char* removed = ".old";
+
+std::optional<std::int64_t> number_in(std::string_view digits) {
+    std::int64_t number = 0;
+    const auto [end, failure] = std::from_chars(digits.data(), digits.data() + digits.size(), number);
+    const bool sound = failure == std::errc() && end == digits.data() + digits.size() && number >= 0;
+    return sound ? std::optional(number) : std::nullopt;
+}
+
+std::string name_of(std::int64_t steps, std::int64_t open_samples) {
+    std::string digits = std::to_string(steps);
+    digits.insert(0, digits.size() < 8 ? 8 - digits.size() : 0, '0');
+    return "step-" + digits + (open_samples > 0 ? text("-", open_samples) : std::string());
+}
+
+std::int64_t open_samples_of(const TrainerState& state) {
+    return state.open ? state.open->samples : 0;
+}
+
+// Of whatever was thrown, in a thread whose exceptions nobody else would see.
+std::string failure_of(const std::function<void()>& call) {
+    try {
+        call();
+        return {};
+    } catch (const c10::Error& error) {
+        return error.what_without_backtrace();
+    } catch (const std::exception& error) {
+        return error.what();
+    } catch (...) {
+        return "it is not known why";
+    }
+}
+
+}  // namespace
+
+/// Where in the run a checkpoint is, and its folder.
+struct CheckpointStore::Place {
+    std::int64_t steps, open_samples;
+    std::filesystem::path path;
+
+    bool operator<(const Place& other) const {
+        return std::pair(steps, open_samples) < std::pair(other.steps, other.open_samples);
+    }
+};
+
+/// What the thread writes.
+struct CheckpointStore::Writing {
+    Checkpoint checkpoint;
+    std::int64_t bytes;
+    std::future<std::string> warning;  // of write(), or what it threw; the first to be destroyed: it waits
+};
+
+CheckpointStore::CheckpointStore(std::filesystem::path folder, CheckpointOptions options, FileSystem& files)
+    : folder_(std::move(folder)), options_(std::move(options)), files_(files) {
+    const auto refuse = [](const auto&... what) { throw Error(ErrorKind::usage, text("checkpoints: ", what...)); };
+    if (options_.keep < 1) refuse("keep is ", options_.keep, "; it must be at least 1");
+    if (options_.memory_bytes < 0) refuse("memory_bytes is ", options_.memory_bytes, "; it must be at least 0");
+    if (options_.keep_every && options_.keep_every->count < 1) {
+        refuse("keep_every is ", to_string(*options_.keep_every), "; it must be above 0");
+    }
+    remove_leftovers();
+}
+
+CheckpointStore::~CheckpointStore() {
+    release();
+}
+
+std::vector<CheckpointStore::Place> CheckpointStore::places() const {
+    std::vector<Place> found;
+    std::error_code failure;
+    std::filesystem::directory_iterator entry(folder_, failure);
+    for (; !failure && entry != std::filesystem::directory_iterator(); entry.increment(failure)) {
+        const std::string name = entry->path().filename().string();
+        if (!name.starts_with("step-")) continue;
+        const std::size_t dash = name.find('-', 5);
+        const auto steps = number_in(std::string_view(name).substr(5, dash - 5));
+        const auto open = dash == std::string::npos ? 0 : number_in(std::string_view(name).substr(dash + 1));
+        if (steps && open) found.push_back({*steps, *open, entry->path()});
+    }
+    std::sort(found.begin(), found.end());
+    return found;
+}
+
+void CheckpointStore::remove_leftovers() {
+    std::error_code failure;
+    std::vector<std::filesystem::path> leftovers;
+    std::filesystem::directory_iterator entry(folder_, failure);
+    for (; !failure && entry != std::filesystem::directory_iterator(); entry.increment(failure)) {
+        const std::string extension = entry->path().extension().string();
+        if (extension == unfinished || extension == removed) leftovers.push_back(entry->path());
+    }
+    // In the way of nothing: not to be able to remove one is no harm.
+    for (const auto& path : leftovers) failure_of([&] { files_.remove_all(path); });
+}
+
+std::optional<Checkpoint> CheckpointStore::newest() {
+    std::vector<std::string> damaged;
+    std::vector<Place> all = places();
+    for (auto place = all.rbegin(); place != all.rend(); ++place) {
+        try {
+            Checkpoint checkpoint = read_checkpoint(place->path);
+            go_on_from(checkpoint.trainer);
+            for (const std::string& why : damaged) warnings_.push_back(text("a checkpoint was passed over: ", why));
+            return checkpoint;
+        } catch (const Error& error) {
+            damaged.emplace_back(error.what());
+        }
+    }
+    if (damaged.empty()) return std::nullopt;
+    std::string message = text("no checkpoint in ", folder_.string(), " is whole");
+    for (const std::string& why : damaged) message += "; " + why;
+    throw Error(ErrorKind::bad_data, message + "; begin the run anew in another folder");
+}
+
+void CheckpointStore::go_on_from(const TrainerState& state) {
+    saved_ = state.progress;
+    saved_open_ = open_samples_of(state);
+}
+
+bool CheckpointStore::is_saved(const TrainerState& state) const {
+    return saved_ == state.progress && saved_open_ == open_samples_of(state);
+}
+
+// The first at or after a multiple.
+bool CheckpointStore::is_kept(const Progress& progress) const {
+    if (!options_.keep_every) return false;
+    const auto multiple = [this](const Progress& at) {
+        return at.in(options_.keep_every->unit) / options_.keep_every->count;
+    };
+    return multiple(progress) > multiple(saved_.value_or(Progress{}));
+}
+
+// Throws if it is not on the disk in the end; returns what else went wrong.
+std::string CheckpointStore::write(const Checkpoint& checkpoint) const {
+    const Progress& progress = checkpoint.trainer.progress;
+    const std::int64_t open = open_samples_of(checkpoint.trainer);
+    const Place place{progress.steps, open, folder_ / name_of(progress.steps, open)};
+    std::filesystem::path beside = place.path;
+    beside += unfinished;
+    make_folders_to_the_disk(files_, folder_);
+    files_.remove_all(beside);
+    const std::string failure = failure_of([&] {
+        files_.make_folder(beside);
+        write_checkpoint(files_, beside, checkpoint, is_kept(progress));
+        for (const auto& file : options_.sync_first) files_.sync(file);
+        // One of that name is of before this process, and damaged, or it would have been gone on from.
+        if (std::filesystem::exists(place.path)) remove(place.path);
+        files_.rename(beside, place.path);
+    });
+    if (!failure.empty()) {
+        failure_of([&] { files_.remove_all(beside); });  // what it takes of a full disk
+        throw Error(ErrorKind::usage, failure);
+    }
+    files_.sync(folder_);
+    const std::string left = failure_of([&] { remove_old(place); });
+    return left.empty() ? left : "a checkpoint that is not to be kept is still there: " + left;
+}
+
+void CheckpointStore::remove_old(const Place& newest) const {
+    std::vector<Place> all = places();
+    std::erase_if(all, [&newest](const Place& place) { return newest < place; });
+    const auto keep = static_cast<std::size_t>(options_.keep);
+    for (std::size_t i = 0; i + keep < all.size(); ++i) {
+        bool kept = false;
+        failure_of([&] { kept = read_checkpoint_manifest(all[i].path).kept; });
+        if (!kept) remove(all[i].path);
+    }
+}
+
+// First by a name under which it is none: half of a checkpoint is never looked at.
+void CheckpointStore::remove(const std::filesystem::path& checkpoint) const {
+    std::filesystem::path old = checkpoint;
+    old += removed;
+    files_.remove_all(old);
+    files_.rename(checkpoint, old);
+    files_.remove_all(old);
+}
+
+void CheckpointStore::save(Checkpoint checkpoint) {
+    release();
+    if (is_saved(checkpoint.trainer)) return;
+    const std::int64_t bytes = bytes_to_own(checkpoint.trainer);
+    const auto& recovery = checkpoint.trainer.recovery;
+    bool in_thread = bytes <= options_.memory_bytes && !(recovery && recovery->in_files);
+    if (in_thread) {
+        try {
+            own_tensors(checkpoint.trainer);
+        } catch (const c10::OutOfMemoryError&) {
+            in_thread = false;
+        }
+    }
+    if (!in_thread) {
+        save_now(checkpoint);
+        return;
+    }
+    start(std::move(checkpoint));
+}
+
+void CheckpointStore::start(Checkpoint checkpoint) {
+    const std::int64_t bytes = bytes_to_own(checkpoint.trainer);
+    writing_ = std::make_unique<Writing>(std::move(checkpoint), bytes, std::future<std::string>());
+    try {
+        writing_->warning = std::async(std::launch::async, [this, writing = writing_.get()] {
+            at::get_num_threads();  // torch sets the number of a new thread, once
+            const OneThread alone;
+            return write(writing->checkpoint);
+        });
+    } catch (const std::system_error&) {
+        const std::unique_ptr<Writing> written = std::move(writing_);
+        save_now(written->checkpoint);
+    }
+}
+
+bool CheckpointStore::save_now(const Checkpoint& checkpoint) {
+    release();
+    if (is_saved(checkpoint.trainer)) return true;
+    return conclude(checkpoint.trainer, [&] { return write(checkpoint); });
+}
+
+bool CheckpointStore::conclude(const TrainerState& state, const std::function<std::string()>& write) {
+    std::string warning;
+    const std::string failure = failure_of([&] { warning = write(); });
+    if (!failure.empty()) {
+        warnings_.push_back(text("the checkpoint of step ", state.progress.steps, " is not written: ", failure));
+        return false;
+    }
+    if (!warning.empty()) warnings_.push_back(std::move(warning));
+    go_on_from(state);
+    return true;
+}
+
+bool CheckpointStore::is_busy() const {
+    return writing_ && writing_->warning.wait_for(std::chrono::seconds(0)) != std::future_status::ready;
+}
+
+bool CheckpointStore::finish() {
+    if (!writing_) return false;
+    const std::unique_ptr<Writing> written = std::move(writing_);
+    conclude(written->checkpoint.trainer, [&] { return written->warning.get(); });
+    return true;
+}
+
+std::vector<std::string> CheckpointStore::warnings() {
+    if (!is_busy()) finish();
+    return std::exchange(warnings_, {});
+}
+
+bool CheckpointStore::release() {
+    return finish();
+}
+
+std::int64_t CheckpointStore::memory_bytes() const {
+    return writing_ ? writing_->bytes : 0;
+}
+
+}  // namespace microbatch

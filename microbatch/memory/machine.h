@@ -1,0 +1,14 @@
+#pragma once
+
+#include <cstdint>
+
+namespace microbatch {
+
+/// Bytes that a process can still take without swapping: MemAvailable, or what is left of the container's limit if that
+/// is less. Where the system does not say: half of the physical memory. At least 1.
+std::int64_t available_memory_bytes();
+
+/// Bytes of physical memory.
+std::int64_t physical_memory_bytes();
+
+}  // namespace microbatch

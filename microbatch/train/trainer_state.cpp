@@ -1,0 +1,58 @@
+#include "microbatch/train/trainer_state.h"
+
+#include <ATen/core/grad_mode.h>
+
+#include <utility>
+
+namespace microbatch {
+namespace {
+
+// Of all that a step changes.
+template <class State, class Call>
+void for_each_list(State& state, const Call& call) {
+    for (auto* list : {&state.parameters, &state.buffers, &state.optimizer, &state.generators}) call(*list);
+    if (!state.open) return;
+    for (auto* list : {&state.open->gradients, &state.open->buffers, &state.open->generators}) call(*list);
+}
+
+}  // namespace
+
+StoredTensor stored(std::string name, const at::Tensor& tensor) {
+    const at::Tensor detached = tensor.detach();
+    return {std::move(name), detached, [detached] { return detached; }};
+}
+
+at::Tensor get_own(const StoredTensor& stored) {
+    at::Tensor tensor = stored.get();
+    return tensor.use_count() > 1 ? tensor.clone() : tensor;
+}
+
+std::int64_t bytes_of(const StoredTensors& tensors) {
+    std::int64_t bytes = 0;
+    for (const StoredTensor& tensor : tensors) bytes += static_cast<std::int64_t>(tensor.shape.nbytes());
+    return bytes;
+}
+
+std::int64_t bytes_to_own(const TrainerState& state) {
+    std::int64_t bytes = 0;
+    for_each_list(state, [&bytes](const StoredTensors& list) { bytes += bytes_of(list); });
+    return bytes;
+}
+
+void own_tensors(TrainerState& state) {
+    const at::NoGradGuard no_grad;
+    TrainerState owned = state;
+    for_each_list(owned, [](StoredTensors& list) {
+        for (StoredTensor& tensor : list) tensor = stored(tensor.name, tensor.get().clone());
+    });
+    state = std::move(owned);
+}
+
+void drop_open_batch(TrainerState& state) {
+    if (!state.open) return;
+    state.buffers = state.open->buffers;
+    state.generators = state.open->generators;
+    state.open.reset();
+}
+
+}  // namespace microbatch

@@ -1,0 +1,145 @@
+#!/usr/bin/env python3
+"""Writes the seeds of tests/fuzz/corpus. Findings that were kept there have other names and stay."""
+
+import gzip
+import json
+import pathlib
+import struct
+
+CORPUS = pathlib.Path(__file__).resolve().parent / "corpus"
+
+
+def write(target, name, content):
+    (CORPUS / target).mkdir(parents=True, exist_ok=True)
+    (CORPUS / target / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def units():
+    for name, content in {
+        "size": "1.5GiB",
+        "count": "10k",
+        "interval": "2.5k samples",
+        "schedule": "32 at 0, 128 at 2M tokens, 512 at 1G tokens",
+        "shape": "cosine",
+        "rule": "adam-sde",
+        "spaces": "  400 MiB\t",
+        "largest": "9223372036854775807",
+    }.items():
+        write("units", name, content)
+
+
+def idx():
+    def array(*lengths):
+        size = 1
+        for length in lengths:
+            size *= length
+        header = bytes([0, 0, 8, len(lengths)]) + struct.pack(f">{len(lengths)}I", *lengths)
+        return header + bytes(i % 251 for i in range(size))
+
+    write("idx", "labels", array(10))
+    write("idx", "images", array(3, 4, 5))
+    write("idx", "labels.gz", gzip.compress(array(10), mtime=0))
+    write("idx", "images.gz", gzip.compress(array(3, 28, 28), mtime=0))
+    write("idx", "huge", array(1)[:4] + struct.pack(">I", 0xFFFFFFFF))
+    write("idx", "bomb.gz", gzip.compress(array(10) + bytes(1 << 20), mtime=0))
+
+
+def tokens():
+    some = struct.pack("<9H", 50256, 1, 65535, 0, 7, 8, 9, 10, 11)
+    write("tokens", "nanogpt", some)
+    for name, magic, version in [("llmc", 20240520, 1), ("uint32", 20240801, 1), ("other", 20240520, 2)]:
+        write("tokens", name, struct.pack("<3i", magic, version, 9).ljust(1024, b"\0") + some)
+
+
+def run_log():
+    step = {
+        "step": 1, "samples": 64, "tokens": 64, "batch": 64, "loss": 2.5, "weight": 64.0, "learning_rate": 0.1,
+        "gradient_norm": 1.5, "micro_batch": 16, "micro_batches": 4, "recompute": False, "out_of_memory": 0,
+        "step_seconds": 0.25, "update_seconds": 0.01, "predicted_step_seconds": None, "peak_bytes": 1000000,
+        "predicted_peak_bytes": 1100000, "applied": True, "reason": "", "went_back_to": None,
+        "gradient_variance": None, "squared_gradient": None, "noise_batch": None,
+    }  # fmt: skip
+    bad = {**step, "step": 2, "loss": "nan", "gradient_norm": "inf", "applied": False, "reason": "the loss is nan"}
+    bad.update(went_back_to=1, predicted_step_seconds=0.5, noise_batch=120.5, out_of_memory=1)
+    lines = json.dumps(step) + "\n" + json.dumps(bad) + "\n"
+    write("run_log", "whole", lines)
+    write("run_log", "cut", lines[:-40])
+
+
+def run_summary():
+    whole = {
+        "banner": "stopped by the guard",
+        "held_out_loss": 1.25,
+        "tables": [{"title": "Strategies", "heading": ["name", "peak"], "rows": [["one", "1 MiB"]], "note": ""}],
+        "curves": [
+            {"title": "Peak", "along": "batch", "x": [1, 2], "lines": [{"name": "a", "y": [1.5, None]}], "note": "n"}
+        ],
+    }
+    write("run_summary", "whole", json.dumps(whole, indent=2))
+    write("run_summary", "empty", json.dumps({"banner": "", "held_out_loss": None, "tables": [], "curves": []}))
+
+
+def safetensors():
+    entries = {
+        "__metadata__": {"microbatch.strides": json.dumps({"weight": [1, 2]}), "format": "pt"},
+        "weight": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+        "none": {"dtype": "I64", "shape": [0, 4], "data_offsets": [24, 24]},
+        "bias": {"dtype": "BF16", "shape": [3], "data_offsets": [24, 30]},
+        "scalar": {"dtype": "BOOL", "shape": [], "data_offsets": [30, 31]},
+    }
+    header = json.dumps(entries).encode()
+    write("safetensors", "whole", struct.pack("<Q", len(header)) + header + bytes(range(31)))
+    write("safetensors", "cut", struct.pack("<Q", len(header)) + header + bytes(range(30)))
+    write("safetensors", "header_alone", struct.pack("<Q", 31) + header)
+    huge = json.dumps({"a": {"dtype": "F64", "shape": [1 << 31, 1 << 29], "data_offsets": [0, 1 << 63]}}).encode()
+    write("safetensors", "huge", struct.pack("<Q", 1 << 63) + huge)
+
+
+def manifest():
+    files = {
+        "weights.safetensors": {"bytes": 1234, "crc32c": "0123abcd"},
+        "state.json": {"bytes": 99, "crc32c": "ffffffff"},
+    }
+    whole = {"version": 1, "steps": 10, "samples": 640, "tokens": 640, "open_samples": 0, "kept": False, "files": files}
+    # The target adds the checksum, and the end of the object.
+    write("manifest", "before_the_checksum", json.dumps(whole, indent=2)[:-2])
+
+
+def state():
+    guard = {
+        "accepted": [[2.5, 1.5], [2.25, "inf"]], "refused_in_a_row": 1, "lowest_mean": 2.25, "lowest_deviation": 0.5,
+        "last_mean": 2.375, "scale": 2.5,
+    }  # fmt: skip
+    point = {"steps": 5, "guard": guard, "tensors": 3, "optimizer_counts": [2]}
+    plan = {"micro_batch": 16, "recompute": True}
+    open_batch = {
+        "samples": 64, "loss_sum": 80.5, "weight": 32.0, "micro_batches": 2, "parts": [[16.0, 0.5], [16.0, 0.25]],
+        "measure_parts": True, "plan": plan, "out_of_memory": 1, "seconds": 0.5, "gradients": 1, "buffers": 0,
+        "generators": 1,
+    }  # fmt: skip
+    whole = {
+        "steps": 10, "samples": 640, "tokens": 640, "sampler": {"seed": 1, "epoch": 2, "position": 40},
+        "dataset_size": 300, "learning_rate": 0.1, "own_rate": 0.1, "last_batch": 64, "shrunk_at": 0, "guard": guard,
+        "noise": {"weight": 0.5, "variance": 1.5, "squared_gradient": "nan"},
+        "recovery": {"points": [point], "times": 1, "gone_back_at": 7, "in_files": False, "failed": False},
+        "limits": [{"shape": [[1, 28, 28], []], "plan": plan}], "open_batch": open_batch, "parameters": 1,
+        "buffers": 0, "optimizer_counts": [2], "generators": 1,
+    }  # fmt: skip
+    write("state", "whole", json.dumps(whole))
+    write("state", "bare", json.dumps({**whole, "guard": None, "recovery": None, "limits": [], "open_batch": None}))
+
+
+def config():
+    lines = [
+        'data = "/usr/share/games/fortunes"', 'model = "gpt-tiny"', "layers = 2", "length = 64", "dropout = 0.1",
+        "batch = 64", 'micro-batch = 16', 'recompute = "always"', 'memory = "400MiB"', "steps = 100", "lr = 0.001",
+        'schedule = "wsd"', 'warmup = "10 steps"', 'decay = "20 steps"', "clip = inf", "nesterov = false", "seed = 1",
+    ]  # fmt: skip
+    write("config", "whole", "\n".join(lines) + "\n")
+    write("config", "strings", "data = 'a\\b'\nmodel = \"\"\"\nx\"\"\"\nseed = \"\\u0031\"\n")
+    write("config", "numbers", "lr = 1e-3\nbatch = 0x40\nclip = -nan\nseed = 1_000\nwidth = 2024-01-02\n")
+    write("config", "nested", "[data]\na = [1, {b = [[]]}]\n[[steps]]\n")
+
+
+for make in (units, idx, tokens, run_log, run_summary, safetensors, manifest, state, config):
+    make()

@@ -1,0 +1,247 @@
+// A checkpoint that is written while the run goes on, and what can go wrong with it.
+#include <ATen/ATen.h>
+
+#include <atomic>
+#include <chrono>
+#include <future>
+#include <stdexcept>
+#include <thread>
+
+#include "support/full_disk.h"
+#include "support/rich_run.h"
+#include "support/stores.h"
+
+namespace microbatch {
+namespace {
+
+using namespace test;
+namespace fs = std::filesystem;
+
+using CheckpointThread = CheckpointFolder;
+
+TEST_F(CheckpointThread, AThreadWritesTheBytesThatWouldBeWrittenAtOnceAlthoughTheRunGoesOn) {
+    for (const TrainingOptions& how : {TrainingOptions{.model = "gpt"}, rich()}) {
+        const TempFolder now, later;
+        Training run(how);
+        for (int i = 0; i < 10; ++i) run.step();
+        CheckpointStore at_once(now.path()), in_thread(later.path());
+        EXPECT_TRUE(at_once.save_now({run.trainer().state(), R"({"a":1})"}));
+        in_thread.save({run.trainer().state(), R"({"a":1})"});
+        EXPECT_GT(in_thread.memory_bytes(), 0);
+        do run.step();
+        while (in_thread.is_busy());
+        EXPECT_TRUE(in_thread.release());
+        EXPECT_TRUE(in_thread.warnings().empty());
+        EXPECT_EQ(contents_of(now.path()), contents_of(later.path()));
+    }
+}
+
+/// A state whose first tensor is only given when the gate opens, and what then happens to it.
+struct Gated {
+    std::promise<void> gate;
+    Checkpoint checkpoint;
+
+    explicit Gated(
+        Checkpoint of, const std::function<void()>& then = [] {})
+        : checkpoint(std::move(of)) {
+        // In a snapshot, which own_tensors() leaves as it is: it is asked for in the thread.
+        checkpoint.trainer.recovery.emplace();
+        checkpoint.trainer.recovery->points.resize(1);
+        const at::Tensor tensor = at::ones({3});
+        checkpoint.trainer.recovery->points[0].tensors.push_back(
+            {"gated", tensor, [tensor, then, open = gate.get_future().share()] {
+                 open.wait();
+                 then();
+                 return tensor;
+             }});
+    }
+};
+
+TEST_F(CheckpointThread, IsBusyAndHoldsItsCopyUntilItIsWritten) {
+    CheckpointStore store(folder());
+    Gated gated(after(1));
+    const std::int64_t bytes = bytes_to_own(gated.checkpoint.trainer);
+    EXPECT_FALSE(store.is_busy());
+    EXPECT_EQ(store.memory_bytes(), 0);
+    EXPECT_FALSE(store.release());
+    store.save(gated.checkpoint);
+    EXPECT_TRUE(store.is_busy());
+    EXPECT_EQ(store.memory_bytes(), bytes);
+    EXPECT_TRUE(store.warnings().empty());
+    EXPECT_TRUE(store.is_busy());
+    while (names_in(folder()).empty()) std::this_thread::yield();
+    EXPECT_EQ(names_in(folder()), (Names{"step-00000001.part"}));
+    gated.gate.set_value();
+    EXPECT_TRUE(store.release());
+    EXPECT_FALSE(store.is_busy());
+    EXPECT_EQ(store.memory_bytes(), 0);
+    EXPECT_FALSE(store.release());
+    EXPECT_EQ(names_in(folder()), (Names{"step-00000001"}));
+}
+
+TEST_F(CheckpointThread, WarningsFreeTheCopyOfWhatIsWritten) {
+    CheckpointStore store(folder());
+    store.save(after(1));
+    while (store.is_busy()) std::this_thread::yield();
+    EXPECT_GT(store.memory_bytes(), 0);
+    EXPECT_TRUE(store.warnings().empty());
+    EXPECT_EQ(store.memory_bytes(), 0);
+}
+
+TEST_F(CheckpointThread, TheMemoryOfTheCopyIsThatOfTheTensorsAndComesBack) {
+    install_budget_allocator();
+    Training run({});
+    for (int i = 0; i < 3; ++i) run.step();
+    CheckpointStore store(folder());
+    const Checkpoint checkpoint{run.trainer().state()};
+    const std::int64_t before = memory_use().live_bytes;
+    store.save(checkpoint);
+    EXPECT_EQ(memory_use().live_bytes - before, store.memory_bytes());
+    EXPECT_TRUE(store.release());
+    EXPECT_EQ(memory_use().live_bytes, before);
+}
+
+TEST_F(CheckpointThread, WithoutRoomForACopyItIsWrittenAtOnce) {
+    CheckpointStore store(folder(), {.memory_bytes = 100});
+    store.save(after(1));
+    EXPECT_EQ(store.memory_bytes(), 0);
+    EXPECT_FALSE(store.is_busy());
+    EXPECT_EQ(names_in(folder()), (Names{"step-00000001"}));
+    install_budget_allocator();
+    CheckpointStore tight(folder());
+    Checkpoint next = after(1);
+    fail_allocation(3);
+    tight.save(next);
+    fail_allocation(0);
+    EXPECT_EQ(tight.memory_bytes(), 0);
+    EXPECT_EQ(names_in(folder()), (Names{"step-00000001", "step-00000002"}));
+    EXPECT_TRUE(tight.warnings().empty());
+    EXPECT_EQ(CheckpointStore(folder()).newest()->trainer.progress.steps, 2);
+}
+
+TEST_F(CheckpointThread, SnapshotsInFilesAreReadWhileNoStepIsTaken) {
+    TrainingOptions how = rich();
+    how.trainer.recovery->memory_bytes = 0;
+    how.snapshots = temp_.path() / "snapshots";
+    const auto run = rich_run(how);
+    CheckpointStore store(folder());
+    store.save({run->trainer().state()});
+    EXPECT_FALSE(store.is_busy());
+    EXPECT_EQ(store.memory_bytes(), 0);
+    EXPECT_EQ(names_in(folder()), (Names{"step-00000010-3"}));
+}
+
+TEST_F(CheckpointThread, ASecondSaveWaitsForTheFirst) {
+    CheckpointStore store(folder());
+    Gated gated(after(1));
+    store.save(gated.checkpoint);
+    std::atomic<bool> opened = false;
+    std::thread opens([&] {
+        std::this_thread::sleep_for(std::chrono::milliseconds(20));
+        opened = true;
+        gated.gate.set_value();
+    });
+    store.save(after(1));
+    EXPECT_TRUE(opened);
+    opens.join();
+    EXPECT_TRUE(store.release());
+    EXPECT_EQ(names_in(folder()), (Names{"step-00000001", "step-00000002"}));
+}
+
+TEST_F(CheckpointThread, ItsEndWaitsForWhatIsBeingWritten) {
+    std::thread opens;
+    {
+        CheckpointStore store(folder());
+        auto gated = std::make_shared<Gated>(after(1));
+        store.save(gated->checkpoint);
+        opens = std::thread([gated] {
+            std::this_thread::sleep_for(std::chrono::milliseconds(20));
+            gated->gate.set_value();
+        });
+    }
+    EXPECT_EQ(names_in(folder()), (Names{"step-00000001"}));
+    opens.join();
+}
+
+TEST_F(CheckpointThread, AThreadThatDiesIsAWarningAndTheNextSaveWorks) {
+    const std::vector<std::function<void()>> deaths = {
+        [] { throw Error(ErrorKind::bad_data, "struck"); },
+        [] { throw std::runtime_error("struck"); },
+        [] { TORCH_CHECK(false, "struck"); },
+        [] { throw 5; },
+        [] { throw std::bad_alloc(); },
+    };
+    CheckpointStore store(folder());
+    EXPECT_TRUE(store.save_now(after(1)));
+    const auto before = contents_of(folder());
+    for (const bool in_thread : {true, false}) {
+        for (const auto& death : deaths) {
+            Gated gated(after(1), death);
+            gated.gate.set_value();
+            if (in_thread) {
+                store.save(gated.checkpoint);
+                EXPECT_TRUE(store.release());
+            } else {
+                EXPECT_FALSE(store.save_now(gated.checkpoint));
+            }
+            const std::vector<std::string> warnings = store.warnings();
+            ASSERT_EQ(warnings.size(), 1U);
+            EXPECT_NE(warnings[0].find("step " + std::to_string(run_.steps())), std::string::npos) << warnings[0];
+            EXPECT_EQ(contents_of(folder()), before);
+            EXPECT_EQ(names_in(folder()), (Names{"step-00000001"}));  // no half of one
+        }
+    }
+    const std::int64_t steps = run_.steps();
+    EXPECT_TRUE(store.save_now({run_.trainer().state()}));
+    EXPECT_TRUE(store.warnings().empty());
+    EXPECT_EQ(CheckpointStore(folder()).newest()->trainer.progress.steps, steps);
+}
+
+TEST_F(CheckpointThread, AFolderThatCannotBeWrittenIsAWarning) {
+    std::ofstream(temp_.path() / "run") << "a file in its place";
+    CheckpointStore store(folder());
+    EXPECT_FALSE(store.save_now(after(1)));
+    store.save(after(1));
+    EXPECT_TRUE(store.release());
+    const std::vector<std::string> warnings = store.warnings();
+    ASSERT_EQ(warnings.size(), 2U);
+    for (const std::string& warning : warnings) EXPECT_NE(warning.find("run"), std::string::npos) << warning;
+    fs::remove(temp_.path() / "run");
+    EXPECT_TRUE(store.save_now(after(1)));
+    EXPECT_TRUE(store.warnings().empty());
+}
+
+TEST_F(CheckpointThread, AFolderThatMayNoLongerBeWrittenIsAWarningAndWhatIsThereStays) {
+    CheckpointStore store(folder());
+    EXPECT_TRUE(store.save_now(after(1)));
+    const auto before = contents_of(folder());
+    fs::permissions(temp_.path() / "run", fs::perms::all);
+    temp_.without_permission(folder(), [&] { EXPECT_FALSE(store.save_now(after(1))); });
+    ASSERT_EQ(store.warnings().size(), 1U);
+    EXPECT_EQ(contents_of(folder()), before);
+    EXPECT_TRUE(store.save_now(after(1)));
+}
+
+TEST_F(CheckpointThread, AFullDiskIsAWarningAndWhatIsThereStays) {
+    CheckpointStore store(folder());
+    EXPECT_TRUE(store.save_now(after(1)));
+    const auto before = contents_of(folder());
+    for (const rlim_t room : {0, 100, 1000, 5000}) {  // a generator alone takes 5 kB
+        const FullDisk disk(room);
+        EXPECT_FALSE(store.save_now(after(1)));
+        store.save(after(1));
+        EXPECT_TRUE(store.release());
+        const std::vector<std::string> warnings = store.warnings();
+        ASSERT_EQ(warnings.size(), 2U);
+        for (const std::string& warning : warnings) {
+            EXPECT_NE(warning.find("File too large"), std::string::npos) << warning;
+        }
+        EXPECT_EQ(contents_of(folder()), before);
+        EXPECT_EQ(names_in(folder()), (Names{"step-00000001"}));  // and gives back what it took
+    }
+    EXPECT_TRUE(store.save_now(after(1)));
+    EXPECT_TRUE(store.warnings().empty());
+}
+
+}  // namespace
+}  // namespace microbatch
