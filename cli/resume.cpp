@@ -10,6 +10,7 @@
 #include "cli/config_file.h"
 #include "cli/refuse.h"
 #include "microbatch/core/error.h"
+#include "microbatch/core/text.h"
 #include "microbatch/core/units.h"
 #include "microbatch/io/checkpoint_store.h"
 
@@ -139,14 +140,31 @@ std::optional<ResumePoint> find_resume_point(CLI::App& command, Settings& settin
     const std::string source =
         fmt::format("the configuration of the checkpoint of step {}", newest->trainer.progress.steps);
     const Values was = config_values(notes.config, source);
-    refuse_another_run(differences_of_flags(command, was), newest->trainer.progress.steps, settings);
     const bool micro_batch_given = command.get_option("--micro-batch")->count() > 0;
     const bool recompute_given = command.get_option("--recompute")->count() > 0;
     const CLI::Option* model = command.get_option("--model");
     const bool same_model = model->count() == 0 || model->results().back() == value_in(was, "model");
+    // Of another kind of model the data, or a flag, would be refused before all differences are known.
+    if (!same_model) refuse_another_run(differences_of_flags(command, was), newest->trainer.progress.steps, settings);
     apply_config(command, notes.config, source, same_model ? std::vector<std::string>() : sizes);
     keep_cut(settings, was, micro_batch_given, recompute_given);
     return ResumePoint{std::move(*newest), std::move(notes), store.warnings()};
+}
+
+void require_same_weights(const ResumePoint& point, const Parameters& parameters) {
+    std::map<std::string, at::Tensor> weights;
+    for (const StoredTensor& one : point.checkpoint.trainer.parameters) weights.emplace(one.name, one.shape);
+    for (const Parameter& one : parameters) {
+        const auto found = weights.find(one.name);
+        if (found == weights.end()) {
+            throw Error(ErrorKind::bad_data, fmt::format("the checkpoint of step {} has no {}: it is of another model",
+                                                         point.steps(), one.name));
+        }
+        if (found->second.sizes() == one.tensor.sizes()) continue;
+        throw Error(ErrorKind::bad_data,
+                    text("parameter ", one.name, " is of shape ", found->second.sizes(), " in the checkpoint of step ",
+                         point.steps(), ", in this model of ", one.tensor.sizes()));
+    }
 }
 
 std::vector<std::string> reconcile(ResumePoint& point, const RunNotes& now, const Settings& settings,

@@ -31,6 +31,9 @@ struct ResumePoint {
 /// Errors: ErrorKind::usage without a --run; ErrorKind::bad_data if there are checkpoints and none is whole.
 std::optional<ResumePoint> find_resume_point(CLI::App& command, Settings& settings);
 
+/// Throws ErrorKind::bad_data, naming the first, where the checkpoint's weights are not those of such parameters.
+void require_same_weights(const ResumePoint& point, const Parameters& parameters);
+
 /// Compares the run with what it was. What changes is said in the lines that it returns, and made good in the point's
 /// state: a batch that was left open is begun anew where it is another one.
 /// Errors: ErrorKind::usage, naming each difference, where model, data, batch, optimizer or seed are others and

@@ -163,7 +163,10 @@ int train_in(const std::filesystem::path& folder, const TrainRun& run, std::int6
     const RunConfig config = config_of(run.plan, run.report.choice().plan, run.length, budget);
     const RunNotes notes = notes_of(run.plan, config_text(config));
     std::vector<std::string> changes;
-    if (resume) changes = reconcile(*resume, notes, settings, run.plan.data.train->size());
+    if (resume) {
+        changes = reconcile(*resume, notes, settings, run.plan.data.train->size());
+        require_same_weights(*resume, run.job.parameters);  // before anything is written
+    }
     if (settings.resume) remove_snapshots(folder);
     const std::int64_t steps = resume ? resume->steps() : 0;
     RunFiles files{settings.resume ? RunLog(folder, steps) : RunLog(folder), EventFile(folder),

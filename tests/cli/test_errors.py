@@ -214,9 +214,9 @@ def test_a_damaged_gzip_is_bad_data(refused, data, tmp_path):
 
 def test_an_existing_run_is_not_written_over(run):
     before = run.text("train").ok()
-    old = {file.name: file.read_bytes() for file in before.folder.iterdir()}
+    old = {file: file.read_bytes() for file in before.folder.rglob("*") if file.is_file()}
     run.text("train", seed=2).refused(2, "run", "already")
-    assert {file.name: file.read_bytes() for file in before.folder.iterdir()} == old
+    assert {file: file.read_bytes() for file in before.folder.rglob("*") if file.is_file()} == old
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.toml", "metrics.jsonl"])

@@ -476,7 +476,7 @@ def test_with_a_length_that_is_behind_already_it_is_done(run, whole, resume):
     folder = shutil.copytree(whole.folder, run.folder / "run")
     (folder / "model.safetensors").unlink()
     result = resume("--steps", "5").ok()
-    assert told_of(result) == ("from step 12", ["steps was 12, is 5"])
+    assert told_of(result) == ("from step 12, its last: to go on, give it a greater length", ["steps was 12, is 5"])
     assert weights_file(result) == weights_file(whole) and result.column("step") == list(range(1, 13))
 
 

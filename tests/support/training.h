@@ -11,12 +11,14 @@
 #include <cstdint>
 #include <filesystem>
 #include <memory>
+#include <nlohmann/json.hpp>
 #include <optional>
 #include <set>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "microbatch/io/trainer_json.h"
 #include "microbatch/memory/budget_allocator.h"
 #include "microbatch/optim/torch_optimizer.h"
 #include "microbatch/train/trainer.h"
@@ -186,11 +188,13 @@ private:
 struct Seen {
     TrainerReport report;
     Named state;
+    std::string numbers;  ///< all else that the next step depends on
 };
 
 inline Seen see_step(Training& run) {
-    Seen seen{run.step(), {}};
+    Seen seen{run.step(), {}, {}};
     seen.state = run.state();
+    seen.numbers = to_json(run.trainer().state()).dump();
     return seen;
 }
 
@@ -229,6 +233,7 @@ inline void expect_same(const TrainerReport& left, const TrainerReport& right) {
 inline void expect_same(const Seen& left, const Seen& right) {
     expect_same(left.report, right.report);
     expect_same_bits(left.state, right.state);
+    EXPECT_EQ(left.numbers, right.numbers);
 }
 
 }  // namespace microbatch::test
