@@ -340,8 +340,7 @@ void add_compare(CLI::App& application, Action& action) {
     command->footer(
         "Examples:\n"
         "  microbatch compare --data /usr/share/games/fortunes --batch 64 --memory 64MiB --samples 1280\n"
-        "  microbatch compare --data /usr/share/games/fortunes --batches \"8, 64, 512\" --reference-batch 64 \\\n"
-        "      --run runs/sizes\n"
+        "  microbatch compare --data notes.txt --batches \"8, 64, 512\" --reference-batch 64 --run runs/sizes\n"
         "Every strategy sees the same samples (default 16 batches), in a process of its own. What is beyond the\n"
         "budget is run all the same where the machine has the memory, and marked as not fitting. Gradient variance:\n"
         "trace of the covariance of the batch's mean gradient, all strategies at the same parameters. Sharpness: the\n"

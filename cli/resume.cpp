@@ -151,6 +151,10 @@ std::optional<ResumePoint> find_resume_point(CLI::App& command, Settings& settin
     return ResumePoint{std::move(*newest), std::move(notes), store.warnings()};
 }
 
+void require_same_run(const ResumePoint& point, const RunNotes& now, const Settings& settings) {
+    refuse_another_run(compare(point.notes, now).identity, point.steps(), settings);
+}
+
 void require_same_weights(const ResumePoint& point, const Parameters& parameters) {
     std::map<std::string, at::Tensor> weights;
     for (const StoredTensor& one : point.checkpoint.trainer.parameters) weights.emplace(one.name, one.shape);

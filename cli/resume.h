@@ -31,6 +31,9 @@ struct ResumePoint {
 /// Errors: ErrorKind::usage without a --run; ErrorKind::bad_data if there are checkpoints and none is whole.
 std::optional<ResumePoint> find_resume_point(CLI::App& command, Settings& settings);
 
+/// Throws ErrorKind::usage as reconcile() does. The cut may be another one.
+void require_same_run(const ResumePoint& point, const RunNotes& now, const Settings& settings);
+
 /// Throws ErrorKind::bad_data, naming the first, where the checkpoint's weights are not those of such parameters.
 void require_same_weights(const ResumePoint& point, const Parameters& parameters);
 

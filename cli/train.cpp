@@ -221,6 +221,11 @@ int train(CLI::App& command, Settings& settings, bool batch_given) {
     const BudgetDrill drill;
     const JobPlan plan = open_job(settings, length);
     schedule_of(settings, length, plan.data.train->tokens_per_sample(), settings.batch);
+    // Before anything is measured.
+    if (resume) {
+        require_same_run(*resume, notes_of(plan, config_text(config_of(plan, {.micro_batch = 1}, length, budget))),
+                         settings);
+    }
     const Job job = make_job_to_plan(plan, budget);
     const PlanReport report = plan_job(plan, job, budget, out);
     job.accumulator->set_plan(report.choice().plan);

@@ -33,7 +33,7 @@ __attribute__((constructor)) static void begin(void) {
 
 
 def growth(*words, command=COMMAND):
-    return subprocess.run([HERE / "growth", *words], capture_output=True, text=True, timeout=300,
+    return subprocess.run([HERE / "growth", *words], capture_output=True, text=True, timeout=500,
                           env=os.environ | {"MICROBATCH": str(command)})
 
 
