@@ -219,15 +219,19 @@ void Trainer::require_fits(const TrainerState& state) const {
     require_same(state.buffers, buffers_of(accumulator_), "buffer");
     require_optimizer(state.optimizer_counts, state.optimizer);
     if (state.recovery) {
-        if (state.recovery->gone_back_at > progress.steps) refuse("it went back at a step that is still to come");
+        if (state.recovery->gone_back_at > progress.steps || state.recovery->times > progress.steps) {
+            refuse("it went back at a step that is still to come");
+        }
         for (const RecoveryState::Point& point : state.recovery->points) {
             if (point.steps > progress.steps) refuse("a snapshot is of a step that is still to come");
             require_point(point);
         }
     }
+    if (state.guard && state.guard->refused_in_a_row > progress.steps) refuse("more steps were refused than were made");
     if (!state.open) return;
     const OpenBatchState& open = *state.open;
-    if (open.samples < 1 || open.plan.micro_batch < 1 || open.so_far.micro_batches < 1 || open.out_of_memory < 0 ||
+    if (open.samples < 1 || open.plan.micro_batch < 1 || open.so_far.micro_batches < 1 ||
+        open.so_far.micro_batches > open.samples || open.out_of_memory < 0 || open.out_of_memory > INT32_MAX ||
         !is_positive(open.so_far.weight) || !is_positive(open.seconds)) {
         refuse("a number of the batch that was left open is none");
     }
