@@ -52,7 +52,7 @@ public:
         operate([&] {
             made = system_files().create(file);
             synced_bytes_[inode_of(file)] = 0;
-            undo_.push_back({file.parent_path(), [this, file] { hide_if_there(file); }});
+            undo_.push_back({inode_of(file.parent_path()), unmake(inode_of(file))});
         });
         return std::make_unique<File>(*this, std::move(made), inode_of(file));
     }
@@ -63,7 +63,7 @@ public:
                 at /= part;
                 if (std::filesystem::exists(at)) continue;
                 system_files().make_folder(at);
-                undo_.push_back({at.parent_path(), [this, at] { hide_if_there(at); }});
+                undo_.push_back({inode_of(at.parent_path()), unmake(inode_of(at))});
             }
         });
     }
@@ -73,7 +73,7 @@ public:
             const bool replaces = std::filesystem::is_regular_file(to);
             const std::filesystem::path before = replaces ? hide(to) : std::filesystem::path();
             system_files().rename(from, to);
-            undo_.push_back({to.parent_path(), [from, to, before] {
+            undo_.push_back({inode_of(to.parent_path()), [from, to, before](const auto&) {
                                  std::filesystem::rename(to, from);
                                  if (!before.empty()) std::filesystem::rename(before, to);
                              }});
@@ -91,10 +91,7 @@ public:
                 synced_bytes_.erase(inode_of(path));
                 return;
             }
-            std::erase_if(undo_, [&](const Change& change) {
-                std::error_code failure;
-                return std::filesystem::equivalent(change.folder, path, failure);
-            });
+            std::erase_if(undo_, [folder = inode_of(path)](const Change& change) { return change.folder == folder; });
         });
     }
 
@@ -107,15 +104,17 @@ public:
             if (synced != synced_bytes_.end()) std::filesystem::resize_file(entry.path(), synced->second);
         }
         if (loss == Loss::contents) return;
-        for (auto change = undo_.rbegin(); change != undo_.rend(); ++change) change->undo();
+        for (auto change = undo_.rbegin(); change != undo_.rend(); ++change) change->undo(root);
         undo_.clear();
     }
 
 private:
-    /// Of a name in a folder.
+    using Undo = std::function<void(const std::filesystem::path& root)>;
+
+    /// Of a name in a folder, which may have another name by now.
     struct Change {
-        std::filesystem::path folder;
-        std::function<void()> undo;
+        ino_t folder;
+        Undo undo;
     };
 
     class File final : public OutputFile {
@@ -162,8 +161,15 @@ private:
         return status.st_ino;
     }
 
-    void hide_if_there(const std::filesystem::path& path) {
-        if (std::filesystem::exists(path)) hide(path);
+    // Wherever it is by now.
+    Undo unmake(ino_t made) {
+        return [this, made](const std::filesystem::path& root) {
+            std::vector<std::filesystem::path> found;
+            for (const auto& entry : std::filesystem::recursive_directory_iterator(root)) {
+                if (inode_of(entry.path()) == made) found.push_back(entry.path());
+            }
+            for (const auto& path : found) hide(path);
+        };
     }
 
     std::filesystem::path hide(const std::filesystem::path& path) {
@@ -176,7 +182,8 @@ private:
     // What is removed is only out of sight: the power may bring it back.
     void remove(const std::filesystem::path& path) {
         if (!std::filesystem::exists(std::filesystem::symlink_status(path))) return;
-        undo_.push_back({path.parent_path(), [path, hidden = hide(path)] { std::filesystem::rename(hidden, path); }});
+        undo_.push_back({inode_of(path.parent_path()),
+                         [path, hidden = hide(path)](const auto&) { std::filesystem::rename(hidden, path); }});
     }
 
     void remove_half(const std::filesystem::path& path) {

@@ -141,6 +141,19 @@ TEST(Pause, ABatchOfOneMicroBatchIsNotLeft) {
     EXPECT_TRUE(pausing.run->step().step.applied);
 }
 
+TEST(Pause, WhatIsToBeSaidOfABatchIsSaidWhenItEnds) {
+    TrainingOptions how;
+    how.trainer.guard = SpikeGuardOptions{};
+    how.trainer.recovery = RecoveryOptions{.memory_bytes = 0};  // and no folder
+    Pausing pausing(how);
+    for (int left = 0; left < 2; ++left) {
+        pausing.pause.after(1);
+        ASSERT_TRUE(pausing.run->step().paused);
+    }
+    EXPECT_NE(pausing.run->step().warning.find("no snapshot"), std::string::npos);
+    EXPECT_EQ(pausing.run->step().warning, "");
+}
+
 TEST(Pause, TheStateWithoutTheOpenBatchIsThatOfBeforeIt) {
     for (const Case& what : {gpt_case(), resnet_case(), mlp_case()}) {
         const std::vector<Seen> wanted = undisturbed(what);

@@ -101,6 +101,22 @@ TEST(Resume, EveryOptimizerGoesOnWithWhatItHadMade) {
     }
 }
 
+TEST(Resume, ARateThatTheCallerHasSetHoldsOn) {
+    for (const char* optimizer : {"adamw", "torch sgd"}) {
+        const TrainingOptions how{.optimizer = optimizer};
+        Training run(how);
+        run.step();
+        run.optimizer().set_learning_rate(0.125);
+        const TrainerState state = run.taken_apart();
+        const auto resumed = Training::from(how, state);
+        for (int i = 0; i < 3; ++i) {
+            const Seen wanted = see_step(run);
+            EXPECT_EQ(wanted.report.step.learning_rate, 0.125);
+            ASSERT_NO_FATAL_FAILURE(expect_same(see_step(*resumed), wanted));
+        }
+    }
+}
+
 TEST(Resume, EveryMicroBatchOfEveryBatchGoesOnInTheDataWhereItWas) {
     for (const std::int64_t micro_batch : {1, 2, 5, 23, 50}) {
         TrainingOptions how{.plan = {.micro_batch = micro_batch}};
