@@ -167,9 +167,10 @@ void add_train_options(CLI::App& command, Settings& s) {
 void add_checkpoint_options(CLI::App& command, Settings& s) {
     const char* group = "Checkpoints";
     command
-        .add_option("--checkpoint-every", s.checkpoint_every,
-                    "How much a run that is killed loses at most (default \"100 steps\"; \"0 steps\": one when it is "
-                    "interrupted, and at its end)")
+        .add_option(
+            "--checkpoint-every", s.checkpoint_every,
+            "How often the run is saved, and so how much of it a kill can lose (default \"100 steps\"; \"0 steps\": "
+            "when it is interrupted, and at its end). Steps that are faster than the disk go on meanwhile")
         ->type_name("INTERVAL")
         ->group(group);
     add_count(command, "--keep", s.keep, "How many of the newest checkpoints stay (default 3)", 1)

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
-#include <vector>
 
+#include "cli/step_times.h"
 #include "microbatch/train/trainer.h"
 
 namespace microbatch::cli {
@@ -18,8 +18,8 @@ struct Outcome {
     double first_loss = 0.0;
     std::optional<double> held_out;  ///< not measured when interrupted
     double seconds = 0.0;
-    std::vector<double> step_seconds, full_step_seconds;  ///< of all, and of those of the planned batch
-    Plan plan = {};                                       ///< by which full batches were run in the end
+    StepTimes step_seconds, full_step_seconds;  ///< of all, and of those of the planned batch
+    Plan plan = {};                             ///< by which full batches were run in the end
     std::int64_t peak_bytes = 0;
     std::int64_t predicted_peak_bytes = 0;
     std::int64_t out_of_memory = 0;
@@ -33,16 +33,17 @@ struct Outcome {
 
     bool diverged() const { return last.diverged || ended_in_nan || refused_in_a_row >= most_refused_in_a_row; }
 
-    const std::vector<double>& seconds_to_compare() const {
-        return full_step_seconds.empty() ? step_seconds : full_step_seconds;
+    /// Of those of the planned batch, where there are any.
+    double median_step_seconds() const {
+        return (full_step_seconds.empty() ? step_seconds : full_step_seconds).median();
     }
 
     /// Counts the last step in.
     void add(std::int64_t peak, std::optional<std::int64_t> predicted, std::int64_t planned_batch) {
         peak_bytes = std::max(peak_bytes, peak);
         predicted_peak_bytes = std::max(predicted_peak_bytes, predicted.value_or(0));
-        step_seconds.push_back(last.seconds);
-        if (last.samples == planned_batch) full_step_seconds.push_back(last.seconds);
+        step_seconds.add(last.seconds);
+        if (last.samples == planned_batch) full_step_seconds.add(last.seconds);
         if (last.step.out_of_memory > 0) plan = last.step.plan;
         out_of_memory += last.step.out_of_memory;
         if (last.progress.steps == 1) first_loss = last.step.loss;

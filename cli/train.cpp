@@ -19,6 +19,7 @@
 #include "cli/outcome.h"
 #include "cli/output.h"
 #include "cli/plan_job.h"
+#include "cli/refuse.h"
 #include "cli/report.h"
 #include "cli/resume.h"
 #include "cli/train_loop.h"
@@ -147,6 +148,7 @@ int conclude(const TrainRun& run, const RunFiles& files, const Outcome& outcome,
         } else if (!settings.quiet) {
             print_way_on(run.out, outcome, folder);
         }
+        if (settings.json) print_json(run.plan, run.report, outcome, folder);
         return interrupted_exit_code;
     }
     save_weights(folder, run.job);
@@ -208,6 +210,10 @@ int train(CLI::App& command, Settings& settings, bool batch_given) {
     if (!settings.run.empty() && !settings.resume) refuse_used_folder(settings.run);
     std::optional<ResumePoint> resume;
     if (settings.resume) resume = find_resume_point(command, settings);
+    if (settings.resume && !resume && settings.data.empty()) {
+        refuse(fmt::format("--run {} --resume: there is no checkpoint to go on from, nor --data to begin with",
+                           settings.run));
+    }
     std::FILE* out = settings.json ? stderr : stdout;
     if (resume) {
         for (const std::string& warning : resume->warnings) fmt::print(out, "warning: {}\n", warning);

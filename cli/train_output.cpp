@@ -121,7 +121,7 @@ void print_summary(std::FILE* out, const JobPlan& plan, const PlanReport& report
                                                           format_count(std::llround(*outcome.last.noise_batch)))
                                             : "undefined: too few measures, or the noise hides the gradient");
     }
-    const double seconds = median(outcome.seconds_to_compare());
+    const double seconds = outcome.median_step_seconds();
     if (seconds > 0.0) {  // a run that was done already made no step
         fmt::print(out, "time      {:.3f} s a step measured, {:.3f} s predicted ({})\n", seconds, chosen.step_seconds,
                    percent_off(chosen.step_seconds, seconds));
@@ -163,14 +163,15 @@ void print_json(const JobPlan& plan, const PlanReport& report, const Outcome& ou
     document["steps"] = outcome.last.progress.steps;
     document["samples"] = outcome.last.progress.samples;
     document["tokens"] = outcome.last.progress.tokens;
-    document["first_loss"] = json_number(outcome.first_loss);
-    document["loss"] = json_number(outcome.last.step.loss);
+    const bool stepped = outcome.last.progress.steps > 0;
+    document["first_loss"] = stepped ? json_number(outcome.first_loss) : nullptr;
+    document["loss"] = stepped ? json_number(outcome.last.step.loss) : nullptr;
     document["held_out_loss"] = outcome.held_out ? json_number(*outcome.held_out) : nullptr;
     document["seconds"] = outcome.seconds;
     document["tokens_per_second"] = speed(outcome);
     document["peak_bytes"] = outcome.peak_bytes;
     document["predicted_peak_bytes"] = std::max(outcome.predicted_peak_bytes, chosen.peak_bytes());
-    document["step_seconds"] = median(outcome.seconds_to_compare());
+    document["step_seconds"] = outcome.median_step_seconds();
     document["predicted_step_seconds"] = chosen.step_seconds;
     document["budget_bytes"] = report.budget_bytes;
     document["out_of_memory"] = outcome.out_of_memory;
@@ -180,7 +181,8 @@ void print_json(const JobPlan& plan, const PlanReport& report, const Outcome& ou
     document["interrupted"] = outcome.interrupted;
     document["resumed_from"] = nullptr;
     if (outcome.resumed_from) document["resumed_from"] = *outcome.resumed_from;
-    document["run"] = folder.string();
+    document["run"] = nullptr;  // a run that came to nothing leaves no folder
+    if (std::filesystem::exists(folder)) document["run"] = folder.string();
     fmt::print("{}\n", document.dump(2));
 }
 

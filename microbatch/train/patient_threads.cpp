@@ -84,6 +84,10 @@ std::optional<double> seconds_waited_for_cores() {
 }
 
 void PatientThreads::look() {
+    if (at::get_num_threads() == 1) {  // nobody spins
+        crowd_.reset();
+        return;
+    }
     const auto now = Clock::now();
     if (waited_before_ && now - looked_ < between_looks) return;
     const std::optional<double> waited = seconds_waited_for_cores();

@@ -96,15 +96,29 @@ def test_a_comparison_can_be_interrupted_and_leaves_neither_processes_nor_folder
         assert list(place.iterdir()) == []
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_the_run_inside_a_batch_and_nothing_of_it_is_lost(run, sent):
+def interrupted_in_a_batch(run, sent, **flags):
     # A batch of many seconds, micro-batches of a thousandth of one.
-    process = run.start("train", batch=100_000, micro_batch=1, steps=100)
+    process = run.start("train", batch=100_000, micro_batch=1, steps=100, **flags)
     wait_for(lambda: lines_of(run) == 0, process)
     time.sleep(0.5)
     process.send_signal(sent)
     out, err = process.communicate(timeout=4)
-    assert process.returncode == 130 and err == ""
+    assert process.returncode == 130, err
+    return out, err
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_document_of_a_run_that_made_no_step_has_no_losses(run, kept):
+    told = json.loads(interrupted_in_a_batch(run, signal.SIGINT, json=True, no_checkpoints=None if kept else True)[0])
+    assert told["interrupted"] is True and told["steps"] == 0
+    assert told["first_loss"] is None and told["loss"] is None
+    assert told["run"] == ("run" if kept else None) and (run.folder / "run").exists() == kept
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_run_inside_a_batch_and_nothing_of_it_is_lost(run, sent):
+    out, err = interrupted_in_a_batch(run, sent)
+    assert err == ""
     (checkpoint,) = (run.folder / "run" / "checkpoints").iterdir()
     samples = int(re.fullmatch(r"step-00000000-(\d+)", checkpoint.name)[1])
     assert 0 < samples < 100_000

@@ -72,7 +72,7 @@ def test_images_are_counted_as_images(run):
 
 
 def test_a_summary_is_at_the_end(run):
-    result = run.text("train", steps=3).ok()
+    result = run.text("train", steps=3, micro_batch=8).ok()
     done, loss, memory, time_, written = result.stdout.splitlines()[-5:]
     assert re.match(r"done +3 steps, 24 samples in .* tokens/s", done)
     first, last = (f"{result.column('loss')[at]:.4f}" for at in (0, -1))

@@ -210,6 +210,10 @@ def test_without_a_checkpoint_it_begins_from_the_start_and_says_so(run, resume, 
     assert_same(result, whole)
 
 
+def test_without_a_checkpoint_and_without_data_both_are_missed(resume):
+    resume().refused(2, "--run run", "no checkpoint", "--data")
+
+
 def test_a_checkpoint_that_was_being_written_does_not_count(run, resume, whole):
     folder = cut(whole.folder, run.folder / "run", after=4, log=3)
     (written,) = checkpoints_of(folder)
