@@ -62,15 +62,16 @@ Checkpoint RunCheckpoints::checkpoint_of(const Trainer& trainer, const Outcome& 
     return {trainer.state(), to_json_text(notes_)};
 }
 
-void RunCheckpoints::after_step(const Trainer& trainer, const Outcome& outcome) {
-    if (!store_ || every_.count == 0) return;
+bool RunCheckpoints::after_step(const Trainer& trainer, const Outcome& outcome) {
+    if (!store_ || every_.count == 0) return false;
     const std::int64_t times = trainer.progress().in(every_.unit) / every_.count;
     due_ = due_ || times > times_;
     times_ = times;
     // The one before is still being written: a step waits for none.
-    if (!due_ || store_->is_busy()) return;
+    if (!due_ || store_->is_busy()) return false;
     store_->save(checkpoint_of(trainer, outcome));
     due_ = false;
+    return true;
 }
 
 bool RunCheckpoints::save_now(const Trainer& trainer, const Outcome& outcome) {

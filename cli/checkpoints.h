@@ -20,8 +20,8 @@ public:
     /// Goes on from a point that was read: see CheckpointStore::go_on_from().
     void go_on_from(const TrainerState& state);
 
-    /// After a step: begins to write where it is time.
-    void after_step(const Trainer& trainer, const Outcome& outcome);
+    /// After a step: begins to write where it is time. True if it did.
+    bool after_step(const Trainer& trainer, const Outcome& outcome);
 
     /// Writes at once, whether it is time or not. True if it, or one of the same point, is on the disk.
     bool save_now(const Trainer& trainer, const Outcome& outcome);

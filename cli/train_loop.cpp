@@ -111,6 +111,14 @@ void go_on(const TrainRun& run, Trainer& trainer, RunFiles& files, Outcome& outc
     outcome.resumed_from = trainer.progress().steps;
 }
 
+void save_where_due(const Trainer& trainer, RunFiles& files, Outcome& outcome) {
+    const auto started = std::chrono::steady_clock::now();
+    if (!files.checkpoints.after_step(trainer, outcome)) return;
+    const std::chrono::duration<double> waited = std::chrono::steady_clock::now() - started;
+    outcome.checkpoints += 1;
+    outcome.checkpoint_seconds += waited.count();
+}
+
 // One step, and all that is to be written of it. False if it was left in the midst of its batch.
 bool train_step(const TrainRun& run, Trainer& trainer, RunFiles& files, ProgressLine& progress, Notes& notes,
                 Outcome& outcome) {
@@ -126,7 +134,7 @@ bool train_step(const TrainRun& run, Trainer& trainer, RunFiles& files, Progress
     const std::string event_failure = files.events.write(report.progress.steps, scalars_of(report, measures));
     notes.of_step(outcome);
     progress.update(report, peak);
-    if (!outcome.diverged()) files.checkpoints.after_step(trainer, outcome);
+    if (!outcome.diverged()) save_where_due(trainer, files, outcome);
     notes.of_files(files, log_failure, event_failure);
     run.drill.after(report);
     return true;

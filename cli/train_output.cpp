@@ -139,6 +139,10 @@ void print_summary(std::FILE* out, const JobPlan& plan, const PlanReport& report
     if (outcome.refused > 0) {
         fmt::print(out, "refused   {} steps were not applied; the reasons are in metrics.jsonl\n", outcome.refused);
     }
+    if (outcome.checkpoints > 0) {
+        fmt::print(out, "saved     {} times on the way; training waited {:.3f} s for them\n", outcome.checkpoints,
+                   outcome.checkpoint_seconds);
+    }
     fmt::print(out, "written   {}: config.toml, metrics.jsonl, model.safetensors, report.html, summary.json{}\n",
                folder.string(), outcome.checkpointed ? ", checkpoints" : "");
     if (outcome.interrupted) print_way_on(out, outcome, folder);
@@ -178,6 +182,8 @@ void print_json(const JobPlan& plan, const PlanReport& report, const Outcome& ou
     document["refused_steps"] = outcome.refused;
     document["restores"] = outcome.restores;
     document["noise_batch"] = outcome.last.noise_batch ? json_number(*outcome.last.noise_batch) : nullptr;
+    document["checkpoints"] = outcome.checkpoints;
+    document["checkpoint_seconds"] = outcome.checkpoint_seconds;
     document["interrupted"] = outcome.interrupted;
     document["resumed_from"] = nullptr;
     if (outcome.resumed_from) document["resumed_from"] = *outcome.resumed_from;
