@@ -22,6 +22,10 @@ std::optional<Interval> keep_every_of(const Settings& settings) {
     return every;
 }
 
+std::string first_line(const std::string& text) {
+    return text.substr(0, text.find('\n'));
+}
+
 }  // namespace
 
 void validate_checkpoints(const Settings& settings) {
@@ -49,7 +53,7 @@ RunCheckpoints::RunCheckpoints(const std::filesystem::path& run, const Settings&
         checkpoints_of(run), CheckpointOptions{.keep = settings.keep,
                                                .keep_every = keep_every_of(settings),
                                                .memory_bytes = std::max<std::int64_t>(0, memory_bytes),
-                                               .sync_first = {run / "metrics.jsonl"}});
+                                               .sync_first = {run / "metrics.jsonl", run}});
 }
 
 void RunCheckpoints::go_on_from(const TrainerState& state) {
@@ -57,9 +61,16 @@ void RunCheckpoints::go_on_from(const TrainerState& state) {
     if (every_.count > 0) times_ = state.progress.in(every_.unit) / every_.count;
 }
 
-Checkpoint RunCheckpoints::checkpoint_of(const Trainer& trainer, const Outcome& outcome) {
+// None, and a warning, where there is no memory even to say what is to be written.
+std::optional<Checkpoint> RunCheckpoints::checkpoint_of(const Trainer& trainer, const Outcome& outcome) {
     notes_.outcome = outcome;
-    return {trainer.state(), to_json_text(notes_)};
+    try {
+        return Checkpoint{trainer.state(), to_json_text(notes_)};
+    } catch (const std::exception& error) {
+        warnings_.push_back(fmt::format("the checkpoint of step {} is not written: {}", trainer.progress().steps,
+                                        first_line(error.what())));
+        return std::nullopt;
+    }
 }
 
 bool RunCheckpoints::after_step(const Trainer& trainer, const Outcome& outcome) {
@@ -69,17 +80,24 @@ bool RunCheckpoints::after_step(const Trainer& trainer, const Outcome& outcome) 
     times_ = times;
     // The one before is still being written: a step waits for none.
     if (!due_ || store_->is_busy()) return false;
-    store_->save(checkpoint_of(trainer, outcome));
     due_ = false;
-    return true;
+    std::optional<Checkpoint> checkpoint = checkpoint_of(trainer, outcome);
+    if (checkpoint) store_->save(std::move(*checkpoint));
+    return checkpoint.has_value();
 }
 
 bool RunCheckpoints::save_now(const Trainer& trainer, const Outcome& outcome) {
-    return store_ && store_->save_now(checkpoint_of(trainer, outcome));
+    if (!store_) return false;
+    const std::optional<Checkpoint> checkpoint = checkpoint_of(trainer, outcome);
+    return checkpoint && store_->save_now(*checkpoint);
 }
 
 std::vector<std::string> RunCheckpoints::warnings() {
-    return store_ ? store_->warnings() : std::vector<std::string>();
+    std::vector<std::string> all = std::exchange(warnings_, {});
+    if (store_) {
+        for (std::string& warning : store_->warnings()) all.push_back(std::move(warning));
+    }
+    return all;
 }
 
 }  // namespace microbatch::cli

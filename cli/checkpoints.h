@@ -33,16 +33,18 @@ public:
     std::int64_t memory_bytes() const { return store_ ? store_->memory_bytes() : 0; }
     bool release() { return store_ && store_->release(); }
 
-    bool are_written() const { return store_ != nullptr; }
+    /// How many are written so far, of those that are finished.
+    std::int64_t written() const { return store_ ? store_->written() : 0; }
 
 private:
-    Checkpoint checkpoint_of(const Trainer& trainer, const Outcome& outcome);
+    std::optional<Checkpoint> checkpoint_of(const Trainer& trainer, const Outcome& outcome);
 
     std::unique_ptr<CheckpointStore> store_;  // null: none are written
     Interval every_;
     std::int64_t times_ = 0;  // that `every_` has gone by, at the last one
     bool due_ = false;
     RunNotes notes_;
+    std::vector<std::string> warnings_;  // beside the store's
 };
 
 /// "every 100 steps, the newest 3 stay".

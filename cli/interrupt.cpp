@@ -1,14 +1,23 @@
 #include "cli/interrupt.h"
 
+#include <atomic>
 #include <csignal>
 
 namespace microbatch::cli {
 namespace {
 
-volatile std::sig_atomic_t signal_came = 0;
+constexpr int watched[] = {SIGINT, SIGTERM, SIGHUP};
+
+std::atomic<bool> signal_came = false;
+static_assert(std::atomic<bool>::is_always_lock_free);
 
 extern "C" void remember(int) {
-    signal_came = 1;
+    signal_came = true;
+    for (const int one : watched) {
+        struct sigaction action {};
+        sigaction(one, nullptr, &action);
+        if (action.sa_handler == remember) std::signal(one, SIG_DFL);
+    }
 }
 
 }  // namespace
@@ -16,14 +25,16 @@ extern "C" void remember(int) {
 void watch_interrupts() {
     struct sigaction action {};
     action.sa_handler = remember;
-    action.sa_flags = static_cast<int>(SA_RESETHAND | SA_RESTART);
-    sigaction(SIGINT, &action, nullptr);
-    sigaction(SIGTERM, &action, nullptr);
-    sigaction(SIGHUP, &action, nullptr);
+    action.sa_flags = SA_RESTART;
+    for (const int one : watched) {
+        struct sigaction before {};
+        sigaction(one, nullptr, &before);
+        if (before.sa_handler != SIG_IGN) sigaction(one, &action, nullptr);
+    }
 }
 
 bool interrupted() {
-    return signal_came != 0;
+    return signal_came;
 }
 
 }  // namespace microbatch::cli

@@ -2,7 +2,8 @@
 
 namespace microbatch::cli {
 
-/// From now on the first SIGINT, SIGTERM or SIGHUP is only remembered; a second one ends the process at once, as usual.
+/// From now on the first SIGINT, SIGTERM or SIGHUP is only remembered; a second one, of whatever kind, ends the process
+/// at once, as usual. One that was ignored when the process began (nohup) stays ignored.
 void watch_interrupts();
 
 /// True once a signal has come. Threads: any.

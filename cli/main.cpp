@@ -102,6 +102,9 @@ int run(const cli::Action& action) {
     } catch (const c10::Error& error) {
         // A model that does not take the data, most of all.
         return fail(static_cast<int>(ErrorKind::usage), fmt::format("torch: {}", error.what_without_backtrace()));
+    } catch (const std::filesystem::filesystem_error& error) {
+        return fail(static_cast<int>(ErrorKind::usage),
+                    fmt::format("{}: {}", error.path1().string(), error.code().message()));
     } catch (const std::exception& error) {
         return fail(internal_error, error.what());
     }

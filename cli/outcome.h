@@ -27,8 +27,8 @@ struct Outcome {
     std::int64_t restores = 0;
     int refused_in_a_row = 0;                       ///< up to the last step; batches of weight 0 do not count
     std::optional<std::int64_t> resumed_from = {};  ///< steps
-    std::int64_t checkpoints = 0;                   ///< begun between steps, in this process
-    double checkpoint_seconds = 0.0;                ///< that training waited for those
+    std::int64_t checkpoints = 0;                   ///< that this process wrote
+    double checkpoint_seconds = 0.0;                ///< that training waited for them on the way
     bool checkpointed = false;                      ///< its last state is in a checkpoint
     bool interrupted = false;
     bool ended_in_nan = false;  ///< the length was reached, by steps that were refused because they are not finite

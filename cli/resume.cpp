@@ -119,8 +119,66 @@ std::vector<std::string> differences_of_flags(const CLI::App& command, const Val
     return differences;
 }
 
+// Keys of the configuration that mean something only beside the value that another key had.
+std::vector<std::string> outdated(const CLI::App& command, const Values& was) {
+    std::vector<std::string> keys;
+    const auto given = [&](const char* flag) -> const std::string* {
+        const CLI::Option* option = command.get_option(std::string("--") + flag);
+        if (option->count() == 0 || is_same(option->results().back(), value_in(was, flag))) return nullptr;
+        return &option->results().back();
+    };
+    const auto leave_out = [&keys](const std::vector<std::string>& more) {
+        keys.insert(keys.end(), more.begin(), more.end());
+    };
+    if (given("model")) leave_out(sizes);
+    if (const std::string* shape = given("schedule")) {
+        if (*shape == "constant") leave_out({"final-lr"});
+        if (*shape != "wsd") leave_out({"decay"});
+        if (*shape != "polynomial") leave_out({"power"});
+    }
+    if (given("optimizer")) leave_out({"lr", "weight-decay", "momentum", "nesterov"});
+    if (given("batch")) leave_out({"batch-schedule", "micro-batch", "recompute"});
+    if (given("batch-schedule")) leave_out({"batch", "micro-batch", "recompute"});
+    return keys;
+}
+
+std::string value_of(const RunNotes& notes, const std::string& key) {
+    return value_in(config_values(notes.config, "the configuration"), key);
+}
+
+// What was usual, and what is half done, says nothing of another run.
+void begin_anew(TrainerState& state) {
+    drop_open_batch(state);
+    state.guard.reset();
+    state.noise = {};
+    if (!state.recovery) return;
+    for (RecoveryState::Point& point : state.recovery->points) point.guard = SpikeGuard().state();
+}
+
+void begin_optimizer_anew(TrainerState& state) {
+    state.optimizer.clear();
+    std::fill(state.optimizer_counts.begin(), state.optimizer_counts.end(), std::size_t{0});
+    state.recovery.reset();
+}
+
+// Why the optimizer does not take its state; empty if it does.
+std::string misfit_of(const TrainerState& state, const Optimizer& optimizer) {
+    OptimizerState shapes;
+    auto next = state.optimizer.begin();
+    for (const std::size_t count : state.optimizer_counts) {
+        shapes.emplace_back();
+        for (std::size_t i = 0; i < count; ++i) shapes.back().push_back((next++)->shape);
+    }
+    try {
+        optimizer.require_state(shapes);
+        return {};
+    } catch (const Error& error) {
+        return error.what();
+    }
+}
+
 void reset_data(TrainerState& state, std::int64_t dataset_size) {
-    state.sampler.epoch += 1;
+    if (state.sampler.epoch < INT64_MAX) state.sampler.epoch += 1;
     state.sampler.position = 0;
     state.dataset_size = dataset_size;
 }
@@ -146,8 +204,14 @@ std::optional<ResumePoint> find_resume_point(CLI::App& command, Settings& settin
     const bool same_model = model->count() == 0 || model->results().back() == value_in(was, "model");
     // Of another kind of model the data, or a flag, would be refused before all differences are known.
     if (!same_model) refuse_another_run(differences_of_flags(command, was), newest->trainer.progress.steps, settings);
-    apply_config(command, notes.config, source, same_model ? std::vector<std::string>() : sizes);
-    keep_cut(settings, was, micro_batch_given, recompute_given);
+    const std::vector<std::string> without = outdated(command, was);
+    try {
+        apply_config(command, notes.config, source, without);
+    } catch (const Error& error) {
+        throw Error(ErrorKind::bad_data, error.what());
+    }
+    const bool same_batch = !is_in(without, "micro-batch");
+    keep_cut(settings, same_batch ? was : Values(), micro_batch_given, recompute_given);
     return ResumePoint{std::move(*newest), std::move(notes), store.warnings()};
 }
 
@@ -155,10 +219,13 @@ void require_same_run(const ResumePoint& point, const RunNotes& now, const Setti
     refuse_another_run(compare(point.notes, now).identity, point.steps(), settings);
 }
 
-void require_same_weights(const ResumePoint& point, const Parameters& parameters) {
+void require_same_weights(const ResumePoint& point, const Parameters& weights_of_model) {
+    const TrainerState& state = point.checkpoint.trainer;
     std::map<std::string, at::Tensor> weights;
-    for (const StoredTensor& one : point.checkpoint.trainer.parameters) weights.emplace(one.name, one.shape);
-    for (const Parameter& one : parameters) {
+    for (const StoredTensors* list : {&state.parameters, &state.buffers}) {
+        for (const StoredTensor& one : *list) weights.emplace(one.name, one.shape);
+    }
+    for (const Parameter& one : weights_of_model) {
         const auto found = weights.find(one.name);
         if (found == weights.end()) {
             throw Error(ErrorKind::bad_data, fmt::format("the checkpoint of step {} has no {}: it is of another model",
@@ -169,21 +236,34 @@ void require_same_weights(const ResumePoint& point, const Parameters& parameters
                     text("parameter ", one.name, " is of shape ", found->second.sizes(), " in the checkpoint of step ",
                          point.steps(), ", in this model of ", one.tensor.sizes()));
     }
+    for (const Parameter& one : weights_of_model) weights.erase(one.name);
+    if (weights.empty()) return;
+    throw Error(ErrorKind::bad_data, fmt::format("the checkpoint of step {} has {}, which this model has not: it is of "
+                                                 "another model",
+                                                 point.steps(), weights.begin()->first));
 }
 
 std::vector<std::string> reconcile(ResumePoint& point, const RunNotes& now, const Settings& settings,
-                                   std::int64_t dataset_size) {
+                                   std::int64_t dataset_size, const Optimizer& optimizer) {
     const Differences found = compare(point.notes, now);
     refuse_another_run(found.identity, point.steps(), settings);
     TrainerState& state = point.checkpoint.trainer;
     if (!found.identity.empty()) {
-        drop_open_batch(state);
-        state.guard.reset();  // what was usual says nothing of what is now
+        begin_anew(state);
         state.sampler.seed = static_cast<std::uint64_t>(settings.seed);
         if (state.dataset_size != dataset_size) reset_data(state, dataset_size);
     }
     if (!found.cut.empty()) state.limits.clear();
+    const std::string misfit = misfit_of(state, optimizer);
+    if (!misfit.empty() && found.identity.empty() && found.others.empty()) {
+        throw Error(ErrorKind::bad_data, fmt::format("the checkpoint of step {}: {}", point.steps(), misfit));
+    }
+    const bool another = value_of(point.notes, "optimizer") != value_of(now, "optimizer");
     std::vector<std::string> lines;
+    if (another || !misfit.empty()) {
+        begin_optimizer_anew(state);
+        lines.emplace_back("the optimizer's state is begun anew, and there is nothing to go back to yet");
+    }
     for (const std::string& line : found.identity) lines.push_back(with_note(line, ": another run from here on"));
     for (const std::string& line : found.cut) lines.push_back(with_note(line, ": the same batch; bits may differ"));
     for (const std::string& line : found.others) lines.push_back(line);

@@ -34,14 +34,17 @@ std::optional<ResumePoint> find_resume_point(CLI::App& command, Settings& settin
 /// Throws ErrorKind::usage as reconcile() does. The cut may be another one.
 void require_same_run(const ResumePoint& point, const RunNotes& now, const Settings& settings);
 
-/// Throws ErrorKind::bad_data, naming the first, where the checkpoint's weights are not those of such parameters.
-void require_same_weights(const ResumePoint& point, const Parameters& parameters);
+/// Throws ErrorKind::bad_data, naming the first, where the checkpoint's parameters and buffers are not those of such a
+/// model.
+void require_same_weights(const ResumePoint& point, const Parameters& weights_of_model);
 
 /// Compares the run with what it was. What changes is said in the lines that it returns, and made good in the point's
-/// state: a batch that was left open is begun anew where it is another one.
+/// state: a batch that was left open is begun anew where it is another one, and so is the state of an optimizer that
+/// does not take it.
 /// Errors: ErrorKind::usage, naming each difference, where model, data, batch, optimizer or seed are others and
-///         --resume-changed was not given; `now` is what the notes would be.
+///         --resume-changed was not given; ErrorKind::bad_data where the optimizer's state does not fit though nothing
+///         is another; `now` is what the notes would be.
 std::vector<std::string> reconcile(ResumePoint& point, const RunNotes& now, const Settings& settings,
-                                   std::int64_t dataset_size);
+                                   std::int64_t dataset_size, const Optimizer& optimizer);
 
 }  // namespace microbatch::cli

@@ -18,6 +18,7 @@ nlohmann::ordered_json to_json(const Outcome& outcome) {
     nlohmann::ordered_json json;
     const StepReport& last = outcome.last.step;
     json["loss"] = json_number(last.loss);
+    json["reason"] = last.reason;
     json["gradient_norm"] = json_number(last.gradient_norm);
     json["noise_batch"] = outcome.last.noise_batch ? json_number(*outcome.last.noise_batch) : nullptr;
     json["first_loss"] = json_number(outcome.first_loss);
@@ -34,16 +35,21 @@ nlohmann::ordered_json to_json(const Outcome& outcome) {
 Outcome outcome_from(const nlohmann::json& json) {
     Outcome outcome;
     outcome.last.step.loss = number_from(json.at("loss"));
+    outcome.last.step.reason = json.at("reason").get<std::string>();
     outcome.last.step.gradient_norm = number_from(json.at("gradient_norm"));
     if (!json.at("noise_batch").is_null()) outcome.last.noise_batch = number_from(json.at("noise_batch"));
     outcome.first_loss = number_from(json.at("first_loss"));
     outcome.seconds = number_from(json.at("seconds"));
     outcome.peak_bytes = count_from(json.at("peak_bytes"));
     outcome.predicted_peak_bytes = count_from(json.at("predicted_peak_bytes"));
-    outcome.out_of_memory = count_from(json.at("out_of_memory"));
-    outcome.refused = count_from(json.at("refused"));
-    outcome.restores = count_from(json.at("restores"));
-    outcome.refused_in_a_row = static_cast<int>(std::min<std::int64_t>(count_from(json.at("refused_in_a_row")), 1000));
+    // Counted on from: none may be near its end.
+    const auto times = [&json](const char* name, std::int64_t most) {
+        return std::min(count_from(json.at(name)), most);
+    };
+    outcome.out_of_memory = times("out_of_memory", INT64_MAX / 2);
+    outcome.refused = times("refused", INT64_MAX / 2);
+    outcome.restores = times("restores", INT64_MAX / 2);
+    outcome.refused_in_a_row = static_cast<int>(times("refused_in_a_row", 1000));
     return outcome;
 }
 

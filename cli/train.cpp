@@ -61,6 +61,15 @@ void refuse_used_folder(const std::filesystem::path& folder) {
     }
 }
 
+// Its weights would be written over.
+void refuse_finished_run(const std::filesystem::path& folder) {
+    if (!std::filesystem::exists(std::filesystem::symlink_status(folder / "model.safetensors"))) return;
+    refuse(
+        fmt::format("--run {} --resume: there is no checkpoint to go on from, and model.safetensors is that of a run "
+                    "that has ended; name a new folder for this run",
+                    folder.string()));
+}
+
 // The fewest samples that can be cut: more would delay the run, and tell no more of the models that there are.
 std::optional<Verification> verify_samples(const JobPlan& plan, const Job& job) {
     const std::vector<std::int64_t> samples{0, 1};
@@ -166,16 +175,16 @@ int train_in(const std::filesystem::path& folder, const TrainRun& run, std::int6
     const RunNotes notes = notes_of(run.plan, config_text(config));
     std::vector<std::string> changes;
     if (resume) {
-        changes = reconcile(*resume, notes, settings, run.plan.data.train->size());
-        require_same_weights(*resume, run.job.parameters);  // before anything is written
+        // Before anything is written.
+        changes = reconcile(*resume, notes, settings, run.plan.data.train->size(), run.job.accumulator->optimizer());
+        require_same_weights(*resume, weights_of(run.job));
     }
     if (settings.resume) remove_snapshots(folder);
     const std::int64_t steps = resume ? resume->steps() : 0;
     RunFiles files{settings.resume ? RunLog(folder, steps) : RunLog(folder), EventFile(folder),
                    RunCheckpoints(folder, settings, run.watch.checkpoint_bytes, notes)};
     if (files.log.lines() < steps) {
-        changes.push_back(
-            fmt::format("metrics.jsonl ends at step {}: the steps after it are missing in it", files.log.lines()));
+        changes.push_back(fmt::format("metrics.jsonl lacks {} of these steps", steps - files.log.lines()));
     }
     write_config(folder, config);
     if (!settings.quiet) print_header(run.out, run.plan, run.report, run.watch, run.length, folder);
@@ -210,6 +219,7 @@ int train(CLI::App& command, Settings& settings, bool batch_given) {
     if (!settings.run.empty() && !settings.resume) refuse_used_folder(settings.run);
     std::optional<ResumePoint> resume;
     if (settings.resume) resume = find_resume_point(command, settings);
+    if (settings.resume && !resume) refuse_finished_run(settings.run);
     if (settings.resume && !resume && settings.data.empty()) {
         refuse(fmt::format("--run {} --resume: there is no checkpoint to go on from, nor --data to begin with",
                            settings.run));
@@ -237,7 +247,15 @@ int train(CLI::App& command, Settings& settings, bool batch_given) {
     job.accumulator->set_plan(report.choice().plan);
     set_memory_budget(budget);
     const std::filesystem::path folder = run_folder(settings, plan.model);
-    if (!lock) lock.emplace(folder);
+    if (!lock) {
+        lock.emplace(folder);
+        // It was not there before; who came first may be done with it already.
+        if (!settings.run.empty()) refuse_used_folder(folder);
+    }
+    if (!lock->is_held()) {
+        fmt::print(out, "warning: {} is on a file system without locks: let no other process train in it\n",
+                   folder.string());
+    }
     const Watch watch = watch_of(plan, report, folder);
     const TrainRun run{out, plan, job, report, watch, length, drill, resume ? &*resume : nullptr};
     return train_in(folder, run, budget, resume);

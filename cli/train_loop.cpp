@@ -60,6 +60,10 @@ public:
         if (!outcome.last.warning.empty()) progress_.note(outcome.last.warning);
     }
 
+    void of_pause(const TrainerReport& report) {
+        if (!report.warning.empty()) progress_.note(report.warning);
+    }
+
     void of_files(RunFiles& files, const std::string& log_failure, const std::string& event_failure) {
         say_once(log_, log_failure, "; the run goes on, and the lines are written when they can be");
         say_once(events_, event_failure,
@@ -109,13 +113,14 @@ void go_on(const TrainRun& run, Trainer& trainer, RunFiles& files, Outcome& outc
     outcome.plan = plan;
     outcome.last.progress = trainer.progress();
     outcome.resumed_from = trainer.progress().steps;
+    // Its files are open as long as its tensors can be asked for.
+    run.resume->checkpoint.trainer = {};
 }
 
 void save_where_due(const Trainer& trainer, RunFiles& files, Outcome& outcome) {
     const auto started = std::chrono::steady_clock::now();
     if (!files.checkpoints.after_step(trainer, outcome)) return;
     const std::chrono::duration<double> waited = std::chrono::steady_clock::now() - started;
-    outcome.checkpoints += 1;
     outcome.checkpoint_seconds += waited.count();
 }
 
@@ -125,7 +130,10 @@ bool train_step(const TrainRun& run, Trainer& trainer, RunFiles& files, Progress
     reset_peak_memory();
     const std::int64_t copy_bytes = files.checkpoints.memory_bytes();
     const TrainerReport report = trainer.step();
-    if (report.paused) return false;
+    if (report.paused) {
+        notes.of_pause(report);
+        return false;
+    }
     outcome.last = report;
     const std::int64_t peak = memory_use().peak_bytes;
     const StepMeasures measures = measures_of(report, peak, copy_bytes, run.plan, run.report);
@@ -168,7 +176,11 @@ void BudgetDrill::after(const TrainerReport& report) const {
 
 void train_to_the_end(const TrainRun& run, RunFiles& files, Outcome& outcome) {
     Trainer trainer(*run.job.accumulator, *run.plan.data.train, run.job.loss, options_of(run, files));
-    if (run.resume != nullptr) go_on(run, trainer, files, outcome);
+    if (run.resume != nullptr) {
+        go_on(run, trainer, files, outcome);
+    } else if (run.plan.settings.resume) {
+        files.events.go_on(0);  // what a process before drew of a beginning that is made anew
+    }
     ProgressLine progress(run.out, run.length, speed_unit(run.plan), run.report.budget_bytes, trainer.progress());
     Notes notes(progress, run.watch);
     const double seconds_before = outcome.seconds;
@@ -197,6 +209,9 @@ void train_to_the_end(const TrainRun& run, RunFiles& files, Outcome& outcome) {
     }
     files.checkpoints.release();
     notes.of_checkpoints(files);
+    outcome.checkpoints = files.checkpoints.written();
+    // The weights that are written next are those of the last step, not of the midst of a batch.
+    if (run.job.accumulator->is_paused()) run.job.accumulator->discard({});
     if (trainer.done() && files.log.lines() > 0 && !outcome.diverged()) measure_held_out(run, outcome);
 }
 

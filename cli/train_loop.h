@@ -35,7 +35,7 @@ struct TrainRun {
     const Watch& watch;
     Interval length;
     BudgetDrill drill;
-    const ResumePoint* resume;  ///< null: from the beginning
+    ResumePoint* resume;  ///< null: from the beginning; what it holds is used up
 };
 
 /// What a run writes while it goes on.

@@ -139,8 +139,8 @@ void print_summary(std::FILE* out, const JobPlan& plan, const PlanReport& report
     if (outcome.refused > 0) {
         fmt::print(out, "refused   {} steps were not applied; the reasons are in metrics.jsonl\n", outcome.refused);
     }
-    if (outcome.checkpoints > 0) {
-        fmt::print(out, "saved     {} times on the way; training waited {:.3f} s for them\n", outcome.checkpoints,
+    if (outcome.checkpoint_seconds > 0.0) {
+        fmt::print(out, "saved     {} times; training waited {:.3f} s for it on the way\n", outcome.checkpoints,
                    outcome.checkpoint_seconds);
     }
     fmt::print(out, "written   {}: config.toml, metrics.jsonl, model.safetensors, report.html, summary.json{}\n",

@@ -7,19 +7,18 @@
 
 namespace microbatch {
 
-std::optional<NoiseMeasure> measure_noise(std::span<const MicroBatchGradient> parts, double squared_norm) {
-    double weight = 0.0, squares = 0.0;
-    int count = 0;
-    for (const MicroBatchGradient& part : parts) {
-        if (part.weight == 0.0) continue;
-        weight += part.weight;
-        squares += part.weight * part.squared_norm;
-        ++count;
-    }
-    if (count < 2) return std::nullopt;
+void NoiseSums::add(const MicroBatchGradient& part) {
+    if (part.weight == 0.0) return;
+    weight += part.weight;
+    squares += part.weight * part.squared_norm;
+    ++count;
+}
+
+std::optional<NoiseMeasure> measure_noise(const NoiseSums& parts, double squared_norm) {
+    if (parts.count < 2) return std::nullopt;
     NoiseMeasure measure;
-    measure.variance = (squares - weight * squared_norm) / (count - 1);
-    measure.squared_gradient = squared_norm - measure.variance / weight;
+    measure.variance = (parts.squares - parts.weight * squared_norm) / static_cast<double>(parts.count - 1);
+    measure.squared_gradient = squared_norm - measure.variance / parts.weight;
     if (!std::isfinite(measure.variance) || !std::isfinite(measure.squared_gradient)) return std::nullopt;
     return measure;
 }

@@ -1,7 +1,7 @@
 #pragma once
 
+#include <cstdint>
 #include <optional>
-#include <span>
 
 namespace microbatch {
 
@@ -9,6 +9,15 @@ namespace microbatch {
 struct MicroBatchGradient {
     double weight = 0.0;        ///< samples or target tokens, b_i
     double squared_norm = 0.0;  ///< of its mean gradient, |g_i|^2
+};
+
+/// The parts of a batch's micro-batches that have weight, added up.
+struct NoiseSums {
+    std::int64_t count = 0;
+    double weight = 0.0;   ///< sum of b_i
+    double squares = 0.0;  ///< sum of b_i |g_i|^2
+
+    void add(const MicroBatchGradient& part);
 };
 
 /// What one batch says of the gradient and of its noise, per unit of weight (one sample, or one target token).
@@ -24,7 +33,7 @@ struct NoiseMeasure {
 ///          gradient, B the sum of the b_i and k how many have weight.
 /// Source:  McCandlish et al. 2018, arXiv:1812.06162, appendix A.1, for unequal sizes.
 /// Returns: none where nothing can be said: fewer than two micro-batches with weight, or a number that is not finite.
-std::optional<NoiseMeasure> measure_noise(std::span<const MicroBatchGradient> parts, double squared_norm);
+std::optional<NoiseMeasure> measure_noise(const NoiseSums& parts, double squared_norm);
 
 /// The noise over many batches: numerator and denominator averaged apart, exponentially and without bias at the start,
 /// because the mean of their ratios is not the ratio of their means.

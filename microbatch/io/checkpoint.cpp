@@ -166,11 +166,27 @@ Checkpoint read_state(const std::filesystem::path& path) {
 
 }  // namespace
 
+namespace {
+
+// What is written must be something that is read again.
+void require_readable(const std::string& state) {
+    if (state.size() > most_state_bytes) throw Error(ErrorKind::usage, text(state_name, " would be too large"));
+    try {
+        trainer_state_from(parse_bounded(state, most_state_values).at("trainer"));
+    } catch (const std::exception& error) {
+        throw Error(ErrorKind::usage, text(state_name, " could not be read again: ", error.what()));
+    }
+}
+
+}  // namespace
+
 void write_checkpoint(FileSystem& files, const std::filesystem::path& folder, const Checkpoint& checkpoint, bool kept) {
     const TrainerState& state = checkpoint.trainer;
     nlohmann::ordered_json json;
     json["trainer"] = to_json(state);
     json["notes"] = notes_of(checkpoint);
+    const std::string text_of_state = json.dump(1, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
+    require_readable(text_of_state);
     Writer writer(files, folder);
     writer.write("weights.safetensors", joined({{"", &state.parameters}, {"", &state.buffers}}));
     writer.write("optimizer.safetensors", state.optimizer);
@@ -183,7 +199,7 @@ void write_checkpoint(FileSystem& files, const std::filesystem::path& folder, co
             "open_batch.safetensors",
             joined({{"gradient.", &open->gradients}, {"buffer.", &open->buffers}, {"generator.", &open->generators}}));
     }
-    writer.write(state_name, json.dump(1, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
+    writer.write(state_name, text_of_state);
     const CheckpointManifest manifest{.progress = state.progress,
                                       .open_samples = state.open ? state.open->samples : 0,
                                       .kept = kept,

@@ -29,8 +29,8 @@ void write_checkpoint(FileSystem& files, const std::filesystem::path& folder, co
 /// files stay open, and may be removed meanwhile.
 ///
 /// Errors: ErrorKind::bad_data, naming the file and what is wrong, if one is missing, of another size or checksum, or
-///         not as write_checkpoint() writes it. None is followed out of the folder, and memory is bounded by 100 MB and
-///         what the tensors that are asked for take.
+///         not as write_checkpoint() writes it. No file of it is a link that is followed. Memory is bounded: that of
+///         one file's header (see parse_safetensors_header) at a time, and what the tensors that are asked for take.
 /// Cost:   reads all of it once.
 Checkpoint read_checkpoint(const std::filesystem::path& folder);
 

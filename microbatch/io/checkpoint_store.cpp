@@ -58,6 +58,17 @@ struct CheckpointStore::Place {
     std::int64_t steps, open_samples;
     std::filesystem::path path;
 
+    // By its name; none where that is no checkpoint's.
+    static std::optional<Place> of(const std::filesystem::path& path) {
+        const std::string name = path.filename().string();
+        if (!name.starts_with("step-")) return std::nullopt;
+        const std::size_t dash = name.find('-', 5);
+        const auto steps = number_in(std::string_view(name).substr(5, dash - 5));
+        const auto open = dash == std::string::npos ? 0 : number_in(std::string_view(name).substr(dash + 1));
+        if (!steps || !open) return std::nullopt;
+        return Place{*steps, *open, path};
+    }
+
     bool operator<(const Place& other) const {
         return std::pair(steps, open_samples) < std::pair(other.steps, other.open_samples);
     }
@@ -88,14 +99,16 @@ CheckpointStore::~CheckpointStore() {
 std::vector<CheckpointStore::Place> CheckpointStore::places() const {
     std::vector<Place> found;
     std::error_code failure;
+    const auto there = std::filesystem::symlink_status(folder_, failure);
+    if (there.type() == std::filesystem::file_type::not_found) return found;
     std::filesystem::directory_iterator entry(folder_, failure);
     for (; !failure && entry != std::filesystem::directory_iterator(); entry.increment(failure)) {
-        const std::string name = entry->path().filename().string();
-        if (!name.starts_with("step-")) continue;
-        const std::size_t dash = name.find('-', 5);
-        const auto steps = number_in(std::string_view(name).substr(5, dash - 5));
-        const auto open = dash == std::string::npos ? 0 : number_in(std::string_view(name).substr(dash + 1));
-        if (steps && open) found.push_back({*steps, *open, entry->path()});
+        if (auto place = Place::of(entry->path())) found.push_back(std::move(*place));
+    }
+    // Half of a list would be taken for all there is.
+    if (failure) {
+        throw Error(ErrorKind::bad_data,
+                    text("cannot read the checkpoints in ", folder_.string(), ": ", failure.message()));
     }
     std::sort(found.begin(), found.end());
     return found;
@@ -107,7 +120,8 @@ void CheckpointStore::remove_leftovers() {
     std::filesystem::directory_iterator entry(folder_, failure);
     for (; !failure && entry != std::filesystem::directory_iterator(); entry.increment(failure)) {
         const std::string extension = entry->path().extension().string();
-        if (extension == unfinished || extension == removed) leftovers.push_back(entry->path());
+        const bool leftover = extension == unfinished || extension == removed;
+        if (leftover && Place::of(entry->path().stem())) leftovers.push_back(entry->path());
     }
     // In the way of nothing: not to be able to remove one is no harm.
     for (const auto& path : leftovers) failure_of([&] { files_.remove_all(path); });
@@ -123,7 +137,9 @@ std::optional<Checkpoint> CheckpointStore::newest() {
             for (const std::string& why : damaged) warnings_.push_back(text("a checkpoint was passed over: ", why));
             return checkpoint;
         } catch (const Error& error) {
+            if (error.kind() != ErrorKind::bad_data) throw;  // whole, but not for us
             damaged.emplace_back(error.what());
+            damaged_.push_back(place->path);
         }
     }
     if (damaged.empty()) return std::nullopt;
@@ -159,11 +175,16 @@ std::string CheckpointStore::write(const Checkpoint& checkpoint) const {
     beside += unfinished;
     make_folders_to_the_disk(files_, folder_);
     files_.remove_all(beside);
+    std::string warning;
     const std::string failure = failure_of([&] {
         files_.make_folder(beside);
         write_checkpoint(files_, beside, checkpoint, is_kept(progress));
-        for (const auto& file : options_.sync_first) files_.sync(file);
-        // One of that name is of before this process, and damaged, or it would have been gone on from.
+        // A log is no reason to have no checkpoint.
+        for (const auto& file : options_.sync_first) {
+            const std::string why = failure_of([&] { files_.sync(file); });
+            if (!why.empty()) warning = text("before a checkpoint, ", why);
+        }
+        // One of that name is damaged, or it would have been gone on from, or is not known to be on the disk.
         if (std::filesystem::exists(place.path)) remove(place.path);
         files_.rename(beside, place.path);
     });
@@ -173,17 +194,23 @@ std::string CheckpointStore::write(const Checkpoint& checkpoint) const {
     }
     files_.sync(folder_);
     const std::string left = failure_of([&] { remove_old(place); });
-    return left.empty() ? left : "a checkpoint that is not to be kept is still there: " + left;
+    return left.empty() ? warning : "a checkpoint that is not to be kept is still there: " + left;
 }
 
 void CheckpointStore::remove_old(const Place& newest) const {
     std::vector<Place> all = places();
     std::erase_if(all, [&newest](const Place& place) { return newest < place; });
-    const auto keep = static_cast<std::size_t>(options_.keep);
-    for (std::size_t i = 0; i + keep < all.size(); ++i) {
-        bool kept = false;
-        failure_of([&] { kept = read_checkpoint_manifest(all[i].path).kept; });
-        if (!kept) remove(all[i].path);
+    // None that is damaged takes the place of one that is whole.
+    const auto damaged = std::stable_partition(all.begin(), all.end(), [&](const Place& place) {
+        return place.path == newest.path || std::find(damaged_.begin(), damaged_.end(), place.path) == damaged_.end();
+    });
+    const auto passing = all.begin() + std::max<std::ptrdiff_t>(0, damaged - all.begin() - options_.keep);
+    std::vector<Place> old(all.begin(), passing);
+    old.insert(old.end(), damaged, all.end());
+    for (const Place& place : old) {
+        bool kept = true;  // what cannot be read now may be one that stays
+        failure_of([&] { kept = read_checkpoint_manifest(place.path).kept; });
+        if (!kept) remove(place.path);
     }
 }
 
@@ -201,13 +228,12 @@ void CheckpointStore::save(Checkpoint checkpoint) {
     if (is_saved(checkpoint.trainer)) return;
     const std::int64_t bytes = bytes_to_own(checkpoint.trainer);
     const auto& recovery = checkpoint.trainer.recovery;
-    bool in_thread = bytes <= options_.memory_bytes && !(recovery && recovery->in_files);
+    const auto in_file = [](const RecoveryState::Point& point) { return point.in_file; };
+    const bool reads_files = recovery && std::any_of(recovery->points.begin(), recovery->points.end(), in_file);
+    bool in_thread = bytes <= options_.memory_bytes && !reads_files;
     if (in_thread) {
-        try {
-            own_tensors(checkpoint.trainer);
-        } catch (const c10::OutOfMemoryError&) {
-            in_thread = false;
-        }
+        // Whatever keeps it from being copied, such as memory, does not keep it from being written.
+        in_thread = failure_of([&] { own_tensors(checkpoint.trainer); }).empty();
     }
     if (!in_thread) {
         save_now(checkpoint);
@@ -225,7 +251,7 @@ void CheckpointStore::start(Checkpoint checkpoint) {
             const OneThread alone;
             return write(writing->checkpoint);
         });
-    } catch (const std::system_error&) {
+    } catch (const std::exception&) {
         const std::unique_ptr<Writing> written = std::move(writing_);
         save_now(written->checkpoint);
     }
@@ -245,6 +271,8 @@ bool CheckpointStore::conclude(const TrainerState& state, const std::function<st
         return false;
     }
     if (!warning.empty()) warnings_.push_back(std::move(warning));
+    ++written_;
+    std::erase(damaged_, folder_ / name_of(state.progress.steps, open_samples_of(state)));
     go_on_from(state);
     return true;
 }

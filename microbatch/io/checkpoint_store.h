@@ -21,7 +21,8 @@ struct CheckpointOptions {
     /// What the copy may take of memory that a thread writes from; a checkpoint that takes more is written at once,
     /// while the training waits.
     std::int64_t memory_bytes = std::numeric_limits<std::int64_t>::max();
-    std::vector<std::filesystem::path> sync_first = {};  ///< files that are to be on the disk before it: the run's log
+    std::vector<std::filesystem::path> sync_first =
+        {};  ///< what is to be on the disk before it: the run's log, and its folder
 };
 
 /// The checkpoints of a run: a folder with a folder for each, step-00000100, or step-00000100-24 where 24 samples of
@@ -51,14 +52,15 @@ public:
     ~CheckpointStore();
 
     /// The newest one that is whole. Those newer that are not are named in warnings().
-    /// Errors: ErrorKind::bad_data, naming each, if there are some and none is whole.
+    /// Errors: ErrorKind::bad_data, naming each, if there are some and none is whole, or if the folder cannot be read;
+    ///         ErrorKind::usage if the newest is of another version of what is written.
     std::optional<Checkpoint> newest();
 
     /// The next save() of this progress writes nothing: it is that of a checkpoint that is there.
     void go_on_from(const TrainerState& state);
 
     /// Copies the tensors that the next step changes and writes from the copy in a thread. Without room for the copy,
-    /// where snapshots are in files (which are read while it is written) or a thread cannot be had, as save_now().
+    /// where a snapshot is in a file (which is read while it is written) or a thread cannot be had, as save_now().
     /// Requires: not is_busy(); it is waited for.
     void save(Checkpoint checkpoint);
 
@@ -70,6 +72,9 @@ public:
 
     /// What went wrong since the last call, of what is finished; frees the copy of what is.
     std::vector<std::string> warnings();
+
+    /// How many have been written, of those that are finished.
+    std::int64_t written() const { return written_; }
 
     /// Waits for the thread and frees its copy. True if there was one.
     bool release();
@@ -100,6 +105,8 @@ private:
     std::unique_ptr<Writing> writing_;
     std::optional<Progress> saved_;  // of the last that was written or read
     std::int64_t saved_open_ = 0;    // samples of the batch after it
+    std::int64_t written_ = 0;
+    std::vector<std::filesystem::path> damaged_;  // that newest() passed over
     std::vector<std::string> warnings_;
 };
 

@@ -101,7 +101,10 @@ FileSystem& system_files() {
 
 void make_folders_to_the_disk(FileSystem& files, const std::filesystem::path& folder) {
     std::vector<std::filesystem::path> made;
-    for (auto at = std::filesystem::absolute(folder); !std::filesystem::exists(at); at = at.parent_path()) {
+    std::error_code failure;
+    // What cannot be looked at is refused by what makes it.
+    for (auto at = std::filesystem::absolute(folder); !std::filesystem::exists(at, failure) && !failure;
+         at = at.parent_path()) {
         made.push_back(at);
     }
     files.make_folder(folder);

@@ -65,7 +65,7 @@ void make_folders_to_the_disk(FileSystem& files, const std::filesystem::path& fo
 
 /// Writes a file, whole or not at all, and to the disk: under another name beside it first, then renamed.
 /// Errors: ErrorKind::usage if it cannot be written, naming it and why, and what `write` throws; what was there before
-///         stays then.
+///         stays then, unless it is only the folder that could not be brought to the disk.
 void write_whole(const std::filesystem::path& file, const std::function<void(OutputFile&)>& write,
                  FileSystem& files = system_files());
 void write_whole(const std::filesystem::path& file, std::string_view content, FileSystem& files = system_files());

@@ -1,12 +1,14 @@
 #include "microbatch/io/run_log.h"
 
 #include <charconv>
+#include <functional>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <string_view>
 
 #include "microbatch/core/error.h"
 #include "microbatch/core/text.h"
+#include "microbatch/io/file_system.h"
 #include "microbatch/io/json_number.h"
 #include "microbatch/io/line_reader.h"
 
@@ -21,30 +23,58 @@ void make_folder(const std::filesystem::path& folder) {
     }
 }
 
-bool is_line_of(std::int64_t step, std::string_view line) {
+// Whose line it is; none if it is none.
+std::optional<std::int64_t> step_of(std::string_view line) {
     constexpr std::string_view begin = "{\"step\":";
-    if (!line.starts_with(begin) || !line.ends_with('}')) return false;
-    std::int64_t found = 0;
-    const auto [end, failure] = std::from_chars(line.data() + begin.size(), line.data() + line.size(), found);
-    return failure == std::errc() && found == step && *end == ',';
+    if (!line.starts_with(begin) || !line.ends_with('}')) return std::nullopt;
+    std::int64_t step = 0;
+    const auto [end, failure] = std::from_chars(line.data() + begin.size(), line.data() + line.size(), step);
+    const bool sound = failure == std::errc() && *end == ',' && nlohmann::json::accept(line);
+    return sound ? std::optional(step) : std::nullopt;
+}
+
+// The lines of steps up to `steps`, each step's once.
+void for_each_kept(const std::filesystem::path& path, std::int64_t steps,
+                   const std::function<void(std::string_view line, std::uint64_t end)>& call) {
+    LineReader lines(path);
+    std::int64_t last = 0;
+    try {
+        while (const auto line = lines.next()) {
+            const auto step = step_of(*line);
+            if (!step || *step <= last || *step > steps || !lines.is_whole()) continue;
+            last = *step;
+            call(*line, lines.offset());
+        }
+    } catch (const Error&) {
+        // A line beyond all measure, such as the zeros that a crash has left: nothing of it is a step's.
+    }
 }
 
 struct Kept {
     std::int64_t lines = 0;
-    std::uint64_t bytes = 0;
+    std::uint64_t bytes = 0, end = 0;  // of the lines, and where the last one ends
+
+    bool is_begin() const { return bytes == end; }
 };
 
-// How much of a log is the lines of steps 1, 2, ..., `steps`.
-Kept sound_part(const std::filesystem::path& path, std::int64_t steps) {
-    LineReader lines(path);
+Kept kept_of(const std::filesystem::path& path, std::int64_t steps) {
     Kept kept;
-    while (kept.lines < steps) {
-        const auto line = lines.next();
-        if (!line || !lines.is_whole() || !is_line_of(kept.lines + 1, *line)) break;
+    for_each_kept(path, steps, [&kept](std::string_view line, std::uint64_t end) {
         ++kept.lines;
-        kept.bytes = lines.offset();
-    }
+        kept.bytes += line.size() + 1;
+        kept.end = end;
+    });
     return kept;
+}
+
+// Without what is between the lines.
+void mend(const std::filesystem::path& path, std::int64_t steps) {
+    write_whole(path, [&](OutputFile& out) {
+        for_each_kept(path, steps, [&out](std::string_view line, std::uint64_t) {
+            out.write(line);
+            out.write("\n");
+        });
+    });
 }
 
 }  // namespace
@@ -69,7 +99,8 @@ RunLog::RunLog(const std::filesystem::path& folder, std::int64_t steps) : path_(
     if (!std::filesystem::is_regular_file(std::filesystem::symlink_status(path_, failure))) {
         throw Error(ErrorKind::usage, text(path_.string(), " is no file: it is in the way of the run's log"));
     }
-    const Kept kept = sound_part(path_, steps);
+    const Kept kept = kept_of(path_, steps);
+    if (!kept.is_begin()) mend(path_, steps);
     file_.emplace(path_, kept.bytes);
     lines_ = kept.lines;
 }

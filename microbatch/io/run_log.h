@@ -33,8 +33,8 @@ public:
     /// Errors: ErrorKind::usage if the folder cannot be written, or holds a metrics.jsonl already.
     explicit RunLog(const std::filesystem::path& folder);
 
-    /// Goes on with the log of a run that goes on after so many steps: the lines after them are cut off, and so is
-    /// what follows a line that is none. lines() then tells whether all are there.
+    /// Goes on with the log of a run that goes on after so many steps: the lines after them are left out, and so is
+    /// what is no line of a step. lines() then tells whether all are there.
     /// Errors: ErrorKind::usage as above; a log that is not there is begun anew.
     RunLog(const std::filesystem::path& folder, std::int64_t steps);
 

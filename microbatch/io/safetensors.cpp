@@ -97,7 +97,13 @@ at::Tensor shape_of(const SafetensorsEntry& entry) {
 void write_safetensors(OutputFile& file, const StoredTensors& tensors) {
     const at::NoGradGuard no_grad;
     file.write(make_header(tensors));
-    for (const StoredTensor& tensor : tensors) file.write(bytes_of(tensor.get().detach().cpu().contiguous()));
+    for (const StoredTensor& stored : tensors) {
+        const at::Tensor tensor = stored.get().detach().cpu().contiguous();
+        if (tensor.nbytes() != stored.shape.nbytes()) {
+            throw Error(ErrorKind::usage, text(stored.name, " is not of the size that it was announced with"));
+        }
+        file.write(bytes_of(tensor));
+    }
 }
 
 void write_safetensors(const std::filesystem::path& path, const Parameters& tensors) {

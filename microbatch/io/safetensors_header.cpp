@@ -6,6 +6,8 @@
 #include <numeric>
 #include <optional>
 #include <stdexcept>
+#include <tuple>
+#include <unordered_map>
 #include <utility>
 
 #include "microbatch/core/error.h"
@@ -31,6 +33,7 @@ constexpr std::size_t most_values = 4'000'000;
 constexpr std::size_t most_dimensions = 64;
 constexpr const char* metadata = "__metadata__";
 constexpr const char* strides_key = "microbatch.strides";
+constexpr const char* empty_key = "microbatch.empty";
 
 [[noreturn]] void refuse(const std::string& file, const std::string& why) {
     throw Error(ErrorKind::bad_data, text(file, " is not a sound safetensors file: ", why));
@@ -101,6 +104,20 @@ void read_strides(const Json& header, std::vector<SafetensorsEntry>& entries) {
     }
 }
 
+// The names of tensors without elements, in their order, which their offsets do not tell.
+std::unordered_map<std::string, std::size_t> read_order(const Json& header) {
+    std::unordered_map<std::string, std::size_t> order;
+    try {
+        for (const Json& name :
+             parse_bounded(header.at(metadata).at(empty_key).get_ref<const std::string&>(), most_values)) {
+            order.emplace(name.get<std::string>(), order.size());
+        }
+    } catch (const Json::exception&) {
+    } catch (const std::invalid_argument&) {
+    }
+    return order;
+}
+
 Json parse(std::string_view header, const std::string& file) {
     try {
         Json json = parse_bounded(header, most_values);
@@ -137,7 +154,12 @@ std::string make_safetensors_header(const std::vector<SafetensorsEntry>& entries
     for (const SafetensorsEntry& entry : entries) {
         if (entry.strides != row_major_strides(entry.shape)) strides[entry.name] = entry.strides;
     }
-    if (!strides.empty()) header[metadata] = {{strides_key, strides.dump()}};
+    Json empty = Json::array();
+    for (const SafetensorsEntry& entry : entries) {
+        if (entry.begin == entry.end) empty.push_back(entry.name);
+    }
+    if (!strides.empty()) header[metadata][strides_key] = strides.dump();
+    if (!empty.empty()) header[metadata][empty_key] = empty.dump();
     for (const SafetensorsEntry& entry : entries) {
         header[entry.name] = {
             {"dtype", entry.dtype}, {"shape", entry.shape}, {"data_offsets", {entry.begin, entry.end}}};
@@ -175,9 +197,14 @@ std::vector<SafetensorsEntry> parse_safetensors_header(std::string_view header, 
             refuse(file, text(name, ": ", error.what()));
         }
     }
-    std::sort(entries.begin(), entries.end(), [](const SafetensorsEntry& one, const SafetensorsEntry& other) {
-        return std::pair(one.begin, one.end) < std::pair(other.begin, other.end);
-    });
+    const auto order = read_order(json);
+    const auto key = [&order](const SafetensorsEntry& entry) {
+        const auto found = order.find(entry.name);
+        return std::tuple(entry.begin, entry.end, found == order.end() ? order.size() : found->second);
+    };
+    std::stable_sort(
+        entries.begin(), entries.end(),
+        [&key](const SafetensorsEntry& one, const SafetensorsEntry& other) { return key(one) < key(other); });
     std::uint64_t at = 0;
     for (const SafetensorsEntry& entry : entries) {
         if (entry.begin != at) refuse(file, text("the bytes of ", entry.name, " do not follow those before them"));

@@ -23,7 +23,8 @@ std::int64_t safetensors_element_size(std::string_view dtype);
 std::vector<std::int64_t> row_major_strides(const std::vector<std::int64_t>& shape);
 
 /// The header of a file with these tensors, its length and all: what comes before their bytes. Strides that are not
-/// those of row-major order are in its metadata, which other readers pass over.
+/// those of row-major order, and the order of tensors without elements, are in its metadata, which other readers pass
+/// over.
 /// Requires: begin and end are right, names are given once.
 std::string make_safetensors_header(const std::vector<SafetensorsEntry>& entries);
 

@@ -110,6 +110,7 @@ RecoveryState recovery_from(const Json& json, Lists& lists) {
                            .gone_back_at = count_from(json.at("gone_back_at")),
                            .in_files = json.at("in_files").get<bool>(),
                            .failed = json.at("failed").get<bool>()};
+    if (json.at("points").size() > RecoveryState::most_points) throw std::invalid_argument("too many snapshots");
     for (const Json& point : json.at("points")) {
         recovery.points.push_back({.steps = count_from(point.at("steps")),
                                    .guard = guard_from(point.at("guard")),
@@ -120,14 +121,14 @@ RecoveryState recovery_from(const Json& json, Lists& lists) {
 }
 
 Written written(const OpenBatchState& open) {
-    Written parts = Written::array();
-    for (const auto& [weight, norm] : open.so_far.parts) parts.push_back({json_number(weight), json_number(norm)});
+    const NoiseSums& parts = open.so_far.parts;
     Written json;
     json["samples"] = open.samples;
     json["loss_sum"] = json_number(open.so_far.loss_sum);
     json["weight"] = json_number(open.so_far.weight);
     json["micro_batches"] = open.so_far.micro_batches;
-    json["parts"] = parts;
+    json["parts"] = {
+        {"count", parts.count}, {"weight", json_number(parts.weight)}, {"squares", json_number(parts.squares)}};
     json["measure_parts"] = open.measure_parts;
     json["plan"] = written(open.plan);
     json["out_of_memory"] = open.out_of_memory;
@@ -150,9 +151,10 @@ OpenBatchState open_from(const Json& json, Lists& lists) {
                         .gradients = lists.as_many(json.at("gradients")),
                         .buffers = lists.as_many(json.at("buffers")),
                         .generators = lists.as_many(json.at("generators"))};
-    for (const Json& pair : json.at("parts")) {
-        open.so_far.parts.push_back({number_from(pair.at(0)), number_from(pair.at(1))});
-    }
+    const Json& parts = json.at("parts");
+    open.so_far.parts = {.count = count_from(parts.at("count")),
+                         .weight = number_from(parts.at("weight")),
+                         .squares = number_from(parts.at("squares"))};
     return open;
 }
 

@@ -8,7 +8,7 @@
 namespace microbatch {
 
 /// A trainer's state without its tensors, but for how many of them there are. Every double reads back with the same
-/// bits, those that are not finite, too.
+/// bits, infinities, too; a NaN as some NaN.
 nlohmann::ordered_json to_json(const TrainerState& state);
 
 /// Reads what to_json() wrote; lists of tensors have as many elements as there are to be, without names or content.

@@ -3,13 +3,19 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/_foreach_div.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <c10/util/Exception.h>
-#include <torch/serialize/archive.h>
+#include <torch/optim/adagrad.h>
+#include <torch/optim/adam.h>
+#include <torch/optim/adamw.h>
+#include <torch/optim/rmsprop.h>
+#include <torch/optim/sgd.h>
 
 #include <algorithm>
-#include <cstring>
-#include <sstream>
+#include <memory>
+#include <optional>
 #include <utility>
+#include <vector>
 
 #include "microbatch/core/error.h"
 #include "microbatch/core/text.h"
@@ -111,42 +117,123 @@ bool TorchOptimizer::has_state() const {
     });
 }
 
+namespace {
+
+using ParamState = torch::optim::OptimizerParamState;
+
+/// What torch keeps of a parameter, in a fixed order; the first `always` of the tensors are never missing.
+struct Fields {
+    std::int64_t* step;
+    std::vector<at::Tensor*> tensors;
+    std::size_t always;
+};
+
+std::optional<Fields> fields_of(ParamState& state) {
+    if (auto* adamw = dynamic_cast<torch::optim::AdamWParamState*>(&state)) {
+        return Fields{&adamw->step(), {&adamw->exp_avg(), &adamw->exp_avg_sq(), &adamw->max_exp_avg_sq()}, 2};
+    }
+    if (auto* adam = dynamic_cast<torch::optim::AdamParamState*>(&state)) {
+        return Fields{&adam->step(), {&adam->exp_avg(), &adam->exp_avg_sq(), &adam->max_exp_avg_sq()}, 2};
+    }
+    if (auto* sgd = dynamic_cast<torch::optim::SGDParamState*>(&state)) {
+        return Fields{nullptr, {&sgd->momentum_buffer()}, 1};
+    }
+    if (auto* rms = dynamic_cast<torch::optim::RMSpropParamState*>(&state)) {
+        return Fields{&rms->step(), {&rms->square_avg(), &rms->momentum_buffer(), &rms->grad_avg()}, 1};
+    }
+    if (auto* adagrad = dynamic_cast<torch::optim::AdagradParamState*>(&state)) {
+        return Fields{&adagrad->step(), {&adagrad->sum()}, 1};
+    }
+    return std::nullopt;
+}
+
+std::unique_ptr<ParamState> new_state(const torch::optim::Optimizer& optimizer) {
+    if (dynamic_cast<const torch::optim::AdamW*>(&optimizer)) return std::make_unique<torch::optim::AdamWParamState>();
+    if (dynamic_cast<const torch::optim::Adam*>(&optimizer)) return std::make_unique<torch::optim::AdamParamState>();
+    if (dynamic_cast<const torch::optim::SGD*>(&optimizer)) return std::make_unique<torch::optim::SGDParamState>();
+    if (dynamic_cast<const torch::optim::RMSprop*>(&optimizer)) {
+        return std::make_unique<torch::optim::RMSpropParamState>();
+    }
+    if (dynamic_cast<const torch::optim::Adagrad*>(&optimizer)) {
+        return std::make_unique<torch::optim::AdagradParamState>();
+    }
+    return nullptr;
+}
+
+[[noreturn]] void refuse_kind() {
+    throw Error(ErrorKind::usage,
+                "the state of this torch optimizer cannot be kept: it can of Adam, AdamW, SGD, RMSprop and Adagrad, "
+                "and of this library's own");
+}
+
+// In the place of a tensor that torch has none of: no state of a parameter is of bytes.
+at::Tensor missing() {
+    return at::empty({0}, at::kByte);
+}
+
+bool is_missing(const at::Tensor& tensor) {
+    return tensor.scalar_type() == at::kByte && tensor.numel() == 0;
+}
+
+bool fits(const std::vector<at::Tensor>& tensors, const Fields& fields, const at::Tensor& parameter) {
+    const std::size_t steps = fields.step != nullptr ? 1 : 0;
+    if (tensors.size() != steps + fields.tensors.size()) return false;
+    if (steps == 1 && (tensors[0].scalar_type() != at::kLong || tensors[0].numel() != 1)) return false;
+    for (std::size_t i = 0; i < fields.tensors.size(); ++i) {
+        const at::Tensor& tensor = tensors[steps + i];
+        const bool may_miss = i >= fields.always;
+        if (may_miss && is_missing(tensor)) continue;
+        if (tensor.sizes() != parameter.sizes() || tensor.scalar_type() != parameter.scalar_type()) return false;
+    }
+    return true;
+}
+
+}  // namespace
+
 OptimizerState TorchOptimizer::state() const {
-    if (optimizer_.state().empty()) return {};
-    torch::serialize::OutputArchive archive;
-    optimizer_.save(archive);
-    std::ostringstream stream;
-    archive.save_to(stream);
-    const std::string bytes = std::move(stream).str();
-    const at::Tensor tensor = at::empty({static_cast<std::int64_t>(bytes.size())}, at::kByte);
-    std::memcpy(tensor.mutable_data_ptr(), bytes.data(), bytes.size());
-    return {{tensor}};
+    OptimizerState result;
+    for (const at::Tensor& parameter : parameters()) {
+        std::vector<at::Tensor>& tensors = result.emplace_back();
+        const auto found = optimizer_.state().find(parameter.unsafeGetTensorImpl());
+        if (found == optimizer_.state().end()) continue;
+        const std::optional<Fields> fields = fields_of(*found->second);
+        if (!fields) refuse_kind();
+        if (fields->step != nullptr) tensors.push_back(at::scalar_tensor(*fields->step, at::kLong));
+        for (const at::Tensor* tensor : fields->tensors) tensors.push_back(tensor->defined() ? *tensor : missing());
+    }
+    return result;
 }
 
 void TorchOptimizer::require_state(const OptimizerState& state) const {
-    const bool sound = state.empty() || (state.size() == 1 && state[0].size() == 1 && state[0][0].dim() == 1 &&
-                                         state[0][0].scalar_type() == at::kByte);
-    if (!sound) throw Error(ErrorKind::usage, "this is not the state of a torch optimizer");
+    const std::vector<at::Tensor> all = parameters();
+    const std::unique_ptr<ParamState> made = new_state(optimizer_);
+    if (!made) refuse_kind();
+    const Fields fields = *fields_of(*made);
+    const auto sound = [&fields](const std::vector<at::Tensor>& tensors, const at::Tensor& parameter) {
+        return tensors.empty() || fits(tensors, fields, parameter);  // empty: it has made no step yet
+    };
+    if (std::equal(state.begin(), state.end(), all.begin(), all.end(), sound)) return;
+    throw Error(ErrorKind::usage, "this is not the state of such a torch optimizer");
 }
 
 void TorchOptimizer::restore(const OptimizerState& state) {
-    const double rate = learning_rate();
-    // Loading keeps the state of parameters that have none in the archive.
-    auto before = std::exchange(optimizer_.state(), {});
-    if (state.empty()) return;
-    try {
-        const at::Tensor& tensor = state.at(0).at(0);
-        torch::serialize::InputArchive archive;
-        archive.load_from(static_cast<const char*>(tensor.const_data_ptr()), tensor.nbytes());
-        optimizer_.load(archive);
-    } catch (const c10::OutOfMemoryError&) {
-        optimizer_.state() = std::move(before);
-        throw;
-    } catch (const std::exception&) {
-        optimizer_.state() = std::move(before);
-        throw Error(ErrorKind::usage, "this is not the state of such a torch optimizer");
+    require_state(state);
+    const at::NoGradGuard no_grad;
+    std::remove_reference_t<decltype(optimizer_.state())> restored;
+    const std::vector<at::Tensor> all = parameters();
+    for (std::size_t i = 0; i < all.size(); ++i) {
+        if (state[i].empty()) continue;
+        std::unique_ptr<ParamState> made = new_state(optimizer_);
+        const Fields fields = *fields_of(*made);
+        auto next = state[i].begin();
+        if (fields.step != nullptr) *fields.step = (next++)->item<std::int64_t>();
+        for (at::Tensor* tensor : fields.tensors) {
+            if (!is_missing(*next)) *tensor = next->to(all[i].options(), /*non_blocking=*/false, /*copy=*/true);
+            ++next;
+        }
+        restored[all[i].unsafeGetTensorImpl()] = std::move(made);
     }
-    set_learning_rate(rate);
+    optimizer_.state() = std::move(restored);
 }
 
 double TorchOptimizer::learning_rate() const {

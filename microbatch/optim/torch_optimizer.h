@@ -26,11 +26,14 @@ public:
     void end_rehearsal() override { rehearsed_.clear(); }
     bool has_state() const override;
 
-    /// One tensor of bytes, as torch writes an optimizer; none before the first step.
+    /// Of each parameter what torch keeps of it: the step's number, where there is one, and its tensors; an empty
+    /// tensor of bytes in the place of one that there is not. Not the groups' options. Errors: ErrorKind::usage for
+    /// others than Adam, AdamW, SGD, RMSprop and Adagrad: torch tells what those keep only
+    ///         in an archive of pickles.
     OptimizerState state() const override;
     bool owns_state() const override { return false; }
 
-    /// Errors: ErrorKind::usage if torch cannot read it.
+    /// Errors: ErrorKind::usage as state(), and where it is not that of such an optimizer.
     void restore(const OptimizerState& state) override;
     void require_state(const OptimizerState& state) const override;
 

@@ -67,12 +67,13 @@ void Accumulator::refuse_unknown_parameters() {
 }
 
 StepReport Accumulator::step(const Batch& batch, const LossFunction& loss, const StepOptions& options) {
+    StepOptions how = options;
     std::int64_t lost = 0;
-    for (bool again = false;; again = true) {
-        const Gathered gathered = gather(batch, loss, again ? StepOptions{} : options);
+    for (bool again = false;;) {
+        const Gathered gathered = gather(batch, loss, how);
         if (paused_) return {.plan = plan_, .out_of_memory = out_of_memory_, .paused = true};
         std::string reason;
-        if (options.judge && !again && gathered.weight > 0.0) reason = ask(options.judge, gathered);
+        if (how.judge && gathered.weight > 0.0) reason = ask(how.judge, gathered);
         if (reason.empty()) reason = reason_to_refuse(gathered);
         if (!reason.empty()) return discard(reason);
         StepReport report;
@@ -82,17 +83,20 @@ StepReport Accumulator::step(const Batch& batch, const LossFunction& loss, const
         }
         // Out of the handler, where what the failed update held is gone. A smaller micro-batch would not help it.
         undo();
-        if (!options.release_memory || !options.release_memory()) {
-            if (options.give_up_memory) options.give_up_memory();
-        }
-        if (again) {
+        how.judge = {};
+        lost += out_of_memory_;
+        // A step that the memory was only lent away from is as if it had not been.
+        if (how.release_memory && how.release_memory()) continue;
+        const bool given_up = how.give_up_memory && how.give_up_memory();
+        if (again && !given_up) {
             throw Error(ErrorKind::does_not_fit,
                         text("the optimizer's step ran out of memory, whatever the micro-batch; parameters and "
                              "optimizer are as before it: raise the memory budget, or take an optimizer with less "
                              "state (SGD); ",
                              out_of_memory_message_));
         }
-        lost += out_of_memory_ + 1;
+        again = true;
+        ++lost;
     }
 }
 
@@ -178,7 +182,8 @@ bool Accumulator::try_gather(const Batch& batch, const LossFunction& loss, const
         return false;
     } catch (const std::exception& error) {
         undo();
-        if (out_of_memory_ == 0) throw;
+        const auto* known = dynamic_cast<const Error*>(&error);
+        if (out_of_memory_ == 0 || (known != nullptr && known->kind() == ErrorKind::bad_data)) throw;
         failure = error.what();
     } catch (...) {
         undo();

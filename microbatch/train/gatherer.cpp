@@ -13,6 +13,7 @@
 #include "microbatch/optim/clipping.h"
 
 namespace microbatch {
+
 Gatherer::Gatherer(const Parameters& parameters, bool sum_in_product) : sum_in_product_(sum_in_product) {
     track(parameters);
 }
@@ -90,7 +91,7 @@ void Gatherer::add_checked(const WeightedLoss& loss) {
         throw Error(ErrorKind::usage, "the weights of the batch add up to more than a double holds; scale them down");
     }
     loss.sum.backward();
-    if (parts_) gathered_.parts.push_back({loss.weight, parts_->added(parameters_) / (loss.weight * loss.weight)});
+    if (parts_) gathered_.parts.add({loss.weight, parts_->added(parameters_) / (loss.weight * loss.weight)});
     const at::Tensor value = loss.sum.detach().to(at::kDouble).reshape({});
     loss_sum_ = loss_sum_.defined() ? loss_sum_.add(value) : value;
 }
@@ -167,12 +168,17 @@ void Gatherer::go_on(const OpenGather& open) {
         throw Error(ErrorKind::usage, "the gradients of the batch that was left open are of other parameters");
     }
     begin(open.measure_parts);
-    for (std::size_t i = 0; i < parameters_.size(); ++i) parameters_[i].tensor.mutable_grad() = open.gradients[i];
-    gathered_ = open.so_far;
-    gathered_.loss_sum = 0.0;
-    samples_ = open.samples;
-    if (gathered_.weight > 0.0) loss_sum_ = at::full({}, open.so_far.loss_sum, at::kDouble);
-    if (parts_) parts_->begin_with(parameters_);
+    try {
+        for (std::size_t i = 0; i < parameters_.size(); ++i) parameters_[i].tensor.mutable_grad() = open.gradients[i];
+        gathered_ = open.so_far;
+        gathered_.loss_sum = 0.0;
+        samples_ = open.samples;
+        if (gathered_.weight > 0.0) loss_sum_ = at::full({}, open.so_far.loss_sum, at::kDouble);
+        if (parts_) parts_->begin_with(parameters_);
+    } catch (...) {
+        clear();
+        throw;
+    }
 }
 
 void Gatherer::clear() {

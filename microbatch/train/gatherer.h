@@ -21,7 +21,7 @@ struct Gathered {
     double weight = 0.0;         ///< W, what the loss is averaged over
     double gradient_norm = 0.0;  ///< Euclidean norm of the mean gradient, before clipping; 0 if W is 0
     std::int64_t micro_batches = 0;
-    std::vector<MicroBatchGradient> parts = {};  ///< of those with weight, where they were to be measured
+    NoiseSums parts = {};  ///< of those with weight, where they were to be measured
 
     /// Mean loss of the batch; 0 if the weight is 0.
     double loss() const { return weight > 0.0 ? loss_sum / weight : 0.0; }

@@ -13,7 +13,7 @@
 namespace microbatch {
 namespace {
 
-constexpr int most_points = 2;
+constexpr std::size_t most_points = RecoveryState::most_points;
 
 void validate(const RecoveryOptions& options) {
     const auto require = [](bool good, const char* name, auto value, const char* rule) {
@@ -31,32 +31,42 @@ void validate(const RecoveryOptions& options) {
 }  // namespace
 
 Recovery::Recovery(Accumulator& accumulator, RecoveryOptions options)
-    : accumulator_(accumulator), options_(std::move(options)) {
+    : accumulator_(&accumulator), options_(std::move(options)) {
     validate(options_);
 }
 
-std::string Recovery::keep(std::int64_t steps, const SpikeGuard& guard) {
+std::string Recovery::keep(std::int64_t steps, const SpikeGuard& guard, const std::function<bool()>& release_memory) {
     const std::int64_t last = points_.empty() ? 0 : std::max(points_.back().steps, gone_back_at_);
     const bool due = points_.empty() || (steps - last >= options_.every && guard.is_calm());
     if (due && !failed_) {
         // Before the new one is made, so that there are never three.
-        if (points_.size() == std::size_t{most_points}) points_.pop_front();
-        take(steps, guard);
+        if (points_.size() == most_points) points_.pop_front();
+        take(steps, guard, release_memory);
     }
     return std::exchange(warning_, {});
 }
 
-void Recovery::take(std::int64_t steps, const SpikeGuard& guard) {
+void Recovery::take(std::int64_t steps, const SpikeGuard& guard, const std::function<bool()>& release_memory) {
+    const auto share = static_cast<std::int64_t>(options_.memory_bytes / most_points);
     try {
-        points_.push_back(
-            {steps, guard.state(), RunPoint(accumulator_, options_.memory_bytes / most_points, new_file())});
+        add({steps, guard.state(), RunPoint(*accumulator_, share, new_file())});
+        return;
     } catch (const c10::OutOfMemoryError&) {
-        if (options_.memory_bytes == 0 || options_.folder.empty()) return fail("out of memory");
-        options_.memory_bytes = 0;
-        take(steps, guard);
+        if (options_.memory_bytes == 0 || options_.folder.empty()) {
+            if (!release_memory || !release_memory()) return fail("out of memory");
+        } else if (!release_memory || !release_memory()) {
+            options_.memory_bytes = 0;
+        }
     } catch (const Error& error) {
-        fail(error.what());
+        return fail(error.what());
     }
+    take(steps, guard, release_memory);
+}
+
+void Recovery::add(Point point) {
+    std::erase_if(in_use_, [](const auto& snapshot) { return snapshot.expired(); });
+    in_use_.push_back(point.run.snapshot());
+    points_.push_back(std::move(point));
 }
 
 void Recovery::fail(const std::string& why) {
@@ -67,8 +77,10 @@ void Recovery::fail(const std::string& why) {
 std::optional<std::int64_t> Recovery::go_back(std::int64_t steps, SpikeGuard& guard) {
     const std::int64_t good = steps - guard.refused_in_a_row();  // the last step that was applied
     if (points_.empty() || good <= points_.front().steps) return std::nullopt;
-    while (points_.size() > 1 && points_.back().steps + options_.margin > good) points_.pop_back();
-    points_.back().run.put_back(accumulator_);
+    auto point = points_.rbegin();
+    while (point + 1 != points_.rend() && point->steps > good - options_.margin) ++point;
+    point->run.put_back(*accumulator_);
+    points_.erase(point.base(), points_.end());
     guard.restore(points_.back().guard);
     const std::int64_t back_at = points_.back().steps;
     ++times_;
@@ -98,17 +110,18 @@ std::filesystem::path Recovery::new_file() {
 }
 
 bool Recovery::give_up_memory() {
-    if (memory_bytes() == 0) return false;
+    const auto in_memory = [](const Point& point) { return point.run.memory_bytes() > 0; };
+    if (std::none_of(points_.begin(), points_.end(), in_memory)) return false;
     options_.memory_bytes = 0;
     for (Point& point : points_) {
-        if (point.run.memory_bytes() == 0) continue;
+        if (!in_memory(point)) continue;
         try {
             point.run.move_to(new_file());
         } catch (const Error& error) {
             fail(error.what());
         }
     }
-    std::erase_if(points_, [](const Point& point) { return point.run.memory_bytes() > 0; });
+    std::erase_if(points_, in_memory);
     return true;
 }
 
@@ -116,8 +129,9 @@ RecoveryState Recovery::state(const std::vector<std::string>& names) const {
     RecoveryState state{
         .times = times_, .gone_back_at = gone_back_at_, .in_files = options_.memory_bytes == 0, .failed = failed_};
     for (const Point& point : points_) {
-        const auto snapshot = std::make_shared<const Snapshot>(point.run.snapshot());
-        RecoveryState::Point written{point.steps, point.guard, {}, point.run.state_counts()};
+        const auto& snapshot = point.run.snapshot();
+        RecoveryState::Point written{
+            point.steps, point.guard, {}, point.run.state_counts(), point.run.memory_bytes() == 0};
         for (std::size_t i = 0; i < snapshot->size(); ++i) {
             const std::string name = names.size() == snapshot->size() ? names[i] : text("tensor.", i);
             written.tensors.push_back({name, snapshot->shape(i), [snapshot, i] { return snapshot->tensor(i); }});
@@ -128,36 +142,53 @@ RecoveryState Recovery::state(const std::vector<std::string>& names) const {
 }
 
 void Recovery::restore(const RecoveryState& state) {
-    if (state.times < 0 || state.gone_back_at < 0 || state.points.size() > std::size_t{most_points}) {
+    if (state.times < 0 || state.gone_back_at < 0 || state.points.size() > most_points) {
         throw Error(ErrorKind::usage, "recovery: this is the state of none");
     }
-    const bool in_files = state.in_files && !options_.folder.empty();
-    std::deque<Point> points;
     for (const RecoveryState::Point& point : state.points) {
         if (point.steps < 0) throw Error(ErrorKind::usage, "recovery: this is the state of none");
         SpikeGuard().restore(point.guard);  // refuses what is none
-        points.push_back(
-            {point.steps, point.guard, RunPoint(make_snapshot(point.tensors, in_files), point.state_counts)});
     }
-    points_ = std::move(points);
-    times_ = state.times;
-    gone_back_at_ = state.gone_back_at;
-    failed_ = state.failed;
-    if (in_files) options_.memory_bytes = 0;
+    Recovery restored = *this;
+    restored.points_.clear();
+    restored.times_ = state.times;
+    restored.gone_back_at_ = state.gone_back_at;
+    restored.failed_ = state.failed;
+    const bool in_files = state.in_files && !options_.folder.empty();
+    if (in_files) restored.options_.memory_bytes = 0;
+    for (const RecoveryState::Point& point : state.points) {
+        try {
+            RunPoint run(restored.make_snapshot(point.tensors, in_files), point.state_counts);
+            restored.add({point.steps, point.guard, std::move(run)});
+        } catch (const Error& error) {
+            if (error.kind() != ErrorKind::usage) throw;
+            restored.fail(error.what());
+            break;
+        }
+    }
+    *this = std::move(restored);
 }
 
 Snapshot Recovery::make_snapshot(const StoredTensors& tensors, bool in_files) {
-    const auto get = [&tensors](std::size_t i) { return tensors[i].get(); };
-    const bool fits = bytes_of(tensors) <= options_.memory_bytes / most_points;
-    if (!options_.folder.empty() && (in_files || !fits)) return {tensors.size(), get, new_file()};
-    std::vector<at::Tensor> all;
-    for (const StoredTensor& tensor : tensors) all.push_back(get_own(tensor));
-    return Snapshot::of_copies(std::move(all));
+    const bool fits = bytes_of(tensors) <= static_cast<std::int64_t>(options_.memory_bytes / most_points);
+    if (options_.folder.empty() || (fits && !in_files)) {
+        try {
+            std::vector<at::Tensor> all;
+            for (const StoredTensor& tensor : tensors) all.push_back(get_own(tensor));
+            return Snapshot::of_copies(std::move(all));
+        } catch (const c10::OutOfMemoryError&) {
+            if (options_.folder.empty()) throw;
+            options_.memory_bytes = 0;
+        }
+    }
+    return {tensors.size(), [&tensors](std::size_t i) { return tensors[i].get(); }, new_file()};
 }
 
 std::int64_t Recovery::memory_bytes() const {
     std::int64_t bytes = 0;
-    for (const Point& point : points_) bytes += point.run.memory_bytes();
+    for (const auto& one : in_use_) {
+        if (const auto snapshot = one.lock()) bytes += snapshot->memory_bytes();
+    }
     return bytes;
 }
 

@@ -3,9 +3,12 @@
 #include <cstdint>
 #include <deque>
 #include <filesystem>
+#include <functional>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "microbatch/core/spike_guard.h"
 #include "microbatch/train/run_point.h"
@@ -44,8 +47,9 @@ public:
     Recovery(Accumulator& accumulator, RecoveryOptions options);
 
     /// Before the step after `steps` steps: takes a snapshot where it is time and the guard is calm. Says what went
-    /// wrong, once, where no snapshot could be taken; the run goes on with those there are.
-    std::string keep(std::int64_t steps, const SpikeGuard& guard);
+    /// wrong, once, where no snapshot could be taken; the run goes on with those there are. `release_memory` is asked
+    /// where there is no memory for one: see StepOptions.
+    std::string keep(std::int64_t steps, const SpikeGuard& guard, const std::function<bool()>& release_memory = {});
 
     /// The run has diverged in the last of `steps` steps. Puts all back to the newest snapshot that is old enough, the
     /// oldest if none is, and returns how many steps had been made then; none if no step was applied since the first
@@ -66,7 +70,7 @@ public:
     /// False if there is none in memory.
     bool give_up_memory();
 
-    /// What the snapshots take of memory now.
+    /// What the snapshots take of memory now, those included that are left out but that somebody still writes down.
     std::int64_t memory_bytes() const;
 
     /// What it would go back to, with its snapshots' own tensors. `names` are those of the snapshots' tensors, where
@@ -74,8 +78,9 @@ public:
     RecoveryState state(const std::vector<std::string>& names) const;
 
     /// Goes on from a state that a run of such an accumulator had: snapshots in memory or in files by the options.
-    /// Errors: ErrorKind::usage if a count is below 0, a guard's state is none, or a file cannot be written, and what
-    ///         getting a tensor throws; nothing has changed then.
+    /// Where a file cannot be written it is as in keep(): there are those that could be, and no more are taken.
+    /// Errors: ErrorKind::usage if a count is below 0 or a guard's state is none, and what getting a tensor throws;
+    ///         nothing has changed then.
     void restore(const RecoveryState& state);
 
 private:
@@ -86,13 +91,15 @@ private:
     };
 
     std::filesystem::path new_file();
-    void take(std::int64_t steps, const SpikeGuard& guard);
+    void take(std::int64_t steps, const SpikeGuard& guard, const std::function<bool()>& release_memory);
+    void add(Point point);
     Snapshot make_snapshot(const StoredTensors& tensors, bool in_files);
     void fail(const std::string& why);
 
-    Accumulator& accumulator_;
+    Accumulator* accumulator_;
     RecoveryOptions options_;
-    std::deque<Point> points_;  // oldest first
+    std::deque<Point> points_;                           // oldest first
+    std::vector<std::weak_ptr<const Snapshot>> in_use_;  // theirs, and those that are left out and lent
     std::int64_t times_ = 0;
     std::int64_t gone_back_at_ = 0;
     std::int64_t files_ = 0;  // made so far

@@ -35,9 +35,9 @@ struct RunPoint::Live {
         }
     }
 
-    Snapshot copy(std::int64_t memory_bytes, const std::filesystem::path& file) const {
-        if (bytes_of(tensors) <= memory_bytes) return Snapshot(tensors);
-        if (!file.empty()) return {tensors, file};
+    std::shared_ptr<const Snapshot> copy(std::int64_t memory_bytes, const std::filesystem::path& file) const {
+        if (bytes_of(tensors) <= memory_bytes) return std::make_shared<const Snapshot>(tensors);
+        if (!file.empty()) return std::make_shared<const Snapshot>(tensors, file);
         throw Error(ErrorKind::usage, "it does not fit the memory that is left for it");
     }
 };
@@ -50,17 +50,17 @@ RunPoint::RunPoint(const Live& live, std::int64_t memory_bytes, const std::files
 
 void RunPoint::move_to(const std::filesystem::path& file) {
     if (file.empty()) throw Error(ErrorKind::usage, "there is no folder for it");
-    snapshot_ = Snapshot(snapshot_.tensors(), file);
+    snapshot_ = std::make_shared<const Snapshot>(snapshot_->tensors(), file);
 }
 
 void RunPoint::put_back(Accumulator& accumulator) const {
     const at::NoGradGuard no_grad;
     const Live live(accumulator);
     if (accumulator.optimizer().owns_state() && live.state_counts == state_counts_) {
-        snapshot_.copy_into(live.tensors);
+        snapshot_->copy_into(live.tensors);
         return;
     }
-    const std::vector<at::Tensor> saved = snapshot_.tensors();
+    const std::vector<at::Tensor> saved = snapshot_->tensors();
     const std::vector<at::Tensor> weights(live.tensors.begin(), live.tensors.end() - sum_of(live.state_counts));
     if (static_cast<std::ptrdiff_t>(saved.size()) !=
         static_cast<std::ptrdiff_t>(weights.size()) + sum_of(state_counts_)) {

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -24,9 +25,10 @@ public:
     /// One that was made before: parameters, buffers, then the state of one parameter of the optimizer after the other,
     /// of which `state_counts` says how many tensors it has.
     RunPoint(Snapshot snapshot, std::vector<std::size_t> state_counts)
-        : snapshot_(std::move(snapshot)), state_counts_(std::move(state_counts)) {}
+        : snapshot_(std::make_shared<const Snapshot>(std::move(snapshot))), state_counts_(std::move(state_counts)) {}
 
-    const Snapshot& snapshot() const { return snapshot_; }
+    /// Lent to whoever still reads it when this is gone.
+    const std::shared_ptr<const Snapshot>& snapshot() const { return snapshot_; }
     const std::vector<std::size_t>& state_counts() const { return state_counts_; }
 
     /// Makes the job again what it was; it must be the same, or made alike.
@@ -36,15 +38,15 @@ public:
     /// From memory into a new file. Errors: as Snapshot; ErrorKind::usage if `file` is empty. It stays in memory then.
     void move_to(const std::filesystem::path& file);
 
-    std::int64_t memory_bytes() const { return snapshot_.memory_bytes(); }
+    std::int64_t memory_bytes() const { return snapshot_->memory_bytes(); }
 
 private:
     struct Live;
 
     RunPoint(const Live& live, std::int64_t memory_bytes, const std::filesystem::path& file);
 
-    Snapshot snapshot_;                      // parameters, buffers, then the state of one parameter after the other
-    std::vector<std::size_t> state_counts_;  // of each parameter of the optimizer
+    std::shared_ptr<const Snapshot> snapshot_;  // parameters, buffers, then the state of one parameter after the other
+    std::vector<std::size_t> state_counts_;     // of each parameter of the optimizer
 };
 
 }  // namespace microbatch

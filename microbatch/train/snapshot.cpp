@@ -7,6 +7,7 @@
 #include <cerrno>
 #include <cstring>
 #include <fstream>
+#include <string>
 #include <utility>
 
 #include "microbatch/core/error.h"
@@ -79,6 +80,18 @@ struct Snapshot::Reader {
         if (!stream || failure || size != static_cast<std::uintmax_t>(bytes_of(of.copies_))) of.refuse_file();
     }
 
+    // All of it, so that what fails does so before anything is changed.
+    void require_readable() {
+        std::string chunk(std::size_t{1} << 20U, '\0');
+        for (std::int64_t left = bytes_of(snapshot.copies_); left > 0;) {
+            const std::int64_t size = std::min(left, static_cast<std::int64_t>(chunk.size()));
+            stream.read(chunk.data(), size);
+            if (!stream) snapshot.refuse_file();
+            left -= size;
+        }
+        stream.seekg(0);
+    }
+
     // The next one, into a tensor that is laid out as it was.
     void read(const at::Tensor& into) {
         stream.read(static_cast<char*>(into.mutable_data_ptr()), static_cast<std::streamsize>(into.nbytes()));
@@ -117,6 +130,7 @@ void Snapshot::copy_into(const std::vector<at::Tensor>& live) const {
         return;
     }
     Reader reader(*this);
+    reader.require_readable();
     for (std::size_t i = 0; i < live.size(); ++i) {
         const bool in_place = live[i].is_cpu() && live[i].strides() == copies_[i].strides();
         const at::Tensor bytes = in_place ? live[i] : at::empty_like(copies_[i], at::TensorOptions(at::kCPU));

@@ -127,20 +127,20 @@ void Trainer::begin_step(TrainerReport& report) {
     report.warning = std::exchange(open_warning_, {});
     // The snapshot before a batch that was left open was taken before it.
     if (!recovery_) return;
-    if (!accumulator_.is_paused()) report.warning = recovery_->keep(progress_.steps, *guard_);
+    if (!accumulator_.is_paused()) report.warning = recovery_->keep(progress_.steps, *guard_, options_.release_memory);
     report.snapshot_bytes = recovery_->memory_bytes();
 }
 
 Batch Trainer::next_samples(std::int64_t count) {
     const std::vector<std::int64_t> indices = sampler_.next(count);
-    try {
-        return lazy_batch(indices);
-    } catch (const c10::OutOfMemoryError&) {
-        const bool released = options_.release_memory && options_.release_memory();
-        const bool given_up = recovery_ && recovery_->give_up_memory();
-        if (!released && !given_up) throw;
+    while (true) {
+        try {
+            return lazy_batch(indices);
+        } catch (const c10::OutOfMemoryError&) {
+            if (options_.release_memory && options_.release_memory()) continue;
+            if (!recovery_ || !recovery_->give_up_memory()) throw;
+        }
     }
-    return lazy_batch(indices);
 }
 
 void Trainer::set_learning_rate(const Progress& batch) {

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <unordered_map>
 #include <utility>
 
@@ -134,6 +135,19 @@ void as_bad_data(const Call& call) {
     }
 }
 
+// Torch takes a Mersenne twister whose next number is beyond its end, and would read it: what it holds is the seed in 8
+// bytes, how many numbers are left before it is made anew in 4, 4 more, and the position of the next in 8.
+bool can_be_drawn_from(const at::Tensor& twister) {
+    constexpr std::size_t words = 624;
+    std::int32_t left = 0;
+    std::uint64_t next = 0;
+    if (!twister.is_cpu() || !twister.is_contiguous() || twister.nbytes() < 24 + words * 8) return false;
+    const auto* bytes = static_cast<const char*>(twister.const_data_ptr());
+    std::memcpy(&left, bytes + 8, sizeof(left));
+    std::memcpy(&next, bytes + 16, sizeof(next));
+    return left == 1 || (left > 1 && next <= words && static_cast<std::size_t>(left) + next <= words + 1);
+}
+
 }  // namespace
 
 TrainerState Trainer::state() const {
@@ -199,6 +213,7 @@ void Trainer::restore(const TrainerState& state) {
 // Throws unless torch takes them; leaves the generators as they are.
 void Trainer::require_generators(const std::vector<at::Tensor>& states) const {
     const std::vector<at::Tensor> parameters = tensors_of(accumulator_.parameters());
+    if (!states.empty() && !can_be_drawn_from(states.front())) refuse("the generator's state is none");
     const ModelStateScope now(nullptr, parameters);
     ModelState given(nullptr, parameters);
     given.hold({.buffers = {}, .generators = states});
@@ -224,6 +239,7 @@ void Trainer::require_fits(const TrainerState& state) const {
         }
         for (const RecoveryState::Point& point : state.recovery->points) {
             if (point.steps > progress.steps) refuse("a snapshot is of a step that is still to come");
+            if (point.guard.refused_in_a_row > progress.steps) refuse("more steps were refused than were made");
             require_point(point);
         }
     }

@@ -41,7 +41,10 @@ struct RecoveryState {
         SpikeGuardState guard = {};
         StoredTensors tensors = {};  ///< as RunPoint's
         std::vector<std::size_t> state_counts = {};
+        bool in_file = false;  ///< its tensors are read anew each time; not written down
     };
+
+    static constexpr std::size_t most_points = 2;
 
     std::vector<Point> points = {};  ///< oldest first
     std::int64_t times = 0;

@@ -164,11 +164,11 @@ class Run:
                               timeout=timeout, **({"capture_output": True} | options))
         return Result(done.returncode, done.stdout, done.stderr, self.folder / str(name))
 
-    def start(self, command, **flags):
+    def start(self, command, preexec_fn=None, **flags):
         """The same text job, running: the caller waits for it."""
         words = words_of({"data": self.data.text} | TEXT | OF_COMMAND[command] | flags)
         return subprocess.Popen([COMMAND, command, *words], cwd=self.folder, stdin=subprocess.DEVNULL,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=preexec_fn)
 
 
 def write_idx(folder, split, count, compressed):

@@ -1,6 +1,8 @@
 """Checkpoints: when they are written, what is in them, how many stay, and what happens where they cannot be written."""
 
 import json
+import os
+import pathlib
 import re
 import resource
 import signal
@@ -10,8 +12,8 @@ import time
 
 import pytest
 
-from conftest import COMMAND, FILES, TEXT, Result, weights_file, words_of
-from test_interrupt import lines_of, wait_for
+from conftest import COMMAND, FILES, IMAGES, TEXT, Result, weights_file, words_of
+from test_interrupt import interrupted_in_a_batch, lines_of, wait_for
 from test_resume import assert_same, at_once, checkpoints_of, contents, without_times
 
 PARTS = {"weights.safetensors", "optimizer.safetensors", "generators.safetensors", "state.json", "manifest.json"}
@@ -159,6 +161,48 @@ def test_an_interrupted_run_has_a_checkpoint_of_where_it_was(run, sent):
     assert {file.name for file in checkpoint.iterdir()} >= PARTS
 
 
+def test_a_run_that_ended_inside_a_batch_has_the_weights_and_buffers_of_its_last_step(run):
+    # The second batch is many seconds long.
+    interrupted_in_a_batch(run, signal.SIGTERM, after=1, data=run.data.images, **IMAGES | {
+        "norm": "batch", "batch": None, "batch_schedule": "4 at 0, 100000 at 4 samples", "heads": None, "length": None})
+    (checkpoint,) = checkpoints_of(run.folder / "run")
+    assert re.fullmatch(r"step-00000001-\d+", checkpoint.name)
+    final, stored, opened = (tensors_of(file) for file in (
+        run.folder / "run" / "model.safetensors", checkpoint / "weights.safetensors", checkpoint / "open_batch.safetensors"))
+    before = {name.removeprefix("buffer."): tensor for name, tensor in opened.items() if name.startswith("buffer.")}
+    assert any("running_mean" in name and stored[name] != tensor for name, tensor in before.items())
+    assert final == {name: tensor for name, tensor in (stored | before).items() if name in final}
+    assert set(final) == set(stored)
+
+
+# How long their files are held
+
+def held_by(process):
+    """The paths of the files that it has open."""
+    held = []
+    for entry in pathlib.Path(f"/proc/{process.pid}/fd").iterdir():
+        try:
+            held.append(os.readlink(entry))
+        except OSError:
+            pass  # closed meanwhile
+    return held
+
+
+def test_a_resumed_run_holds_no_files_of_checkpoints_that_are_removed(run):
+    # Two snapshots of the guard are in the checkpoint, too.
+    run.text("train", **LONG | {"steps": 40}).ok()
+    folder = run.folder / "run"
+    before = checkpoints_of(folder)
+    process = run.start("train", resume=True, **LONG | {"keep": 1})
+    try:
+        wait_for(lambda: not any(checkpoint.exists() for checkpoint in before), process)
+        wait_for(lambda: not any(path.startswith(f"{folder}/checkpoints/") and path.endswith("(deleted)")
+                                 for path in held_by(process)), process, 5)
+    finally:
+        process.kill()
+        process.communicate()
+
+
 # Where they cannot be written
 
 def limited(size):
@@ -266,6 +310,21 @@ def test_of_two_that_start_together_one_trains(run):
     assert set(ends) == {0, 2}, ends
     assert "run" in ends[2] and len(ends[2].splitlines()) <= 2
     assert lines_of(run) == 300
+
+
+def test_of_two_that_begin_the_one_that_planned_longer_does_not_begin_over_what_the_other_trained(run):
+    process = run.start("train", resume=True, data=run.data.tokens, layers=4, width=128, length=128, batch=64, memory="1GiB")
+    try:
+        # It has its data open, so it has seen that there is no run; it plans for seconds.
+        wait_for(lambda: str(run.data.tokens) in held_by(process), process)
+        process.send_signal(signal.SIGSTOP)
+        before = contents(run.text("train", resume=True, micro_batch=8).ok().folder)
+        process.send_signal(signal.SIGCONT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    Result(process.returncode, out, err, run.folder).refused(2, "run")
+    assert contents(run.folder / "run") == before
 
 
 def test_a_run_that_was_killed_holds_no_lock(run):

@@ -96,10 +96,10 @@ def test_a_comparison_can_be_interrupted_and_leaves_neither_processes_nor_folder
         assert list(place.iterdir()) == []
 
 
-def interrupted_in_a_batch(run, sent, **flags):
+def interrupted_in_a_batch(run, sent, after=0, **flags):
     # A batch of many seconds, micro-batches of a thousandth of one.
-    process = run.start("train", batch=100_000, micro_batch=1, steps=100, **flags)
-    wait_for(lambda: lines_of(run) == 0, process)
+    process = run.start("train", **{"batch": 100_000, "micro_batch": 1, "steps": 100} | flags)
+    wait_for(lambda: lines_of(run) == after, process)
     time.sleep(0.5)
     process.send_signal(sent)
     out, err = process.communicate(timeout=4)
@@ -125,19 +125,35 @@ def test_a_signal_ends_the_run_inside_a_batch_and_nothing_of_it_is_lost(run, sen
     assert lines_of(run) == 0 and re.search(r"^go on +microbatch train --run run --resume$", out, re.MULTILINE)
 
 
-def test_two_signals_end_at_once(run):
+@pytest.mark.parametrize("first, second", [
+    (signal.SIGINT, signal.SIGINT), (signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT),
+    (signal.SIGHUP, signal.SIGINT),
+], ids=lambda sent: sent.name)
+def test_two_signals_end_at_once(run, first, second):
     # A micro-batch of many seconds, so that the first signal cannot have ended the run by itself.
     process = run.start("train", data=FORTUNES, layers=2, width=256, length=256, batch=128, micro_batch=128,
                         recompute="always", memory="4GiB", no_verify=True, noise_every=0, steps=100)
     wait_for(lambda: lines_of(run) == 0, process)
     time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(first)
     time.sleep(0.5)
     assert process.poll() is None
-    process.send_signal(signal.SIGINT)
+    process.send_signal(second)
     process.communicate(timeout=2)
-    assert process.returncode in (130, -signal.SIGINT)
+    assert process.returncode in (130, -second)
     assert list((run.folder / "run").glob("checkpoints/step-*")) == []
+
+
+def test_a_signal_that_was_ignored_from_the_start_stays_ignored(run):
+    """As nohup starts a command."""
+    process = run.start("train", lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN), steps="30M", micro_batch=8)
+    wait_for(lambda: lines_of(run) >= 3, process)
+    process.send_signal(signal.SIGHUP)
+    before = lines_of(run)
+    wait_for(lambda: lines_of(run) > before + 20, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
 
 
 def test_the_end_after_a_signal_does_not_wait_for_the_held_out_samples(run):

@@ -169,8 +169,24 @@ def test_what_the_log_lacks_of_before_the_checkpoint_is_said(killed, resume, who
     log = killed / "metrics.jsonl"
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:5]))
     result = resume().ok()
-    assert told_of(result) == ("from step 8", ["metrics.jsonl ends at step 5: the steps after it are missing in it"])
+    assert told_of(result) == ("from step 8", ["metrics.jsonl lacks 3 of these steps"])
     assert result.column("step") == [1, 2, 3, 4, 5, 9, 10, 11, 12] and weights_file(result) == weights_file(whole)
+
+
+@pytest.mark.parametrize("place", [3, 100], ids=["at its beginning", "in its midst"])
+def test_a_damaged_line_of_the_log_is_dropped_and_no_other(killed, resume, whole, place):
+    log = killed / "metrics.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    lines[4] = lines[4][:place] + b"\xff" + lines[4][place + 1 :]
+    log.write_bytes(b"".join(lines))
+    result = resume().ok()
+    (note,) = told_of(result)[1]
+    assert note == "metrics.jsonl lacks 1 of these steps"
+    assert result.column("step") == [1, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12] and weights_file(result) == weights_file(whole)
+    # Nor does another process lose any.
+    shutil.rmtree(checkpoints_of(killed)[-1])
+    result = resume().ok()
+    assert result.column("step") == [1, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12] and weights_file(result) == weights_file(whole)
 
 
 # From inside a batch
@@ -212,6 +228,25 @@ def test_without_a_checkpoint_it_begins_from_the_start_and_says_so(run, resume, 
 
 def test_without_a_checkpoint_and_without_data_both_are_missed(resume):
     resume().refused(2, "--run run", "no checkpoint", "--data")
+
+
+@pytest.mark.parametrize("put", [lambda place: place.symlink_to("nowhere"), lambda place: place.write_text("in the way")],
+                         ids=["a link that leads nowhere", "a file"])
+def test_checkpoints_that_cannot_be_read_are_not_taken_for_none(killed, run, resume, put):
+    words = job_words(run)
+    shutil.rmtree(killed / "checkpoints")
+    put(killed / "checkpoints")
+    before = contents(killed)
+    resume(*words).refused(5, "run/checkpoints")
+    assert contents(killed) == before and (killed / "checkpoints").lstat()
+
+
+def test_a_run_that_came_to_its_end_without_checkpoints_is_not_begun_anew(run, resume):
+    result = run.text("train", no_checkpoints=True).ok()
+    before = contents(result.folder)
+    for words in ([], words_of({"data": run.data.text} | TEXT)):
+        resume(*words).refused(2, "no checkpoint", "model.safetensors")
+        assert contents(result.folder) == before
 
 
 def test_a_checkpoint_that_was_being_written_does_not_count(run, resume, whole):
@@ -321,6 +356,19 @@ def test_another_length_or_rate_is_noted(killed, resume, whole, words, said):
         assert result.column("learning_rate")[8:12] != whole.column("learning_rate")[8:] or "decay" in words[0]
 
 
+@pytest.mark.parametrize("was, now, gone", [
+    ({"schedule": "cosine"}, "constant", "final-lr"), ({"schedule": "wsd", "decay": "3 steps"}, "linear", "decay"),
+    ({"schedule": "polynomial", "power": 3}, "cosine", "power"),
+], ids=lambda value: value if isinstance(value, str) else value["schedule"])
+def test_what_was_of_the_schedule_before_is_left_out_with_another(run, resume, was, now, gone):
+    run.text("train", steps=4, micro_batch=4, **was).ok()
+    result = resume("--schedule", now, "--steps", "6").ok()
+    assert f"schedule was {was['schedule']}, is {now}" in told_of(result)[1]
+    assert result.column("step") == [1, 2, 3, 4, 5, 6]
+    written = tomllib.loads((result.folder / "config.toml").read_text())
+    assert written["schedule"] == now and gone not in written
+
+
 def test_flags_that_are_about_the_log_or_checkpoints_need_no_note(killed, resume, whole):
     result = resume("--checkpoint-every", "1 steps", "--keep", "2").ok()
     assert told_of(result) == ("from step 8", [])
@@ -348,15 +396,23 @@ def test_data_that_is_gone_is_named(run, data, resume):
 
 # What is another run
 
-OTHERS = [("width", 32, 48), ("layers", 1, 2), ("length", 16, 8), ("dropout", 0.1, 0.2), ("batch", 8, 16),
+# A batch of 2 is below the recorded micro-batch.
+OTHERS = [("width", 32, 48), ("layers", 1, 2), ("length", 16, 8), ("dropout", 0.1, 0.2), ("batch", 8, 16), ("batch", 8, 2),
           ("optimizer", "adamw", "sgd"), ("seed", 1, 2)]
 
 
-@pytest.mark.parametrize("flag, was, now", OTHERS, ids=[flag for flag, *_ in OTHERS])
+@pytest.mark.parametrize("flag, was, now", OTHERS, ids=[f"{flag} {now}" for flag, _, now in OTHERS])
 def test_another_model_batch_optimizer_or_seed_is_refused(killed, resume, flag, was, now):
     before = contents(killed)
     resume(f"--{flag}", now).refused(2, f"{flag} was {was}, is {now}", "--resume-changed")
     assert contents(killed) == before
+
+
+def test_another_optimizer_is_refused_though_the_one_before_had_settings_of_its_own(run, resume):
+    result = run.text("train", optimizer="sgd", momentum=0.8, nesterov=True, micro_batch=4).ok()
+    before = contents(result.folder)
+    resume("--optimizer", "adamw").refused(2, "optimizer was sgd, is adamw", "--resume-changed")
+    assert contents(result.folder) == before
 
 
 @pytest.mark.parametrize("change", [lambda raw: raw[:-1000], lambda raw: raw[:30_000] + b"#" + raw[30_001:],
@@ -409,6 +465,29 @@ def test_weights_of_another_size_cannot_be_taken(killed, resume):
     assert contents(killed) == before
 
 
+@pytest.mark.parametrize("was, now", [("batch", "group"), ("group", "batch")])
+def test_weights_of_another_norm_cannot_be_taken(run, resume, was, now):
+    result = run.images("train", norm=was, micro_batch=4).ok()
+    before = contents(result.folder)
+    resume("--norm", now, "--resume-changed").refused(5, "norm1.")
+    assert contents(result.folder) == before
+
+
+@pytest.mark.parametrize("was, now", [("adamw", "sgd"), ("sgd", "adamw")])
+def test_another_optimizer_takes_the_weights_and_begins_with_a_state_of_its_own(run, resume, was, now):
+    # Two snapshots of the guard have the state of the other optimizer, too.
+    run.text("train", optimizer=was, micro_batch=4, steps=40).ok()
+    shutil.copytree(run.folder / "run", run.folder / "same")
+    same = run.in_folder("same", ["train", "--run", "same", "--resume", "--steps", "44"]).ok()
+    result = resume("--optimizer", now, "--resume-changed", "--steps", "44").ok()
+    notes = told_of(result)[1]
+    assert f"optimizer was {was}, is {now}: another run from here on" in notes
+    assert any("optimizer" in note and re.search("anew|afresh|beg[iu]n|start", note) for note in notes), notes
+    # The loss of step 41 is that of the weights of step 40.
+    assert result.column("loss")[:41] == same.column("loss")[:41] and result.column("loss")[41:] != same.column("loss")[41:]
+    assert told_of(resume("--steps", "46").ok()) == ("from step 44", ["steps was 44, is 46"])
+
+
 # Damage
 
 def flip(raw):
@@ -436,6 +515,27 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(killed, resume, whole, na
     assert result.document["resumed_from"] == 4
     assert re.search(rf"warning.*{newest.name}", result.stderr), result.stderr
     assert_same(result, whole)
+
+
+def crc32c(raw):
+    """RFC 3720, appendix B.4, bit by bit."""
+    crc = 0xFFFFFFFF
+    for byte in raw:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+def test_a_checkpoint_of_another_version_is_not_passed_over_for_an_older_one(killed, resume):
+    manifest = checkpoints_of(killed)[-1] / "manifest.json"
+    content, checksum = re.fullmatch(r'(.*),\n  "crc32c": "(.{8})"\n}\n', manifest.read_text(), re.DOTALL).groups()
+    assert checksum == f"{crc32c(content.encode()):08x}" and content.count('"version": 1') == 1
+    content = content.replace('"version": 1', '"version": 2')
+    manifest.write_text(f'{content},\n  "crc32c": "{crc32c(content.encode()):08x}"\n}}\n')
+    before = contents(killed)
+    resume().refused(2, "step-00000008", "go on with the microbatch that wrote it")
+    assert contents(killed) == before
 
 
 def test_where_every_checkpoint_is_damaged_each_is_named(killed, resume):

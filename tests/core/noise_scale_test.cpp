@@ -38,7 +38,7 @@ public:
 
     /// A batch in micro-batches of these sizes.
     std::optional<NoiseMeasure> measure(const std::vector<int>& sizes) {
-        std::vector<MicroBatchGradient> parts;
+        NoiseSums parts;
         Vector sum(mean_.size(), 0.0);
         double weight = 0;
         for (const int size : sizes) {
@@ -48,7 +48,7 @@ public:
             }
             for (std::size_t i = 0; i < part.size(); ++i) sum[i] += part[i];
             for (double& x : part) x /= std::max(size, 1);
-            parts.push_back({static_cast<double>(size), squared(part)});
+            parts.add({static_cast<double>(size), squared(part)});
             weight += size;
         }
         for (double& x : sum) x /= weight;
@@ -98,13 +98,19 @@ TEST(NoiseScale, TheFirstMeasureIsTheMeanOfOne) {
     EXPECT_DOUBLE_EQ(average.mean()->variance, 12 * 0.95 / 1.95);
 }
 
+NoiseSums sums_of(std::initializer_list<MicroBatchGradient> parts) {
+    NoiseSums sums;
+    for (const MicroBatchGradient& part : parts) sums.add(part);
+    return sums;
+}
+
 TEST(NoiseScale, IsUndefinedWhereNothingCanBeSaid) {
     const MicroBatchGradient one{4, 2.0};
     EXPECT_FALSE(measure_noise({}, 1.0));
-    EXPECT_FALSE(measure_noise(std::vector{one}, 2.0));
-    EXPECT_FALSE(measure_noise(std::vector{one, MicroBatchGradient{0, 0}}, 2.0));
-    EXPECT_FALSE(measure_noise(std::vector{one, MicroBatchGradient{4, nan_value}}, 2.0));
-    EXPECT_FALSE(measure_noise(std::vector{one, one}, std::numeric_limits<double>::infinity()));
+    EXPECT_FALSE(measure_noise(sums_of({one}), 2.0));
+    EXPECT_FALSE(measure_noise(sums_of({one, {0, 0}}), 2.0));
+    EXPECT_FALSE(measure_noise(sums_of({one, {4, nan_value}}), 2.0));
+    EXPECT_FALSE(measure_noise(sums_of({one, one}), std::numeric_limits<double>::infinity()));
 }
 
 TEST(NoiseScale, AGradientThatTheNoiseHidesHasNoBatch) {
@@ -119,8 +125,7 @@ TEST(NoiseScale, AGradientThatTheNoiseHidesHasNoBatch) {
 }
 
 TEST(NoiseScale, EqualGradientsHaveNoNoise) {
-    const NoiseMeasure measure =
-        measure_noise(std::vector{MicroBatchGradient{4, 9.0}, {2, 9.0}, {1, 9.0}}, 9.0).value();
+    const NoiseMeasure measure = measure_noise(sums_of({{4, 9.0}, {2, 9.0}, {1, 9.0}}), 9.0).value();
     EXPECT_DOUBLE_EQ(measure.variance, 0);
     EXPECT_DOUBLE_EQ(measure.squared_gradient, 9);
 }

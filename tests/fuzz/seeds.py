@@ -113,7 +113,7 @@ def state():
     point = {"steps": 5, "guard": guard, "tensors": 3, "optimizer_counts": [2]}
     plan = {"micro_batch": 16, "recompute": True}
     open_batch = {
-        "samples": 64, "loss_sum": 80.5, "weight": 32.0, "micro_batches": 2, "parts": [[16.0, 0.5], [16.0, 0.25]],
+        "samples": 64, "loss_sum": 80.5, "weight": 32.0, "micro_batches": 2, "parts": {"count": 2, "weight": 32.0, "squares": 12.0},
         "measure_parts": True, "plan": plan, "out_of_memory": 1, "seconds": 0.5, "gradients": 1, "buffers": 0,
         "generators": 1,
     }  # fmt: skip

@@ -102,7 +102,7 @@ TEST(CheckpointHostile, AManifestOfAnythingElseIsRefused) {
         }
     }
     checkpoint.replace_manifest(R"({"version": 2, "steps": 1)");
-    checkpoint.expect_refused({"another version"});
+    expect_usage_error({"another version"}, [&] { read_checkpoint(checkpoint.path()); });
 }
 
 TEST(CheckpointHostile, AManifestThatLeavesOutAFileIsRefused) {

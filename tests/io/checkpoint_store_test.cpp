@@ -1,6 +1,9 @@
 // Which checkpoints there are, and which are gone on from.
 #include "microbatch/io/checkpoint_store.h"
 
+#include <cstdio>
+
+#include "microbatch/core/crc32c.h"
 #include "support/rich_run.h"
 #include "support/states.h"
 #include "support/stores.h"
@@ -145,10 +148,11 @@ TEST_F(CheckpointStoreTest, WhatAProcessThatWasKilledLeftGoes) {
     for (const char* name : {"step-00000002.part", "step-00000000.old", "step-00000005-3.part"}) {
         fs::copy(folder() / "step-00000001", folder() / name);
     }
-    fs::create_directory(folder() / "mine");
+    for (const char* name : {"mine", "before-the-change.old", "step-notes.part"}) fs::create_directory(folder() / name);
     std::ofstream(folder() / "step-notes") << "mine";
     CheckpointStore other(folder());
-    EXPECT_EQ(names_in(folder()), (Names{"mine", "step-00000001", "step-notes"}));
+    EXPECT_EQ(names_in(folder()),
+              (Names{"before-the-change.old", "mine", "step-00000001", "step-notes", "step-notes.part"}));
     EXPECT_EQ(other.newest()->trainer.progress.steps, 1);
     EXPECT_TRUE(other.warnings().empty());
 }
@@ -171,11 +175,56 @@ TEST_F(CheckpointStoreTest, TheSameProgressIsNotWrittenTwice) {
 TEST_F(CheckpointStoreTest, WhatIsToBeOnTheDiskFirstAndIsNotThereIsAWarning) {
     const fs::path log = temp_.path() / "metrics.jsonl";
     CheckpointStore store(folder(), {.sync_first = {log}});
-    EXPECT_FALSE(store.save_now(after(1)));
-    ASSERT_EQ(store.warnings().size(), 1U);
+    EXPECT_TRUE(store.save_now(after(1)));  // a log is no reason to have no checkpoint
+    const std::vector<std::string> warnings = store.warnings();
+    ASSERT_EQ(warnings.size(), 1U);
+    EXPECT_NE(warnings.front().find(log.string()), std::string::npos);
+    EXPECT_EQ(CheckpointStore(folder()).newest()->trainer.progress.steps, 1);
     std::ofstream(log) << "{}\n";
     EXPECT_TRUE(store.save_now(after(1)));
     EXPECT_TRUE(store.warnings().empty());
+    EXPECT_EQ(store.written(), 2);
+}
+
+TEST_F(CheckpointStoreTest, AFolderThatCannotBeReadIsNotTakenForNone) {
+    fs::create_directories(folder().parent_path());
+    fs::create_directory_symlink(temp_.path() / "gone", folder());
+    expect_error(ErrorKind::bad_data, {folder().string()}, [&] { CheckpointStore(folder()).newest(); });
+    fs::remove(folder());
+    std::ofstream(folder()) << "mine";
+    expect_error(ErrorKind::bad_data, {folder().string()}, [&] { CheckpointStore(folder()).newest(); });
+    fs::remove(folder());
+    EXPECT_FALSE(CheckpointStore(folder()).newest());
+}
+
+TEST_F(CheckpointStoreTest, ADamagedOneTakesNoPlaceOfOneThatIsWhole) {
+    CheckpointStore store(folder());
+    for (int i = 0; i < 3; ++i) EXPECT_TRUE(store.save_now(after(1)));
+    damage("step-00000003", "state.json");
+    CheckpointStore other(folder());
+    Training resumed(TrainingOptions{});
+    resumed.trainer().restore(other.newest()->trainer);
+    for (int i = 0; i < 2; ++i) resumed.step();  // 3 is not made again
+    EXPECT_TRUE(other.save_now({resumed.trainer().state()}));
+    EXPECT_EQ(names_in(folder()), (Names{"step-00000001", "step-00000002", "step-00000004"}));
+    for (int i = 0; i < 3; ++i) {
+        resumed.step();
+        EXPECT_TRUE(other.save_now({resumed.trainer().state()}));
+    }
+    EXPECT_EQ(names_in(folder()), (Names{"step-00000005", "step-00000006", "step-00000007"}));
+}
+
+TEST_F(CheckpointStoreTest, OneOfAnotherVersionIsNotPassedOver) {
+    CheckpointStore store(folder());
+    for (int i = 0; i < 2; ++i) EXPECT_TRUE(store.save_now(after(1)));
+    const fs::path manifest = folder() / "step-00000002" / "manifest.json";
+    std::string text = read_file(manifest);
+    char digits[9];
+    text.replace(text.find("\"version\": 1"), 12, "\"version\": 9");
+    text.erase(text.rfind(",\n  \"crc32c\""));
+    std::snprintf(digits, sizeof(digits), "%08x", crc32c(text));
+    std::ofstream(manifest) << text << ",\n  \"crc32c\": \"" << digits << "\"\n}\n";
+    expect_usage_error({"step-00000002", "another version"}, [&] { CheckpointStore(folder()).newest(); });
 }
 
 TEST_F(CheckpointStoreTest, RefusesWhatMeansNothing) {

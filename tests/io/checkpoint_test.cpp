@@ -49,9 +49,29 @@ TEST(Checkpoint, NumbersThatAreNotFiniteAndTheLargestComeBack) {
     state.noise.sum.variance = 5e-324;
     state.noise.sum.squared_gradient = -0.0;
     state.open->so_far.loss_sum = std::numeric_limits<double>::quiet_NaN();
-    state.open->so_far.parts = {{1e308, std::numeric_limits<double>::infinity()},
-                                {0.1, -std::numeric_limits<double>::infinity()}};
+    state.open->so_far.parts = {.count = largest, .weight = 1e308, .squares = -std::numeric_limits<double>::infinity()};
     state.limits = {{{{largest, 0}, {}}, {.micro_batch = largest, .recompute = true}}};
+    expect_same(read_checkpoint(write(folder, state)).trainer, state);
+}
+
+TEST(Checkpoint, WhatCouldNotBeReadAgainIsNotWritten) {
+    const TempFolder folder;
+    const TrainerState state = rich_run()->taken_apart();
+    std::string deep = "1";
+    for (int i = 0; i < 16; ++i) deep = "{\"a\":" + deep + "}";
+    expect_usage_error({"state.json"}, [&] { write_checkpoint(system_files(), folder.path(), {state, deep}); });
+    std::string many = "{\"a\":[1";
+    for (int i = 0; i < 399'990; ++i) many += ",1";
+    expect_usage_error({"state.json"}, [&] { write_checkpoint(system_files(), folder.path(), {state, many + "]}"}); });
+    EXPECT_TRUE(std::filesystem::is_empty(folder.path()));
+}
+
+TEST(Checkpoint, TensorsWithoutElementsKeepTheirOrder) {
+    const TempFolder folder;
+    TrainerState state = rich_run()->taken_apart();
+    state.parameters.push_back(stored("z", at::empty({0})));
+    state.buffers.insert(state.buffers.begin(), stored("a", at::empty({0, 3})));
+    state.buffers.push_back(stored("b", at::empty({2, 0})));
     expect_same(read_checkpoint(write(folder, state)).trainer, state);
 }
 

@@ -84,27 +84,42 @@ TEST(RunLogResume, HalfALastLineGoesWhereverItEnds) {
     }
 }
 
-TEST(RunLogResume, WhatFollowsALineThatIsNoneGoesToo) {
+TEST(RunLogResume, ALineThatIsNoneGoesAndThoseAfterItStay) {
     const std::string whole = make_log(6);
     const std::string second = first_lines(whole, 2), rest = whole.substr(first_lines(whole, 3).size());
     for (const std::string& line :
          {std::string(), std::string(300, '\0'), std::string("garbage"), std::string("{\"step\":3"),
-          std::string("{\"step\":3}"), std::string("{\"step\":4,\"a\":1}"), std::string("{\"step\":33,\"a\":1}"),
-          std::string("{\"step\":-3,\"a\":1}"), std::string("{\"step\":99999999999999999999,\"a\":1}"),
-          std::string("{\"step\": 3,\"a\":1"), std::string("{\"step\":2,\"a\":1}")}) {
+          std::string("{\"step\":3}"), std::string("{\"step\":3,\"a\":\xff}"), std::string("{\"step\":3,\"a\":1}}"),
+          std::string("{\"step\":33,\"a\":1}"), std::string("{\"step\":-3,\"a\":1}"),
+          std::string("{\"step\":99999999999999999999,\"a\":1}"), std::string("{\"step\": 3,\"a\":1"),
+          std::string("{\"step\":2,\"a\":1}")}) {
         const TempFolder folder;
         write_log(folder, second + line + "\n" + rest);
-        const RunLog log(folder.path(), 6);
-        EXPECT_EQ(log.lines(), 2) << line;
-        EXPECT_EQ(log_of(folder), second);
+        for (int resumed = 0; resumed < 2; ++resumed) {  // and the next process finds no other
+            RunLog log(folder.path(), 6);
+            EXPECT_EQ(log.lines(), 5) << line;
+            EXPECT_EQ(log_of(folder), second + rest);
+        }
+    }
+}
+
+TEST(RunLogResume, ATailBeyondAllMeasureIsCutOff) {
+    const std::string whole = make_log(3);
+    for (const char fill : {'\0', 'x', '\n'}) {
+        const TempFolder folder;
+        write_log(folder, whole + std::string(3'000'000, fill));
+        EXPECT_EQ(RunLog(folder.path(), 5).lines(), 3);
+        EXPECT_EQ(log_of(folder), whole);
     }
 }
 
 TEST(RunLogResume, ALogThatLacksStepsSaysSo) {
     const std::string whole = make_log(6);
     const TempFolder without_first, shorter, none;
-    write_log(without_first, whole.substr(first_lines(whole, 1).size()));
-    EXPECT_EQ(RunLog(without_first.path(), 4).lines(), 0);
+    const std::string from_second = whole.substr(first_lines(whole, 1).size());
+    write_log(without_first, from_second);
+    EXPECT_EQ(RunLog(without_first.path(), 4).lines(), 3);
+    EXPECT_EQ(log_of(without_first), first_lines(from_second, 3));
     write_log(shorter, first_lines(whole, 3));
     EXPECT_EQ(RunLog(shorter.path(), 4).lines(), 3);
     RunLog log(none.path() / "run", 4);  // none at all

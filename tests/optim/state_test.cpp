@@ -1,7 +1,10 @@
 // An optimizer goes back to what it was, and goes on from there with the same bits.
 #include <ATen/ATen.h>
+#include <torch/optim/adagrad.h>
 #include <torch/optim/adam.h>
 #include <torch/optim/adamw.h>
+#include <torch/optim/lbfgs.h>
+#include <torch/optim/rmsprop.h>
 #include <torch/optim/sgd.h>
 
 #include <functional>
@@ -36,6 +39,10 @@ struct Case {
         if (kind == "Sgd without momentum") optimizer = std::make_unique<Sgd>(groups);
         if (kind == "torch AdamW") theirs = std::make_unique<torch::optim::AdamW>(tensors);
         if (kind == "torch Adam") theirs = std::make_unique<torch::optim::Adam>(tensors);
+        if (kind == "torch RMSprop") {
+            theirs = std::make_unique<torch::optim::RMSprop>(tensors, torch::optim::RMSpropOptions(0.01).momentum(0.9));
+        }
+        if (kind == "torch Adagrad") theirs = std::make_unique<torch::optim::Adagrad>(tensors);
         if (kind == "torch SGD") {
             theirs = std::make_unique<torch::optim::SGD>(tensors, torch::optim::SGDOptions(0.1).momentum(0.9));
         }
@@ -105,7 +112,7 @@ TEST_P(OptimizerStates, TheLearningRateStays) {
 
 INSTANTIATE_TEST_SUITE_P(All, OptimizerStates,
                          testing::Values("AdamW", "Sgd", "Sgd without momentum", "torch AdamW", "torch Adam",
-                                         "torch SGD"));
+                                         "torch SGD", "torch RMSprop", "torch Adagrad"));
 
 TEST(OptimizerState, OfOtherParametersIsRefusedAndNothingHasChanged) {
     Case run("AdamW");
@@ -127,10 +134,26 @@ TEST(OptimizerState, OfOtherParametersIsRefusedAndNothingHasChanged) {
     refused({"late"}, [](OptimizerState& state) { state.back()[0] = at::zeros({4, 3}, at::kDouble); });
 }
 
-TEST(OptimizerState, BytesThatTorchCannotReadAreRefused) {
+TEST(OptimizerState, WhatATorchOptimizerCannotHaveIsRefused) {
     Case run("torch AdamW");
+    for (int i = 0; i < 5; ++i) run.step(i);
+    const OptimizerState before = run.copy();
+    for (const std::size_t i : {0, 1, 2}) {
+        OptimizerState state = before;
+        state[0][i] = at::empty({0}, at::kByte);  // as one that torch has none of
+        expect_usage_error({"torch"}, [&] { run.optimizer->restore(state); });
+        state[0][i] = at::zeros({3, 4});
+        expect_usage_error({"torch"}, [&] { run.optimizer->restore(state); });
+    }
     expect_usage_error({"torch"}, [&] { run.optimizer->restore({{at::zeros({64}, at::kByte)}}); });
     expect_usage_error({"torch"}, [&] { run.optimizer->restore({{}}); });
+    expect_usage_error({"torch"}, [&] { run.optimizer->restore({}); });
+    const OptimizerState after = run.optimizer->state();
+    for (std::size_t i = 0; i < before.size(); ++i) {
+        for (std::size_t j = 0; j < before[i].size(); ++j) EXPECT_TRUE(at::equal(after[i][j], before[i][j]));
+    }
+    torch::optim::LBFGS unknown({run.parameters[0].tensor});
+    expect_usage_error({"AdamW", "Adagrad"}, [&] { TorchOptimizer(unknown).require_state({{}}); });
 }
 
 }  // namespace

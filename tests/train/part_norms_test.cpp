@@ -27,17 +27,36 @@ TEST(PartNorms, AreThoseOfEveryMicroBatchByItself) {
     const LossFunction loss = weighted_squares(model);
     const Batch batch = regression_batch(17, 3);
     Gatherer gatherer(parameters);
-    const Gathered gathered = gatherer.gather(batch, {.micro_batch = 5}, loss, /*measure_parts=*/true);
+    gatherer.begin(/*measure_parts=*/true);
+    NoiseSums before;
+    for (std::int64_t i = 0; i < 4; ++i) {
+        const Slice slice = micro_batch_slice(17, 5, i);
+        const Batch micro = batch.slice(slice.begin, slice.end);
+        gatherer.add(loss(micro));
+        const NoiseSums now = gatherer.open().so_far.parts;
+        EXPECT_EQ(now.count, i + 1);
+        const double weight = loss(micro).weight;
+        EXPECT_DOUBLE_EQ(now.weight, before.weight + weight);
+        before = now;
+    }
     gatherer.clear();
-    ASSERT_EQ(gathered.parts.size(), 4u);
+    // One by one, each beside a first whose gradient is nothing.
     for (std::int64_t i = 0; i < 4; ++i) {
         const Slice slice = micro_batch_slice(17, 5, i);
         const Batch micro = batch.slice(slice.begin, slice.end);
         const double wanted = squared_norm(oracle_gradients(parameters, micro, loss));
-        const MicroBatchGradient& part = gathered.parts[static_cast<std::size_t>(i)];
-        EXPECT_DOUBLE_EQ(part.weight, loss(micro).weight);
+        gatherer.begin(/*measure_parts=*/true);
+        for (std::int64_t j = 0; j < i; ++j) {
+            const Slice earlier = micro_batch_slice(17, 5, j);
+            gatherer.add(loss(batch.slice(earlier.begin, earlier.end)));
+        }
+        const double squares = gatherer.open().so_far.parts.squares;
+        gatherer.add(loss(micro));
+        const NoiseSums parts = gatherer.open().so_far.parts;
+        gatherer.clear();
+        const double weight = loss(micro).weight;
         // Weights from 1e-3 to 1e6: a difference of sums in fp64 is good to 1e-16 of the sum, squared and over 1e9.
-        EXPECT_NEAR(part.squared_norm / wanted, 1, 1e-5) << i;
+        EXPECT_NEAR((parts.squares - squares) / weight / wanted, 1, 1e-5) << i;
     }
 }
 
@@ -50,7 +69,7 @@ TEST(PartNorms, MeasuringChangesNoBit) {
             at::manual_seed(5);
             Gatherer gatherer(plain.parameters, in_product);
             const Gathered gathered = gatherer.gather(batch, {.micro_batch = 4}, plain.loss, measured);
-            EXPECT_EQ(gathered.parts.size(), measured ? 3u : 0u);
+            EXPECT_EQ(gathered.parts.count, measured ? 3 : 0);
             if (!measured) wanted = gradients_of(plain.parameters);
             if (measured) expect_same_bits(gradients_of(plain.parameters), wanted);
             gatherer.clear();
@@ -67,9 +86,9 @@ TEST(PartNorms, AParameterMayGetItsFirstGradientLater) {
     gatherer.add({(first + 3 * late).sum(), 2.0});
     gatherer.add({first.sum() * 0, 0.0});
     const Gathered gathered = gatherer.finish();
-    ASSERT_EQ(gathered.parts.size(), 2u);
-    EXPECT_DOUBLE_EQ(gathered.parts[0].squared_norm, 2);
-    EXPECT_DOUBLE_EQ(gathered.parts[1].squared_norm, (2 + 18) / 4.0);
+    EXPECT_EQ(gathered.parts.count, 2);
+    EXPECT_DOUBLE_EQ(gathered.parts.weight, 3);
+    EXPECT_DOUBLE_EQ(gathered.parts.squares, 1 * 2 + 2 * ((2 + 18) / 4.0));
     gatherer.clear();
 }
 

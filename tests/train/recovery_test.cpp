@@ -4,6 +4,8 @@
 #include <cmath>
 #include <limits>
 #include <map>
+#include <optional>
+#include <utility>
 
 #include "microbatch/memory/budget_allocator.h"
 #include "microbatch/optim/adamw.h"
@@ -164,6 +166,36 @@ TEST(Recovery, SnapshotsInMemoryAreGivenUpBeforeTheMicroBatchIsMadeSmaller) {
         EXPECT_EQ(report.went_back_to.has_value(), !place.empty());
         if (!place.empty()) expect_same_bits(values_of(run.parameters), run.after[*report.went_back_to]);
     }
+}
+
+TEST(Recovery, ASnapshotThatIsStillBeingWrittenDownCounts) {
+    install_budget_allocator();
+    std::optional<TrainerState> written;
+    TrainerOptions options = recovering();
+    int asked = 0;
+    options.release_memory = [&] {
+        ++asked;
+        return std::exchange(written, std::nullopt).has_value();
+    };
+    Training run(options);
+    run.quiet(35);
+    const std::int64_t two = run.step().snapshot_bytes;
+    written = run.trainer.state();
+    run.quiet(10);  // one of the two is left out, and held
+    EXPECT_EQ(run.step().snapshot_bytes, two + two / 2);
+    EXPECT_EQ(asked, 0);
+    written.reset();
+    EXPECT_EQ(run.step().snapshot_bytes, two);
+    // Without room for a third, who holds it is asked for it, and nothing else changes.
+    written = run.trainer.state();
+    run.quiet(2);
+    ASSERT_EQ(run.trainer.progress().steps % 10, 0);
+    const BudgetScope tight(memory_use().live_bytes + two / 4);
+    const TrainerReport report = run.trainer.step();
+    EXPECT_GE(asked, 1);
+    EXPECT_FALSE(written);
+    EXPECT_EQ(report.warning, "");
+    EXPECT_EQ(report.snapshot_bytes, two);
 }
 
 TEST(Recovery, EndsAfterSoManyTimesWithTheLastGoodWeights) {

@@ -2,6 +2,7 @@
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
+#include <cstring>
 #include <functional>
 #include <limits>
 #include <source_location>
@@ -131,7 +132,8 @@ TEST(Restore, RefusesWhatTorchCannotReadAsTheStateOfItsOptimizer) {
     const TrainerState good = rich_run(rich("torch adamw"))->taken_apart();
     refused.expect({}, [&](TrainerState& state) {
         state = good;
-        state.optimizer[0] = stored("state.0", state.optimizer[0].get().slice(0, 0, 100).clone());
+        StoredTensor& moment = state.optimizer[1];
+        moment = stored(moment.name, moment.get().flatten().slice(0, 0, 1).clone());
     });
 }
 
@@ -141,6 +143,16 @@ TEST(Restore, RefusesGeneratorsThatAreNone) {
     refused.expect({}, [](TrainerState& state) {
         state.generators[0] = stored("generator.0", at::full_like(state.generators[0].get(), 255));
     });
+    // Whose next number is beyond the end of what it has: left of 624, position of the next.
+    for (const auto& [left, next] : {std::pair<std::int32_t, std::int64_t>{624, 624}, {2, 624}, {624, 2}, {0, 1}}) {
+        refused.expect({}, [left = left, next = next](TrainerState& state) {
+            const at::Tensor twister = state.generators[0].get().clone();
+            auto* bytes = static_cast<char*>(twister.mutable_data_ptr());
+            std::memcpy(bytes + 8, &left, sizeof(left));
+            std::memcpy(bytes + 16, &next, sizeof(next));
+            state.generators[0] = stored("generator.0", twister);
+        });
+    }
 }
 
 TEST(Restore, RefusesAnotherDataset) {
