@@ -56,8 +56,8 @@ RunCheckpoints::RunCheckpoints(const std::filesystem::path& run, const Settings&
                                                .sync_first = {run / "metrics.jsonl", run}});
 }
 
-void RunCheckpoints::go_on_from(const TrainerState& state) {
-    if (store_) store_->go_on_from(state);
+void RunCheckpoints::go_on_from(const TrainerState& state, const std::vector<std::filesystem::path>& damaged) {
+    if (store_) store_->go_on_from(state, damaged);
     if (every_.count > 0) times_ = state.progress.in(every_.unit) / every_.count;
 }
 

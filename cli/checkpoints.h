@@ -18,7 +18,7 @@ public:
                    RunNotes notes);
 
     /// Goes on from a point that was read: see CheckpointStore::go_on_from().
-    void go_on_from(const TrainerState& state);
+    void go_on_from(const TrainerState& state, const std::vector<std::filesystem::path>& damaged);
 
     /// After a step: begins to write where it is time. True if it did.
     bool after_step(const Trainer& trainer, const Outcome& outcome);

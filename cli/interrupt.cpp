@@ -2,22 +2,31 @@
 
 #include <atomic>
 #include <csignal>
+#include <cstdint>
+#include <ctime>
 
 namespace microbatch::cli {
 namespace {
 
 constexpr int watched[] = {SIGINT, SIGTERM, SIGHUP};
 
-std::atomic<bool> signal_came = false;
-static_assert(std::atomic<bool>::is_always_lock_free);
+constexpr std::int64_t same_signal = 200'000'000;  // nanoseconds
 
-extern "C" void remember(int) {
-    signal_came = true;
-    for (const int one : watched) {
-        struct sigaction action {};
-        sigaction(one, nullptr, &action);
-        if (action.sa_handler == remember) std::signal(one, SIG_DFL);
-    }
+std::atomic<std::int64_t> came_at = 0;  // on the monotonic clock; 0: none yet
+static_assert(std::atomic<std::int64_t>::is_always_lock_free);
+
+std::int64_t now() {
+    timespec time{};
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec * std::int64_t{1'000'000'000} + time.tv_nsec + 1;
+}
+
+extern "C" void remember(int number) {
+    const std::int64_t at = now();
+    std::int64_t first = 0;
+    if (came_at.compare_exchange_strong(first, at) || at - first < same_signal) return;
+    std::signal(number, SIG_DFL);
+    std::raise(number);  // once this returns
 }
 
 }  // namespace
@@ -34,7 +43,7 @@ void watch_interrupts() {
 }
 
 bool interrupted() {
-    return signal_came;
+    return came_at != 0;
 }
 
 }  // namespace microbatch::cli

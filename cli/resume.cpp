@@ -158,7 +158,7 @@ void begin_anew(TrainerState& state) {
 void begin_optimizer_anew(TrainerState& state) {
     state.optimizer.clear();
     std::fill(state.optimizer_counts.begin(), state.optimizer_counts.end(), std::size_t{0});
-    state.recovery.reset();
+    if (state.recovery) state.recovery->points.clear();
 }
 
 // Why the optimizer does not take its state; empty if it does.
@@ -212,7 +212,7 @@ std::optional<ResumePoint> find_resume_point(CLI::App& command, Settings& settin
     }
     const bool same_batch = !is_in(without, "micro-batch");
     keep_cut(settings, same_batch ? was : Values(), micro_batch_given, recompute_given);
-    return ResumePoint{std::move(*newest), std::move(notes), store.warnings()};
+    return ResumePoint{std::move(*newest), std::move(notes), store.warnings(), store.damaged()};
 }
 
 void require_same_run(const ResumePoint& point, const RunNotes& now, const Settings& settings) {

@@ -61,12 +61,12 @@ void refuse_used_folder(const std::filesystem::path& folder) {
     }
 }
 
-// Its weights would be written over.
-void refuse_finished_run(const std::filesystem::path& folder) {
+// Weights of a run that has ended would be written over.
+void refuse_weights_without_checkpoint(const std::filesystem::path& folder) {
     if (!std::filesystem::exists(std::filesystem::symlink_status(folder / "model.safetensors"))) return;
     refuse(
-        fmt::format("--run {} --resume: there is no checkpoint to go on from, and model.safetensors is that of a run "
-                    "that has ended; name a new folder for this run",
+        fmt::format("--run {} --resume: there is no checkpoint to go on from, and to begin anew would write over "
+                    "model.safetensors; name a new folder for this run, or move that file away",
                     folder.string()));
 }
 
@@ -219,7 +219,7 @@ int train(CLI::App& command, Settings& settings, bool batch_given) {
     if (!settings.run.empty() && !settings.resume) refuse_used_folder(settings.run);
     std::optional<ResumePoint> resume;
     if (settings.resume) resume = find_resume_point(command, settings);
-    if (settings.resume && !resume) refuse_finished_run(settings.run);
+    if (settings.resume && !resume) refuse_weights_without_checkpoint(settings.run);
     if (settings.resume && !resume && settings.data.empty()) {
         refuse(fmt::format("--run {} --resume: there is no checkpoint to go on from, nor --data to begin with",
                            settings.run));
@@ -296,7 +296,9 @@ void add_train(CLI::App& application, Action& action) {
         "exit\n"
         "code 4.\n"
         "Ctrl-C finishes the micro-batch, writes a checkpoint and ends with exit code 130; a second one ends at once.\n"
-        "With --resume the same command line can be given first and after every end, however that came.");
+        "With --resume the same command line can be given first and after every end, however that came; weights that "
+        "no\n"
+        "checkpoint belongs to are not written over.");
     command->callback([command, settings, &action] {
         action = [command, settings] {
             refuse_empty_values(*command);

@@ -73,6 +73,8 @@ public:
 
     void of_checkpoints(RunFiles& files) {
         for (const std::string& warning : files.checkpoints.warnings()) {
+            if (warning == checkpoint_warning_) continue;  // that the log is gone, each time
+            checkpoint_warning_ = warning;
             progress_.note(fmt::format("warning: {}; the run goes on, and those before it are as they were", warning));
         }
     }
@@ -86,6 +88,7 @@ private:
     ProgressLine& progress_;
     const Watch& watch_;
     bool log_ = false, events_ = false;
+    std::string checkpoint_warning_;  // the last one
 };
 
 TrainerOptions options_of(const TrainRun& run, RunFiles& files) {
@@ -107,7 +110,7 @@ TrainerOptions options_of(const TrainRun& run, RunFiles& files) {
 void go_on(const TrainRun& run, Trainer& trainer, RunFiles& files, Outcome& outcome) {
     const Plan plan = outcome.plan;
     trainer.restore(run.resume->checkpoint.trainer);
-    files.checkpoints.go_on_from(run.resume->checkpoint.trainer);
+    files.checkpoints.go_on_from(run.resume->checkpoint.trainer, run.resume->damaged);
     files.events.go_on(trainer.progress().steps);
     outcome = run.resume->notes.outcome;
     outcome.plan = plan;

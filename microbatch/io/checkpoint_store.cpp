@@ -148,7 +148,8 @@ std::optional<Checkpoint> CheckpointStore::newest() {
     throw Error(ErrorKind::bad_data, message + "; begin the run anew in another folder");
 }
 
-void CheckpointStore::go_on_from(const TrainerState& state) {
+void CheckpointStore::go_on_from(const TrainerState& state, const std::vector<std::filesystem::path>& damaged) {
+    damaged_.insert(damaged_.end(), damaged.begin(), damaged.end());
     saved_ = state.progress;
     saved_open_ = open_samples_of(state);
 }
@@ -194,7 +195,8 @@ std::string CheckpointStore::write(const Checkpoint& checkpoint) const {
     }
     files_.sync(folder_);
     const std::string left = failure_of([&] { remove_old(place); });
-    return left.empty() ? warning : "a checkpoint that is not to be kept is still there: " + left;
+    if (left.empty()) return warning;
+    return (warning.empty() ? "" : warning + "; ") + "a checkpoint that is not to be kept is still there: " + left;
 }
 
 void CheckpointStore::remove_old(const Place& newest) const {

@@ -56,8 +56,12 @@ public:
     ///         ErrorKind::usage if the newest is of another version of what is written.
     std::optional<Checkpoint> newest();
 
-    /// The next save() of this progress writes nothing: it is that of a checkpoint that is there.
-    void go_on_from(const TrainerState& state);
+    /// The next save() of this progress writes nothing: it is that of a checkpoint that is there. `damaged` are those
+    /// that another store's newest() passed over.
+    void go_on_from(const TrainerState& state, const std::vector<std::filesystem::path>& damaged = {});
+
+    /// Those that newest() passed over; one that is written anew is none of them any more.
+    const std::vector<std::filesystem::path>& damaged() const { return damaged_; }
 
     /// Copies the tensors that the next step changes and writes from the copy in a thread. Without room for the copy,
     /// where a snapshot is in a file (which is read while it is written) or a thread cannot be had, as save_now().
@@ -106,7 +110,7 @@ private:
     std::optional<Progress> saved_;  // of the last that was written or read
     std::int64_t saved_open_ = 0;    // samples of the batch after it
     std::int64_t written_ = 0;
-    std::vector<std::filesystem::path> damaged_;  // that newest() passed over
+    std::vector<std::filesystem::path> damaged_;
     std::vector<std::string> warnings_;
 };
 

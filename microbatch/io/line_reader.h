@@ -15,11 +15,15 @@ public:
     /// No line may be longer than this.
     static constexpr std::uint64_t longest = std::uint64_t{1} << 20U;
 
-    explicit LineReader(const std::filesystem::path& path) : file_(path) {}
+    enum class LongLines { refuse, pass_over };
+
+    explicit LineReader(const std::filesystem::path& path, LongLines long_lines = LongLines::refuse)
+        : file_(path), long_lines_(long_lines) {}
 
     /// The next line, without its end, until the next call; none at the end of the file. The last one may have no end:
     /// see is_whole().
-    /// Errors: ErrorKind::bad_data, naming file and line, if it is too long; and as InputFile::read().
+    /// Errors: ErrorKind::bad_data, naming file and line, if it is too long, where it is not to be passed over as an
+    ///         empty one; and as InputFile::read().
     std::optional<std::string_view> next();
 
     /// Whether the line that next() gave has an end.
@@ -32,7 +36,11 @@ public:
     std::int64_t number() const { return number_; }
 
 private:
+    void read_chunk();
+    std::string_view pass_over();
+
     InputFile file_;
+    LongLines long_lines_;
     std::string chunk_;  // of the file, from chunk_begin_
     std::uint64_t chunk_begin_ = 0;
     std::uint64_t offset_ = 0;

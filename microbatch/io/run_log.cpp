@@ -8,7 +8,6 @@
 
 #include "microbatch/core/error.h"
 #include "microbatch/core/text.h"
-#include "microbatch/io/file_system.h"
 #include "microbatch/io/json_number.h"
 #include "microbatch/io/line_reader.h"
 
@@ -36,17 +35,14 @@ std::optional<std::int64_t> step_of(std::string_view line) {
 // The lines of steps up to `steps`, each step's once.
 void for_each_kept(const std::filesystem::path& path, std::int64_t steps,
                    const std::function<void(std::string_view line, std::uint64_t end)>& call) {
-    LineReader lines(path);
+    // One beyond all measure, such as the zeros that a crash has left, is no step's.
+    LineReader lines(path, LineReader::LongLines::pass_over);
     std::int64_t last = 0;
-    try {
-        while (const auto line = lines.next()) {
-            const auto step = step_of(*line);
-            if (!step || *step <= last || *step > steps || !lines.is_whole()) continue;
-            last = *step;
-            call(*line, lines.offset());
-        }
-    } catch (const Error&) {
-        // A line beyond all measure, such as the zeros that a crash has left: nothing of it is a step's.
+    while (const auto line = lines.next()) {
+        const auto step = step_of(*line);
+        if (!step || *step <= last || *step > steps || !lines.is_whole()) continue;
+        last = *step;
+        call(*line, lines.offset());
     }
 }
 
@@ -68,13 +64,14 @@ Kept kept_of(const std::filesystem::path& path, std::int64_t steps) {
 }
 
 // Without what is between the lines.
-void mend(const std::filesystem::path& path, std::int64_t steps) {
-    write_whole(path, [&](OutputFile& out) {
+void mend(const std::filesystem::path& path, std::int64_t steps, FileSystem& files) {
+    const auto write = [&](OutputFile& out) {
         for_each_kept(path, steps, [&out](std::string_view line, std::uint64_t) {
             out.write(line);
             out.write("\n");
         });
-    });
+    };
+    write_whole(path, write, files);
 }
 
 }  // namespace
@@ -89,7 +86,8 @@ RunLog::RunLog(const std::filesystem::path& folder) : path_(folder / "metrics.js
     file_.emplace(path_);
 }
 
-RunLog::RunLog(const std::filesystem::path& folder, std::int64_t steps) : path_(folder / "metrics.jsonl") {
+RunLog::RunLog(const std::filesystem::path& folder, std::int64_t steps, FileSystem& files)
+    : path_(folder / "metrics.jsonl") {
     make_folder(folder);
     std::error_code failure;
     if (!std::filesystem::exists(std::filesystem::symlink_status(path_, failure))) {
@@ -100,7 +98,7 @@ RunLog::RunLog(const std::filesystem::path& folder, std::int64_t steps) : path_(
         throw Error(ErrorKind::usage, text(path_.string(), " is no file: it is in the way of the run's log"));
     }
     const Kept kept = kept_of(path_, steps);
-    if (!kept.is_begin()) mend(path_, steps);
+    if (!kept.is_begin()) mend(path_, steps, files);
     file_.emplace(path_, kept.bytes);
     lines_ = kept.lines;
 }

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "microbatch/io/append_file.h"
+#include "microbatch/io/file_system.h"
 #include "microbatch/train/trainer.h"
 
 namespace microbatch {
@@ -35,8 +36,10 @@ public:
 
     /// Goes on with the log of a run that goes on after so many steps: the lines after them are left out, and so is
     /// what is no line of a step. lines() then tells whether all are there.
-    /// Errors: ErrorKind::usage as above; a log that is not there is begun anew.
-    RunLog(const std::filesystem::path& folder, std::int64_t steps);
+    /// Errors: ErrorKind::usage as above, and ErrorKind::bad_data if it cannot be read: it is as it was then. A log
+    /// that
+    ///         is not there is begun anew.
+    RunLog(const std::filesystem::path& folder, std::int64_t steps, FileSystem& files = system_files());
 
     /// Why the line, or those before it, could not be written, naming the file; empty if all are.
     std::string write(const TrainerReport& report, const StepMeasures& measures);

@@ -121,30 +121,43 @@ namespace {
 
 using ParamState = torch::optim::OptimizerParamState;
 
-/// What torch keeps of a parameter, in a fixed order; the first `always` of the tensors are never missing.
+/// What torch keeps of a parameter, in a fixed order.
 struct Fields {
     std::int64_t* step;
     std::vector<at::Tensor*> tensors;
-    std::size_t always;
 };
 
 std::optional<Fields> fields_of(ParamState& state) {
     if (auto* adamw = dynamic_cast<torch::optim::AdamWParamState*>(&state)) {
-        return Fields{&adamw->step(), {&adamw->exp_avg(), &adamw->exp_avg_sq(), &adamw->max_exp_avg_sq()}, 2};
+        return Fields{&adamw->step(), {&adamw->exp_avg(), &adamw->exp_avg_sq(), &adamw->max_exp_avg_sq()}};
     }
     if (auto* adam = dynamic_cast<torch::optim::AdamParamState*>(&state)) {
-        return Fields{&adam->step(), {&adam->exp_avg(), &adam->exp_avg_sq(), &adam->max_exp_avg_sq()}, 2};
+        return Fields{&adam->step(), {&adam->exp_avg(), &adam->exp_avg_sq(), &adam->max_exp_avg_sq()}};
     }
     if (auto* sgd = dynamic_cast<torch::optim::SGDParamState*>(&state)) {
-        return Fields{nullptr, {&sgd->momentum_buffer()}, 1};
+        return Fields{nullptr, {&sgd->momentum_buffer()}};
     }
     if (auto* rms = dynamic_cast<torch::optim::RMSpropParamState*>(&state)) {
-        return Fields{&rms->step(), {&rms->square_avg(), &rms->momentum_buffer(), &rms->grad_avg()}, 1};
+        return Fields{&rms->step(), {&rms->square_avg(), &rms->momentum_buffer(), &rms->grad_avg()}};
     }
     if (auto* adagrad = dynamic_cast<torch::optim::AdagradParamState*>(&state)) {
-        return Fields{&adagrad->step(), {&adagrad->sum()}, 1};
+        return Fields{&adagrad->step(), {&adagrad->sum()}};
     }
     return std::nullopt;
+}
+
+// Which of the tensors there must be, by what the optimizer is to do with them.
+std::vector<bool> needed(const torch::optim::OptimizerOptions& options) {
+    if (const auto* adamw = dynamic_cast<const torch::optim::AdamWOptions*>(&options)) {
+        return {true, true, adamw->amsgrad()};
+    }
+    if (const auto* adam = dynamic_cast<const torch::optim::AdamOptions*>(&options)) {
+        return {true, true, adam->amsgrad()};
+    }
+    if (const auto* rms = dynamic_cast<const torch::optim::RMSpropOptions*>(&options)) {
+        return {true, rms->momentum() > 0.0, rms->centered()};
+    }
+    return {true};
 }
 
 std::unique_ptr<ParamState> new_state(const torch::optim::Optimizer& optimizer) {
@@ -175,14 +188,14 @@ bool is_missing(const at::Tensor& tensor) {
     return tensor.scalar_type() == at::kByte && tensor.numel() == 0;
 }
 
-bool fits(const std::vector<at::Tensor>& tensors, const Fields& fields, const at::Tensor& parameter) {
+bool fits(const std::vector<at::Tensor>& tensors, const Fields& fields, const at::Tensor& parameter,
+          const std::vector<bool>& needed) {
     const std::size_t steps = fields.step != nullptr ? 1 : 0;
     if (tensors.size() != steps + fields.tensors.size()) return false;
     if (steps == 1 && (tensors[0].scalar_type() != at::kLong || tensors[0].numel() != 1)) return false;
     for (std::size_t i = 0; i < fields.tensors.size(); ++i) {
         const at::Tensor& tensor = tensors[steps + i];
-        const bool may_miss = i >= fields.always;
-        if (may_miss && is_missing(tensor)) continue;
+        if (!needed[i] && is_missing(tensor)) continue;
         if (tensor.sizes() != parameter.sizes() || tensor.scalar_type() != parameter.scalar_type()) return false;
     }
     return true;
@@ -195,7 +208,7 @@ OptimizerState TorchOptimizer::state() const {
     for (const at::Tensor& parameter : parameters()) {
         std::vector<at::Tensor>& tensors = result.emplace_back();
         const auto found = optimizer_.state().find(parameter.unsafeGetTensorImpl());
-        if (found == optimizer_.state().end()) continue;
+        if (found == optimizer_.state().end() || !found->second) continue;
         const std::optional<Fields> fields = fields_of(*found->second);
         if (!fields) refuse_kind();
         if (fields->step != nullptr) tensors.push_back(at::scalar_tensor(*fields->step, at::kLong));
@@ -209,10 +222,19 @@ void TorchOptimizer::require_state(const OptimizerState& state) const {
     const std::unique_ptr<ParamState> made = new_state(optimizer_);
     if (!made) refuse_kind();
     const Fields fields = *fields_of(*made);
-    const auto sound = [&fields](const std::vector<at::Tensor>& tensors, const at::Tensor& parameter) {
-        return tensors.empty() || fits(tensors, fields, parameter);  // empty: it has made no step yet
-    };
-    if (std::equal(state.begin(), state.end(), all.begin(), all.end(), sound)) return;
+    // Torch makes Adagrad's with the optimizer, others' in the first step.
+    const bool may_be_empty = dynamic_cast<const torch::optim::Adagrad*>(&optimizer_) == nullptr;
+    bool sound = state.size() == all.size();
+    std::size_t i = 0;
+    for (const auto& group : optimizer_.param_groups()) {
+        const std::vector<bool> wanted = needed(group.options());
+        for (const at::Tensor& parameter : group.params()) {
+            if (!sound) break;
+            const std::vector<at::Tensor>& tensors = state[i++];
+            sound = tensors.empty() ? may_be_empty : fits(tensors, fields, parameter, wanted);
+        }
+    }
+    if (sound) return;
     throw Error(ErrorKind::usage, "this is not the state of such a torch optimizer");
 }
 

@@ -193,12 +193,16 @@ void Trainer::add_noise(TrainerReport& report) {
 void Trainer::go_back(TrainerReport& report) {
     if (!recovery_) return;
     if (recovery_->times() == 0) own_rate_ = accumulator_.optimizer().learning_rate();
-    try {
-        report.went_back_to = recovery_->go_back(progress_.steps, *guard_);
-    } catch (const Error& error) {
-        report.warning = text("no way back: ", error.what());
-    } catch (const c10::OutOfMemoryError&) {
-        report.warning = "no way back: out of memory";
+    for (bool again = true; again;) {
+        again = false;
+        try {
+            report.went_back_to = recovery_->go_back(progress_.steps, *guard_);
+        } catch (const Error& error) {
+            report.warning = text("no way back: ", error.what());
+        } catch (const c10::OutOfMemoryError&) {
+            again = options_.release_memory && options_.release_memory();
+            if (!again) report.warning = "no way back: out of memory";
+        }
     }
     if (!report.went_back_to) return;
     // The guard of a larger batch would refuse the noise of this one.

@@ -76,7 +76,7 @@ public:
     TrainerReport step();
 
     /// All that the run goes on from, between two steps or after one that was paused. Its tensors are this trainer's
-    /// own: see own_tensors(). Cost: no copies, but of the state of a TorchOptimizer.
+    /// own: see own_tensors(). Cost: no copies.
     TrainerState state() const;
 
     /// Goes on from a state that a trainer of the same model, optimizer, data and options had: the next step is the one

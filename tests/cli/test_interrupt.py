@@ -144,6 +144,18 @@ def test_two_signals_end_at_once(run, first, second):
     assert list((run.folder / "run").glob("checkpoints/step-*")) == []
 
 
+def test_a_signal_that_comes_twice_at_once_is_one(run):
+    """As coreutils' timeout sends it: to the process and to its group."""
+    process = run.start("train", batch=100_000, micro_batch=1, steps=100)
+    wait_for(lambda: lines_of(run) == 0, process)
+    time.sleep(0.3)
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.001)
+    process.communicate(timeout=10)
+    assert process.returncode == 130 and len(list((run.folder / "run" / "checkpoints").iterdir())) == 1
+
+
 def test_a_signal_that_was_ignored_from_the_start_stays_ignored(run):
     """As nohup starts a command."""
     process = run.start("train", lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN), steps="30M", micro_batch=8)

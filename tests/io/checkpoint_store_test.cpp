@@ -201,9 +201,11 @@ TEST_F(CheckpointStoreTest, ADamagedOneTakesNoPlaceOfOneThatIsWhole) {
     CheckpointStore store(folder());
     for (int i = 0; i < 3; ++i) EXPECT_TRUE(store.save_now(after(1)));
     damage("step-00000003", "state.json");
-    CheckpointStore other(folder());
+    CheckpointStore reader(folder()), other(folder());
     Training resumed(TrainingOptions{});
-    resumed.trainer().restore(other.newest()->trainer);
+    const TrainerState newest = reader.newest()->trainer;
+    resumed.trainer().restore(newest);
+    other.go_on_from(newest, reader.damaged());
     for (int i = 0; i < 2; ++i) resumed.step();  // 3 is not made again
     EXPECT_TRUE(other.save_now({resumed.trainer().state()}));
     EXPECT_EQ(names_in(folder()), (Names{"step-00000001", "step-00000002", "step-00000004"}));

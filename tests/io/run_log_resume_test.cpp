@@ -10,6 +10,7 @@
 #include "microbatch/io/run_log.h"
 #include "microbatch/io/run_reader.h"
 #include "support/errors.h"
+#include "support/faulty_files.h"
 #include "support/temp_folder.h"
 
 namespace microbatch {
@@ -110,6 +111,42 @@ TEST(RunLogResume, ATailBeyondAllMeasureIsCutOff) {
         write_log(folder, whole + std::string(3'000'000, fill));
         EXPECT_EQ(RunLog(folder.path(), 5).lines(), 3);
         EXPECT_EQ(log_of(folder), whole);
+    }
+}
+
+TEST(RunLogResume, AMiddleBeyondAllMeasureCostsNoLineAfterIt) {
+    const std::string whole = make_log(6), third = first_lines(whole, 3);
+    for (const std::size_t size : {1'000'000, 1'048'576, 1'048'577, 2'097'152, 3'000'000}) {
+        const TempFolder folder;
+        write_log(folder, third + std::string(size, '\0') + "\n" + whole.substr(third.size()));
+        EXPECT_EQ(RunLog(folder.path(), 6).lines(), 6);
+        EXPECT_EQ(log_of(folder), whole);
+    }
+}
+
+TEST(RunLogResume, WhereItCannotBeMendedItIsAsItWas) {
+    const std::string whole = make_log(6), third = first_lines(whole, 3);
+    const std::string damaged = third + "garbage\n" + whole.substr(third.size());
+    for (const Fault fault : {Fault::error, Fault::half_error}) {
+        for (int n = 1;; ++n) {
+            SCOPED_TRACE(::testing::Message() << "operation " << n);
+            const TempFolder folder, attic;
+            write_log(folder, damaged);
+            FaultyFiles files(attic.path(), n, fault);
+            try {
+                EXPECT_EQ(RunLog(folder.path(), 6, files).lines(), 6);
+            } catch (const Error& error) {
+                EXPECT_EQ(error.kind(), ErrorKind::usage);
+            }
+            const std::string found = log_of(folder);
+            EXPECT_TRUE(found == damaged || found == whole) << found;
+            EXPECT_EQ(RunLog(folder.path(), 6).lines(), 6);
+            EXPECT_EQ(log_of(folder), whole);
+            if (files.operations() < n) {
+                EXPECT_GT(n, 5);
+                break;
+            }
+        }
     }
 }
 

@@ -152,6 +152,11 @@ TEST(OptimizerState, WhatATorchOptimizerCannotHaveIsRefused) {
     for (std::size_t i = 0; i < before.size(); ++i) {
         for (std::size_t j = 0; j < before[i].size(); ++j) EXPECT_TRUE(at::equal(after[i][j], before[i][j]));
     }
+    // What the optimizer's settings need must be there.
+    torch::optim::AdamW largest({run.parameters[0].tensor}, torch::optim::AdamWOptions().amsgrad(true));
+    expect_usage_error({"torch"}, [&] { TorchOptimizer(largest).require_state({before[0]}); });
+    torch::optim::Adagrad adagrad(std::vector<at::Tensor>{run.parameters[0].tensor});
+    expect_usage_error({"torch"}, [&] { TorchOptimizer(adagrad).require_state({{}}); });
     torch::optim::LBFGS unknown({run.parameters[0].tensor});
     expect_usage_error({"AdamW", "Adagrad"}, [&] { TorchOptimizer(unknown).require_state({{}}); });
 }
