@@ -247,8 +247,9 @@ void Trainer::require_fits(const TrainerState& state) const {
     if (!state.open) return;
     const OpenBatchState& open = *state.open;
     if (open.samples < 1 || open.plan.micro_batch < 1 || open.so_far.micro_batches < 1 ||
-        open.so_far.micro_batches > open.samples || open.out_of_memory < 0 || open.out_of_memory > INT32_MAX ||
-        !is_positive(open.so_far.weight) || !is_positive(open.seconds)) {
+        open.so_far.micro_batches > open.samples || open.so_far.parts.count < 0 ||
+        open.so_far.parts.count > open.so_far.micro_batches || open.out_of_memory < 0 ||
+        open.out_of_memory > INT32_MAX || !is_positive(open.so_far.weight) || !is_positive(open.seconds)) {
         refuse("a number of the batch that was left open is none");
     }
     require_same(open.gradients, accumulator_.parameters(), "gradient of", false);

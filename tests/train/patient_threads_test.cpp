@@ -45,6 +45,17 @@ TEST(PatientThreads, CrowdTheCoresOnlyWhileThreadsAreSeenToWait) {
     EXPECT_TRUE(comes_down_to(before));
 }
 
+TEST(PatientThreads, AreNotNeededWhereTorchHasOneThread) {
+    const int before = at::get_num_threads();
+    PatientThreads threads;
+    threads.judge(1.0);
+    ASSERT_TRUE(threads.patient());
+    at::set_num_threads(1);
+    threads.look();
+    EXPECT_FALSE(threads.patient());
+    at::set_num_threads(before);
+}
+
 TEST(PatientThreads, ChangeNoBit) {
     at::manual_seed(1);
     const at::Tensor left = at::randn({200, 300}), right = at::randn({300, 100});

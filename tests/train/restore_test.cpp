@@ -220,6 +220,9 @@ TEST(Restore, RefusesAnOpenBatchThatIsNone) {
         refused.expect({}, [bad](TrainerState& state) { state.open->plan.micro_batch = bad; });
         refused.expect({}, [bad](TrainerState& state) { state.open->so_far.micro_batches = bad; });
     }
+    for (const std::int64_t bad : {std::int64_t{-1}, largest}) {  // more than there were micro-batches
+        refused.expect({}, [bad](TrainerState& state) { state.open->so_far.parts.count = bad; });
+    }
     refused.expect({}, [](TrainerState& state) { state.open->out_of_memory = -1; });
     for (const double bad : {-1.0, nan_value, infinity}) {
         refused.expect({}, [bad](TrainerState& state) { state.open->so_far.weight = bad; });
