@@ -29,8 +29,8 @@ struct ResumePoint {
 /// The newest checkpoint of the --run that is whole, none if there is none; flags of the command that are still open
 /// are filled from it, and --micro-batch auto becomes what it was, unless the budget is another one.
 /// Requires: the run's folder is locked.
-/// Errors: ErrorKind::usage without a --run, or if the newest is of another version; ErrorKind::bad_data if there are
-///         checkpoints and none is whole, or they cannot be read.
+/// Errors: ErrorKind::usage without a --run; ErrorKind::bad_data if there are checkpoints and none is whole, the newest
+///         is of another version, or they cannot be read.
 std::optional<ResumePoint> find_resume_point(CLI::App& command, Settings& settings);
 
 /// Throws ErrorKind::usage as reconcile() does. The cut may be another one.

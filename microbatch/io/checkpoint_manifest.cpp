@@ -45,7 +45,7 @@ std::string name_from(std::string name) {
 
 CheckpointManifest read(const nlohmann::json& json) {
     if (count_from(json.at("version")) != version) {
-        throw Error(ErrorKind::usage, "it is of another version: go on with the microbatch that wrote it");
+        throw AnotherVersion(ErrorKind::bad_data, "it is of another version: go on with the microbatch that wrote it");
     }
     CheckpointManifest manifest{
         .progress = {count_from(json.at("steps")), count_from(json.at("samples")), count_from(json.at("tokens"))},
@@ -89,8 +89,8 @@ CheckpointManifest parse_checkpoint_manifest(std::string_view content, const std
         std::sort(manifest.files.begin(), manifest.files.end(),
                   [](const CheckpointFile& one, const CheckpointFile& other) { return one.name < other.name; });
         return manifest;
-    } catch (const Error& error) {
-        throw Error(error.kind(), text(file, ": ", error.what()));
+    } catch (const AnotherVersion& error) {
+        throw AnotherVersion(error.kind(), text(file, ": ", error.what()));
     } catch (const nlohmann::json::exception&) {
         refuse("it is no manifest of a checkpoint");
     } catch (const std::invalid_argument& error) {

@@ -5,6 +5,7 @@
 #include <string_view>
 #include <vector>
 
+#include "microbatch/core/error.h"
 #include "microbatch/core/units.h"
 
 namespace microbatch {
@@ -28,11 +29,17 @@ struct CheckpointManifest {
     bool operator==(const CheckpointManifest&) const = default;
 };
 
+/// A checkpoint that is whole, but is for another version to read.
+class AnotherVersion : public Error {
+public:
+    using Error::Error;
+};
+
 /// As text: a JSON object whose last line is the CRC-32C of all that stands before it.
 std::string to_text(const CheckpointManifest& manifest);
 
 /// Reads it back. It is not trusted: any change of a bit is found, names lead nowhere but into the checkpoint's folder.
-/// Errors: ErrorKind::bad_data, naming the `file`, if it is not as to_text() writes it, or of another version.
+/// Errors: ErrorKind::bad_data, naming the `file`, if it is not as to_text() writes it; AnotherVersion, of that kind.
 CheckpointManifest parse_checkpoint_manifest(std::string_view text, const std::string& file);
 
 }  // namespace microbatch

@@ -136,8 +136,9 @@ std::optional<Checkpoint> CheckpointStore::newest() {
             go_on_from(checkpoint.trainer);
             for (const std::string& why : damaged) warnings_.push_back(text("a checkpoint was passed over: ", why));
             return checkpoint;
+        } catch (const AnotherVersion&) {
+            throw;  // it is whole, but not for us
         } catch (const Error& error) {
-            if (error.kind() != ErrorKind::bad_data) throw;  // whole, but not for us
             damaged.emplace_back(error.what());
             damaged_.push_back(place->path);
         }

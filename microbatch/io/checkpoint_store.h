@@ -53,7 +53,7 @@ public:
 
     /// The newest one that is whole. Those newer that are not are named in warnings().
     /// Errors: ErrorKind::bad_data, naming each, if there are some and none is whole, or if the folder cannot be read;
-    ///         ErrorKind::usage if the newest is of another version of what is written.
+    ///         AnotherVersion if the newest that is whole is one.
     std::optional<Checkpoint> newest();
 
     /// The next save() of this progress writes nothing: it is that of a checkpoint that is there. `damaged` are those

@@ -226,7 +226,8 @@ TEST_F(CheckpointStoreTest, OneOfAnotherVersionIsNotPassedOver) {
     text.erase(text.rfind(",\n  \"crc32c\""));
     std::snprintf(digits, sizeof(digits), "%08x", crc32c(text));
     std::ofstream(manifest) << text << ",\n  \"crc32c\": \"" << digits << "\"\n}\n";
-    expect_usage_error({"step-00000002", "another version"}, [&] { CheckpointStore(folder()).newest(); });
+    expect_error(ErrorKind::bad_data, {"step-00000002", "another version"},
+                 [&] { CheckpointStore(folder()).newest(); });
 }
 
 TEST_F(CheckpointStoreTest, RefusesWhatMeansNothing) {
