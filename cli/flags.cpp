@@ -170,7 +170,7 @@ void add_checkpoint_options(CLI::App& command, Settings& s) {
         .add_option(
             "--checkpoint-every", s.checkpoint_every,
             "How often the run is saved, and so how much of it a kill can lose (default \"100 steps\"; \"0 steps\": "
-            "when it is interrupted, and at its end). Steps that are faster than the disk go on meanwhile")
+            "when it is interrupted, and at its end)")
         ->type_name("INTERVAL")
         ->group(group);
     add_count(command, "--keep", s.keep, "How many of the newest checkpoints stay (default 3)", 1)
