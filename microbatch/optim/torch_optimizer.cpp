@@ -147,7 +147,7 @@ std::optional<Fields> fields_of(ParamState& state) {
 }
 
 // Which of the tensors there must be, by what the optimizer is to do with them.
-std::vector<bool> needed(const torch::optim::OptimizerOptions& options) {
+std::vector<bool> needed_tensors(const torch::optim::OptimizerOptions& options) {
     if (const auto* adamw = dynamic_cast<const torch::optim::AdamWOptions*>(&options)) {
         return {true, true, adamw->amsgrad()};
     }
@@ -189,13 +189,13 @@ bool is_missing(const at::Tensor& tensor) {
 }
 
 bool fits(const std::vector<at::Tensor>& tensors, const Fields& fields, const at::Tensor& parameter,
-          const std::vector<bool>& needed) {
+          const std::vector<bool>& wanted) {
     const std::size_t steps = fields.step != nullptr ? 1 : 0;
     if (tensors.size() != steps + fields.tensors.size()) return false;
     if (steps == 1 && (tensors[0].scalar_type() != at::kLong || tensors[0].numel() != 1)) return false;
     for (std::size_t i = 0; i < fields.tensors.size(); ++i) {
         const at::Tensor& tensor = tensors[steps + i];
-        if (!needed[i] && is_missing(tensor)) continue;
+        if (!wanted[i] && is_missing(tensor)) continue;
         if (tensor.sizes() != parameter.sizes() || tensor.scalar_type() != parameter.scalar_type()) return false;
     }
     return true;
@@ -227,7 +227,7 @@ void TorchOptimizer::require_state(const OptimizerState& state) const {
     bool sound = state.size() == all.size();
     std::size_t i = 0;
     for (const auto& group : optimizer_.param_groups()) {
-        const std::vector<bool> wanted = needed(group.options());
+        const std::vector<bool> wanted = needed_tensors(group.options());
         for (const at::Tensor& parameter : group.params()) {
             if (!sound) break;
             const std::vector<at::Tensor>& tensors = state[i++];

@@ -27,8 +27,9 @@ public:
     bool has_state() const override;
 
     /// Of each parameter what torch keeps of it: the step's number, where there is one, and its tensors; an empty
-    /// tensor of bytes in the place of one that there is not. Not the groups' options. Errors: ErrorKind::usage for
-    /// others than Adam, AdamW, SGD, RMSprop and Adagrad: torch tells what those keep only
+    /// tensor of bytes in the place of one that there is not. Not the groups' options.
+    ///
+    /// Errors: ErrorKind::usage for others than Adam, AdamW, SGD, RMSprop and Adagrad: torch tells what those keep only
     ///         in an archive of pickles.
     OptimizerState state() const override;
     bool owns_state() const override { return false; }

@@ -52,11 +52,9 @@ void Recovery::take(std::int64_t steps, const SpikeGuard& guard, const std::func
         add({steps, guard.state(), RunPoint(*accumulator_, share, new_file())});
         return;
     } catch (const c10::OutOfMemoryError&) {
-        if (options_.memory_bytes == 0 || options_.folder.empty()) {
-            if (!release_memory || !release_memory()) return fail("out of memory");
-        } else if (!release_memory || !release_memory()) {
-            options_.memory_bytes = 0;
-        }
+        const bool returned = release_memory && release_memory();
+        if (!returned && (options_.memory_bytes == 0 || options_.folder.empty())) return fail("out of memory");
+        if (!returned) options_.memory_bytes = 0;
     } catch (const Error& error) {
         return fail(error.what());
     }

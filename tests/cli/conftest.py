@@ -17,6 +17,8 @@ from array import array
 
 import pytest
 
+pytest.register_assert_rewrite("resuming")
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 COMMAND = os.path.abspath(os.environ.get("MICROBATCH", ROOT / "build" / "release" / "microbatch"))
 FORTUNES = pathlib.Path("/usr/share/games/fortunes")

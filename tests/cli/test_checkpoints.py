@@ -14,7 +14,7 @@ import pytest
 
 from conftest import COMMAND, FILES, IMAGES, TEXT, Result, weights_file, words_of
 from test_interrupt import interrupted_in_a_batch, lines_of, wait_for
-from test_resume import assert_same, at_once, checkpoints_of, contents, without_times
+from resuming import assert_same, at_once, checkpoints_of, contents, without_times
 
 PARTS = {"weights.safetensors", "optimizer.safetensors", "generators.safetensors", "state.json", "manifest.json"}
 LONG = {"steps": "30M", "micro_batch": 8, "checkpoint_every": "10 steps"}

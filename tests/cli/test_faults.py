@@ -12,7 +12,8 @@ import pytest
 
 from conftest import COMMAND, FILES, TEXT, Result, words_of
 from test_interrupt import lines_of, wait_for
-from test_resume import assert_same, at_once, checkpoints_of, event_files, events_of
+from resuming import assert_same, at_once, checkpoints_of
+from test_resume import event_files, events_of
 
 LONG = {"steps": "30M", "micro_batch": 3, "schedule": "constant", "dropout": 0.1}
 
