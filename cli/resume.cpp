@@ -163,14 +163,9 @@ void begin_optimizer_anew(TrainerState& state) {
 
 // Why the optimizer does not take its state; empty if it does.
 std::string misfit_of(const TrainerState& state, const Optimizer& optimizer) {
-    OptimizerState shapes;
-    auto next = state.optimizer.begin();
-    for (const std::size_t count : state.optimizer_counts) {
-        shapes.emplace_back();
-        for (std::size_t i = 0; i < count; ++i) shapes.back().push_back((next++)->shape);
-    }
     try {
-        optimizer.require_state(shapes);
+        optimizer.require_state(
+            lists_of(state.optimizer_counts, state.optimizer, [](const StoredTensor& one) { return one.shape; }));
         return {};
     } catch (const Error& error) {
         return error.what();

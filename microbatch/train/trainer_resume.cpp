@@ -258,14 +258,7 @@ void Trainer::require_fits(const TrainerState& state) const {
 
 // Throws unless they can be the optimizer's tensors, so many of each of its parameters.
 void Trainer::require_optimizer(const std::vector<std::size_t>& counts, const StoredTensors& tensors) const {
-    OptimizerState shapes;
-    std::size_t next = 0;
-    for (const std::size_t count : counts) {
-        if (count > tensors.size() - next) refuse("there are fewer optimizer tensors than it says");
-        shapes.emplace_back();
-        for (std::size_t i = 0; i < count; ++i) shapes.back().push_back(tensors[next++].shape);
-    }
-    if (next != tensors.size()) refuse("there are more optimizer tensors than it says");
+    const OptimizerState shapes = lists_of(counts, tensors, [](const StoredTensor& one) { return one.shape; });
     as_bad_data([&] { accumulator_.optimizer().require_state(shapes); });
 }
 
@@ -284,13 +277,7 @@ void Trainer::require_point(const RecoveryState::Point& point) const {
 }
 
 void Trainer::restore_optimizer(const TrainerState& state) {
-    OptimizerState tensors;
-    auto next = state.optimizer.begin();
-    for (const std::size_t count : state.optimizer_counts) {
-        tensors.emplace_back();
-        for (std::size_t i = 0; i < count; ++i) tensors.back().push_back(get_own(*next++));
-    }
-    accumulator_.optimizer().adopt(std::move(tensors));
+    accumulator_.optimizer().adopt(lists_of(state.optimizer_counts, state.optimizer, get_own));
 }
 
 void Trainer::restore_open_batch(const OpenBatchState& state) {

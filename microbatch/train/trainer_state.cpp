@@ -4,6 +4,8 @@
 
 #include <utility>
 
+#include "microbatch/core/error.h"
+
 namespace microbatch {
 namespace {
 
@@ -31,6 +33,21 @@ std::int64_t bytes_of(const StoredTensors& tensors) {
     std::int64_t bytes = 0;
     for (const StoredTensor& tensor : tensors) bytes += static_cast<std::int64_t>(tensor.shape.nbytes());
     return bytes;
+}
+
+OptimizerState lists_of(const std::vector<std::size_t>& counts, const StoredTensors& tensors,
+                        const std::function<at::Tensor(const StoredTensor&)>& get) {
+    OptimizerState lists;
+    std::size_t next = 0;
+    for (const std::size_t count : counts) {
+        if (count > tensors.size() - next) {
+            throw Error(ErrorKind::bad_data, "there are fewer optimizer tensors than it says");
+        }
+        lists.emplace_back();
+        for (std::size_t i = 0; i < count; ++i) lists.back().push_back(get(tensors[next++]));
+    }
+    if (next != tensors.size()) throw Error(ErrorKind::bad_data, "there are more optimizer tensors than it says");
+    return lists;
 }
 
 std::int64_t bytes_to_own(const TrainerState& state) {

@@ -89,6 +89,11 @@ struct TrainerState {
     StoredTensors generators = {};                   ///< the CPU's, then those of the parameters' devices
 };
 
+/// A list for each of the counts, of so many tensors one after the other, each had by `get`.
+/// Errors: ErrorKind::bad_data if there are fewer or more tensors than the counts say, and what `get` throws.
+OptimizerState lists_of(const std::vector<std::size_t>& counts, const StoredTensors& tensors,
+                        const std::function<at::Tensor(const StoredTensor&)>& get);
+
 /// Bytes that own_tensors() would take: all but the snapshots, which no step changes.
 std::int64_t bytes_to_own(const TrainerState& state);
 
