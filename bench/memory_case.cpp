@@ -23,11 +23,11 @@
 #include "microbatch/models/gpt.h"
 #include "microbatch/models/mlp.h"
 #include "microbatch/models/resnet.h"
-#include "microbatch/nn/cross_entropy.h"
-#include "microbatch/nn/linear_cross_entropy.h"
+#include "microbatch/ops/cross_entropy.h"
+#include "microbatch/ops/linear_cross_entropy.h"
 #include "microbatch/optim/adamw.h"
 #include "microbatch/optim/sgd.h"
-#include "microbatch/train/probe.h"
+#include "microbatch/step/probe.h"
 
 namespace {
 

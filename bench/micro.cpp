@@ -19,12 +19,12 @@
 #include <string>
 #include <vector>
 
+#include "microbatch/autograd/in_place_gradients.h"
 #include "microbatch/core/units.h"
 #include "microbatch/memory/budget_allocator.h"
 #include "microbatch/models/gpt.h"
-#include "microbatch/nn/cross_entropy.h"
-#include "microbatch/nn/in_place_gradients.h"
-#include "microbatch/nn/linear_cross_entropy.h"
+#include "microbatch/ops/cross_entropy.h"
+#include "microbatch/ops/linear_cross_entropy.h"
 #include "microbatch/optim/adamw.h"
 #include "microbatch/optim/clipping.h"
 #include "microbatch/optim/sgd.h"

@@ -21,17 +21,17 @@
 #include <vector>
 
 #include "microbatch/data/open.h"
+#include "microbatch/data/sampler.h"
 #include "microbatch/data/token_windows.h"
 #include "microbatch/memory/budget_allocator.h"
 #include "microbatch/models/gpt.h"
 #include "microbatch/models/resnet.h"
-#include "microbatch/nn/cross_entropy.h"
-#include "microbatch/nn/linear_cross_entropy.h"
+#include "microbatch/ops/cross_entropy.h"
+#include "microbatch/ops/linear_cross_entropy.h"
 #include "microbatch/optim/adamw.h"
-#include "microbatch/train/lazy_batch.h"
-#include "microbatch/train/probe.h"
-#include "microbatch/train/sampler.h"
-#include "microbatch/train/trainer.h"
+#include "microbatch/run/trainer.h"
+#include "microbatch/step/lazy_batch.h"
+#include "microbatch/step/probe.h"
 
 namespace {
 

@@ -25,11 +25,11 @@
 #include "microbatch/io/json_number.h"
 #include "microbatch/models/gpt.h"
 #include "microbatch/models/resnet.h"
-#include "microbatch/nn/cross_entropy.h"
+#include "microbatch/ops/cross_entropy.h"
 #include "microbatch/optim/adamw.h"
 #include "microbatch/optim/sgd.h"
-#include "microbatch/train/lazy_batch.h"
-#include "microbatch/train/trainer.h"
+#include "microbatch/run/trainer.h"
+#include "microbatch/step/lazy_batch.h"
 
 namespace {
 
@@ -57,8 +57,8 @@ public:
         inner_.step(divisor);
         inner_.set_learning_rate(rate);
     }
-    void rehearse(double divisor) override { inner_.rehearse(divisor); }
-    void end_rehearsal() override { inner_.end_rehearsal(); }
+    void dry_run(double divisor) override { inner_.dry_run(divisor); }
+    void end_dry_run() override { inner_.end_dry_run(); }
     bool has_state() const override { return inner_.has_state(); }
     OptimizerState state() const override { return inner_.state(); }
     void restore(const OptimizerState& state) override { inner_.restore(state); }

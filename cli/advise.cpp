@@ -18,7 +18,7 @@
 #include "cli/plan_job.h"
 #include "cli/progress.h"
 #include "cli/watch.h"
-#include "microbatch/analysis/branches.h"
+#include "microbatch/analysis/batch_size_sweep.h"
 #include "microbatch/core/batch_advice.h"
 #include "microbatch/core/error.h"
 #include "microbatch/core/units.h"

@@ -18,7 +18,7 @@
 #include "microbatch/memory/budget_allocator.h"
 #include "microbatch/memory/machine.h"
 #include "microbatch/models/gpt.h"
-#include "microbatch/nn/cross_entropy.h"
+#include "microbatch/ops/cross_entropy.h"
 
 namespace microbatch::cli {
 namespace {

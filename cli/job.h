@@ -6,8 +6,8 @@
 
 #include "cli/settings.h"
 #include "microbatch/data/open.h"
-#include "microbatch/train/accumulator.h"
-#include "microbatch/train/trainer.h"
+#include "microbatch/run/trainer.h"
+#include "microbatch/step/accumulator.h"
 
 namespace torch::nn {
 class Module;

@@ -5,7 +5,7 @@
 #include <optional>
 
 #include "cli/step_times.h"
-#include "microbatch/train/trainer.h"
+#include "microbatch/run/trainer.h"
 
 namespace microbatch::cli {
 

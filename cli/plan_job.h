@@ -3,7 +3,7 @@
 #include <cstdio>
 
 #include "cli/job.h"
-#include "microbatch/train/probe.h"
+#include "microbatch/step/probe.h"
 
 namespace microbatch::cli {
 

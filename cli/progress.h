@@ -6,7 +6,7 @@
 #include <string>
 
 #include "microbatch/core/units.h"
-#include "microbatch/train/trainer.h"
+#include "microbatch/run/trainer.h"
 
 namespace microbatch::cli {
 

@@ -3,7 +3,7 @@
 #include <filesystem>
 #include <string>
 
-#include "microbatch/io/run_summary.h"
+#include "microbatch/run/run_summary.h"
 
 namespace microbatch::cli {
 

@@ -10,9 +10,9 @@
 #include "cli/config_file.h"
 #include "cli/refuse.h"
 #include "microbatch/core/error.h"
-#include "microbatch/core/text.h"
+#include "microbatch/core/str_cat.h"
 #include "microbatch/core/units.h"
-#include "microbatch/io/checkpoint_store.h"
+#include "microbatch/run/checkpoint_store.h"
 
 namespace microbatch::cli {
 namespace {
@@ -228,8 +228,8 @@ void require_same_weights(const ResumePoint& point, const Parameters& weights_of
         }
         if (found->second.sizes() == one.tensor.sizes()) continue;
         throw Error(ErrorKind::bad_data,
-                    text("parameter ", one.name, " is of shape ", found->second.sizes(), " in the checkpoint of step ",
-                         point.steps(), ", in this model of ", one.tensor.sizes()));
+                    str_cat("parameter ", one.name, " is of shape ", found->second.sizes(),
+                            " in the checkpoint of step ", point.steps(), ", in this model of ", one.tensor.sizes()));
     }
     for (const Parameter& one : weights_of_model) weights.erase(one.name);
     if (weights.empty()) return;

@@ -12,7 +12,7 @@
 #include "microbatch/core/batch_plan.h"
 #include "microbatch/core/error.h"
 #include "microbatch/core/units.h"
-#include "microbatch/io/run_reader.h"
+#include "microbatch/run/run_reader.h"
 
 namespace microbatch::cli {
 namespace {

@@ -15,7 +15,7 @@
 #include "microbatch/core/error.h"
 #include "microbatch/io/safetensors.h"
 #include "microbatch/memory/budget_allocator.h"
-#include "microbatch/train/patient_threads.h"
+#include "microbatch/runtime/spin_throttle.h"
 
 namespace microbatch::cli {
 namespace {
@@ -51,7 +51,7 @@ void load_weights(const std::filesystem::path& folder, const Job& job) {
 
 // Ends where a signal came, and does not wait for threads that a busy machine does not run.
 LossFunction watched(const Job& job) {
-    return [&job, threads = std::make_shared<PatientThreads>()](const Batch& micro) {
+    return [&job, threads = std::make_shared<SpinThrottle>()](const Batch& micro) {
         if (interrupted()) throw Interrupted();
         threads->look();
         return job.loss(micro);

@@ -10,7 +10,7 @@
 #include "cli/watch.h"
 #include "microbatch/core/plan_report.h"
 #include "microbatch/io/event_file.h"
-#include "microbatch/io/run_log.h"
+#include "microbatch/run/run_log.h"
 
 namespace microbatch::cli {
 

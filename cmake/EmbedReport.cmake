@@ -1,6 +1,6 @@
 # Makes the files of the report into one source file: cmake -DOUT=... -DSOURCE=... -DUPLOT=... -P EmbedReport.cmake
-set(content "// Made by cmake/EmbedReport.cmake from microbatch/io/report and uPlot (MIT licence, Leon Sorokin).\n")
-string(APPEND content "#include \"microbatch/io/report_files.h\"\n\nnamespace microbatch::report_files {\n\n")
+set(content "// Made by cmake/EmbedReport.cmake from microbatch/run/report and uPlot (MIT licence, Leon Sorokin).\n")
+string(APPEND content "#include \"microbatch/run/report_files.h\"\n\nnamespace microbatch::report_files {\n\n")
 foreach(file page_html=${SOURCE}/page.html page_css=${SOURCE}/page.css page_js=${SOURCE}/page.js
              uplot_css=${UPLOT}/uPlot.min.css uplot_js=${UPLOT}/uPlot.iife.min.js)
     string(REGEX REPLACE "=.*" "" name ${file})

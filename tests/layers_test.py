@@ -4,7 +4,8 @@ import pathlib
 import re
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-ROOMS = ["core", "memory", "nn", "optim", "train", "analysis", "io", "models", "data"]
+ROOMS = ["core", "runtime", "memory", "state", "model", "io", "data", "autograd", "ops", "optim", "step", "run",
+         "analysis", "models"]
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
 
 

@@ -15,7 +15,7 @@
 
 #include "microbatch/core/batch_plan.h"
 #include "microbatch/core/error.h"
-#include "microbatch/core/text.h"
+#include "microbatch/core/str_cat.h"
 #include "microbatch/optim/clipping.h"
 
 namespace microbatch {

@@ -3,8 +3,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "microbatch/optim/parameters.h"
-#include "microbatch/train/weighted_loss.h"
+#include "microbatch/model/parameters.h"
+#include "microbatch/step/weighted_loss.h"
 
 namespace microbatch {
 

@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/text.h"
+#include "microbatch/core/str_cat.h"
 #include "microbatch/optim/clipping.h"
 
 namespace microbatch {
@@ -26,7 +26,7 @@ void add_mean_gradients(const Parameters& parameters, double weight, std::vector
 GradientVariance gradient_variance(const Parameters& parameters, std::int64_t batches,
                                    const std::function<Batch()>& next, const Plan& plan, const LossFunction& loss) {
     if (batches < 2) {
-        throw Error(ErrorKind::usage, text("a variance needs at least 2 batches, not ", batches));
+        throw Error(ErrorKind::usage, str_cat("a variance needs at least 2 batches, not ", batches));
     }
     Gatherer gatherer(parameters);
     std::vector<at::Tensor> sums(gatherer.parameters().size());

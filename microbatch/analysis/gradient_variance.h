@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <functional>
 
-#include "microbatch/train/gatherer.h"
+#include "microbatch/step/gatherer.h"
 
 namespace microbatch {
 

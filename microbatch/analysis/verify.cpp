@@ -7,10 +7,10 @@
 #include <cmath>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/text.h"
+#include "microbatch/core/str_cat.h"
+#include "microbatch/model/model_state.h"
 #include "microbatch/optim/clipping.h"
-#include "microbatch/train/gatherer.h"
-#include "microbatch/train/model_state.h"
+#include "microbatch/step/gatherer.h"
 
 namespace microbatch {
 namespace {
@@ -191,8 +191,8 @@ std::string_view describe(Cause cause) {
 
 Verification verify(torch::nn::Module& model, const Batch& batch, const LossFunction& loss, std::int64_t micro_batch) {
     if (micro_batch < 1 || micro_batch >= batch.size()) {
-        throw Error(ErrorKind::usage, text("verify needs a micro-batch of at least 1 and below the batch of ",
-                                           batch.size(), " samples, not ", micro_batch));
+        throw Error(ErrorKind::usage, str_cat("verify needs a micro-batch of at least 1 and below the batch of ",
+                                              batch.size(), " samples, not ", micro_batch));
     }
     return Verifier(model, batch, loss, micro_batch).run();
 }

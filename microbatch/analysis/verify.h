@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "microbatch/train/weighted_loss.h"
+#include "microbatch/step/weighted_loss.h"
 
 namespace torch::nn {
 class Module;

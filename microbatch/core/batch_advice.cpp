@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/text.h"
+#include "microbatch/core/str_cat.h"
 
 namespace microbatch {
 namespace {
@@ -44,10 +44,10 @@ std::int64_t batch_of_few_samples(double noise_batch) {
 BatchAdvice advise_batch(double noise_batch, std::span<const TimedCut> cuts, double update_seconds,
                          std::int64_t largest) {
     if (!std::isfinite(noise_batch) || noise_batch <= 0.0) {
-        throw Error(ErrorKind::usage, text("the noise batch is ", noise_batch, "; it must be finite and above 0"));
+        throw Error(ErrorKind::usage, str_cat("the noise batch is ", noise_batch, "; it must be finite and above 0"));
     }
     if (fastest(cuts, largest) == nullptr) {
-        throw Error(ErrorKind::usage, text("nothing is known of a micro-batch of at most ", largest, " samples"));
+        throw Error(ErrorKind::usage, str_cat("nothing is known of a micro-batch of at most ", largest, " samples"));
     }
     const std::int64_t smallest = std::min_element(cuts.begin(), cuts.end(), [](const auto& one, const auto& other) {
                                       return one.micro_batch < other.micro_batch;

@@ -3,14 +3,14 @@
 #include <algorithm>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/text.h"
+#include "microbatch/core/str_cat.h"
 
 namespace microbatch {
 
 std::int64_t micro_batch_count(std::int64_t batch, std::int64_t micro_batch) {
-    if (batch < 0) throw Error(ErrorKind::usage, text("the batch is ", batch, " samples; it must be 0 or more"));
+    if (batch < 0) throw Error(ErrorKind::usage, str_cat("the batch is ", batch, " samples; it must be 0 or more"));
     if (micro_batch < 1) {
-        throw Error(ErrorKind::usage, text("the micro-batch is ", micro_batch, " samples; it must be 1 or more"));
+        throw Error(ErrorKind::usage, str_cat("the micro-batch is ", micro_batch, " samples; it must be 1 or more"));
     }
     return batch / micro_batch + (batch % micro_batch == 0 ? 0 : 1);
 }
@@ -18,8 +18,8 @@ std::int64_t micro_batch_count(std::int64_t batch, std::int64_t micro_batch) {
 Slice micro_batch_slice(std::int64_t batch, std::int64_t micro_batch, std::int64_t index) {
     const std::int64_t count = micro_batch_count(batch, micro_batch);
     if (index < 0 || index >= count) {
-        throw Error(ErrorKind::usage, text("micro-batch ", index, " of a batch that has ", count, " (", batch,
-                                           " samples in ", micro_batch, "); count from 0"));
+        throw Error(ErrorKind::usage, str_cat("micro-batch ", index, " of a batch that has ", count, " (", batch,
+                                              " samples in ", micro_batch, "); count from 0"));
     }
     const std::int64_t begin = index * micro_batch;
     // The size is found first: begin + micro_batch could leave int64.

@@ -3,13 +3,13 @@
 #include <algorithm>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/text.h"
+#include "microbatch/core/str_cat.h"
 
 namespace microbatch {
 namespace {
 
 [[noreturn]] void refuse(const std::string& what) {
-    throw Error(ErrorKind::usage, text("the batch schedule ", what, "; write \"32 at 0, 128 at 2M tokens\""));
+    throw Error(ErrorKind::usage, str_cat("the batch schedule ", what, "; write \"32 at 0, 128 at 2M tokens\""));
 }
 
 std::string_view trimmed(std::string_view input) {
@@ -21,7 +21,7 @@ std::string_view trimmed(std::string_view input) {
 BatchStage parse_stage(std::string_view input) {
     const std::string_view stage = trimmed(input);
     const auto at = stage.find(" at ");
-    if (at == std::string_view::npos) refuse(text("has \"", stage, "\" for a stage"));
+    if (at == std::string_view::npos) refuse(str_cat("has \"", stage, "\" for a stage"));
     const std::string_view from = trimmed(stage.substr(at + 4));
     // Nothing of any unit is nothing.
     return {parse_count(trimmed(stage.substr(0, at))), from == "0" ? Interval{} : parse_interval(from)};
@@ -63,7 +63,7 @@ BatchSchedule parse_batch_schedule(std::string_view input) {
 std::string to_string(const BatchSchedule& schedule) {
     std::string result;
     for (const BatchStage& stage : schedule) {
-        result += text(result.empty() ? "" : ", ", stage.batch, " at ", to_string(stage.from));
+        result += str_cat(result.empty() ? "" : ", ", stage.batch, " at ", to_string(stage.from));
     }
     return result;
 }
@@ -73,14 +73,14 @@ void validate(const BatchSchedule& schedule) {
     if (schedule.front().from.count != 0) refuse("says nothing of the start: its first stage must be at 0");
     for (std::size_t i = 0; i < schedule.size(); ++i) {
         const BatchStage& stage = schedule[i];
-        if (stage.batch < 1) refuse(text("has a batch of ", stage.batch, "; it must be at least 1"));
+        if (stage.batch < 1) refuse(str_cat("has a batch of ", stage.batch, "; it must be at least 1"));
         if (i == 0) continue;
         const BatchStage& before = schedule[i - 1];
         if (i > 1 && stage.from.unit != before.from.unit) {
-            refuse(text("mixes ", to_string(before.from.unit), " and ", to_string(stage.from.unit)));
+            refuse(str_cat("mixes ", to_string(before.from.unit), " and ", to_string(stage.from.unit)));
         }
         if (stage.from.count <= before.from.count) {
-            refuse(text("goes on at ", to_string(stage.from), ", which is not after ", to_string(before.from)));
+            refuse(str_cat("goes on at ", to_string(stage.from), ", which is not after ", to_string(before.from)));
         }
     }
 }
@@ -110,8 +110,8 @@ BatchSchedule seesaw(const Schedule& schedule, std::int64_t batch, std::int64_t 
     const auto need = [](bool holds, const std::string& what) {
         if (!holds) throw Error(ErrorKind::usage, "seesaw: " + what);
     };
-    need(batch >= 1, text("the batch is ", batch, "; it must be at least 1"));
-    need(most >= batch, text("the largest batch of ", most, " is below the first of ", batch));
+    need(batch >= 1, str_cat("the batch is ", batch, "; it must be at least 1"));
+    need(most >= batch, str_cat("the largest batch of ", most, " is below the first of ", batch));
     need(schedule.shape != ScheduleShape::constant && schedule.floor < schedule.peak,
          "the batch grows as the learning rate falls, but this schedule does not fall; take cosine or linear");
     need(schedule.length.unit != Unit::steps,

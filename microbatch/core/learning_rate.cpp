@@ -5,7 +5,7 @@
 #include <utility>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/text.h"
+#include "microbatch/core/str_cat.h"
 
 namespace microbatch {
 
@@ -25,9 +25,9 @@ constexpr std::array<std::pair<RateRule, std::string_view>, 5> names = {{{RateRu
 double sde_beta(const char* name, double beta, double k) {
     const double forgotten = k * (1.0 - beta);
     if (forgotten >= 1.0 - 1e-12) {  // 10 (1 - 0.9) is a rounding below 1
-        refuse(text("adam-sde has no ", name, " for a batch ", k, " times the reference: 1 - ", name, " = ", 1.0 - beta,
-                    " times that is not below 1. Take a batch below ", 1.0 / (1.0 - beta),
-                    " times the reference, or the rule sqrt"));
+        refuse(str_cat("adam-sde has no ", name, " for a batch ", k, " times the reference: 1 - ", name, " = ",
+                       1.0 - beta, " times that is not below 1. Take a batch below ", 1.0 / (1.0 - beta),
+                       " times the reference, or the rule sqrt"));
     }
     return 1.0 - forgotten;
 }
@@ -36,13 +36,13 @@ void require_usable(const RateConstants& scaled, RateRule rule, double k) {
     if (scaled.adam) {
         for (const double beta : {scaled.adam->beta1, scaled.adam->beta2}) {
             if (beta > 0.0 && beta < 1.0) continue;
-            refuse(text("the rule ", to_string(rule), " at ", k, " times the reference batch gives a beta of ", beta,
-                        ": check both batches"));
+            refuse(str_cat("the rule ", to_string(rule), " at ", k, " times the reference batch gives a beta of ", beta,
+                           ": check both batches"));
         }
     }
     if (std::isfinite(scaled.learning_rate) && (!scaled.adam || std::isfinite(scaled.adam->epsilon))) return;
-    refuse(text("the rule ", to_string(rule), " at ", k, " times the reference batch gives a learning rate of ",
-                scaled.learning_rate, ": check the rate and both batches"));
+    refuse(str_cat("the rule ", to_string(rule), " at ", k, " times the reference batch gives a learning rate of ",
+                   scaled.learning_rate, ": check the rate and both batches"));
 }
 
 }  // namespace
@@ -51,9 +51,9 @@ RateRule parse_rate_rule(std::string_view name) {
     std::string all;
     for (const auto& [rule, its] : names) {
         if (its == name) return rule;
-        all += text(all.empty() ? "" : ", ", its);
+        all += str_cat(all.empty() ? "" : ", ", its);
     }
-    refuse(text("no rule is called \"", name, "\"; there are ", all));
+    refuse(str_cat("no rule is called \"", name, "\"; there are ", all));
 }
 
 std::string_view to_string(RateRule rule) {
@@ -65,11 +65,11 @@ std::string_view to_string(RateRule rule) {
 
 RateConstants scale_to_batch(const RateConstants& reference, RateRule rule, std::int64_t reference_batch,
                              std::int64_t batch) {
-    if (reference_batch < 1) refuse(text("the reference batch is ", reference_batch, "; it must be at least 1"));
-    if (batch < 1) refuse(text("the batch is ", batch, "; it must be at least 1"));
+    if (reference_batch < 1) refuse(str_cat("the reference batch is ", reference_batch, "; it must be at least 1"));
+    if (batch < 1) refuse(str_cat("the batch is ", batch, "; it must be at least 1"));
     if ((rule == RateRule::adam_sde || rule == RateRule::beta2_time) && !reference.adam) {
-        refuse(text("the rule ", to_string(rule),
-                    " changes Adam's constants, and this optimizer has none; take linear or sqrt"));
+        refuse(str_cat("the rule ", to_string(rule),
+                       " changes Adam's constants, and this optimizer has none; take linear or sqrt"));
     }
     const double k = static_cast<double>(batch) / static_cast<double>(reference_batch);
     RateConstants scaled = reference;
@@ -87,11 +87,11 @@ RateConstants scale_to_batch(const RateConstants& reference, RateRule rule, std:
 
 std::string describe_scaling(const RateConstants& reference, const RateConstants& scaled, RateRule rule,
                              std::int64_t reference_batch, std::int64_t batch) {
-    std::string line = text("rate ", reference.learning_rate, " at batch ", reference_batch, " is ",
-                            scaled.learning_rate, " at ", batch, " (", to_string(rule), ")");
+    std::string line = str_cat("rate ", reference.learning_rate, " at batch ", reference_batch, " is ",
+                               scaled.learning_rate, " at ", batch, " (", to_string(rule), ")");
     if (!reference.adam || !scaled.adam || *reference.adam == *scaled.adam) return line;
     const auto change = [&line](const char* name, double before, double after) {
-        if (before != after) line += text(", ", name, " ", before, " is ", after);
+        if (before != after) line += str_cat(", ", name, " ", before, " is ", after);
     };
     change("beta1", reference.adam->beta1, scaled.adam->beta1);
     change("beta2", reference.adam->beta2, scaled.adam->beta2);

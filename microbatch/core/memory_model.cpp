@@ -6,7 +6,7 @@
 #include <utility>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/text.h"
+#include "microbatch/core/str_cat.h"
 
 namespace microbatch {
 namespace {
@@ -14,8 +14,8 @@ namespace {
 void check_points(const MemoryPoint& smaller, const MemoryPoint& larger) {
     if (smaller.micro_batch < 1 || larger.micro_batch <= smaller.micro_batch) {
         throw Error(ErrorKind::usage,
-                    text("memory was measured at micro-batches of ", smaller.micro_batch, " and ", larger.micro_batch,
-                         "; give two sizes of at least 1, the smaller one first"));
+                    str_cat("memory was measured at micro-batches of ", smaller.micro_batch, " and ",
+                            larger.micro_batch, "; give two sizes of at least 1, the smaller one first"));
     }
     if (smaller.profile.empty() || larger.profile.empty()) {
         throw Error(ErrorKind::usage, "a memory profile is empty: nothing was measured");
@@ -59,7 +59,7 @@ std::int64_t peak_of(const MemoryProfile& profile) {
 const MemoryLine& MemoryModel::line_at(std::int64_t micro_batch) const {
     if (lines.empty()) throw Error(ErrorKind::usage, "a memory model of no lines predicts nothing: fit it first");
     if (micro_batch < 1) {
-        throw Error(ErrorKind::usage, text("the micro-batch is ", micro_batch, " samples; it must be 1 or more"));
+        throw Error(ErrorKind::usage, str_cat("the micro-batch is ", micro_batch, " samples; it must be 1 or more"));
     }
     return *std::max_element(lines.begin(), lines.end(), [&](const MemoryLine& left, const MemoryLine& right) {
         return left.at(micro_batch) < right.at(micro_batch);

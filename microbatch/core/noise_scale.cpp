@@ -3,7 +3,7 @@
 #include <cmath>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/text.h"
+#include "microbatch/core/str_cat.h"
 
 namespace microbatch {
 
@@ -25,7 +25,7 @@ std::optional<NoiseMeasure> measure_noise(const NoiseSums& parts, double squared
 
 NoiseAverage::NoiseAverage(double decay) : decay_(decay) {
     if (decay >= 0.0 && decay < 1.0) return;
-    throw Error(ErrorKind::usage, text("the decay of the noise is ", decay, "; it must be from 0 to below 1"));
+    throw Error(ErrorKind::usage, str_cat("the decay of the noise is ", decay, "; it must be from 0 to below 1"));
 }
 
 void NoiseAverage::add(const NoiseMeasure& measure) {

@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/text.h"
+#include "microbatch/core/str_cat.h"
 #include "microbatch/core/units.h"
 
 namespace microbatch {
@@ -18,7 +18,7 @@ std::string enough(std::int64_t bytes) {
 // What somebody can do about a peak that is too large.
 std::string advice(const PlanReport& report, const Candidate& candidate, const MemoryParts& parts) {
     const std::int64_t missing = candidate.peak_bytes() - report.budget_bytes;
-    std::string result = text("what would help: a budget of ", enough(candidate.peak_bytes()));
+    std::string result = str_cat("what would help: a budget of ", enough(candidate.peak_bytes()));
     if (report.given && candidate.plan.micro_batch > 1) result += ", a smaller micro-batch";
     if (parts.activations >= missing) result += ", shorter or smaller samples";
     if (parts.optimizer_state >= missing) {
@@ -51,12 +51,12 @@ std::string explain_cut(const PlanReport& report, const Candidate& chosen) {
     if (whole->fits && whole->measured) return "the fastest; the whole batch would fit, too, but is not faster";
     if (whole->fits) return "the fastest that was tried; the whole batch would fit, too, but promises no more";
     const bool fits_recomputed = recomputed != nullptr && recomputed->fits;
-    return text("the fastest that fits; the whole batch would need ", format_bytes(whole->peak_bytes()),
-                fits_recomputed ? ", or recompute, which is slower" : "");
+    return str_cat("the fastest that fits; the whole batch would need ", format_bytes(whole->peak_bytes()),
+                   fits_recomputed ? ", or recompute, which is slower" : "");
 }
 
 std::string samples(std::int64_t count) {
-    return text(count, count == 1 ? " sample" : " samples");
+    return str_cat(count, count == 1 ? " sample" : " samples");
 }
 
 }  // namespace
@@ -77,8 +77,8 @@ const Candidate& PlanReport::choice() const {
 
 MemoryParts parts_of(const PlanReport& report, const Candidate& candidate) {
     if (!candidate.measured && !candidate.predicted) {
-        throw Error(ErrorKind::usage, text("nothing is known of the memory of a micro-batch of ",
-                                           candidate.plan.micro_batch, ": it was not measured"));
+        throw Error(ErrorKind::usage, str_cat("nothing is known of the memory of a micro-batch of ",
+                                              candidate.plan.micro_batch, ": it was not measured"));
     }
     const PhasePeaks& peaks = candidate.measured ? *candidate.measured : *candidate.predicted;
     MemoryParts parts = report.fixed;
@@ -116,26 +116,26 @@ std::string explain_misfit(const PlanReport& report) {
     const Candidate* least = smallest(report);
     if (least == nullptr) {
         const std::int64_t size = report.candidates.empty() ? 1 : report.candidates.front().plan.micro_batch;
-        return text("nothing fits: a micro-batch of ", samples(size),
-                    " and the optimizer's step after it do not fit the memory budget of ", budget,
-                    ", and there was no room to measure what they need: take a larger budget, shorter or smaller "
-                    "samples, a smaller model");
+        return str_cat("nothing fits: a micro-batch of ", samples(size),
+                       " and the optimizer's step after it do not fit the memory budget of ", budget,
+                       ", and there was no room to measure what they need: take a larger budget, shorter or smaller "
+                       "samples, a smaller model");
     }
     const MemoryParts parts = parts_of(report, *least);
     const std::string size = samples(least->plan.micro_batch);
     const std::string subject = report.given
-                                    ? text("the micro-batch of ", size, " that was asked for does not fit:")
-                                    : text("nothing fits: the smallest peak, with a micro-batch of ", size, ",");
-    return text(subject,
-                least->plan.recompute ? " with recompute it"
-                : report.given        ? " it"
-                                      : "",
-                " needs ", format_bytes(least->peak_bytes()), ", ",
-                format_bytes(least->peak_bytes() - report.budget_bytes), " more than the memory budget of ", budget,
-                "\n  parameters       ", format_bytes(parts.parameters), "\n  gradients        ",
-                format_bytes(parts.gradients), "\n  optimizer state  ", format_bytes(parts.optimizer_state),
-                "\n  activations      ", format_bytes(parts.activations), " of ", size, ", with temporaries",
-                "\n  other            ", format_bytes(parts.other), "\n", advice(report, *least, parts));
+                                    ? str_cat("the micro-batch of ", size, " that was asked for does not fit:")
+                                    : str_cat("nothing fits: the smallest peak, with a micro-batch of ", size, ",");
+    return str_cat(subject,
+                   least->plan.recompute ? " with recompute it"
+                   : report.given        ? " it"
+                                         : "",
+                   " needs ", format_bytes(least->peak_bytes()), ", ",
+                   format_bytes(least->peak_bytes() - report.budget_bytes), " more than the memory budget of ", budget,
+                   "\n  parameters       ", format_bytes(parts.parameters), "\n  gradients        ",
+                   format_bytes(parts.gradients), "\n  optimizer state  ", format_bytes(parts.optimizer_state),
+                   "\n  activations      ", format_bytes(parts.activations), " of ", size, ", with temporaries",
+                   "\n  other            ", format_bytes(parts.other), "\n", advice(report, *least, parts));
 }
 
 }  // namespace microbatch

@@ -8,7 +8,7 @@
 
 #include "microbatch/core/error.h"
 #include "microbatch/core/plan_space.h"
-#include "microbatch/core/text.h"
+#include "microbatch/core/str_cat.h"
 
 namespace microbatch {
 namespace {
@@ -363,7 +363,7 @@ private:
 
 void validate(const PlannerOptions& options) {
     const auto require = [](bool good, const char* name, std::int64_t value, const char* rule) {
-        if (!good) throw Error(ErrorKind::usage, text("the ", name, " is ", value, "; it must be ", rule));
+        if (!good) throw Error(ErrorKind::usage, str_cat("the ", name, " is ", value, "; it must be ", rule));
     };
     require(options.batch >= 1, "batch", options.batch, "at least 1");
     require(options.budget_bytes >= 1, "memory budget in bytes", options.budget_bytes, "above 0");

@@ -7,7 +7,7 @@
 #include <string>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/text.h"
+#include "microbatch/core/str_cat.h"
 
 namespace microbatch {
 namespace {
@@ -31,39 +31,39 @@ void require(bool condition, const std::string& message) {
 
 void validate_rates(const Schedule& schedule) {
     require(std::isfinite(schedule.peak) && schedule.peak >= 0,
-            text("the peak learning rate is ", schedule.peak, "; it must be finite and 0 or more"));
+            str_cat("the peak learning rate is ", schedule.peak, "; it must be finite and 0 or more"));
     require(std::isfinite(schedule.floor) && schedule.floor >= 0 && schedule.floor <= schedule.peak,
-            text("the learning rate at the end (floor) is ", schedule.floor, "; it must be from 0 to the peak, ",
-                 schedule.peak));
+            str_cat("the learning rate at the end (floor) is ", schedule.floor, "; it must be from 0 to the peak, ",
+                    schedule.peak));
     require(schedule.shape != ScheduleShape::polynomial || (std::isfinite(schedule.power) && schedule.power > 0),
-            text("the power of the polynomial schedule is ", schedule.power, "; it must be finite and above 0"));
+            str_cat("the power of the polynomial schedule is ", schedule.power, "; it must be finite and above 0"));
 }
 
 void require_not_negative(std::string_view name, Interval interval) {
     require(interval.count >= 0,
-            text("the ", name, " of the schedule is ", to_string(interval), "; it must be 0 or more"));
+            str_cat("the ", name, " of the schedule is ", to_string(interval), "; it must be 0 or more"));
 }
 
 void require_same_unit(std::string_view name, Interval interval, Interval length) {
     require(interval.count == 0 || interval.unit == length.unit,
-            text("the ", name, " is ", to_string(interval), " but the length of the schedule is ", to_string(length),
-                 "; state both in the same unit"));
+            str_cat("the ", name, " is ", to_string(interval), " but the length of the schedule is ", to_string(length),
+                    "; state both in the same unit"));
 }
 
 void validate_length(const Schedule& schedule) {
     const std::string_view name = to_string(schedule.shape);
-    require(schedule.length.count > 0, text("the ", name, " schedule has no length; state where its decay ends"));
+    require(schedule.length.count > 0, str_cat("the ", name, " schedule has no length; state where its decay ends"));
     require_same_unit("warmup", schedule.warmup, schedule.length);
     std::int64_t room = schedule.length.count;
-    std::string taken = text("warmup (", to_string(schedule.warmup), ")");
+    std::string taken = str_cat("warmup (", to_string(schedule.warmup), ")");
     if (schedule.shape == ScheduleShape::wsd) {
         require(schedule.decay.count > 0, "the wsd schedule has no decay; state how long its final decay is");
         require_same_unit("decay", schedule.decay, schedule.length);
         room -= schedule.decay.count;
-        taken += text(" and decay (", to_string(schedule.decay), ")");
+        taken += str_cat(" and decay (", to_string(schedule.decay), ")");
     }
-    require(schedule.warmup.count <= room, text(taken, " do not fit the length of the ", name, " schedule (",
-                                                to_string(schedule.length), "); shorten them"));
+    require(schedule.warmup.count <= room, str_cat(taken, " do not fit the length of the ", name, " schedule (",
+                                                   to_string(schedule.length), "); shorten them"));
 }
 
 /// How much of [begin, end] lies before `at`, from 0 to 1; 1 at the end even if the stretch is empty.
@@ -98,9 +98,9 @@ ScheduleShape parse_schedule(std::string_view name) {
     std::string names;
     for (const NamedShape& each : shapes) {
         if (each.name == name) return each.shape;
-        names += text(names.empty() ? "" : ", ", each.name);
+        names += str_cat(names.empty() ? "" : ", ", each.name);
     }
-    throw Error(ErrorKind::usage, text("unknown schedule \"", name, "\"; choose one of ", names));
+    throw Error(ErrorKind::usage, str_cat("unknown schedule \"", name, "\"; choose one of ", names));
 }
 
 std::string_view to_string(ScheduleShape shape) {
@@ -118,9 +118,9 @@ void validate(const Schedule& schedule) {
 double learning_rate(const Schedule& schedule, const Progress& before, const Progress& batch) {
     validate(schedule);
     require(!is_negative(before) && !is_negative(batch),
-            text("the learning rate was asked for at negative progress: before ", before.steps, " steps, ",
-                 before.samples, " samples, ", before.tokens, " tokens, batch ", batch.steps, " steps, ", batch.samples,
-                 " samples, ", batch.tokens, " tokens; count from 0"));
+            str_cat("the learning rate was asked for at negative progress: before ", before.steps, " steps, ",
+                    before.samples, " samples, ", before.tokens, " tokens, batch ", batch.steps, " steps, ",
+                    batch.samples, " samples, ", batch.tokens, " tokens; count from 0"));
     const Progress after = before + batch;
     const Interval warmup = schedule.warmup;
     if (before.in(warmup.unit) < warmup.count) {

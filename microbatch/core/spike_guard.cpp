@@ -6,7 +6,7 @@
 #include <utility>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/text.h"
+#include "microbatch/core/str_cat.h"
 
 namespace microbatch {
 
@@ -44,14 +44,14 @@ double log_of(double norm) {
 
 void validate(const SpikeGuardOptions& options) {
     const auto refuse = [](const std::string& what) { throw Error(ErrorKind::usage, "spike guard: " + what); };
-    if (options.least < 2) refuse(text("least is ", options.least, "; a deviation needs at least 2 steps"));
+    if (options.least < 2) refuse(str_cat("least is ", options.least, "; a deviation needs at least 2 steps"));
     if (options.window < options.least) {
-        refuse(text("the window of ", options.window, " steps is shorter than the ", options.least, " it needs"));
+        refuse(str_cat("the window of ", options.window, " steps is shorter than the ", options.least, " it needs"));
     }
     if (!std::isfinite(options.sigmas) || options.sigmas <= 0.0) {
-        refuse(text("sigmas is ", options.sigmas, "; it must be finite and above 0"));
+        refuse(str_cat("sigmas is ", options.sigmas, "; it must be finite and above 0"));
     }
-    if (options.most_refused < 1) refuse(text("most_refused is ", options.most_refused, "; it must be at least 1"));
+    if (options.most_refused < 1) refuse(str_cat("most_refused is ", options.most_refused, "; it must be at least 1"));
 }
 
 }  // namespace
@@ -100,15 +100,15 @@ std::string SpikeGuard::why_unusual(double loss, double gradient_norm) const {
     const auto usual = [this](auto value) { return usual_of(state_.accepted.begin(), state_.accepted.end(), value); };
     const Usual losses = widened(usual([](const Accepted& one) { return one.loss; }), state_.scale);
     if (loss > losses.most(options_.sigmas)) {
-        return text("loss of ", loss, " is ", (loss - losses.mean) / losses.deviation, " deviations above ",
-                    losses.mean);
+        return str_cat("loss of ", loss, " is ", (loss - losses.mean) / losses.deviation, " deviations above ",
+                       losses.mean);
     }
     Usual norms = usual([](const Accepted& one) { return one.gradient_norm; });
     norms = widened(norms, norms.mean);
     const Usual logs = usual([](const Accepted& one) { return log_of(one.gradient_norm); });
     if (gradient_norm > norms.most(options_.sigmas) && log_of(gradient_norm) > logs.most(options_.sigmas)) {
-        return text("gradient norm of ", gradient_norm, " is ", (gradient_norm - norms.mean) / norms.deviation,
-                    " deviations above ", norms.mean);
+        return str_cat("gradient norm of ", gradient_norm, " is ", (gradient_norm - norms.mean) / norms.deviation,
+                       " deviations above ", norms.mean);
     }
     return {};
 }
@@ -130,8 +130,8 @@ std::string SpikeGuard::why_climbing() {
         state_.lowest_deviation = last.deviation;
     }
     if (last.mean <= *state_.lowest_mean + options_.sigmas * state_.lowest_deviation) return {};
-    return text("mean loss of the last ", options_.least, " steps has climbed to ", last.mean, " from ",
-                *state_.lowest_mean);
+    return str_cat("mean loss of the last ", options_.least, " steps has climbed to ", last.mean, " from ",
+                   *state_.lowest_mean);
 }
 
 }  // namespace microbatch

@@ -6,8 +6,8 @@
 #include <span>
 #include <string>
 
+#include "microbatch/data/dataset.h"
 #include "microbatch/data/idx.h"
-#include "microbatch/train/dataset.h"
 
 namespace microbatch {
 

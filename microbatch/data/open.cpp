@@ -9,7 +9,7 @@
 
 #include "microbatch/core/crc32c.h"
 #include "microbatch/core/error.h"
-#include "microbatch/core/text.h"
+#include "microbatch/core/str_cat.h"
 #include "microbatch/core/units.h"
 #include "microbatch/data/idx.h"
 #include "microbatch/data/image_dataset.h"
@@ -24,7 +24,8 @@ namespace {
 namespace fs = std::filesystem;
 
 std::string samples_in_words(const OpenedData& data) {
-    return text(format_count(data.train->size()), " training and ", format_count(data.held_out->size()), " held-out ");
+    return str_cat(format_count(data.train->size()), " training and ", format_count(data.held_out->size()),
+                   " held-out ");
 }
 
 /// What text or an array may take: a part of what there is now, so that what is read next has some left.
@@ -34,14 +35,14 @@ std::uint64_t most_bytes() {
 
 /// Windows of the first 90 % to train on and of the rest to hold out, and what one pass over them finds.
 void split_tokens(OpenedData& data, const Tokens& tokens, std::int64_t length, const fs::path& path) {
-    if (length < 1) throw Error(ErrorKind::usage, text("a sample has ", length, " tokens: it needs at least 1"));
+    if (length < 1) throw Error(ErrorKind::usage, str_cat("a sample has ", length, " tokens: it needs at least 1"));
     const std::int64_t total = tokens.size();
     const std::int64_t held_out = total / 10;
     if (held_out <= length) {
         throw Error(ErrorKind::bad_data,
-                    text(path.string(), " has ", total, " tokens, of which the last 10 % (", held_out,
-                         ") are held out, but one sample of ", length, " needs ",
-                         static_cast<std::uint64_t>(length) + 1, ": give more data or use shorter samples"));
+                    str_cat(path.string(), " has ", total, " tokens, of which the last 10 % (", held_out,
+                            ") are held out, but one sample of ", length, " needs ",
+                            static_cast<std::uint64_t>(length) + 1, ": give more data or use shorter samples"));
     }
     const Tokens first = tokens.slice(0, total - held_out), last = tokens.slice(total - held_out, total);
     data.train = std::make_unique<TokenWindows>(first, length);
@@ -57,8 +58,8 @@ OpenedData open_text(const fs::path& path, std::int64_t length) {
     const Tokens tokens = byte_tokens(read_text(path, most_bytes()));
     split_tokens(data, tokens, length, path);
     data.classes = 256;  // any byte can follow, seen or not
-    data.description = text(format_bytes(tokens.size()), " of text, ", samples_in_words(data), "samples of ",
-                            format_count(length), " bytes");
+    data.description = str_cat(format_bytes(tokens.size()), " of text, ", samples_in_words(data), "samples of ",
+                               format_count(length), " bytes");
     return data;
 }
 
@@ -67,8 +68,8 @@ OpenedData open_tokens(const fs::path& path, std::int64_t length) {
     data.kind = DataKind::tokens;
     const Tokens tokens = open_token_file(path);
     split_tokens(data, tokens, length, path);
-    data.description = text(format_count(tokens.size()), " tokens of a vocabulary of ", format_count(data.classes),
-                            ", ", samples_in_words(data), "samples of ", format_count(length), " tokens");
+    data.description = str_cat(format_count(tokens.size()), " tokens of a vocabulary of ", format_count(data.classes),
+                               ", ", samples_in_words(data), "samples of ", format_count(length), " tokens");
     return data;
 }
 
@@ -81,7 +82,7 @@ bool holds_idx_files(const fs::path& folder) {
         entry.increment(error);
     }
     if (error) {
-        throw Error(ErrorKind::bad_data, text("cannot read the folder ", folder.string(), ": ", error.message()));
+        throw Error(ErrorKind::bad_data, str_cat("cannot read the folder ", folder.string(), ": ", error.message()));
     }
     return false;
 }
@@ -102,12 +103,13 @@ std::shared_ptr<const LabelledImages> read_set(const fs::path& folder, const std
     const auto labels = find_idx(folder, labels_name);
     if (!images && !labels) return nullptr;
     if (!images || !labels) {
-        throw Error(ErrorKind::bad_data, text(folder.string(), " has ", images ? images_name : labels_name, " but no ",
-                                              images ? labels_name : images_name, " (.gz or not): put it there"));
+        throw Error(ErrorKind::bad_data,
+                    str_cat(folder.string(), " has ", images ? images_name : labels_name, " but no ",
+                            images ? labels_name : images_name, " (.gz or not): put it there"));
     }
     return std::make_shared<const LabelledImages>(
         LabelledImages{read_idx(*images, 3, most_bytes()), read_idx(*labels, 1, most_bytes()),
-                       text(images->string(), " and ", labels->filename().string())});
+                       str_cat(images->string(), " and ", labels->filename().string())});
 }
 
 std::int64_t largest_label(const LabelledImages& data) {
@@ -121,23 +123,23 @@ std::string_view characters(std::span<const std::uint8_t> bytes) {
 OpenedData open_images(const fs::path& folder) {
     const auto train = read_set(folder, "train");
     if (!train) {
-        throw Error(ErrorKind::bad_data, text(folder.string(),
-                                              " has IDX files but no train-images-idx3-ubyte and "
-                                              "train-labels-idx1-ubyte (.gz or not): put them there"));
+        throw Error(ErrorKind::bad_data, str_cat(folder.string(),
+                                                 " has IDX files but no train-images-idx3-ubyte and "
+                                                 "train-labels-idx1-ubyte (.gz or not): put them there"));
     }
     const auto test = read_set(folder, "t10k");
     const auto& shape = train->images.shape;
     const std::int64_t pixels = shape[1] * shape[2];
     const std::int64_t trained = test ? shape[0] : shape[0] - shape[0] / 10;
     if (!test && trained == shape[0]) {
-        throw Error(ErrorKind::bad_data, text(folder.string(), " has ", shape[0],
-                                              " images and no t10k-images-idx3-ubyte: "
-                                              "at least 10 are needed to hold out the last 10 %"));
+        throw Error(ErrorKind::bad_data, str_cat(folder.string(), " has ", shape[0],
+                                                 " images and no t10k-images-idx3-ubyte: "
+                                                 "at least 10 are needed to hold out the last 10 %"));
     }
     if (test && (test->images.shape[1] != shape[1] || test->images.shape[2] != shape[2])) {
-        throw Error(ErrorKind::bad_data,
-                    text(folder.string(), " has training images of ", shape[1], "x", shape[2], " but held-out ones of ",
-                         test->images.shape[1], "x", test->images.shape[2], ": give files that belong together"));
+        throw Error(ErrorKind::bad_data, str_cat(folder.string(), " has training images of ", shape[1], "x", shape[2],
+                                                 " but held-out ones of ", test->images.shape[1], "x",
+                                                 test->images.shape[2], ": give files that belong together"));
     }
     const auto seen = std::span(train->images.bytes).first(static_cast<std::size_t>(trained * pixels));
     const PixelScale scale = pixel_scale(seen);
@@ -152,7 +154,7 @@ OpenedData open_images(const fs::path& folder) {
     data.height = shape[1];
     data.width = shape[2];
     data.description =
-        text(samples_in_words(data), "images of ", shape[1], "x", shape[2], " pixels, ", data.classes, " classes");
+        str_cat(samples_in_words(data), "images of ", shape[1], "x", shape[2], " pixels, ", data.classes, " classes");
     return data;
 }
 

@@ -5,7 +5,7 @@
 #include <memory>
 #include <string>
 
-#include "microbatch/train/dataset.h"
+#include "microbatch/data/dataset.h"
 
 namespace microbatch {
 

@@ -8,7 +8,7 @@
 #include <system_error>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/text.h"
+#include "microbatch/core/str_cat.h"
 #include "microbatch/core/units.h"
 #include "microbatch/io/input_file.h"
 
@@ -29,7 +29,7 @@ bool is_binary(const InputFile& file) {
 
 void check_walk(const std::error_code& error, const fs::path& folder) {
     if (error) {
-        throw Error(ErrorKind::bad_data, text("cannot read the folder ", folder.string(), ": ", error.message()));
+        throw Error(ErrorKind::bad_data, str_cat("cannot read the folder ", folder.string(), ": ", error.message()));
     }
 }
 
@@ -71,11 +71,11 @@ std::vector<TextFile> text_among(const std::vector<fs::path>& paths) {
 /// The file as a list of one. Errors: ErrorKind::bad_data if it is empty or binary.
 std::vector<TextFile> only_text(const fs::path& path) {
     const InputFile file(path);
-    if (file.size() == 0) throw Error(ErrorKind::bad_data, text(path.string(), " is empty: give a file with text"));
+    if (file.size() == 0) throw Error(ErrorKind::bad_data, str_cat(path.string(), " is empty: give a file with text"));
     if (is_binary(file)) {
-        throw Error(ErrorKind::bad_data, text(path.string(),
-                                              " is not text (it has a NUL byte): give a text file, "
-                                              "a .bin of uint16 tokens or a folder with IDX images and labels"));
+        throw Error(ErrorKind::bad_data, str_cat(path.string(),
+                                                 " is not text (it has a NUL byte): give a text file, "
+                                                 "a .bin of uint16 tokens or a folder with IDX images and labels"));
     }
     return {{path, file.size()}};
 }
@@ -85,10 +85,11 @@ std::size_t total_size(const std::vector<TextFile>& files, const fs::path& path,
     std::uint64_t total = 0;
     for (const TextFile& file : files) {
         if (file.size > most - total) {
-            throw Error(ErrorKind::bad_data,
-                        text(path.string(), " holds more text than the ", format_bytes(static_cast<std::int64_t>(most)),
-                             " of memory that it may take: give less, or a .bin of uint16 tokens, "
-                             "which is not kept in memory"));
+            throw Error(
+                ErrorKind::bad_data,
+                str_cat(path.string(), " holds more text than the ", format_bytes(static_cast<std::int64_t>(most)),
+                        " of memory that it may take: give less, or a .bin of uint16 tokens, "
+                        "which is not kept in memory"));
         }
         total += file.size;
     }
@@ -102,9 +103,9 @@ std::vector<std::uint8_t> read_text(const fs::path& path, std::uint64_t most_byt
     const bool folder = fs::is_directory(path, ignored);
     const auto files = folder ? text_among(files_below(path)) : only_text(path);
     if (files.empty()) {
-        throw Error(ErrorKind::bad_data, text("the folder ", path.string(),
-                                              " holds no text: give one with text "
-                                              "files that are not empty, hidden, binary or links"));
+        throw Error(ErrorKind::bad_data, str_cat("the folder ", path.string(),
+                                                 " holds no text: give one with text "
+                                                 "files that are not empty, hidden, binary or links"));
     }
     std::vector<std::uint8_t> all(total_size(files, path, most_bytes));
     std::span<std::byte> rest = std::as_writable_bytes(std::span(all));

@@ -10,7 +10,7 @@
 #include <string>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/text.h"
+#include "microbatch/core/str_cat.h"
 #include "microbatch/io/input_file.h"
 
 namespace microbatch {
@@ -24,7 +24,7 @@ constexpr std::int32_t known_version = 1;
 constexpr std::uint64_t header_bytes = 256 * sizeof(std::int32_t);
 
 [[noreturn]] void refuse(const InputFile& file, const std::string& reason) {
-    throw Error(ErrorKind::bad_data, text(file.path().string(), " ", reason));
+    throw Error(ErrorKind::bad_data, str_cat(file.path().string(), " ", reason));
 }
 
 /// The first words of a header of llm.c; 0 where the file is too short.
@@ -38,18 +38,18 @@ std::array<std::int32_t, 3> read_header(const InputFile& file) {
 /// That the header of llm.c describes the file.
 void check_header(std::span<const std::int32_t, 3> header, const InputFile& file) {
     if (file.size() < header_bytes) {
-        refuse(file, text("is truncated: it has ", file.size(), " bytes of the ", header_bytes,
-                          " of an llm.c header; write or fetch it again"));
+        refuse(file, str_cat("is truncated: it has ", file.size(), " bytes of the ", header_bytes,
+                             " of an llm.c header; write or fetch it again"));
     }
     const std::int32_t version = header[1], count = header[2];
     if (version != known_version) {
-        refuse(file, text("is an llm.c token file of version ", version, ", but only version ", known_version,
-                          " (uint16 tokens) can be read"));
+        refuse(file, str_cat("is an llm.c token file of version ", version, ", but only version ", known_version,
+                             " (uint16 tokens) can be read"));
     }
     const auto following = static_cast<std::int64_t>(file.size() - header_bytes);
     if (following != std::int64_t{count} * 2) {
-        refuse(file, text("is truncated or damaged: its header announces ", count, " tokens of 2 bytes, but ",
-                          following, " bytes follow it; write or fetch it again"));
+        refuse(file, str_cat("is truncated or damaged: its header announces ", count, " tokens of 2 bytes, but ",
+                             following, " bytes follow it; write or fetch it again"));
     }
 }
 
@@ -60,15 +60,16 @@ Tokens open_token_file(const std::filesystem::path& path) {
     if (file->size() == 0) refuse(*file, "is empty: give a file of uint16 tokens");
     const auto header = read_header(*file);
     if (header[0] == uint32_magic) {
-        refuse(*file, text("holds uint32 tokens (llm.c's ", uint32_magic,
-                           ", the Llama 3 tokenizer), but only uint16 tokens can be read: write it with another one"));
+        refuse(*file,
+               str_cat("holds uint32 tokens (llm.c's ", uint32_magic,
+                       ", the Llama 3 tokenizer), but only uint16 tokens can be read: write it with another one"));
     }
     const bool has_header = header[0] == uint16_magic;
     if (has_header) check_header(header, *file);
     const std::uint64_t begin = has_header ? header_bytes : 0;
     const std::uint64_t bytes = file->size() - begin;
     if (bytes % 2 != 0) {
-        refuse(*file, text("is not a file of uint16 tokens, or is truncated: ", bytes, " bytes is an odd number"));
+        refuse(*file, str_cat("is not a file of uint16 tokens, or is truncated: ", bytes, " bytes is an odd number"));
     }
     return {TokensInFile{file.get(), begin, static_cast<std::size_t>(bytes / 2)}, file};
 }

@@ -9,17 +9,17 @@
 #include <variant>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/text.h"
+#include "microbatch/core/str_cat.h"
 
 namespace microbatch {
 
 TokenWindows::TokenWindows(Tokens tokens, std::int64_t length) : tokens_(std::move(tokens)), length_(length) {
-    if (length < 1) throw Error(ErrorKind::usage, text("a sample has ", length, " tokens: it needs at least 1"));
+    if (length < 1) throw Error(ErrorKind::usage, str_cat("a sample has ", length, " tokens: it needs at least 1"));
     if (tokens_.size() <= length) {
-        throw Error(ErrorKind::bad_data, text("there are ", tokens_.size(), " tokens, but one sample of ", length,
-                                              " needs ", static_cast<std::uint64_t>(length) + 1,
-                                              " (its last target is the token after it): "
-                                              "give more data or use shorter samples"));
+        throw Error(ErrorKind::bad_data, str_cat("there are ", tokens_.size(), " tokens, but one sample of ", length,
+                                                 " needs ", static_cast<std::uint64_t>(length) + 1,
+                                                 " (its last target is the token after it): "
+                                                 "give more data or use shorter samples"));
     }
 }
 
@@ -37,7 +37,7 @@ Batch TokenWindows::get(std::span<const std::int64_t> indices) const {
     TokenBuffer buffer;
     for (const std::int64_t index : indices) {
         if (index < 0 || index >= size()) {
-            throw std::out_of_range(text("sample ", index, " of a dataset with ", size(), " samples"));
+            throw std::out_of_range(str_cat("sample ", index, " of a dataset with ", size(), " samples"));
         }
         const auto copy = [&](const auto& all) {
             const auto window = tokens_at(all, static_cast<std::size_t>(index) * length, length + 1, buffer);

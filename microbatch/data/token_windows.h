@@ -3,8 +3,8 @@
 #include <cstdint>
 #include <span>
 
+#include "microbatch/data/dataset.h"
 #include "microbatch/data/tokens.h"
-#include "microbatch/train/dataset.h"
 
 namespace microbatch {
 

@@ -7,7 +7,7 @@
 
 #include "microbatch/core/crc32c.h"
 #include "microbatch/core/error.h"
-#include "microbatch/core/text.h"
+#include "microbatch/core/str_cat.h"
 
 namespace microbatch {
 namespace {
@@ -34,7 +34,7 @@ std::int64_t Tokens::size() const {
 Tokens Tokens::slice(std::int64_t begin, std::int64_t end) const {
     if (begin < 0 || begin > end || end > size()) {
         throw Error(ErrorKind::usage,
-                    text("tokens [", begin, ", ", end, ") are not within the ", size(), " there are"));
+                    str_cat("tokens [", begin, ", ", end, ") are not within the ", size(), " there are"));
     }
     const auto part = [&](const auto& all) -> decltype(values) {
         return all.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(end - begin));

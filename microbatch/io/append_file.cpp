@@ -9,7 +9,7 @@
 #include <utility>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/text.h"
+#include "microbatch/core/str_cat.h"
 
 namespace microbatch {
 namespace {
@@ -35,8 +35,8 @@ AppendFile::AppendFile(std::filesystem::path path, std::uint64_t bytes) : path_(
     if (why.empty() && !shorter) return;
     ::close(descriptor_);
     if (shorter)
-        throw Error(ErrorKind::bad_data, text(path_.string(), " is shorter than the ", bytes, " bytes to keep"));
-    throw Error(ErrorKind::usage, text("cannot write ", path_.string(), ": ", why));
+        throw Error(ErrorKind::bad_data, str_cat(path_.string(), " is shorter than the ", bytes, " bytes to keep"));
+    throw Error(ErrorKind::usage, str_cat("cannot write ", path_.string(), ": ", why));
 }
 
 AppendFile::~AppendFile() {
@@ -46,7 +46,7 @@ AppendFile::~AppendFile() {
 void AppendFile::open(int flags) {
     // O_NONBLOCK: a pipe that nobody reads from is refused, not waited for.
     descriptor_ = ::open(path_.c_str(), O_WRONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK | flags, 0666);
-    if (descriptor_ < 0) throw Error(ErrorKind::usage, text("cannot write ", path_.string(), ": ", last_error()));
+    if (descriptor_ < 0) throw Error(ErrorKind::usage, str_cat("cannot write ", path_.string(), ": ", last_error()));
 }
 
 std::string AppendFile::append(std::string_view record) {
@@ -57,7 +57,7 @@ std::string AppendFile::append(std::string_view record) {
         const ssize_t count = ::pwrite(descriptor_, rest.data(), rest.size(), at);
         if (count < 0 && errno == EINTR) continue;
         if (count <= 0) {
-            const std::string why = text("cannot write ", path_.string(), ": ", last_error());
+            const std::string why = str_cat("cannot write ", path_.string(), ": ", last_error());
             // Half a record is worse than none. If this fails, too, what is there is written over by the next try.
             [[maybe_unused]] const int cut = ::ftruncate(descriptor_, static_cast<off_t>(size_));
             return why;

@@ -7,7 +7,7 @@
 
 #include "microbatch/core/crc32c.h"
 #include "microbatch/core/error.h"
-#include "microbatch/core/text.h"
+#include "microbatch/core/str_cat.h"
 #include "microbatch/io/bounded_json.h"
 #include "microbatch/io/json_number.h"
 
@@ -24,7 +24,7 @@ std::string hex(std::uint32_t crc) {
 }
 
 std::string last_line(std::string_view before) {
-    return text(",\n  \"crc32c\": \"", hex(crc32c(before)), "\"\n}\n");
+    return str_cat(",\n  \"crc32c\": \"", hex(crc32c(before)), "\"\n}\n");
 }
 
 std::uint32_t crc_from(const std::string& digits) {
@@ -79,7 +79,7 @@ std::string to_text(const CheckpointManifest& manifest) {
 }
 
 CheckpointManifest parse_checkpoint_manifest(std::string_view content, const std::string& file) {
-    const auto refuse = [&file](const auto&... why) { throw Error(ErrorKind::bad_data, text(file, ": ", why...)); };
+    const auto refuse = [&file](const auto&... why) { throw Error(ErrorKind::bad_data, str_cat(file, ": ", why...)); };
     const std::size_t end = last_line({}).size();
     const bool whole = content.size() > end &&
                        content.substr(content.size() - end) == last_line(content.substr(0, content.size() - end));
@@ -90,7 +90,7 @@ CheckpointManifest parse_checkpoint_manifest(std::string_view content, const std
                   [](const CheckpointFile& one, const CheckpointFile& other) { return one.name < other.name; });
         return manifest;
     } catch (const AnotherVersion& error) {
-        throw AnotherVersion(error.kind(), text(file, ": ", error.what()));
+        throw AnotherVersion(error.kind(), str_cat(file, ": ", error.what()));
     } catch (const nlohmann::json::exception&) {
         refuse("it is no manifest of a checkpoint");
     } catch (const std::invalid_argument& error) {

@@ -6,7 +6,7 @@
 #include <chrono>
 
 #include "microbatch/core/crc32c.h"
-#include "microbatch/core/text.h"
+#include "microbatch/core/str_cat.h"
 
 namespace microbatch {
 namespace {
@@ -60,7 +60,7 @@ std::filesystem::path new_name(const std::filesystem::path& folder) {
     const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(now).count();
     const auto name = [&](int more) {
         return folder /
-               text("events.out.tfevents.", seconds, ".", host, ".", ::getpid(), more > 0 ? text(".", more) : "");
+               str_cat("events.out.tfevents.", seconds, ".", host, ".", ::getpid(), more > 0 ? str_cat(".", more) : "");
     };
     // A clock may jump back, and in a container every process has the same number.
     int more = 0;

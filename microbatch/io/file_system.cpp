@@ -9,13 +9,13 @@
 #include <vector>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/text.h"
+#include "microbatch/core/str_cat.h"
 
 namespace microbatch {
 namespace {
 
 [[noreturn]] void refuse(const char* what, const std::filesystem::path& path, const std::error_code& why) {
-    throw Error(ErrorKind::usage, text("cannot ", what, " ", path.string(), ": ", why.message()));
+    throw Error(ErrorKind::usage, str_cat("cannot ", what, " ", path.string(), ": ", why.message()));
 }
 
 std::error_code last_error() {

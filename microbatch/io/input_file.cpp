@@ -9,13 +9,13 @@
 #include <utility>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/text.h"
+#include "microbatch/core/str_cat.h"
 
 namespace microbatch {
 namespace {
 
 [[noreturn]] void refuse(const std::filesystem::path& path, const std::string& reason) {
-    throw Error(ErrorKind::bad_data, text("cannot read ", path.string(), ": ", reason));
+    throw Error(ErrorKind::bad_data, str_cat("cannot read ", path.string(), ": ", reason));
 }
 
 [[noreturn]] void refuse(const std::filesystem::path& path, int error_number) {
@@ -62,14 +62,14 @@ void InputFile::read(std::uint64_t offset, std::span<std::byte> into) const {
         if (count < 0 && errno == EINTR) continue;
         if (count < 0) refuse(path_, errno);
         if (count == 0)
-            refuse(path_, text("it ends at byte ", offset, "; it had ", size_, " bytes when it was opened"));
+            refuse(path_, str_cat("it ends at byte ", offset, "; it had ", size_, " bytes when it was opened"));
         into = into.subspan(static_cast<std::size_t>(count));
         offset += static_cast<std::uint64_t>(count);
     }
 }
 
 std::string InputFile::read_all(std::uint64_t most) const {
-    if (size_ > most) refuse(path_, text("it has ", size_, " bytes, more than the ", most, " that are allowed"));
+    if (size_ > most) refuse(path_, str_cat("it has ", size_, " bytes, more than the ", most, " that are allowed"));
     std::string content(static_cast<std::size_t>(size_), '\0');
     read(0, std::as_writable_bytes(std::span(content)));
     return content;

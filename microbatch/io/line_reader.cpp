@@ -4,7 +4,7 @@
 #include <span>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/text.h"
+#include "microbatch/core/str_cat.h"
 
 namespace microbatch {
 
@@ -27,7 +27,7 @@ std::optional<std::string_view> LineReader::next() {
     if (!whole_ && chunk_begin_ + chunk_.size() < file_.size()) {
         if (long_lines_ == LongLines::pass_over) return pass_over();
         throw Error(ErrorKind::bad_data,
-                    text(file_.path().string(), " line ", number_, " is longer than ", longest, " bytes"));
+                    str_cat(file_.path().string(), " line ", number_, " is longer than ", longest, " bytes"));
     }
     const std::string_view line = rest().substr(0, end);
     offset_ += line.size() + (whole_ ? 1 : 0);

@@ -8,7 +8,7 @@
 #include <system_error>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/text.h"
+#include "microbatch/core/str_cat.h"
 #include "microbatch/io/file_system.h"
 
 namespace microbatch {
@@ -18,14 +18,14 @@ RunLock::RunLock(const std::filesystem::path& folder) {
     // The folder itself: no file is left behind, and a process of its children does not hold it.
     descriptor_ = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (descriptor_ < 0) {
-        throw Error(ErrorKind::usage,
-                    text("cannot open the run folder ", folder.string(), ": ", std::generic_category().message(errno)));
+        throw Error(ErrorKind::usage, str_cat("cannot open the run folder ", folder.string(), ": ",
+                                              std::generic_category().message(errno)));
     }
     held_ = ::flock(descriptor_, LOCK_EX | LOCK_NB) == 0;
     if (held_ || errno != EWOULDBLOCK) return;
     ::close(descriptor_);
-    throw Error(ErrorKind::usage, text("another process trains in ", folder.string(),
-                                       ": wait for it, end it, or name another folder for this run"));
+    throw Error(ErrorKind::usage, str_cat("another process trains in ", folder.string(),
+                                          ": wait for it, end it, or name another folder for this run"));
 }
 
 RunLock::~RunLock() {

@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/text.h"
+#include "microbatch/core/str_cat.h"
 #include "microbatch/io/input_file.h"
 #include "microbatch/io/safetensors_header.h"
 
@@ -38,14 +38,14 @@ const char* dtype_name(const StoredTensor& tensor) {
         if (type == tensor.shape.scalar_type()) return name;
     }
     throw Error(ErrorKind::usage,
-                text(tensor.name, " is ", tensor.shape.scalar_type(), ", which safetensors cannot hold"));
+                str_cat(tensor.name, " is ", tensor.shape.scalar_type(), ", which safetensors cannot hold"));
 }
 
 at::ScalarType type_of(const std::string& dtype) {
     for (const auto& [name, type] : types) {
         if (dtype == name) return type;
     }
-    throw Error(ErrorKind::bad_data, text("there is no dtype ", dtype));
+    throw Error(ErrorKind::bad_data, str_cat("there is no dtype ", dtype));
 }
 
 std::string make_header(const StoredTensors& tensors) {
@@ -54,7 +54,7 @@ std::string make_header(const StoredTensors& tensors) {
     std::uint64_t offset = 0;
     for (const StoredTensor& tensor : tensors) {
         if (!names.insert(tensor.name).second)
-            throw Error(ErrorKind::usage, text("two tensors are named ", tensor.name));
+            throw Error(ErrorKind::usage, str_cat("two tensors are named ", tensor.name));
         const std::uint64_t end = offset + tensor.shape.nbytes();
         const bool dense = tensor.shape.is_non_overlapping_and_dense();
         const std::vector<std::int64_t> shape = tensor.shape.sizes().vec();
@@ -100,7 +100,7 @@ void write_safetensors(OutputFile& file, const StoredTensors& tensors) {
     for (const StoredTensor& stored : tensors) {
         const at::Tensor tensor = stored.get().detach().cpu().contiguous();
         if (tensor.nbytes() != stored.shape.nbytes()) {
-            throw Error(ErrorKind::usage, text(stored.name, " is not of the size that it was announced with"));
+            throw Error(ErrorKind::usage, str_cat(stored.name, " is not of the size that it was announced with"));
         }
         file.write(bytes_of(tensor));
     }
@@ -142,7 +142,7 @@ Parameters read_safetensors(const std::filesystem::path& path) {
 
 void copy_by_name(const Parameters& from, const Parameters& to, const std::string& what) {
     const auto refuse_tensor = [&](const auto&... words) {
-        throw Error(ErrorKind::bad_data, text(what, ": ", words...));
+        throw Error(ErrorKind::bad_data, str_cat(what, ": ", words...));
     };
     std::unordered_map<std::string, at::Tensor> found;
     for (const Parameter& one : from) found.emplace(one.name, one.tensor);

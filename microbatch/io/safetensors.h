@@ -4,8 +4,8 @@
 #include <string>
 
 #include "microbatch/io/file_system.h"
-#include "microbatch/optim/parameters.h"
-#include "microbatch/train/trainer_state.h"
+#include "microbatch/model/parameters.h"
+#include "microbatch/state/stored_tensor.h"
 
 namespace microbatch {
 

@@ -12,7 +12,7 @@
 #include <utility>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/text.h"
+#include "microbatch/core/str_cat.h"
 #include "microbatch/core/units.h"
 #include "microbatch/memory/block_cache.h"
 
@@ -199,7 +199,8 @@ void reset_peak_memory() {
 }
 
 std::int64_t set_memory_budget(std::int64_t bytes) {
-    if (bytes <= 0) throw Error(ErrorKind::usage, text("the memory budget is ", bytes, " bytes; it must be above 0"));
+    if (bytes <= 0)
+        throw Error(ErrorKind::usage, str_cat("the memory budget is ", bytes, " bytes; it must be above 0"));
     const std::lock_guard lock(books.mutex);
     books.cache.shrink(bytes);
     return std::exchange(books.budget, bytes);
@@ -212,7 +213,7 @@ std::int64_t memory_budget() {
 
 void fail_allocation(std::int64_t countdown) {
     if (countdown < 0) {
-        throw Error(ErrorKind::usage, text("allocation ", countdown, " from now cannot fail; the next one is 1"));
+        throw Error(ErrorKind::usage, str_cat("allocation ", countdown, " from now cannot fail; the next one is 1"));
     }
     const std::lock_guard lock(books.mutex);
     books.fail_in = countdown;

@@ -9,7 +9,7 @@
 #include <mutex>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/text.h"
+#include "microbatch/core/str_cat.h"
 
 namespace microbatch {
 namespace {
@@ -48,7 +48,7 @@ public:
 
     void set_budget(std::int64_t bytes) override {
         if (bytes <= 0) {
-            throw Error(ErrorKind::usage, text("the memory budget is ", bytes, " bytes; it must be above 0"));
+            throw Error(ErrorKind::usage, str_cat("the memory budget is ", bytes, " bytes; it must be above 0"));
         }
         budget_ = bytes;
     }
@@ -74,9 +74,10 @@ std::unique_ptr<Meter> make_meter(at::Device device) {
     if (device.is_cpu()) return std::make_unique<CpuMeter>();
     auto* allocator = dynamic_cast<c10::DeviceAllocator*>(c10::GetAllocator(device.type()));
     if (allocator == nullptr) {
-        throw Error(ErrorKind::usage, text("the memory of device ", device.str(),
-                                           " cannot be metered: its allocator keeps no statistics; use the CPU or an "
-                                           "accelerator that this LibTorch supports"));
+        throw Error(ErrorKind::usage,
+                    str_cat("the memory of device ", device.str(),
+                            " cannot be metered: its allocator keeps no statistics; use the CPU or an "
+                            "accelerator that this LibTorch supports"));
     }
     return std::make_unique<DeviceMeter>(device, allocator);
 }

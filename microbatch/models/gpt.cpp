@@ -7,9 +7,9 @@
 #include <cmath>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/text.h"
-#include "microbatch/models/require.h"
-#include "microbatch/nn/transformer_block.h"
+#include "microbatch/core/str_cat.h"
+#include "microbatch/models/checks.h"
+#include "microbatch/ops/transformer_block.h"
 
 namespace microbatch {
 
@@ -77,10 +77,11 @@ void require_valid(const GptConfig& config) {
     require_size("gpt", "length", config.length);
     require_size("gpt", "vocabulary", config.vocabulary);
     if (config.width % config.heads != 0) {
-        throw Error(ErrorKind::usage, text("gpt: width ", config.width, " is not a multiple of heads ", config.heads));
+        throw Error(ErrorKind::usage,
+                    str_cat("gpt: width ", config.width, " is not a multiple of heads ", config.heads));
     }
     if (!(config.dropout >= 0 && config.dropout < 1)) {
-        throw Error(ErrorKind::usage, text("gpt: dropout is ", config.dropout, "; give at least 0 and less than 1"));
+        throw Error(ErrorKind::usage, str_cat("gpt: dropout is ", config.dropout, "; give at least 0 and less than 1"));
     }
 }
 
@@ -124,15 +125,15 @@ GptConfig gpt_preset(std::string_view name) {
     if (name == "gpt-tiny") return {};
     if (name == "gpt-small") return {.layers = 6, .heads = 6, .width = 384, .length = 256};
     if (name == "gpt2") return {.layers = 12, .heads = 12, .width = 768, .length = 1024, .vocabulary = 50257};
-    throw Error(ErrorKind::usage, text("no GPT is called \"", name, "\"; there are gpt-tiny, gpt-small and gpt2"));
+    throw Error(ErrorKind::usage, str_cat("no GPT is called \"", name, "\"; there are gpt-tiny, gpt-small and gpt2"));
 }
 
 std::int64_t count_parameters(const GptConfig& config) {
     require_valid(config);
     const double estimate = parameters_as<double>(config);
     if (estimate > 0x1p62) {
-        throw Error(ErrorKind::usage, text("gpt: ", estimate, " parameters are more than can be counted; layers ",
-                                           config.layers, " or width ", config.width, " is too large"));
+        throw Error(ErrorKind::usage, str_cat("gpt: ", estimate, " parameters are more than can be counted; layers ",
+                                              config.layers, " or width ", config.width, " is too large"));
     }
     return parameters_as<std::int64_t>(config);
 }
@@ -152,13 +153,13 @@ GptImpl::GptImpl(const GptConfig& config) : config_(config) {
 
 at::Tensor GptImpl::hidden(const at::Tensor& tokens) {
     if (tokens.dim() != 2 || tokens.scalar_type() != at::kLong) {
-        throw Error(ErrorKind::usage, text("gpt: the tokens are ", tokens.scalar_type(), " of shape ", tokens.sizes(),
-                                           "; give int64 of shape [samples, tokens]"));
+        throw Error(ErrorKind::usage, str_cat("gpt: the tokens are ", tokens.scalar_type(), " of shape ",
+                                              tokens.sizes(), "; give int64 of shape [samples, tokens]"));
     }
     const std::int64_t length = tokens.size(1);
     if (length < 1 || length > config_.length) {
-        throw Error(ErrorKind::usage, text("gpt: a sample has ", length, " tokens, the model takes 1 to ",
-                                           config_.length, "; cut the data or set length"));
+        throw Error(ErrorKind::usage, str_cat("gpt: a sample has ", length, " tokens, the model takes 1 to ",
+                                              config_.length, "; cut the data or set length"));
     }
     at::Tensor x = token_embedding_->forward(tokens) + position_embedding_->weight.narrow(0, 0, length);
     x = dropout_->forward(x);

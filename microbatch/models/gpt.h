@@ -11,7 +11,7 @@
 #include <string_view>
 #include <vector>
 
-#include "microbatch/nn/recompute.h"
+#include "microbatch/autograd/recompute.h"
 
 namespace microbatch {
 

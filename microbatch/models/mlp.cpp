@@ -4,8 +4,8 @@
 #include <torch/nn/modules/linear.h>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/text.h"
-#include "microbatch/models/require.h"
+#include "microbatch/core/str_cat.h"
+#include "microbatch/models/checks.h"
 
 namespace microbatch {
 
@@ -26,8 +26,9 @@ MlpImpl::MlpImpl(const MlpConfig& config) : config_(config) {
 
 at::Tensor MlpImpl::forward(const at::Tensor& samples) {
     if (samples.dim() < 2 || samples.flatten(1).size(1) != config_.inputs) {
-        throw Error(ErrorKind::usage, text("mlp: an input of shape ", samples.sizes(), " is not a batch of samples of ",
-                                           config_.inputs, " numbers each; set inputs to the size of one sample"));
+        throw Error(ErrorKind::usage,
+                    str_cat("mlp: an input of shape ", samples.sizes(), " is not a batch of samples of ",
+                            config_.inputs, " numbers each; set inputs to the size of one sample"));
     }
     return layers_->forward(samples.flatten(1));
 }

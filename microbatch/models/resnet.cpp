@@ -11,10 +11,10 @@
 #include <string>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/text.h"
-#include "microbatch/models/require.h"
-#include "microbatch/nn/group_norm.h"
-#include "microbatch/nn/residual_block.h"
+#include "microbatch/core/str_cat.h"
+#include "microbatch/models/checks.h"
+#include "microbatch/ops/group_norm.h"
+#include "microbatch/ops/residual_block.h"
 
 namespace microbatch {
 
@@ -130,8 +130,8 @@ void require_valid(const ResNetConfig& config) {
     require_size("resnet", "width", config.width);
     require_size("resnet", "blocks", config.blocks);
     if (config.norm == ImageNorm::group && config.width % norm_groups != 0) {
-        throw Error(ErrorKind::usage, text("resnet: width ", config.width, " is not a multiple of the ", norm_groups,
-                                           " groups of group norm; give such a width or norm batch"));
+        throw Error(ErrorKind::usage, str_cat("resnet: width ", config.width, " is not a multiple of the ", norm_groups,
+                                              " groups of group norm; give such a width or norm batch"));
     }
 }
 
@@ -144,7 +144,7 @@ std::string_view to_string(ImageNorm norm) {
 ImageNorm parse_image_norm(std::string_view name) {
     if (name == "batch") return ImageNorm::batch;
     if (name == "group") return ImageNorm::group;
-    throw Error(ErrorKind::usage, text("no image norm is called \"", name, "\"; there are batch and group"));
+    throw Error(ErrorKind::usage, str_cat("no image norm is called \"", name, "\"; there are batch and group"));
 }
 
 ResNetImpl::ResNetImpl(const ResNetConfig& config) : config_(config) {
@@ -167,8 +167,8 @@ ResNetImpl::ResNetImpl(const ResNetConfig& config) : config_(config) {
 
 at::Tensor ResNetImpl::forward(const at::Tensor& images) {
     if (images.dim() != 4 || images.size(1) != config_.channels) {
-        throw Error(ErrorKind::usage, text("resnet: images of shape ", images.sizes(), "; give [samples, ",
-                                           config_.channels, ", height, width] or set channels"));
+        throw Error(ErrorKind::usage, str_cat("resnet: images of shape ", images.sizes(), "; give [samples, ",
+                                              config_.channels, ", height, width] or set channels"));
     }
     at::Tensor x = stem_->forward(channels_last(images), {.relu = true});
     for (const auto& any : *blocks_) {

@@ -9,7 +9,7 @@
 #include <memory>
 #include <string_view>
 
-#include "microbatch/nn/recompute.h"
+#include "microbatch/autograd/recompute.h"
 
 namespace microbatch {
 

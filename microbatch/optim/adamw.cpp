@@ -10,7 +10,7 @@
 #include <tuple>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/text.h"
+#include "microbatch/core/str_cat.h"
 #include "microbatch/optim/one_pass.h"
 
 namespace microbatch {
@@ -19,8 +19,8 @@ AdamW::AdamW(const std::vector<ParameterGroup>& groups, AdamWOptions options)
     : FusedOptimizer("AdamW", groups, options.learning_rate), options_(options) {
     auto in_range = [](double beta) { return beta >= 0.0 && beta < 1.0; };
     if (!in_range(options.beta1) || !in_range(options.beta2)) {
-        throw Error(ErrorKind::usage, text("AdamW: the betas are ", options.beta1, " and ", options.beta2,
-                                           "; each must be at least 0 and below 1"));
+        throw Error(ErrorKind::usage, str_cat("AdamW: the betas are ", options.beta1, " and ", options.beta2,
+                                              "; each must be at least 0 and below 1"));
     }
     validate_setting("AdamW", "epsilon", options.epsilon);
 }

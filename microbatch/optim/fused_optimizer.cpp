@@ -9,7 +9,7 @@
 #include <utility>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/text.h"
+#include "microbatch/core/str_cat.h"
 #include "microbatch/optim/one_pass.h"
 
 namespace microbatch {
@@ -21,7 +21,7 @@ void validate_group(const char* optimizer, const ParameterGroup& group) {
     for (const auto& [name, tensor] : group.parameters) {
         if (!tensor.defined() || !tensor.is_floating_point() || !tensor.is_non_overlapping_and_dense()) {
             throw Error(ErrorKind::usage,
-                        text(optimizer, ": parameter ", name, " must be a dense floating-point tensor"));
+                        str_cat(optimizer, ": parameter ", name, " must be a dense floating-point tensor"));
         }
     }
 }
@@ -39,16 +39,16 @@ bool same_layout(const at::Tensor& left, const at::Tensor& right) {
 at::Tensor dense_gradient(const Parameter& parameter) {
     const at::Tensor& gradient = parameter.tensor.grad();
     if (gradient.layout() != at::kStrided) {
-        throw Error(ErrorKind::usage, text("parameter ", parameter.name,
-                                           " has a sparse gradient; make its embedding with sparse = false"));
+        throw Error(ErrorKind::usage, str_cat("parameter ", parameter.name,
+                                              " has a sparse gradient; make its embedding with sparse = false"));
     }
     if (gradient.scalar_type() != parameter.tensor.scalar_type()) {
-        throw Error(ErrorKind::usage, text("parameter ", parameter.name, " is ", parameter.tensor.scalar_type(),
-                                           ", its gradient ", gradient.scalar_type()));
+        throw Error(ErrorKind::usage, str_cat("parameter ", parameter.name, " is ", parameter.tensor.scalar_type(),
+                                              ", its gradient ", gradient.scalar_type()));
     }
     if (gradient.sizes() != parameter.tensor.sizes()) {
-        throw Error(ErrorKind::usage, text("parameter ", parameter.name, " has the shape ", parameter.tensor.sizes(),
-                                           ", its gradient ", gradient.sizes()));
+        throw Error(ErrorKind::usage, str_cat("parameter ", parameter.name, " has the shape ", parameter.tensor.sizes(),
+                                              ", its gradient ", gradient.sizes()));
     }
     if (same_layout(gradient, parameter.tensor)) return gradient;
     return at::empty_like(parameter.tensor).copy_(gradient);
@@ -62,8 +62,9 @@ void require_same_layout(const Parameter& parameter, const at::Tensor& state) {
         (state.dim() == 0 || state.scalar_type() == tensor.scalar_type())) {
         return;
     }
-    throw Error(ErrorKind::usage, text("parameter ", parameter.name, " is now ", tensor.scalar_type(), " of shape ",
-                                       tensor.sizes(), " and not as when its state was made: make the optimizer anew"));
+    throw Error(ErrorKind::usage,
+                str_cat("parameter ", parameter.name, " is now ", tensor.scalar_type(), " of shape ", tensor.sizes(),
+                        " and not as when its state was made: make the optimizer anew"));
 }
 
 }  // namespace
@@ -94,7 +95,7 @@ void FusedOptimizer::add_group(const ParameterGroup& group) {
         for (const at::Tensor& tensor : known) {
             if (tensor.is_same(parameter.tensor)) {
                 throw Error(ErrorKind::usage,
-                            text(name_, ": parameter ", parameter.name, " is in another group already"));
+                            str_cat(name_, ": parameter ", parameter.name, " is in another group already"));
             }
         }
         made.slots.push_back({parameter, {}, {}});
@@ -125,17 +126,17 @@ void FusedOptimizer::step(double divisor) {
     update_all(parts_, divisor);
 }
 
-void FusedOptimizer::rehearse(double divisor) {
+void FusedOptimizer::dry_run(double divisor) {
     const at::NoGradGuard no_grad;
-    Parts parts = make_parts(&Slot::rehearsed_state);
+    Parts parts = make_parts(&Slot::dry_run_state);
     refresh(parts, divisor);
     for (Part& part : parts) part.bucket.parameters = part.bucket.gradients;
     update_all(parts, divisor);
 }
 
-void FusedOptimizer::end_rehearsal() {
+void FusedOptimizer::end_dry_run() {
     for (Group& group : groups_) {
-        for (Slot& slot : group.slots) slot.rehearsed_state.clear();
+        for (Slot& slot : group.slots) slot.dry_run_state.clear();
     }
 }
 
@@ -184,7 +185,7 @@ std::vector<FusedOptimizer::Slot*> FusedOptimizer::all_slots() {
 }
 
 void FusedOptimizer::require_state(const OptimizerState& state) const {
-    const auto refuse = [this](const auto&... what) { throw Error(ErrorKind::usage, text(name_, ": ", what...)); };
+    const auto refuse = [this](const auto&... what) { throw Error(ErrorKind::usage, str_cat(name_, ": ", what...)); };
     const std::vector<at::Tensor> known = parameters();
     if (state.size() != known.size()) refuse("the state is of ", state.size(), " parameters, not ", known.size());
     auto of_parameter = state.begin();

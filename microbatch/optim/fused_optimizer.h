@@ -14,8 +14,8 @@ public:
     /// has changed its own since its state was made; nothing has changed then.
     void step(double divisor) final;
     using Optimizer::step;
-    void rehearse(double divisor) final;
-    void end_rehearsal() final;
+    void dry_run(double divisor) final;
+    void end_dry_run() final;
     bool has_state() const final;
     OptimizerState state() const final;
     void restore(const OptimizerState& state) final;
@@ -64,7 +64,7 @@ protected:
 private:
     struct Slot {
         Parameter parameter;
-        std::vector<at::Tensor> state, rehearsed_state;
+        std::vector<at::Tensor> state, dry_run_state;
     };
     /// A bucket, and where it is from.
     struct Part {

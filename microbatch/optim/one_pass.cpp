@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "microbatch/core/clones.h"
-#include "microbatch/nn/in_parallel.h"
+#include "microbatch/runtime/parallel.h"
 
 namespace microbatch {
 namespace one_pass {

@@ -2,7 +2,7 @@
 
 #include <vector>
 
-#include "microbatch/optim/parameters.h"
+#include "microbatch/model/parameters.h"
 
 namespace microbatch {
 
@@ -31,11 +31,11 @@ public:
 
     /// Takes a step for its memory and its time alone: parameters and state are not touched. What stands in for them
     /// are the gradients themselves, whose values are lost, and a state that is begun anew and kept until
-    /// end_rehearsal().
-    virtual void rehearse(double divisor) = 0;
+    /// end_dry_run().
+    virtual void dry_run(double divisor) = 0;
 
-    /// Drops the state that rehearse() made.
-    virtual void end_rehearsal() = 0;
+    /// Drops the state that dry_run() made.
+    virtual void end_dry_run() = 0;
 
     /// True once steps have made the state of every parameter that requires a gradient.
     virtual bool has_state() const = 0;

@@ -6,7 +6,7 @@
 #include <ATen/ops/zeros_like.h>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/text.h"
+#include "microbatch/core/str_cat.h"
 #include "microbatch/optim/one_pass.h"
 
 namespace microbatch {
@@ -15,7 +15,7 @@ Sgd::Sgd(const std::vector<ParameterGroup>& groups, SgdOptions options)
     : FusedOptimizer("Sgd", groups, options.learning_rate), options_(options) {
     if (!(options.momentum >= 0.0 && options.momentum < 1.0)) {
         throw Error(ErrorKind::usage,
-                    text("Sgd: momentum is ", options.momentum, "; it must be at least 0 and below 1"));
+                    str_cat("Sgd: momentum is ", options.momentum, "; it must be at least 0 and below 1"));
     }
     if (options.nesterov && options.momentum == 0.0) {
         throw Error(ErrorKind::usage, "Sgd: Nesterov needs a momentum above 0");

@@ -18,7 +18,7 @@
 #include <vector>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/text.h"
+#include "microbatch/core/str_cat.h"
 
 namespace microbatch {
 
@@ -35,11 +35,12 @@ void TorchOptimizer::step(double divisor) {
     try {
         optimizer_.step();
     } catch (const c10::OutOfMemoryError& error) {
-        throw Error(ErrorKind::does_not_fit,
-                    text("the torch optimizer ran out of memory between its updates, and some parameters may have been "
-                         "updated: go on from weights that were saved before, with a larger budget (AdamW and Sgd of "
-                         "this library update all or none); ",
-                         error.what_without_backtrace()));
+        throw Error(
+            ErrorKind::does_not_fit,
+            str_cat("the torch optimizer ran out of memory between its updates, and some parameters may have been "
+                    "updated: go on from weights that were saved before, with a larger budget (AdamW and Sgd of "
+                    "this library update all or none); ",
+                    error.what_without_backtrace()));
     }
 }
 
@@ -94,9 +95,9 @@ private:
 
 }  // namespace
 
-void TorchOptimizer::rehearse(double divisor) {
+void TorchOptimizer::dry_run(double divisor) {
     divide_gradients(divisor);
-    const StandIns stand_ins(optimizer_, rehearsed_);
+    const StandIns stand_ins(optimizer_, dry_run_state_);
     optimizer_.step();
 }
 

@@ -22,8 +22,8 @@ public:
     using Optimizer::step;
 
     /// The torch optimizer sees the gradients for its parameters and no state for as long as this lasts.
-    void rehearse(double divisor) override;
-    void end_rehearsal() override { rehearsed_.clear(); }
+    void dry_run(double divisor) override;
+    void end_dry_run() override { dry_run_state_.clear(); }
     bool has_state() const override;
 
     /// Of each parameter what torch keeps of it: the step's number, where there is one, and its tensors; an empty
@@ -52,7 +52,7 @@ private:
 
     torch::optim::Optimizer& optimizer_;
     std::vector<double> scales_;
-    std::vector<std::unique_ptr<torch::optim::OptimizerParamState>> rehearsed_;  // one for each parameter, in order
+    std::vector<std::unique_ptr<torch::optim::OptimizerParamState>> dry_run_state_;  // one for each parameter, in order
 };
 
 }  // namespace microbatch

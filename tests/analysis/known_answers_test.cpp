@@ -7,7 +7,7 @@
 #include "microbatch/core/learning_rate.h"
 #include "microbatch/core/noise_scale.h"
 #include "microbatch/optim/sgd.h"
-#include "microbatch/train/accumulator.h"
+#include "microbatch/step/accumulator.h"
 #include "support/models.h"
 
 namespace microbatch {

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "analysis/net.h"
-#include "microbatch/optim/parameters.h"
+#include "microbatch/model/parameters.h"
 #include "support/errors.h"
 #include "support/gradients.h"
 

@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "microbatch/core/text.h"
+#include "microbatch/core/str_cat.h"
 #include "support/fake_job.h"
 
 namespace microbatch {
@@ -64,7 +64,7 @@ TEST(PlannerSearch, IsWithinFivePercentOfTheBestOfAllPlans) {
         if (job.step_seconds(chosen) > 1.05 * best) {
             ++off;
             std::string tried;
-            for (const Plan& one : job.asked) tried += text(" ", one.micro_batch, one.recompute ? "r" : "");
+            for (const Plan& one : job.asked) tried += str_cat(" ", one.micro_batch, one.recompute ? "r" : "");
             ADD_FAILURE() << i << ": batch " << options.batch << ", micro-batch " << chosen.micro_batch
                           << (chosen.recompute ? " recomputed, " : ", ") << job.step_seconds(chosen) / best << ", tried"
                           << tried;

@@ -1,5 +1,5 @@
 // summary.json, which `report` and a resumed run read.
-#include "microbatch/io/run_summary.h"
+#include "microbatch/run/run_summary.h"
 
 #include <string>
 

@@ -5,7 +5,7 @@
 
 #include "fuzz/fuzz.h"
 #include "microbatch/io/bounded_json.h"
-#include "microbatch/io/trainer_json.h"
+#include "microbatch/run/trainer_json.h"
 
 namespace microbatch {
 namespace {

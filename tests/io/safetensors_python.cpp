@@ -5,8 +5,8 @@
 #include <string>
 
 #include "microbatch/core/error.h"
-#include "microbatch/io/checkpoint.h"
 #include "microbatch/io/safetensors.h"
+#include "microbatch/run/checkpoint.h"
 
 namespace {
 

@@ -6,7 +6,7 @@
 
 #include "microbatch/memory/budget_allocator.h"
 #include "microbatch/models/gpt.h"
-#include "microbatch/nn/cross_entropy.h"
+#include "microbatch/ops/cross_entropy.h"
 #include "support/one_thread.h"
 
 namespace microbatch {

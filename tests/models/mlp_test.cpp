@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "microbatch/nn/cross_entropy.h"
+#include "microbatch/ops/cross_entropy.h"
 #include "models/modules.h"
 #include "support/errors.h"
 #include "support/one_thread.h"

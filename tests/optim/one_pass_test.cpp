@@ -10,7 +10,7 @@
 #include <memory>
 #include <vector>
 
-#include "microbatch/core/text.h"
+#include "microbatch/core/str_cat.h"
 #include "microbatch/memory/budget_allocator.h"
 #include "microbatch/optim/adamw.h"
 #include "microbatch/optim/sgd.h"
@@ -56,7 +56,7 @@ Tensors trained(const Tensors& start) {
 Groups two_groups(const Tensors& tensors) {
     Groups groups = {{.parameters = {}, .weight_decay = 0.1},
                      {.parameters = {}, .weight_decay = 0.0, .learning_rate_scale = 0.5}};
-    for (std::size_t i = 0; i < tensors.size(); ++i) groups[i % 2].parameters.push_back({text("p", i), tensors[i]});
+    for (std::size_t i = 0; i < tensors.size(); ++i) groups[i % 2].parameters.push_back({str_cat("p", i), tensors[i]});
     return groups;
 }
 
@@ -162,7 +162,7 @@ TEST(DividingOptimizer, FollowsGradientsThatComeAndGoAndGroupsThatAreAdded) {
         for (std::size_t step = 0; step < 12; ++step) {
             if (step < start.size()) {
                 const double decay = 0.1 * static_cast<double>(step);
-                groups.add_group({.parameters = {{text("p", step), together[step]}}, .weight_decay = decay});
+                groups.add_group({.parameters = {{str_cat("p", step), together[step]}}, .weight_decay = decay});
             }
             const Tensors gradients = random_tensors(30 + step, at::kFloat);
             for (std::size_t i = 0; i < start.size(); ++i) {

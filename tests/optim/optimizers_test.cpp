@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "microbatch/core/text.h"
+#include "microbatch/core/str_cat.h"
 #include "microbatch/memory/budget_allocator.h"
 #include "microbatch/optim/adamw.h"
 #include "microbatch/optim/sgd.h"
@@ -46,7 +46,7 @@ void set_gradients(Tensors& parameters, const Tensors& gradients) {
 
 Parameters named(const Tensors& tensors) {
     Parameters parameters;
-    for (std::size_t i = 0; i < tensors.size(); ++i) parameters.push_back({text("p", i), tensors[i]});
+    for (std::size_t i = 0; i < tensors.size(); ++i) parameters.push_back({str_cat("p", i), tensors[i]});
     return parameters;
 }
 

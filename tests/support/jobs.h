@@ -11,10 +11,10 @@
 #include "microbatch/models/gpt.h"
 #include "microbatch/models/mlp.h"
 #include "microbatch/models/resnet.h"
-#include "microbatch/nn/cross_entropy.h"
+#include "microbatch/ops/cross_entropy.h"
 #include "microbatch/optim/adamw.h"
 #include "microbatch/optim/sgd.h"
-#include "microbatch/train/accumulator.h"
+#include "microbatch/step/accumulator.h"
 #include "support/gradients.h"
 
 namespace microbatch::test {

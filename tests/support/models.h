@@ -10,8 +10,8 @@
 #include <utility>
 #include <vector>
 
-#include "microbatch/train/dataset.h"
-#include "microbatch/train/weighted_loss.h"
+#include "microbatch/data/dataset.h"
+#include "microbatch/step/weighted_loss.h"
 #include "support/one_thread.h"
 
 namespace microbatch::test {

@@ -3,7 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "microbatch/memory/budget_allocator.h"
-#include "microbatch/train/probe.h"
+#include "microbatch/step/probe.h"
 #include "support/jobs.h"
 #include "support/one_thread.h"
 

@@ -5,7 +5,7 @@
 #include <bit>
 #include <cstdint>
 
-#include "microbatch/train/trainer_state.h"
+#include "microbatch/run/trainer_state.h"
 #include "support/gradients.h"
 
 namespace microbatch::test {

@@ -18,10 +18,10 @@
 #include <utility>
 #include <vector>
 
-#include "microbatch/io/trainer_json.h"
 #include "microbatch/memory/budget_allocator.h"
 #include "microbatch/optim/torch_optimizer.h"
-#include "microbatch/train/trainer.h"
+#include "microbatch/run/trainer.h"
+#include "microbatch/run/trainer_json.h"
 #include "support/jobs.h"
 #include "support/models.h"
 

@@ -1,0 +1,115 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace microbatch {
+
+/// One head of one sample, for causal attention. Rows are one token each, their numbers side by side.
+struct AttentionHead {
+    std::int64_t tokens = 0;
+    std::int64_t size = 0;                                          ///< numbers a token in q, k, v and out
+    float scale = 1.0F;                                             ///< of q . k
+    std::int64_t row = 0, out_row = 0;                              ///< floats from one token to the next
+    const float *q = nullptr, *k = nullptr, *v = nullptr;           ///< row apart
+    float* out = nullptr;                                           ///< out_row apart
+    float* log_sums = nullptr;                                      ///< [tokens], log of the sum of e^score of a query
+    const float* gradient = nullptr;                                ///< of out, out_row apart; backward only
+    float *grad_q = nullptr, *grad_k = nullptr, *grad_v = nullptr;  ///< row apart, overwritten by backward
+};
+
+/// sum = x + added + bias, row by row; all rows are side by side, `width` numbers each.
+struct RowSums {
+    std::int64_t rows = 0, width = 0;
+    const float *x = nullptr, *added = nullptr;
+    const float* bias = nullptr;  ///< [width]
+    float* sum = nullptr;         ///< may be x or added
+};
+
+/// Layer norm: y = (x - mean) inverse scale + shift, row by row, inverse = 1 / sqrt(variance + epsilon).
+struct NormRows {
+    std::int64_t rows = 0, width = 0;
+    float epsilon = 0.0F;
+    const float* x = nullptr;
+    const float *scale = nullptr, *shift = nullptr;  ///< [width]
+    float* y = nullptr;
+    float *means = nullptr, *inverses = nullptr;  ///< [rows]
+};
+
+/// Its gradient, and y once more.
+struct NormRowsBackward {
+    std::int64_t rows = 0, width = 0;
+    const float* x = nullptr;
+    const float *means = nullptr, *inverses = nullptr;
+    const float *scale = nullptr, *shift = nullptr;
+    const float* gradient = nullptr;  ///< of y
+    const float* residual = nullptr;  ///< what x has of gradient beside that through the norm
+    float* grad_x = nullptr;          ///< their sum; may be gradient
+    float* y = nullptr;
+    /// [width]; what these rows give is added.
+    float *of_scale = nullptr, *of_shift = nullptr, *of_x_sums = nullptr;
+};
+
+/// Group norm of images, all channels of a pixel side by side: y = (x - mean) inverse scale + shift, then, where they
+/// are asked for, + added and max(0, .). Mean and inverse deviation are those of a sample's group of channels.
+struct GroupNormImages {
+    std::int64_t samples = 0, pixels = 0, channels = 0, groups = 0;
+    float epsilon = 0.0F;
+    const float* x = nullptr;
+    const float *scale = nullptr, *shift = nullptr;  ///< [channels]
+    const float* added = nullptr;                    ///< as x, or nullptr
+    bool relu = false;
+    float* y = nullptr;
+    float* statistics = nullptr;  ///< [samples, 2, groups]: means, inverses
+};
+
+/// Its gradient.
+struct GroupNormImagesBackward {
+    std::int64_t samples = 0, pixels = 0, channels = 0, groups = 0;
+    const float* x = nullptr;
+    const float* y = nullptr;  ///< nullptr where there was no ReLU
+    const float* statistics = nullptr;
+    const float* scale = nullptr;
+    const float* gradient = nullptr;                 ///< of y
+    float* grad_x = nullptr;                         ///< none of the inputs
+    float* of_added = nullptr;                       ///< none of the inputs, or nullptr
+    float *of_scale = nullptr, *of_shift = nullptr;  ///< [channels]; these samples' are added
+};
+
+/// The loops that the compiler does not know how to make fast for a processor it does not know: one table for each kind
+/// of vector. All work on fp32, in the calling thread, on memory of the caller's; NaN and infinity come out as NaN
+/// where they do in exact arithmetic.
+struct Kernels {
+    const char* name;
+    void (*gelu)(const float* x, float* y, std::int64_t count);
+    /// result = gradient * gelu'(x).
+    void (*gelu_backward)(const float* x, const float* gradient, float* result, std::int64_t count);
+    /// x += bias, y = gelu(x), row by row.
+    void (*gelu_rows)(std::int64_t rows, std::int64_t width, const float* bias, float* x, float* y);
+    /// y = gelu(x) and gradient *= gelu'(x); what the rows of that give is added to sums, [width].
+    void (*gelu_rows_backward)(std::int64_t rows, std::int64_t width, const float* x, float* gradient, float* y,
+                               float* sums);
+    void (*add_rows)(const RowSums& sums);
+    void (*norm_rows)(const NormRows& norm);
+    void (*norm_rows_backward)(const NormRowsBackward& norm);
+    /// Adds every row to sums, [width].
+    void (*sum_columns)(std::int64_t rows, std::int64_t width, const float* values, float* sums);
+    /// Scratch is always in floats.
+    std::int64_t (*group_norm_scratch)(std::int64_t channels);
+    void (*group_norm_images)(const GroupNormImages& norm, float* scratch);
+    /// y once more, of the statistics that are there.
+    void (*group_norm_images_again)(const GroupNormImages& norm, float* scratch);
+    void (*group_norm_images_backward)(const GroupNormImagesBackward& norm, float* scratch);
+    std::int64_t (*attention_forward_scratch)(std::int64_t tokens, std::int64_t size);
+    void (*attention_forward)(const AttentionHead& head, float* scratch);
+    std::int64_t (*attention_backward_scratch)(std::int64_t tokens, std::int64_t size);
+    void (*attention_backward)(const AttentionHead& head, float* scratch);
+};
+
+/// Those of the widest vectors that this processor has; chosen once. Threads: any.
+const Kernels& kernels();
+
+/// Every table that this processor can run, the narrowest vectors first.
+std::vector<const Kernels*> all_kernels();
+
+}  // namespace microbatch

@@ -1,0 +1,272 @@
+#include "microbatch/ops/linear_cross_entropy.h"
+
+#include <ATen/OpMathType.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "microbatch/core/error.h"
+#include "microbatch/core/str_cat.h"
+#include "microbatch/ops/checks.h"
+#include "microbatch/ops/softmax_row.h"
+#include "microbatch/runtime/parallel.h"
+
+namespace microbatch {
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// The products are fastest where the rows of the logits begin at multiples of this many numbers, and where those that
+// make the logits are of so many columns: 1.6 times as fast as all of 50257 columns in one.
+constexpr std::int64_t even = 32, tile_columns = 1024;
+
+std::int64_t ceiling(std::int64_t count, std::int64_t part) {
+    return (count + part - 1) / part;
+}
+
+struct Wanted {
+    bool of_hidden, of_weight;
+
+    bool any() const { return of_hidden || of_weight; }
+};
+
+/// The logits of some rows at a time, always in the same memory, in the type of the sums.
+class LogitChunk {
+public:
+    LogitChunk(const at::Tensor& hidden, const at::Tensor& weight, std::int64_t bytes)
+        : weight_(weight), columns_(weight.size(0)) {
+        const at::ScalarType type = weight.scalar_type(), sum_type = at::toOpMathType(type);
+        const auto logit_bytes =
+            static_cast<std::int64_t>(weight.element_size() + (type == sum_type ? 0 : c10::elementSize(sum_type)));
+        const std::int64_t padded = ceiling(columns_, even) * even;
+        // A small vocabulary is not made twice as wide.
+        stride_ = padded - columns_ <= columns_ / 16 ? padded : columns_;
+        const std::int64_t most = std::max<std::int64_t>(bytes / (logit_bytes * stride_), 1);
+        const std::int64_t all = std::max<std::int64_t>(hidden.size(0), 1), chunks = ceiling(all, most);
+        rows_ = std::min(ceiling(ceiling(all, chunks), 8) * 8, most);  // alike: a product of few rows is slow
+        product_ = at::empty({rows_, stride_}, weight.options()).narrow(1, 0, columns_);
+        logits_ = type == sum_type ? product_ : at::empty({rows_, columns_}, weight.options().dtype(sum_type));
+    }
+
+    std::int64_t rows() const { return rows_; }
+
+    /// Of these hidden states, which are at most rows(). They may be changed.
+    at::Tensor logits_of(const at::Tensor& hidden) {
+        at::Tensor product = product_.narrow(0, 0, hidden.size(0));
+        for (std::int64_t first = 0; first < columns_; first += tile_columns) {
+            const std::int64_t count = std::min(tile_columns, columns_ - first);
+            at::Tensor tile = product.narrow(1, first, count);
+            at::mm_out(tile, hidden, weight_.narrow(0, first, count).t());
+        }
+        if (logits_.is_same(product_)) return product;
+        return logits_.narrow(0, 0, hidden.size(0)).copy_(product);
+    }
+
+    /// The same in the type of the weight.
+    at::Tensor rounded(const at::Tensor& logits) {
+        return logits_.is_same(product_) ? logits : product_.narrow(0, 0, logits.size(0)).copy_(logits);
+    }
+
+private:
+    const at::Tensor& weight_;
+    std::int64_t columns_, stride_ = 0, rows_ = 0;
+    at::Tensor product_;
+    at::Tensor logits_;  // product_ itself, unless that is of half precision
+};
+
+/// Some targets, and which of them do not count.
+struct Targets {
+    at::Tensor classes, skipped;
+
+    Targets(const at::Tensor& all, std::int64_t ignored) : classes(all), skipped(all.eq(ignored)) {}
+    Targets(at::Tensor some, at::Tensor some_skipped) : classes(std::move(some)), skipped(std::move(some_skipped)) {}
+
+    Targets rows(std::int64_t first, std::int64_t count) const {
+        return {classes.narrow(0, first, count), skipped.narrow(0, first, count)};
+    }
+
+    void require_below(std::int64_t vocabulary) const {
+        if (!classes.is_cpu() || classes.numel() == 0) return;
+        const at::Tensor counted = classes.masked_fill(skipped, 0);
+        const auto least = counted.min().item<std::int64_t>(), most = counted.max().item<std::int64_t>();
+        TORCH_CHECK_INDEX(least >= 0 && most < vocabulary, "Target ", least < 0 ? least : most,
+                          " is out of bounds of a vocabulary of ", vocabulary);
+    }
+};
+
+/// Turns logits into their gradient where that is wanted, and says each row's loss.
+void differentiate(const at::Tensor& logits, const Targets& targets, bool wanted, const at::Tensor& losses) {
+    const at::Tensor index = targets.classes.masked_fill(targets.skipped, 0).unsqueeze(1);
+    const at::Tensor skipped = targets.skipped.unsqueeze(1);
+    logits.sub_(logits.amax(1, /*keepdim=*/true));
+    const at::Tensor of_targets = logits.gather(1, index);
+    const at::Tensor sums = logits.exp_().sum(1, /*keepdim=*/true);
+    // Not the logarithm plus the largest, less the target's: that would lose digits where logits are large.
+    losses.copy_(sums.log().sub_(of_targets).masked_fill_(skipped, 0).squeeze(1));
+    if (!wanted) return;
+    logits.mul_(sums.reciprocal().masked_fill_(skipped, 0));
+    logits.scatter_add_(1, index, skipped.logical_not().to(logits.scalar_type()).neg_());
+}
+
+/// The same for float32 on the CPU, while a row is in the cache.
+void differentiate_row(float* row, std::int64_t columns, std::int64_t target, bool wanted, double& loss) {
+    const float of_target = row[target];
+    const auto [largest, sum] = exponentiate_row(row, columns);
+    loss = std::log(sum) - static_cast<double>(of_target - largest);
+    if (!wanted) return;
+    scale_row(row, columns, static_cast<float>(1.0 / sum));
+    row[target] -= 1.0F;
+}
+
+void differentiate_rows(const at::Tensor& logits, const Targets& targets, bool wanted, const at::Tensor& losses) {
+    auto* const numbers = logits.mutable_data_ptr<float>();
+    const auto* const classes = targets.classes.const_data_ptr<std::int64_t>();
+    const auto* const skipped = targets.skipped.const_data_ptr<bool>();
+    auto* const sums = losses.mutable_data_ptr<double>();
+    const std::int64_t columns = logits.size(1), stride = logits.stride(0);
+    constexpr std::int64_t enough_for_a_thread = 4096;
+    in_parallel(logits.size(0), 2 * enough_for_a_thread / columns, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t i = begin; i < end; ++i) {
+            float* const row = numbers + i * stride;
+            if (skipped[i]) {
+                sums[i] = 0.0;
+                if (wanted) std::fill_n(row, columns, 0.0F);
+            } else {
+                differentiate_row(row, columns, classes[i], wanted, sums[i]);
+            }
+        }
+    });
+}
+
+/// The products of the logits' gradients, summed over the chunks.
+class Gradients {
+public:
+    Gradients(const at::Tensor& hidden, const at::Tensor& weight, Wanted wanted)
+        : weight_(weight), half_(at::toOpMathType(weight.scalar_type()) != weight.scalar_type()) {
+        const bool empty = hidden.size(0) == 0;
+        if (wanted.of_hidden) of_hidden = at::empty_like(hidden, at::MemoryFormat::Contiguous);
+        if (!wanted.of_weight) return;
+        const auto options = weight.options().dtype(at::toOpMathType(weight.scalar_type()));
+        of_weight = half_ || empty ? at::zeros(weight.sizes(), options) : at::empty(weight.sizes(), options);
+    }
+
+    void add(const at::Tensor& of_logits, const at::Tensor& hidden, std::int64_t first_row) {
+        if (of_weight.defined()) add_to_weight(of_logits, hidden, first_row == 0);
+        if (!of_hidden.defined()) return;
+        at::Tensor rows = of_hidden.narrow(0, first_row, of_logits.size(0));
+        at::mm_out(rows, of_logits, weight_);
+    }
+
+    at::Tensor of_hidden, of_weight;
+
+private:
+    void add_to_weight(const at::Tensor& of_logits, const at::Tensor& hidden, bool first) {
+        if (half_) {
+            // Half precision would keep two digits of a sum of many chunks.
+            for (std::int64_t column = 0; column < of_weight.size(0); column += tile_columns) {
+                const std::int64_t count = std::min(tile_columns, of_weight.size(0) - column);
+                of_weight.narrow(0, column, count).add_(of_logits.narrow(1, column, count).t().mm(hidden));
+            }
+        } else if (first) {
+            at::mm_out(of_weight, of_logits.t(), hidden);
+        } else {
+            of_weight.addmm_(of_logits.t(), hidden);
+        }
+    }
+
+    const at::Tensor& weight_;
+    bool half_;
+};
+
+class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> {
+public:
+    static at::Tensor forward(AutogradContext* context, const at::Tensor& hidden, const at::Tensor& weight,
+                              const at::Tensor& classes, std::int64_t ignored, std::int64_t chunk_bytes,
+                              Wanted wanted) {
+        const Targets targets(classes, ignored);
+        targets.require_below(weight.size(0));
+        const at::ScalarType sum_type = at::toOpMathType(weight.scalar_type());
+        const bool by_rows = sum_type == at::kFloat && weight.is_cpu();
+        const at::Tensor losses = at::empty({hidden.size(0)}, hidden.options().dtype(by_rows ? at::kDouble : sum_type));
+        Gradients gradients(hidden, weight, wanted);
+        {
+            LogitChunk chunk(hidden, weight, chunk_bytes);
+            for (std::int64_t first = 0; first < hidden.size(0); first += chunk.rows()) {
+                const std::int64_t count = std::min(chunk.rows(), hidden.size(0) - first);
+                const at::Tensor rows = hidden.narrow(0, first, count);
+                const at::Tensor logits = chunk.logits_of(rows);
+                (by_rows ? differentiate_rows : differentiate)(logits, targets.rows(first, count), wanted.any(),
+                                                               losses.narrow(0, first, count));
+                if (wanted.any()) gradients.add(chunk.rounded(logits), rows, first);
+            }
+        }
+        if (wanted.of_weight) gradients.of_weight = gradients.of_weight.to(weight.scalar_type());
+        context->saved_data["of_hidden"] = gradients.of_hidden;
+        context->saved_data["of_weight"] = gradients.of_weight;
+        return losses.sum(at::kDouble).to(sum_type);
+    }
+
+    static variable_list backward(AutogradContext* context, variable_list gradients) {
+        if (at::GradMode::is_enabled()) {
+            throw Error(ErrorKind::usage,
+                        "linear_cross_entropy_sum: it has no gradient of a gradient (create_graph); "
+                        "use cross_entropy_sum of at::linear for it");
+        }
+        auto& saved = context->saved_data;
+        if (saved.empty()) {
+            throw Error(
+                ErrorKind::usage,
+                "linear_cross_entropy_sum: its gradients were handed over by the first backward (retain_graph); "
+                "call it again for each");
+        }
+        // The only references: whatever takes the gradients can keep them without a copy.
+        variable_list results = {saved["of_hidden"].toTensor(), saved["of_weight"].toTensor(), {}, {}, {}, {}};
+        saved.clear();
+        const at::Tensor& incoming = gradients[0];
+        if (incoming.is_cpu() && incoming.item<double>() == 1.0) return results;
+        for (at::Tensor& result : results) {
+            if (result.defined()) result.mul_(incoming);
+        }
+        return results;
+    }
+};
+
+void require_weight(const at::Tensor& weight, const at::Tensor& hidden) {
+    if (!weight.defined()) throw Error(ErrorKind::usage, "the weight is an undefined tensor");
+    if (weight.dim() != 2 || weight.size(1) != hidden.size(-1)) {
+        throw Error(ErrorKind::usage,
+                    str_cat("a weight of shape ", weight.sizes(), " does not go with hidden states of ", "shape ",
+                            hidden.sizes(), "; give [vocabulary, width] and [..., width]"));
+    }
+    if (weight.scalar_type() != hidden.scalar_type()) {
+        throw Error(ErrorKind::usage, str_cat("the weight is ", weight.scalar_type(), ", the hidden states are ",
+                                              hidden.scalar_type(), "; convert one by .to()"));
+    }
+    if (weight.size(0) == 0)
+        throw Error(ErrorKind::usage, str_cat("a weight of shape ", weight.sizes(), " has no class"));
+}
+
+}  // namespace
+
+at::Tensor linear_cross_entropy_sum(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
+                                    std::int64_t ignored, std::int64_t chunk_bytes) {
+    require_targets(targets);
+    require_rows("hidden states", "width", hidden, targets);
+    require_weight(weight, hidden);
+    if (chunk_bytes < 1) throw Error(ErrorKind::usage, str_cat("chunk_bytes is ", chunk_bytes, "; give at least 1"));
+    const bool recorded = at::GradMode::is_enabled();
+    const Wanted wanted{recorded && hidden.requires_grad(), recorded && weight.requires_grad()};
+    return LinearCrossEntropy::apply(hidden.reshape({targets.numel(), hidden.size(-1)}), weight,
+                                     targets.reshape({-1}).contiguous(), ignored, chunk_bytes, wanted);
+}
+
+}  // namespace microbatch

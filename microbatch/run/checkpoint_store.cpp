@@ -1,0 +1,307 @@
+#include "microbatch/run/checkpoint_store.h"
+
+#include <ATen/Parallel.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <charconv>
+#include <chrono>
+#include <functional>
+#include <system_error>
+#include <utility>
+
+#include "microbatch/core/error.h"
+#include "microbatch/core/str_cat.h"
+#include "microbatch/runtime/parallel.h"
+
+namespace microbatch {
+namespace {
+
+constexpr const char* unfinished = ".part";
+constexpr const char* removed = ".old";
+
+std::optional<std::int64_t> number_in(std::string_view digits) {
+    std::int64_t number = 0;
+    const auto [end, failure] = std::from_chars(digits.data(), digits.data() + digits.size(), number);
+    const bool sound = failure == std::errc() && end == digits.data() + digits.size() && number >= 0;
+    return sound ? std::optional(number) : std::nullopt;
+}
+
+std::string name_of(std::int64_t steps, std::int64_t open_samples) {
+    std::string digits = std::to_string(steps);
+    digits.insert(0, digits.size() < 8 ? 8 - digits.size() : 0, '0');
+    return "step-" + digits + (open_samples > 0 ? str_cat("-", open_samples) : std::string());
+}
+
+std::int64_t open_samples_of(const TrainerState& state) {
+    return state.open ? state.open->samples : 0;
+}
+
+// Of whatever was thrown, in a thread whose exceptions nobody else would see.
+std::string failure_of(const std::function<void()>& call) {
+    try {
+        call();
+        return {};
+    } catch (const c10::Error& error) {
+        return error.what_without_backtrace();
+    } catch (const std::exception& error) {
+        return error.what();
+    } catch (...) {
+        return "it is not known why";
+    }
+}
+
+}  // namespace
+
+/// Where in the run a checkpoint is, and its folder.
+struct CheckpointStore::Place {
+    std::int64_t steps, open_samples;
+    std::filesystem::path path;
+
+    // By its name; none where that is no checkpoint's.
+    static std::optional<Place> of(const std::filesystem::path& path) {
+        const std::string name = path.filename().string();
+        if (!name.starts_with("step-")) return std::nullopt;
+        const std::size_t dash = name.find('-', 5);
+        const auto steps = number_in(std::string_view(name).substr(5, dash - 5));
+        const auto open = dash == std::string::npos ? 0 : number_in(std::string_view(name).substr(dash + 1));
+        if (!steps || !open) return std::nullopt;
+        return Place{*steps, *open, path};
+    }
+
+    bool operator<(const Place& other) const {
+        return std::pair(steps, open_samples) < std::pair(other.steps, other.open_samples);
+    }
+};
+
+/// What the thread writes.
+struct CheckpointStore::Writing {
+    Checkpoint checkpoint;
+    std::int64_t bytes;
+    std::future<std::string> warning;  // of write(), or what it threw; the first to be destroyed: it waits
+};
+
+CheckpointStore::CheckpointStore(std::filesystem::path folder, CheckpointOptions options, FileSystem& files)
+    : folder_(std::move(folder)), options_(std::move(options)), files_(files) {
+    const auto refuse = [](const auto&... what) { throw Error(ErrorKind::usage, str_cat("checkpoints: ", what...)); };
+    if (options_.keep < 1) refuse("keep is ", options_.keep, "; it must be at least 1");
+    if (options_.memory_bytes < 0) refuse("memory_bytes is ", options_.memory_bytes, "; it must be at least 0");
+    if (options_.keep_every && options_.keep_every->count < 1) {
+        refuse("keep_every is ", to_string(*options_.keep_every), "; it must be above 0");
+    }
+    remove_leftovers();
+}
+
+CheckpointStore::~CheckpointStore() {
+    release();
+}
+
+std::vector<CheckpointStore::Place> CheckpointStore::places() const {
+    std::vector<Place> found;
+    std::error_code failure;
+    const auto there = std::filesystem::symlink_status(folder_, failure);
+    if (there.type() == std::filesystem::file_type::not_found) return found;
+    std::filesystem::directory_iterator entry(folder_, failure);
+    for (; !failure && entry != std::filesystem::directory_iterator(); entry.increment(failure)) {
+        if (auto place = Place::of(entry->path())) found.push_back(std::move(*place));
+    }
+    // Half of a list would be taken for all there is.
+    if (failure) {
+        throw Error(ErrorKind::bad_data,
+                    str_cat("cannot read the checkpoints in ", folder_.string(), ": ", failure.message()));
+    }
+    std::sort(found.begin(), found.end());
+    return found;
+}
+
+void CheckpointStore::remove_leftovers() {
+    std::error_code failure;
+    std::vector<std::filesystem::path> leftovers;
+    std::filesystem::directory_iterator entry(folder_, failure);
+    for (; !failure && entry != std::filesystem::directory_iterator(); entry.increment(failure)) {
+        const std::string extension = entry->path().extension().string();
+        const bool leftover = extension == unfinished || extension == removed;
+        if (leftover && Place::of(entry->path().stem())) leftovers.push_back(entry->path());
+    }
+    // In the way of nothing: not to be able to remove one is no harm.
+    for (const auto& path : leftovers) failure_of([&] { files_.remove_all(path); });
+}
+
+std::optional<Checkpoint> CheckpointStore::newest() {
+    std::vector<std::string> damaged;
+    std::vector<Place> all = places();
+    for (auto place = all.rbegin(); place != all.rend(); ++place) {
+        try {
+            Checkpoint checkpoint = read_checkpoint(place->path);
+            go_on_from(checkpoint.trainer);
+            for (const std::string& why : damaged) warnings_.push_back(str_cat("a checkpoint was passed over: ", why));
+            return checkpoint;
+        } catch (const AnotherVersion&) {
+            throw;  // it is whole, but not for us
+        } catch (const Error& error) {
+            damaged.emplace_back(error.what());
+            damaged_.push_back(place->path);
+        }
+    }
+    if (damaged.empty()) return std::nullopt;
+    std::string message = str_cat("no checkpoint in ", folder_.string(), " is whole");
+    for (const std::string& why : damaged) message += "; " + why;
+    throw Error(ErrorKind::bad_data, message + "; begin the run anew in another folder");
+}
+
+void CheckpointStore::go_on_from(const TrainerState& state, const std::vector<std::filesystem::path>& damaged) {
+    damaged_.insert(damaged_.end(), damaged.begin(), damaged.end());
+    saved_ = state.progress;
+    saved_open_ = open_samples_of(state);
+}
+
+bool CheckpointStore::is_saved(const TrainerState& state) const {
+    return saved_ == state.progress && saved_open_ == open_samples_of(state);
+}
+
+// The first at or after a multiple.
+bool CheckpointStore::is_kept(const Progress& progress) const {
+    if (!options_.keep_every) return false;
+    const auto multiple = [this](const Progress& at) {
+        return at.in(options_.keep_every->unit) / options_.keep_every->count;
+    };
+    return multiple(progress) > multiple(saved_.value_or(Progress{}));
+}
+
+// Throws if it is not on the disk in the end; returns what else went wrong.
+std::string CheckpointStore::write(const Checkpoint& checkpoint) const {
+    const Progress& progress = checkpoint.trainer.progress;
+    const std::int64_t open = open_samples_of(checkpoint.trainer);
+    const Place place{progress.steps, open, folder_ / name_of(progress.steps, open)};
+    std::filesystem::path beside = place.path;
+    beside += unfinished;
+    make_folders_to_the_disk(files_, folder_);
+    files_.remove_all(beside);
+    std::string warning;
+    const std::string failure = failure_of([&] {
+        files_.make_folder(beside);
+        write_checkpoint(files_, beside, checkpoint, is_kept(progress));
+        // A log is no reason to have no checkpoint.
+        for (const auto& file : options_.sync_first) {
+            const std::string why = failure_of([&] { files_.sync(file); });
+            if (!why.empty()) warning = str_cat("before a checkpoint, ", why);
+        }
+        // One of that name is damaged, or it would have been gone on from, or is not known to be on the disk.
+        if (std::filesystem::exists(place.path)) remove(place.path);
+        files_.rename(beside, place.path);
+    });
+    if (!failure.empty()) {
+        failure_of([&] { files_.remove_all(beside); });  // what it takes of a full disk
+        throw Error(ErrorKind::usage, failure);
+    }
+    files_.sync(folder_);
+    const std::string left = failure_of([&] { remove_old(place); });
+    if (left.empty()) return warning;
+    return (warning.empty() ? "" : warning + "; ") + "a checkpoint that is not to be kept is still there: " + left;
+}
+
+void CheckpointStore::remove_old(const Place& newest) const {
+    std::vector<Place> all = places();
+    std::erase_if(all, [&newest](const Place& place) { return newest < place; });
+    // None that is damaged takes the place of one that is whole.
+    const auto damaged = std::stable_partition(all.begin(), all.end(), [&](const Place& place) {
+        return place.path == newest.path || std::find(damaged_.begin(), damaged_.end(), place.path) == damaged_.end();
+    });
+    const auto passing = all.begin() + std::max<std::ptrdiff_t>(0, damaged - all.begin() - options_.keep);
+    std::vector<Place> old(all.begin(), passing);
+    old.insert(old.end(), damaged, all.end());
+    for (const Place& place : old) {
+        bool kept = true;  // what cannot be read now may be one that stays
+        failure_of([&] { kept = read_checkpoint_manifest(place.path).kept; });
+        if (!kept) remove(place.path);
+    }
+}
+
+// First by a name under which it is none: half of a checkpoint is never looked at.
+void CheckpointStore::remove(const std::filesystem::path& checkpoint) const {
+    std::filesystem::path old = checkpoint;
+    old += removed;
+    files_.remove_all(old);
+    files_.rename(checkpoint, old);
+    files_.remove_all(old);
+}
+
+void CheckpointStore::save(Checkpoint checkpoint) {
+    release();
+    if (is_saved(checkpoint.trainer)) return;
+    const std::int64_t bytes = bytes_to_own(checkpoint.trainer);
+    const auto& recovery = checkpoint.trainer.recovery;
+    const auto in_file = [](const RecoveryState::Point& point) { return point.in_file; };
+    const bool reads_files = recovery && std::any_of(recovery->points.begin(), recovery->points.end(), in_file);
+    bool in_thread = bytes <= options_.memory_bytes && !reads_files;
+    if (in_thread) {
+        // Whatever keeps it from being copied, such as memory, does not keep it from being written.
+        in_thread = failure_of([&] { own_tensors(checkpoint.trainer); }).empty();
+    }
+    if (!in_thread) {
+        save_now(checkpoint);
+        return;
+    }
+    start(std::move(checkpoint));
+}
+
+void CheckpointStore::start(Checkpoint checkpoint) {
+    const std::int64_t bytes = bytes_to_own(checkpoint.trainer);
+    writing_ = std::make_unique<Writing>(std::move(checkpoint), bytes, std::future<std::string>());
+    try {
+        writing_->warning = std::async(std::launch::async, [this, writing = writing_.get()] {
+            at::get_num_threads();  // torch sets the number of a new thread, once
+            const OneThread alone;
+            return write(writing->checkpoint);
+        });
+    } catch (const std::exception&) {
+        const std::unique_ptr<Writing> written = std::move(writing_);
+        save_now(written->checkpoint);
+    }
+}
+
+bool CheckpointStore::save_now(const Checkpoint& checkpoint) {
+    release();
+    if (is_saved(checkpoint.trainer)) return true;
+    return conclude(checkpoint.trainer, [&] { return write(checkpoint); });
+}
+
+bool CheckpointStore::conclude(const TrainerState& state, const std::function<std::string()>& write) {
+    std::string warning;
+    const std::string failure = failure_of([&] { warning = write(); });
+    if (!failure.empty()) {
+        warnings_.push_back(str_cat("the checkpoint of step ", state.progress.steps, " is not written: ", failure));
+        return false;
+    }
+    if (!warning.empty()) warnings_.push_back(std::move(warning));
+    ++written_;
+    std::erase(damaged_, folder_ / name_of(state.progress.steps, open_samples_of(state)));
+    go_on_from(state);
+    return true;
+}
+
+bool CheckpointStore::is_busy() const {
+    return writing_ && writing_->warning.wait_for(std::chrono::seconds(0)) != std::future_status::ready;
+}
+
+bool CheckpointStore::finish() {
+    if (!writing_) return false;
+    const std::unique_ptr<Writing> written = std::move(writing_);
+    conclude(written->checkpoint.trainer, [&] { return written->warning.get(); });
+    return true;
+}
+
+std::vector<std::string> CheckpointStore::warnings() {
+    if (!is_busy()) finish();
+    return std::exchange(warnings_, {});
+}
+
+bool CheckpointStore::release() {
+    return finish();
+}
+
+std::int64_t CheckpointStore::memory_bytes() const {
+    return writing_ ? writing_->bytes : 0;
+}
+
+}  // namespace microbatch

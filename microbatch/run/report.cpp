@@ -1,0 +1,148 @@
+#include "microbatch/run/report.h"
+
+#include <cmath>
+#include <nlohmann/json.hpp>
+#include <string_view>
+
+#include "microbatch/core/str_cat.h"
+#include "microbatch/run/report_files.h"
+#include "microbatch/run/report_json.h"
+
+namespace microbatch {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+constexpr std::size_t most_points = 10'000;
+constexpr std::size_t most_events = 1'000;
+
+template <class Value>
+Json optional_json(const std::optional<Value>& value) {
+    return value ? Json(*value) : Json();
+}
+
+// A refused step is drawn, whatever is left out.
+bool is_drawn(const LoggedRun& run, std::size_t i) {
+    const std::size_t stride = (run.steps.size() + most_points - 1) / most_points;
+    return i % stride == 0 || i + 1 == run.steps.size() || !run.steps[i].applied;
+}
+
+Json columns_of(const LoggedRun& run) {
+    Json columns;
+    for (const char* name : {"step", "batch", "loss", "learning_rate", "gradient_norm", "noise_batch", "peak_bytes",
+                             "predicted_peak_bytes", "step_seconds", "predicted_step_seconds", "update_seconds"}) {
+        columns[name] = Json::array();
+    }
+    for (std::size_t i = 0; i < run.steps.size(); ++i) {
+        if (!is_drawn(run, i)) continue;
+        const LoggedStep& step = run.steps[i];
+        columns["step"].push_back(step.step);
+        columns["batch"].push_back(step.batch);
+        columns["loss"].push_back(finite_or_null(step.loss));
+        columns["learning_rate"].push_back(finite_or_null(step.learning_rate));
+        columns["gradient_norm"].push_back(finite_or_null(step.gradient_norm));
+        columns["noise_batch"].push_back(optional_json(step.noise_batch));
+        columns["peak_bytes"].push_back(step.peak_bytes);
+        columns["predicted_peak_bytes"].push_back(optional_json(step.predicted_peak_bytes));
+        columns["step_seconds"].push_back(finite_or_null(step.seconds));
+        columns["predicted_step_seconds"].push_back(optional_json(step.predicted_seconds));
+        columns["update_seconds"].push_back(finite_or_null(step.update_seconds));
+    }
+    return columns;
+}
+
+Json event(const LoggedStep& step, const char* kind, const std::string& what) {
+    return {{"step", step.step}, {"kind", kind}, {"text", what}};
+}
+
+void add_events(const LoggedRun& run, Json& document) {
+    Json events = Json::array();
+    std::size_t left_out = 0;
+    const auto add = [&](Json one) {
+        if (events.size() < most_events) {
+            events.push_back(std::move(one));
+        } else {
+            ++left_out;
+        }
+    };
+    for (const LoggedStep& step : run.steps) {
+        if (step.out_of_memory > 0) {
+            add(event(step, "out of memory",
+                      str_cat("made again in micro-batches of ", step.plan.micro_batch,
+                              step.plan.recompute ? " with recompute" : "")));
+        }
+        if (!step.applied) add(event(step, "refused", step.reason));
+        if (step.went_back_to) add(event(step, "went back", str_cat("to the weights of step ", *step.went_back_to)));
+    }
+    document["events"] = std::move(events);
+    document["events_left_out"] = left_out;
+}
+
+Json document_of(const LoggedRun& run, const ReportText& text) {
+    Json document;
+    document["banner"] = text.banner;
+    document["tiles"] = text.tiles;
+    document["budget_bytes"] = text.budget_bytes;
+    document["columns"] = columns_of(run);
+    add_events(run, document);
+    document["tables"] = to_json(text.tables);
+    document["curves"] = to_json(text.curves);
+    document["settings"] = text.settings;
+    return document;
+}
+
+// Inside a script element only "<" can do harm; in JSON it stands in strings alone.
+std::string script_safe(std::string json) {
+    for (std::size_t at = json.find('<'); at != std::string::npos; at = json.find('<', at)) {
+        json.replace(at, 1, "\\u003c");
+    }
+    return json;
+}
+
+std::string escaped(std::string_view plain) {
+    std::string result;
+    for (const char c : plain) {
+        switch (c) {
+            case '&':
+                result += "&amp;";
+                break;
+            case '<':
+                result += "&lt;";
+                break;
+            case '>':
+                result += "&gt;";
+                break;
+            default:
+                result += c;
+        }
+    }
+    return result;
+}
+
+}  // namespace
+
+std::string report_html(const LoggedRun& run, const ReportText& text) {
+    const std::string title = escaped(text.title);
+    const std::string json = script_safe(document_of(run, text).dump(-1, ' ', false, Json::error_handler_t::replace));
+    const std::pair<std::string_view, std::string_view> parts[] = {{"title", title},
+                                                                   {"run", json},
+                                                                   {"page.css", report_files::page_css},
+                                                                   {"page.js", report_files::page_js},
+                                                                   {"uplot.css", report_files::uplot_css},
+                                                                   {"uplot.js", report_files::uplot_js}};
+    std::string html;
+    std::string_view rest = report_files::page_html;
+    for (std::size_t open = rest.find("{{"); open != std::string_view::npos; open = rest.find("{{")) {
+        html += rest.substr(0, open);
+        const std::size_t close = rest.find("}}", open);
+        const std::string_view name = rest.substr(open + 2, close - open - 2);
+        for (const auto& [part, content] : parts) {
+            if (part == name) html += content;
+        }
+        rest.remove_prefix(close + 2);
+    }
+    html += rest;
+    return html;
+}
+
+}  // namespace microbatch

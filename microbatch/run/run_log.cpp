@@ -1,0 +1,143 @@
+#include "microbatch/run/run_log.h"
+
+#include <charconv>
+#include <functional>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <string_view>
+
+#include "microbatch/core/error.h"
+#include "microbatch/core/str_cat.h"
+#include "microbatch/io/json_number.h"
+#include "microbatch/io/line_reader.h"
+
+namespace microbatch {
+namespace {
+
+void make_folder(const std::filesystem::path& folder) {
+    std::error_code failure;
+    std::filesystem::create_directories(folder, failure);
+    if (failure) {
+        throw Error(ErrorKind::usage, str_cat("cannot make the run folder ", folder.string(), ": ", failure.message()));
+    }
+}
+
+// Whose line it is; none if it is none.
+std::optional<std::int64_t> step_of(std::string_view line) {
+    constexpr std::string_view begin = "{\"step\":";
+    if (!line.starts_with(begin) || !line.ends_with('}')) return std::nullopt;
+    std::int64_t step = 0;
+    const auto [end, failure] = std::from_chars(line.data() + begin.size(), line.data() + line.size(), step);
+    const bool sound = failure == std::errc() && *end == ',' && nlohmann::json::accept(line);
+    return sound ? std::optional(step) : std::nullopt;
+}
+
+// The lines of steps up to `steps`, each step's once.
+void for_each_kept(const std::filesystem::path& path, std::int64_t steps,
+                   const std::function<void(std::string_view line, std::uint64_t end)>& call) {
+    // One beyond all measure, such as the zeros that a crash has left, is no step's.
+    LineReader lines(path, LineReader::LongLines::pass_over);
+    std::int64_t last = 0;
+    while (const auto line = lines.next()) {
+        const auto step = step_of(*line);
+        if (!step || *step <= last || *step > steps || !lines.is_whole()) continue;
+        last = *step;
+        call(*line, lines.offset());
+    }
+}
+
+struct Kept {
+    std::int64_t lines = 0;
+    std::uint64_t bytes = 0, end = 0;  // of the lines, and where the last one ends
+
+    bool is_begin() const { return bytes == end; }
+};
+
+Kept kept_of(const std::filesystem::path& path, std::int64_t steps) {
+    Kept kept;
+    for_each_kept(path, steps, [&kept](std::string_view line, std::uint64_t end) {
+        ++kept.lines;
+        kept.bytes += line.size() + 1;
+        kept.end = end;
+    });
+    return kept;
+}
+
+// Without what is between the lines.
+void mend(const std::filesystem::path& path, std::int64_t steps, FileSystem& files) {
+    const auto write = [&](OutputFile& out) {
+        for_each_kept(path, steps, [&out](std::string_view line, std::uint64_t) {
+            out.write(line);
+            out.write("\n");
+        });
+    };
+    write_whole(path, write, files);
+}
+
+}  // namespace
+
+RunLog::RunLog(const std::filesystem::path& folder) : path_(folder / "metrics.jsonl") {
+    make_folder(folder);
+    // A link that leads nowhere counts, too: writing through it would write elsewhere.
+    std::error_code failure;
+    if (std::filesystem::exists(std::filesystem::symlink_status(path_, failure))) {
+        throw Error(ErrorKind::usage, str_cat(path_.string(), " exists already: name a new folder for this run"));
+    }
+    file_.emplace(path_);
+}
+
+RunLog::RunLog(const std::filesystem::path& folder, std::int64_t steps, FileSystem& files)
+    : path_(folder / "metrics.jsonl") {
+    make_folder(folder);
+    std::error_code failure;
+    if (!std::filesystem::exists(std::filesystem::symlink_status(path_, failure))) {
+        file_.emplace(path_);
+        return;
+    }
+    if (!std::filesystem::is_regular_file(std::filesystem::symlink_status(path_, failure))) {
+        throw Error(ErrorKind::usage, str_cat(path_.string(), " is no file: it is in the way of the run's log"));
+    }
+    const Kept kept = kept_of(path_, steps);
+    if (!kept.is_begin()) mend(path_, steps, files);
+    file_.emplace(path_, kept.bytes);
+    lines_ = kept.lines;
+}
+
+std::string RunLog::write(const TrainerReport& report, const StepMeasures& measures) {
+    nlohmann::ordered_json line;
+    line["step"] = report.progress.steps;
+    line["samples"] = report.progress.samples;
+    line["tokens"] = report.progress.tokens;
+    line["batch"] = report.samples;
+    line["loss"] = json_number(report.step.loss);
+    line["weight"] = json_number(report.step.weight);
+    line["learning_rate"] = json_number(report.step.learning_rate);
+    line["gradient_norm"] = json_number(report.step.gradient_norm);
+    line["micro_batch"] = report.step.plan.micro_batch;
+    line["micro_batches"] = report.step.micro_batches;
+    line["recompute"] = report.step.plan.recompute;
+    line["out_of_memory"] = report.step.out_of_memory;
+    line["step_seconds"] = json_number(report.seconds);
+    line["update_seconds"] = json_number(report.step.update_seconds);
+    line["predicted_step_seconds"] = nullptr;
+    if (measures.predicted_step_seconds) line["predicted_step_seconds"] = json_number(*measures.predicted_step_seconds);
+    line["peak_bytes"] = measures.peak_bytes;
+    line["predicted_peak_bytes"] = nullptr;
+    if (measures.predicted_peak_bytes) line["predicted_peak_bytes"] = *measures.predicted_peak_bytes;
+    line["applied"] = report.step.applied;
+    line["reason"] = report.step.reason;
+    line["went_back_to"] = nullptr;
+    if (report.went_back_to) line["went_back_to"] = *report.went_back_to;
+    line["gradient_variance"] = nullptr;
+    line["squared_gradient"] = nullptr;
+    if (const auto& noise = report.step.noise) {
+        line["gradient_variance"] = json_number(noise->variance);
+        line["squared_gradient"] = json_number(noise->squared_gradient);
+    }
+    line["noise_batch"] = nullptr;
+    if (report.noise_batch) line["noise_batch"] = json_number(*report.noise_batch);
+    ++lines_;
+    return file_->append(line.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
+}
+
+}  // namespace microbatch

@@ -1,0 +1,341 @@
+#include "microbatch/step/probe.h"
+
+#include <ATen/core/grad_mode.h>
+#include <c10/util/Exception.h>
+#include <torch/nn/module.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <utility>
+#include <vector>
+
+#include "microbatch/autograd/recompute.h"
+#include "microbatch/core/error.h"
+#include "microbatch/core/str_cat.h"
+#include "microbatch/memory/memory_trace.h"
+#include "microbatch/memory/meter.h"
+
+namespace microbatch {
+namespace {
+
+// A micro-batch is timed again until it has been for this long, or this often: short ones are noisy. The planner has
+// the best timed again anyhow, and would rather try more sizes.
+constexpr double enough_seconds = 0.025;
+constexpr std::size_t enough_times = 5;
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) {
+    return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+template <class Work>
+double seconds_of(const Work& work) {
+    const auto started = Clock::now();
+    work();
+    return seconds_since(started);
+}
+
+// Of two the lesser: what disturbs a measurement makes it longer.
+double median(std::vector<double> values) {
+    const auto middle = values.begin() + static_cast<std::ptrdiff_t>((values.size() - 1) / 2);
+    std::nth_element(values.begin(), middle, values.end());
+    return *middle;
+}
+
+// Takes the gradients that somebody left out of the way, and puts them back.
+class ParkedGradients {
+public:
+    explicit ParkedGradients(std::vector<at::Tensor> tensors) : tensors_(std::move(tensors)) {
+        for (const at::Tensor& tensor : tensors_) {
+            gradients_.push_back(tensor.grad());
+            if (gradients_.back().defined()) bytes_ += static_cast<std::int64_t>(gradients_.back().nbytes());
+            tensor.mutable_grad() = at::Tensor();
+        }
+    }
+    ParkedGradients(const ParkedGradients&) = delete;
+    ParkedGradients& operator=(const ParkedGradients&) = delete;
+    ~ParkedGradients() {
+        for (std::size_t i = 0; i < tensors_.size(); ++i) tensors_[i].mutable_grad() = gradients_[i];
+    }
+
+    std::int64_t bytes() const { return bytes_; }
+
+private:
+    std::vector<at::Tensor> tensors_;
+    std::vector<at::Tensor> gradients_;
+    std::int64_t bytes_ = 0;
+};
+
+class BudgetOf {
+public:
+    BudgetOf(Meter& meter, std::int64_t bytes) : meter_(meter), before_(meter.budget()) { meter_.set_budget(bytes); }
+    BudgetOf(const BudgetOf&) = delete;
+    BudgetOf& operator=(const BudgetOf&) = delete;
+    ~BudgetOf() {
+        if (before_ > 0) meter_.set_budget(before_);
+    }
+
+private:
+    Meter& meter_;
+    std::int64_t before_;
+};
+
+std::vector<at::Tensor> tensors_of(const Parameters& parameters) {
+    std::vector<at::Tensor> result;
+    for (const Parameter& parameter : parameters) result.push_back(parameter.tensor);
+    return result;
+}
+
+// The model may have parameters that the accumulator was not given; they get gradients all the same.
+std::vector<at::Tensor> all_tensors_of(const Accumulator& accumulator) {
+    std::vector<at::Tensor> result = tensors_of(accumulator.parameters());
+    if (accumulator.model() == nullptr) return result;
+    for (const at::Tensor& tensor : accumulator.model()->parameters()) {
+        const bool known =
+            std::any_of(result.begin(), result.end(), [&](const at::Tensor& each) { return each.is_same(tensor); });
+        if (!known) result.push_back(tensor);
+    }
+    return result;
+}
+
+at::Device device_of(const Accumulator& accumulator) {
+    const Parameters& parameters = accumulator.parameters();
+    if (parameters.empty()) return at::kCPU;
+    const at::Device device = parameters.front().tensor.device();
+    for (const Parameter& parameter : parameters) {
+        if (parameter.tensor.device() == device) continue;
+        throw Error(ErrorKind::usage,
+                    str_cat("parameter ", parameters.front().name, " is on ", device.str(), ", ", parameter.name,
+                            " on ", parameter.tensor.device().str(), ": a plan is for one device"));
+    }
+    return device;
+}
+
+// The job as it is, put back after every trial.
+class LiveJob final : public Rehearsal {
+public:
+    LiveJob(Accumulator& accumulator, const Batch& batch, const LossFunction& loss)
+        : accumulator_(accumulator),
+          batch_(batch),
+          samples_(batch.size()),
+          loss_(loss),
+          device_(device_of(accumulator)),
+          meter_(meter_of(device_)),
+          gradients_(all_tensors_of(accumulator)),
+          tensors_(tensors_of(accumulator.parameters())) {}
+
+    ~LiveJob() override {
+        accumulator_.discard({});
+        accumulator_.optimizer().end_dry_run();
+        if (Recomputable* model = accumulator_.recomputable()) model->set_recompute(accumulator_.plan().recompute);
+        meter_.release_cached();
+    }
+
+    std::int64_t budget() const { return meter_.budget(); }
+
+    std::optional<MicroBatchTrial> micro_batch(const Plan& plan, bool cut, std::int64_t allowed_bytes) override {
+        const auto started = Clock::now();
+        const auto trial = attempt(
+            allowed_bytes, [&] { return run(plan, cut); }, /*keep=*/true);
+        if (!trial) return std::nullopt;
+        last_ = plan;
+        last_seconds_ = trial->seconds;
+        MicroBatchTrial result = *trial;
+        result.spent_seconds = seconds_since(started);
+        if (std::max(peak_of(result.first), peak_of(result.later)) > allowed_bytes) return std::nullopt;
+        return result;
+    }
+
+    double seconds_again(const Plan& plan, bool cut, std::int64_t allowed_bytes) override {
+        return attempt(allowed_bytes, [&] { return warm_seconds(plan, cut); }).value_or(HUGE_VAL);
+    }
+
+    std::optional<UpdateTrial> update(std::int64_t allowed_bytes) override {
+        const auto started = Clock::now();
+        const bool had_state = accumulator_.optimizer().has_state();
+        std::optional<UpdateTrial> result = attempt(allowed_bytes, [&] { return run_update(/*rehearse=*/true); });
+        accumulator_.optimizer().end_dry_run();
+        if (!result && had_state) result = attempt(allowed_bytes, [&] { return run_update(/*rehearse=*/false); });
+        if (!result) return std::nullopt;
+        if (had_state) {
+            // The second state was the rehearsal's alone.
+            result->later_peak_bytes -= result->state_bytes;
+            result->first_peak_bytes = result->later_peak_bytes;
+            result->state_bytes = 0;
+        }
+        result->spent_seconds = seconds_since(started);
+        return result;
+    }
+
+    MemoryParts fixed() const override {
+        MemoryParts parts;
+        for (const at::Tensor& tensor : tensors_) {
+            parts.parameters += static_cast<std::int64_t>(tensor.nbytes());
+            if (tensor.requires_grad()) parts.gradients += static_cast<std::int64_t>(tensor.nbytes());
+        }
+        parts.other = std::max<std::int64_t>(0, live() - parts.parameters);
+        return parts;
+    }
+
+private:
+    std::int64_t live() const { return meter_.use().live_bytes - gradients_.bytes(); }
+    std::int64_t peak() const { return meter_.use().peak_bytes - gradients_.bytes(); }
+
+    // Runs it with the job's state saved, and puts that back. None if it was out of memory: by then everything that the
+    // attempt held is gone. If it was not, its gradients may be kept for the attempt after it.
+    template <class Run>
+    auto attempt(std::int64_t allowed_bytes, const Run& run, bool keep = false) -> std::optional<decltype(run())> {
+        const std::int64_t most = no_budget - gradients_.bytes();
+        const BudgetOf budget(meter_, std::min(allowed_bytes, most) + gradients_.bytes());
+        try {
+            const ModelStateScope before(accumulator_.model(), tensors_);
+            const auto result = run();
+            if (!keep) discard();
+            holds_gradients_ = keep;
+            return result;
+        } catch (const c10::OutOfMemoryError&) {
+        } catch (...) {
+            discard();
+            throw;
+        }
+        discard();
+        return std::nullopt;
+    }
+
+    MicroBatchTrial run(const Plan& plan, bool cut) {
+        MicroBatchTrial trial;
+        std::vector<double> seconds;
+        begin(plan);
+        const double cold = seconds_of([&] { trial.first = profile_of([&] { add(plan.micro_batch, 0); }); });
+        // Long enough to hide what a first run costs it is a sample, too, and an uncut batch is not run twice.
+        double total = cold;
+        if (cold >= enough_seconds) seconds.push_back(cold);
+        while (seconds.empty() || (cut && trial.later.empty()) ||
+               (total < enough_seconds && seconds.size() < enough_times)) {
+            if (!cut) begin(plan);
+            const auto number = static_cast<std::int64_t>(seconds.size()) + 1;
+            seconds.push_back(seconds_of([&] {
+                if (cut && trial.later.empty()) {
+                    trial.later = profile_of([&] { add(plan.micro_batch, number); });
+                } else {
+                    add(plan.micro_batch, number);
+                }
+            }));
+            total += seconds.back();
+        }
+        trial.seconds = median(seconds);
+        return trial;
+    }
+
+    double warm_seconds(const Plan& plan, bool cut) {
+        begin(plan);
+        if (cut) add(plan.micro_batch, 0);
+        return seconds_of([&] { add(plan.micro_batch, cut ? 1 : 0); });
+    }
+
+    void discard() {
+        accumulator_.discard({});
+        holds_gradients_ = false;
+    }
+
+    void begin(const Plan& plan) {
+        discard();
+        accumulator_.begin();
+        if (Recomputable* model = accumulator_.recomputable()) model->set_recompute(plan.recompute);
+    }
+
+    // The micro-batch of this size and number, beginning again at the front where the batch ends.
+    void add(std::int64_t size, std::int64_t number) {
+        const std::int64_t begin = (number % (samples_ / size)) * size;
+        WeightedLoss loss = loss_(batch_.slice(begin, begin + size));
+        // Samples that count for nothing have no backward pass; others of their shape have.
+        if (loss.weight == 0.0 && loss.sum.defined() && loss.sum.requires_grad()) loss.weight = 1.0;
+        accumulator_.add(loss);
+    }
+
+    template <class Work>
+    MemoryProfile profile_of(const Work& work) const {
+        meter_.reset_peak();
+        MemoryTrace trace(device_);
+        work();
+        MemoryProfile profile = trace.live_bytes();
+        for (std::int64_t& bytes : profile) bytes -= gradients_.bytes();
+        // What the trace has not seen (allocations that no thread of ours made) the meter has.
+        if (!trace.complete() || profile.empty() || peak_of(profile) < peak()) profile = {peak()};
+        return profile;
+    }
+
+    UpdateTrial run_update(bool rehearse) {
+        const auto started = Clock::now();
+        if (!holds_gradients_) gather_last();
+        UpdateTrial trial;
+        meter_.reset_peak();
+        trial.seconds = seconds_of([&] { accumulator_.finish(); });
+        const std::int64_t norm_peak = peak();
+        trial.first_peak_bytes = trial.later_peak_bytes = norm_peak;
+        if (!rehearse) return trial;
+        const std::int64_t before = live();
+        accumulator_.dry_run_apply();
+        trial.first_peak_bytes = peak();
+        trial.state_bytes = live() - before;
+        meter_.reset_peak();
+        std::vector<double> seconds{trial.seconds + rehearse_again()};
+        // A later step's gradient norm is taken with the state already there.
+        trial.later_peak_bytes = std::max(peak(), norm_peak + trial.state_bytes);
+        while (seconds_since(started) + last_seconds_ < enough_seconds && seconds.size() < enough_times) {
+            gather_last();
+            const double norm = seconds_of([&] { accumulator_.finish(); });
+            seconds.push_back(norm + rehearse_again());
+        }
+        trial.seconds = median(seconds);
+        return trial;
+    }
+
+    void gather_last() {
+        begin(last_);
+        add(last_.micro_batch, 0);
+    }
+
+    // Returns its seconds. A step that was rehearsed left any numbers in the gradients, and denormal ones would be
+    // slow.
+    double rehearse_again() {
+        refill_gradients();
+        return seconds_of([&] { accumulator_.dry_run_apply(); });
+    }
+
+    void refill_gradients() const {
+        at::NoGradGuard no_grad;
+        for (const at::Tensor& tensor : tensors_) {
+            if (tensor.grad().defined()) tensor.mutable_grad().fill_(1e-3);
+        }
+    }
+
+    Accumulator& accumulator_;
+    const Batch& batch_;
+    std::int64_t samples_;
+    const LossFunction& loss_;
+    at::Device device_;
+    Meter& meter_;
+    ParkedGradients gradients_;
+    std::vector<at::Tensor> tensors_;
+    Plan last_;  // that was tried
+    double last_seconds_ = 0.0;
+    bool holds_gradients_ = false;  // of the last plan
+};
+
+}  // namespace
+
+PlanReport plan_batch(Accumulator& accumulator, const Batch& batch, const LossFunction& loss, PlannerOptions options) {
+    accumulator.require_idle();
+    options.batch = batch.size();
+    if (options.batch < 1)
+        throw Error(ErrorKind::usage, "the batch to plan with is empty: give it at least one sample");
+    options.offers_recompute = accumulator.recomputable() != nullptr;
+    LiveJob job(accumulator, batch, loss);
+    if (options.budget_bytes == 0) options.budget_bytes = job.budget();
+    return make_plan(options, job);
+}
+
+}  // namespace microbatch
