@@ -6,7 +6,7 @@
 #include <string>
 
 #include "cli/resume.h"
-#include "microbatch/run/checkpoint_store.h"
+#include "microbatch/io/checkpoint_store.h"
 
 namespace microbatch::cli {
 

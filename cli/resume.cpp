@@ -12,7 +12,7 @@
 #include "microbatch/core/error.h"
 #include "microbatch/core/str_cat.h"
 #include "microbatch/core/units.h"
-#include "microbatch/run/checkpoint_store.h"
+#include "microbatch/io/checkpoint_store.h"
 
 namespace microbatch::cli {
 namespace {

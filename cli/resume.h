@@ -9,7 +9,7 @@
 #include "cli/config.h"
 #include "cli/job.h"
 #include "cli/run_notes.h"
-#include "microbatch/run/checkpoint.h"
+#include "microbatch/io/checkpoint.h"
 
 namespace microbatch::cli {
 

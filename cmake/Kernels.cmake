@@ -11,3 +11,5 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
 else()
     set_source_files_properties(${kernels}/avx2.cpp ${kernels}/avx512.cpp PROPERTIES HEADER_FILE_ONLY ON)
 endif()
+set_source_files_properties(${kernels}/generic.cpp ${kernels}/avx2.cpp ${kernels}/avx512.cpp
+                            PROPERTIES SKIP_PRECOMPILE_HEADERS ON)

@@ -4,7 +4,6 @@
 
 #include "microbatch/core/error.h"
 #include "microbatch/core/str_cat.h"
-#include "microbatch/run/run_point.h"
 #include "microbatch/run/trainer.h"
 
 namespace microbatch {
@@ -43,21 +42,23 @@ class Undone {
 public:
     explicit Undone(Accumulator& accumulator)
         : accumulator_(accumulator),
-          point_(accumulator, std::numeric_limits<std::int64_t>::max(), {}),
-          rate_(accumulator.optimizer().learning_rate()) {}
+          before_(training_snapshot(accumulator)),
+          rate_(accumulator.optimizer().learning_rate()) {
+        before_.own();
+    }
     Undone(const Undone&) = delete;
     Undone& operator=(const Undone&) = delete;
     ~Undone() { put_back(); }
 
     void put_back() {
-        point_.put_back(accumulator_);
+        prepare_snapshot(accumulator_, StateReader(before_))();
         accumulator_.optimizer().set_learning_rate(rate_);
     }
     double rate() const { return rate_; }
 
 private:
     Accumulator& accumulator_;
-    RunPoint point_;
+    StateDict before_;
     double rate_;
 };
 

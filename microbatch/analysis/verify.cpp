@@ -1,6 +1,7 @@
 #include "microbatch/analysis/verify.h"
 
 #include <ATen/ops/cat.h>
+#include <ATen/ops/equal.h>
 #include <torch/nn/module.h>
 
 #include <algorithm>
@@ -8,7 +9,7 @@
 
 #include "microbatch/core/error.h"
 #include "microbatch/core/str_cat.h"
-#include "microbatch/model/model_state.h"
+#include "microbatch/model/forward_state.h"
 #include "microbatch/optim/clipping.h"
 #include "microbatch/step/gatherer.h"
 
@@ -38,13 +39,14 @@ public:
           batch_(batch),
           loss_(loss),
           cut_{micro_batch},
-          gatherer_(parameters_of(model)),
-          before_(model) {}
+          as_model_(make_model(model)),
+          gatherer_(as_model_),
+          before_(*as_model_) {}
 
     Verification run() {
         result_.tolerance = tolerance();
         const Gradients whole = gradients(Plan{});
-        const bool moves_buffers = before_.buffers_changed();
+        const bool moves_buffers = buffers_changed();
         const Gradients cut = gradients(Plan{cut_});
         result_.loss_difference =
             relative(std::abs(whole.loss - cut.loss), std::max(std::abs(whole.loss), std::abs(cut.loss)));
@@ -73,7 +75,7 @@ private:
 
     // Every call begins with the same generators and buffers, unless the draws are to differ.
     Gradients gradients(const Plan& plan, bool same_draws = true) {
-        same_draws ? before_.restore() : before_.restore_model();
+        restore_forward_state(*as_model_, before_.before(), /*generators=*/same_draws);
         if (evaluate_) model_.train(false);
         const Gathered gathered = gatherer_.gather(batch_, plan, loss_);
         if (gathered.weight == 0.0) {
@@ -92,6 +94,15 @@ private:
         }
         gatherer_.clear();
         return result;
+    }
+
+    bool buffers_changed() const {
+        const StateReader before = StateReader(before_.before()).section("model");
+        const NamedTensors buffers = as_model_->buffers();
+        return std::any_of(buffers.begin(), buffers.end(), [&before](const NamedTensor& live) {
+            const at::Tensor copy = before.tensor(live.name).get();
+            return live.tensor.sizes() != copy.sizes() || !at::equal(live.tensor, copy);
+        });
     }
 
     std::vector<Difference> compare(const Gradients& a, const Gradients& b) const {
@@ -160,8 +171,9 @@ private:
     const Batch& batch_;
     const LossFunction& loss_;
     std::int64_t cut_;
+    std::shared_ptr<Model> as_model_;
     Gatherer gatherer_;
-    ModelStateScope before_;
+    ForwardStateScope before_;
     bool evaluate_ = false;
     Verification result_;
 };

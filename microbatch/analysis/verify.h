@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "microbatch/step/weighted_loss.h"
+#include "microbatch/step/loss.h"
 
 namespace torch::nn {
 class Module;

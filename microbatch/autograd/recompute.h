@@ -30,14 +30,4 @@ namespace microbatch {
 at::Tensor recompute(const std::function<at::Tensor(const at::Tensor&)>& block, const at::Tensor& x,
                      const std::shared_ptr<torch::nn::Module>& module);
 
-/// A model that can run its blocks by `recompute`; find it by dynamic_cast on the torch::nn::Module.
-class Recomputable {
-public:
-    virtual ~Recomputable() = default;
-
-    /// Every forward from now on; off at first.
-    virtual void set_recompute(bool on) = 0;
-    virtual bool recomputes() const = 0;
-};
-
 }  // namespace microbatch

@@ -14,7 +14,7 @@
 namespace microbatch {
 namespace {
 
-constexpr std::int64_t version = 1;
+constexpr std::int64_t version = 2;
 constexpr std::size_t most_values = 100'000;
 
 std::string hex(std::uint32_t crc) {
@@ -45,11 +45,15 @@ std::string name_from(std::string name) {
 
 CheckpointManifest read(const nlohmann::json& json) {
     if (count_from(json.at("version")) != version) {
-        throw AnotherVersion(ErrorKind::bad_data, "it is of another version: go on with the microbatch that wrote it");
+        throw AnotherVersion(ErrorKind::bad_data,
+                             str_cat("it has the checkpoint format ", count_from(json.at("version")),
+                                     ", this version of microbatch reads format ", version,
+                                     ": resume the run with the version that wrote it (format 1: microbatch 0.1)"));
     }
     CheckpointManifest manifest{
         .progress = {count_from(json.at("steps")), count_from(json.at("samples")), count_from(json.at("tokens"))},
         .open_samples = count_from(json.at("open_samples")),
+        .healthy = json.at("healthy").get<bool>(),
         .kept = json.at("kept").get<bool>()};
     if (!json.at("files").is_object()) throw std::invalid_argument("its files are none");
     for (const auto& [name, file] : json.at("files").items()) {
@@ -68,6 +72,7 @@ std::string to_text(const CheckpointManifest& manifest) {
     json["samples"] = manifest.progress.samples;
     json["tokens"] = manifest.progress.tokens;
     json["open_samples"] = manifest.open_samples;
+    json["healthy"] = manifest.healthy;
     json["kept"] = manifest.kept;
     json["files"] = nlohmann::ordered_json::object();
     for (const CheckpointFile& file : manifest.files) {
@@ -83,7 +88,7 @@ CheckpointManifest parse_checkpoint_manifest(std::string_view content, const std
     const std::size_t end = last_line({}).size();
     const bool whole = content.size() > end &&
                        content.substr(content.size() - end) == last_line(content.substr(0, content.size() - end));
-    if (!whole) refuse("it is damaged: its checksum is another one");
+    if (!whole) refuse("it is corrupted: CRC-32C mismatch");
     try {
         CheckpointManifest manifest = read(parse_bounded(content, most_values));
         std::sort(manifest.files.begin(), manifest.files.end(),

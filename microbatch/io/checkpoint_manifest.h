@@ -22,7 +22,8 @@ struct CheckpointFile {
 /// manifest.json, the last file of a checkpoint to be written: what the checkpoint is of, and what it is made of.
 struct CheckpointManifest {
     Progress progress = {};
-    std::int64_t open_samples = 0;  ///< of the batch that was left open
+    std::int64_t open_samples = 0;  ///< of the batch that was left half-way
+    bool healthy = true;            ///< steps were applied, and the run is not recovering from a divergence
     bool kept = false;              ///< not to be removed when newer ones are there
     std::vector<CheckpointFile> files = {};
 

@@ -33,12 +33,11 @@ constexpr NamedType types[] = {{"F64", at::kDouble}, {"F32", at::kFloat}, {"F16"
                                {"I64", at::kLong},   {"I32", at::kInt},   {"I16", at::kShort}, {"I8", at::kChar},
                                {"U8", at::kByte},    {"BOOL", at::kBool}};
 
-const char* dtype_name(const StoredTensor& tensor) {
+const char* dtype_name(const std::string& tensor, const at::Tensor& shape) {
     for (const auto& [name, type] : types) {
-        if (type == tensor.shape.scalar_type()) return name;
+        if (type == shape.scalar_type()) return name;
     }
-    throw Error(ErrorKind::usage,
-                str_cat(tensor.name, " is ", tensor.shape.scalar_type(), ", which safetensors cannot hold"));
+    throw Error(ErrorKind::usage, str_cat(tensor, " is ", shape.scalar_type(), ", which safetensors cannot hold"));
 }
 
 at::ScalarType type_of(const std::string& dtype) {
@@ -52,25 +51,33 @@ std::string make_header(const StoredTensors& tensors) {
     std::vector<SafetensorsEntry> entries;
     std::unordered_set<std::string> names;
     std::uint64_t offset = 0;
-    for (const StoredTensor& tensor : tensors) {
-        if (!names.insert(tensor.name).second)
-            throw Error(ErrorKind::usage, str_cat("two tensors are named ", tensor.name));
-        const std::uint64_t end = offset + tensor.shape.nbytes();
-        const bool dense = tensor.shape.is_non_overlapping_and_dense();
-        const std::vector<std::int64_t> shape = tensor.shape.sizes().vec();
-        entries.push_back({.name = tensor.name,
-                           .dtype = dtype_name(tensor),
-                           .shape = shape,
-                           .strides = dense ? tensor.shape.strides().vec() : row_major_strides(shape),
-                           .begin = offset,
-                           .end = end});
+    for (const auto& [name, tensor] : tensors) {
+        if (!names.insert(name).second) throw Error(ErrorKind::usage, str_cat("two tensors are named ", name));
+        const at::Tensor& shape = tensor.shape();
+        const std::uint64_t end = offset + shape.nbytes();
+        const std::vector<std::int64_t> sizes = shape.sizes().vec();
+        entries.push_back(
+            {.name = name,
+             .dtype = dtype_name(name, shape),
+             .shape = sizes,
+             .strides = shape.is_non_overlapping_and_dense() ? shape.strides().vec() : row_major_strides(sizes),
+             .begin = offset,
+             .end = end});
         offset = end;
     }
+    std::string header;
     try {
-        return make_safetensors_header(entries);
+        header = make_safetensors_header(entries);
     } catch (const nlohmann::json::exception&) {
         throw Error(ErrorKind::usage, "a tensor's name is not UTF-8");
     }
+    // What is written must be something that can be read again.
+    try {
+        parse_safetensors_header(std::string_view(header).substr(safetensors_length_bytes), offset, "the tensors");
+    } catch (const Error& error) {
+        throw Error(ErrorKind::usage, error.what());
+    }
+    return header;
 }
 
 std::string_view bytes_of(const at::Tensor& contiguous) {
@@ -97,18 +104,18 @@ at::Tensor shape_of(const SafetensorsEntry& entry) {
 void write_safetensors(OutputFile& file, const StoredTensors& tensors) {
     const at::NoGradGuard no_grad;
     file.write(make_header(tensors));
-    for (const StoredTensor& stored : tensors) {
+    for (const auto& [name, stored] : tensors) {
         const at::Tensor tensor = stored.get().detach().cpu().contiguous();
-        if (tensor.nbytes() != stored.shape.nbytes()) {
-            throw Error(ErrorKind::usage, str_cat(stored.name, " is not of the size that it was announced with"));
+        if (tensor.nbytes() != stored.shape().nbytes()) {
+            throw Error(ErrorKind::usage, str_cat(name, " is not of the size that it was announced with"));
         }
         file.write(bytes_of(tensor));
     }
 }
 
-void write_safetensors(const std::filesystem::path& path, const Parameters& tensors) {
+void write_safetensors(const std::filesystem::path& path, const NamedTensors& tensors) {
     StoredTensors all;
-    for (const Parameter& tensor : tensors) all.push_back(stored(tensor.name, tensor.tensor));
+    for (const NamedTensor& one : tensors) all.emplace_back(one.name, StoredTensor(one.tensor));
     make_header(all);  // refuses before there is a file
     write_whole(path, [&all](OutputFile& file) { write_safetensors(file, all); });
 }
@@ -128,25 +135,26 @@ StoredTensors open_safetensors(const std::filesystem::path& path) {
          parse_safetensors_header(read(safetensors_length_bytes, length), file->size() - data, path.string())) {
         const at::Tensor shape = shape_of(entry);
         std::string name = entry.name;
-        tensors.push_back({std::move(name), shape,
-                           [file, data, entry = std::move(entry)] { return read_tensor(*file, data, entry); }});
+        tensors.emplace_back(std::move(name), StoredTensor(shape, [file, data, entry = std::move(entry)] {
+                                 return read_tensor(*file, data, entry);
+                             }));
     }
     return tensors;
 }
 
-Parameters read_safetensors(const std::filesystem::path& path) {
-    Parameters tensors;
-    for (const StoredTensor& tensor : open_safetensors(path)) tensors.push_back({tensor.name, tensor.get()});
+NamedTensors read_safetensors(const std::filesystem::path& path) {
+    NamedTensors tensors;
+    for (const auto& [name, tensor] : open_safetensors(path)) tensors.push_back({name, tensor.get()});
     return tensors;
 }
 
-void copy_by_name(const Parameters& from, const Parameters& to, const std::string& what) {
+void copy_by_name(const NamedTensors& from, const NamedTensors& to, const std::string& what) {
     const auto refuse_tensor = [&](const auto&... words) {
         throw Error(ErrorKind::bad_data, str_cat(what, ": ", words...));
     };
     std::unordered_map<std::string, at::Tensor> found;
-    for (const Parameter& one : from) found.emplace(one.name, one.tensor);
-    for (const Parameter& one : to) {
+    for (const NamedTensor& one : from) found.emplace(one.name, one.tensor);
+    for (const NamedTensor& one : to) {
         const auto at = found.find(one.name);
         if (at == found.end()) refuse_tensor("there is no ", one.name);
         if (at->second.sizes() != one.tensor.sizes() || at->second.scalar_type() != one.tensor.scalar_type()) {
@@ -156,7 +164,7 @@ void copy_by_name(const Parameters& from, const Parameters& to, const std::strin
     }
     if (found.size() > to.size()) refuse_tensor("there are ", found.size(), " tensors for ", to.size());
     const at::NoGradGuard no_grad;
-    for (const Parameter& one : to) at::Tensor(one.tensor).copy_(found.at(one.name));
+    for (const NamedTensor& one : to) at::Tensor(one.tensor).copy_(found.at(one.name));
 }
 
 }  // namespace microbatch

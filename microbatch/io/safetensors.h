@@ -2,9 +2,10 @@
 
 #include <filesystem>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "microbatch/io/file_system.h"
-#include "microbatch/model/parameters.h"
 #include "microbatch/state/stored_tensor.h"
 
 namespace microbatch {
@@ -15,9 +16,13 @@ namespace microbatch {
 /// Source: the safetensors format: length of the header (uint64, little-endian), JSON header, the tensors' bytes.
 /// Shapes: any; written contiguous, from whatever device. dtypes: float64, float32, float16, bfloat16, int64, int32,
 ///         int16, int8, uint8, bool.
-/// Errors: ErrorKind::usage for another dtype, a name that stands twice, or a file that cannot be written; the file
+/// Errors: ErrorKind::usage for another dtype, a name that is listed twice or reserved by the format
+///         (`__metadata__`), or a file that cannot be written; the file
 ///         that was there before stays then.
-void write_safetensors(const std::filesystem::path& path, const Parameters& tensors);
+void write_safetensors(const std::filesystem::path& path, const NamedTensors& tensors);
+
+/// Handles of tensors, by name.
+using StoredTensors = std::vector<std::pair<std::string, StoredTensor>>;
 
 /// The same into a file that is open, and left open; how the tensors lay in memory is in its metadata.
 /// Memory: one tensor at a time, where it has to be fetched or laid out anew.
@@ -34,11 +39,11 @@ void write_safetensors(OutputFile& file, const StoredTensors& tensors);
 StoredTensors open_safetensors(const std::filesystem::path& path);
 
 /// Every tensor of a file. Errors: as open_safetensors().
-Parameters read_safetensors(const std::filesystem::path& path);
+NamedTensors read_safetensors(const std::filesystem::path& path);
 
 /// Copies tensors into those of the same names.
 /// Errors: ErrorKind::bad_data, naming the tensor, if one is missing, too many, or of another shape or dtype; nothing
 ///         has changed then. `what` begins the message.
-void copy_by_name(const Parameters& from, const Parameters& to, const std::string& what);
+void copy_by_name(const NamedTensors& from, const NamedTensors& to, const std::string& what);
 
 }  // namespace microbatch

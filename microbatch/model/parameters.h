@@ -1,19 +1,12 @@
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include <string>
-#include <vector>
+#include "microbatch/state/stored_tensor.h"
 
 namespace microbatch {
 
 /// A tensor that training changes, with the name that messages use for it.
-struct Parameter {
-    std::string name;
-    at::Tensor tensor;
-};
-
-using Parameters = std::vector<Parameter>;
+using Parameter = NamedTensor;
+using Parameters = NamedTensors;
 
 /// The parameters with each tensor once, under its first name: a tied weight has one gradient and one update.
 Parameters without_repeats(const Parameters& parameters);

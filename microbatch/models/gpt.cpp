@@ -6,6 +6,7 @@
 
 #include <cmath>
 
+#include "microbatch/autograd/recompute.h"
 #include "microbatch/core/error.h"
 #include "microbatch/core/str_cat.h"
 #include "microbatch/models/checks.h"

@@ -11,7 +11,7 @@
 #include <string_view>
 #include <vector>
 
-#include "microbatch/autograd/recompute.h"
+#include "microbatch/model/recomputable.h"
 
 namespace microbatch {
 

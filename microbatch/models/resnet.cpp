@@ -10,6 +10,7 @@
 #include <optional>
 #include <string>
 
+#include "microbatch/autograd/recompute.h"
 #include "microbatch/core/error.h"
 #include "microbatch/core/str_cat.h"
 #include "microbatch/models/checks.h"

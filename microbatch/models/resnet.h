@@ -9,7 +9,7 @@
 #include <memory>
 #include <string_view>
 
-#include "microbatch/autograd/recompute.h"
+#include "microbatch/model/recomputable.h"
 
 namespace microbatch {
 

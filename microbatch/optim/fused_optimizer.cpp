@@ -6,6 +6,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <string>
+#include <unordered_map>
 #include <utility>
 
 #include "microbatch/core/error.h"
@@ -36,8 +38,7 @@ bool same_layout(const at::Tensor& left, const at::Tensor& right) {
 }
 
 // The gradient laid out as the parameter is, which every update takes for granted.
-at::Tensor dense_gradient(const Parameter& parameter) {
-    const at::Tensor& gradient = parameter.tensor.grad();
+at::Tensor dense_gradient(const Parameter& parameter, const at::Tensor& gradient) {
     if (gradient.layout() != at::kStrided) {
         throw Error(ErrorKind::usage, str_cat("parameter ", parameter.name,
                                               " has a sparse gradient; make its embedding with sparse = false"));
@@ -71,13 +72,17 @@ void require_same_layout(const Parameter& parameter, const at::Tensor& state) {
 
 /// Lets go of the gradients at the end of a step, however it ends.
 struct FusedOptimizer::Forget {
+    std::vector<Group>& groups;
     Parts& parts;
 
-    explicit Forget(Parts& held) : parts(held) {}
+    Forget(std::vector<Group>& all, Parts& held) : groups(all), parts(held) {}
     Forget(const Forget&) = delete;
     Forget& operator=(const Forget&) = delete;
     ~Forget() {
         for (Part& part : parts) std::fill(part.bucket.gradients.begin(), part.bucket.gradients.end(), at::Tensor());
+        for (Group& group : groups) {
+            for (Slot& slot : group.slots) slot.gradient = at::Tensor();
+        }
     }
 };
 
@@ -98,7 +103,7 @@ void FusedOptimizer::add_group(const ParameterGroup& group) {
                             str_cat(name_, ": parameter ", parameter.name, " is in another group already"));
             }
         }
-        made.slots.push_back({parameter, {}, {}});
+        made.slots.push_back({.parameter = parameter});
     }
     groups_.push_back(std::move(made));
     parts_.clear();
@@ -117,21 +122,36 @@ std::vector<at::Tensor> FusedOptimizer::parameters() const {
     return result;
 }
 
-void FusedOptimizer::step(double divisor) {
+void FusedOptimizer::step(std::span<const GradientView> gradients, double divisor) {
     const at::NoGradGuard no_grad;
+    const Forget forget{groups_, parts_};
+    take(gradients);
     if (!still_right(parts_)) parts_ = make_parts(&Slot::state);
     // Everything before any update: a gradient that is refused leaves every parameter as it was.
-    const Forget forget{parts_};
     refresh(parts_, divisor);
     update_all(parts_, divisor);
 }
 
-void FusedOptimizer::dry_run(double divisor) {
+void FusedOptimizer::dry_run(std::span<const GradientView> gradients, double divisor) {
     const at::NoGradGuard no_grad;
-    Parts parts = make_parts(&Slot::dry_run_state);
+    Parts parts;
+    const Forget forget{groups_, parts};
+    take(gradients);
+    parts = make_parts(&Slot::dry_run_state);
     refresh(parts, divisor);
     for (Part& part : parts) part.bucket.parameters = part.bucket.gradients;
     update_all(parts, divisor);
+}
+
+void FusedOptimizer::take(std::span<const GradientView> gradients) {
+    std::unordered_map<const void*, const at::Tensor*> sums;
+    for (const GradientView& one : gradients) sums.emplace(one.parameter.unsafeGetTensorImpl(), &one.sum);
+    for (Group& group : groups_) {
+        for (Slot& slot : group.slots) {
+            const auto found = sums.find(slot.parameter.tensor.unsafeGetTensorImpl());
+            if (found != sums.end()) slot.gradient = *found->second;
+        }
+    }
 }
 
 void FusedOptimizer::end_dry_run() {
@@ -151,76 +171,63 @@ bool FusedOptimizer::has_state() const {
     return any;
 }
 
-OptimizerState FusedOptimizer::state() const {
-    OptimizerState result;
-    for (const Group& group : groups_) {
-        for (const Slot& slot : group.slots) result.push_back(slot.state);
-    }
-    return result;
-}
-
-void FusedOptimizer::restore(const OptimizerState& state) {
-    const at::NoGradGuard no_grad;
-    require_state(state);
-    const std::vector<Slot*> slots = all_slots();
-    for (std::size_t i = 0; i < slots.size(); ++i) restore(*slots[i], state[i]);
-}
-
-void FusedOptimizer::adopt(OptimizerState state) {
-    require_state(state);
-    parts_.clear();  // they hold what was there
-    const std::vector<Slot*> slots = all_slots();
-    for (std::size_t i = 0; i < slots.size(); ++i) {
-        for (at::Tensor& tensor : state[i]) tensor = tensor.to(slots[i]->parameter.tensor.device());
-        slots[i]->state = std::move(state[i]);
-    }
-}
-
-std::vector<FusedOptimizer::Slot*> FusedOptimizer::all_slots() {
-    std::vector<Slot*> slots;
-    for (Group& group : groups_) {
-        for (Slot& slot : group.slots) slots.push_back(&slot);
-    }
-    return slots;
-}
-
-void FusedOptimizer::require_state(const OptimizerState& state) const {
-    const auto refuse = [this](const auto&... what) { throw Error(ErrorKind::usage, str_cat(name_, ": ", what...)); };
-    const std::vector<at::Tensor> known = parameters();
-    if (state.size() != known.size()) refuse("the state is of ", state.size(), " parameters, not ", known.size());
-    auto of_parameter = state.begin();
+void FusedOptimizer::save(const StateWriter& writer) const {
     for (const Group& group : groups_) {
         for (const Slot& slot : group.slots) {
-            const std::vector<at::Tensor>& tensors = *of_parameter++;
-            if (tensors.empty()) continue;  // it has made no step yet
-            const std::string& name = slot.parameter.name;
-            const auto wanted = make_state(at::empty_like(slot.parameter.tensor, at::TensorOptions(at::kMeta)));
-            if (tensors.size() != wanted.size()) {
-                refuse("parameter ", name, " has ", wanted.size(), " state tensors, not ", tensors.size());
-            }
-            for (std::size_t i = 0; i < wanted.size(); ++i) {
-                const at::Tensor& tensor = tensors[i];
-                if (tensor.sizes() == wanted[i].sizes() && tensor.scalar_type() == wanted[i].scalar_type() &&
-                    same_layout(tensor, wanted[i])) {
-                    continue;
-                }
-                refuse("a state tensor of parameter ", name, " is ", tensor.scalar_type(), " of shape ", tensor.sizes(),
-                       ", not ", wanted[i].scalar_type(), " of shape ", wanted[i].sizes(),
-                       " laid out as the parameter");
-            }
+            const StateWriter section = writer.section(slot.parameter.name);
+            for (std::size_t i = 0; i < slot.state.size(); ++i) section.put(std::to_string(i), slot.state[i]);
         }
     }
 }
 
-void FusedOptimizer::restore(Slot& slot, const std::vector<at::Tensor>& state) {
+Commit FusedOptimizer::prepare(const StateReader& reader) {
+    std::vector<std::pair<Slot*, std::vector<StoredTensor>>> states;
+    std::size_t known = 0;
+    for (Group& group : groups_) {
+        for (Slot& slot : group.slots) {
+            states.emplace_back(&slot, state_of(slot, reader));
+            known += states.back().second.size();
+        }
+    }
+    if (known != reader.tensors().size()) {
+        throw Error(ErrorKind::bad_data, str_cat(name_, ": the state is of other parameters: it has ",
+                                                 reader.tensors().size(), " tensors, of which ", known, " belong here"));
+    }
+    return [this, states = std::move(states)] {
+        const at::NoGradGuard no_grad;
+        parts_.clear();  // they hold what was there
+        for (const auto& [slot, state] : states) restore(*slot, state);
+    };
+}
+
+std::vector<StoredTensor> FusedOptimizer::state_of(const Slot& slot, const StateReader& reader) const {
+    const std::string& name = slot.parameter.name;
+    const StateReader section = reader.section(name);
+    std::vector<StoredTensor> state;
+    if (!section.has("0")) return state;  // it has made no step yet
+    for (const at::Tensor& wanted : make_state(at::empty_like(slot.parameter.tensor, at::TensorOptions(at::kMeta)))) {
+        state.push_back(section.tensor(std::to_string(state.size())));
+        const at::Tensor& tensor = state.back().shape();
+        if (tensor.sizes() == wanted.sizes() && tensor.scalar_type() == wanted.scalar_type() &&
+            same_layout(tensor, wanted)) {
+            continue;
+        }
+        throw Error(ErrorKind::bad_data,
+                    str_cat(name_, ": a state tensor of parameter ", name, " is ", tensor.scalar_type(), " of shape ",
+                            tensor.sizes(), ", not ", wanted.scalar_type(), " of shape ", wanted.sizes(),
+                            " laid out as the parameter"));
+    }
+    return state;
+}
+
+// One tensor at a time; in place where there is a state already.
+void FusedOptimizer::restore(Slot& slot, const std::vector<StoredTensor>& state) {
     if (slot.state.size() == state.size()) {
-        for (std::size_t i = 0; i < state.size(); ++i) slot.state[i].copy_(state[i]);
+        for (std::size_t i = 0; i < state.size(); ++i) slot.state[i].copy_(state[i].get());
         return;
     }
-    parts_.clear();  // they hold what was there
     slot.state.clear();
-    const at::Device device = slot.parameter.tensor.device();
-    for (const at::Tensor& tensor : state) slot.state.push_back(tensor.to(device, tensor.scalar_type(), false, true));
+    for (const StoredTensor& one : state) slot.state.push_back(one.get_own().to(slot.parameter.tensor.device()));
 }
 
 FusedOptimizer::Parts FusedOptimizer::make_parts(State state) {
@@ -234,7 +241,7 @@ FusedOptimizer::Parts FusedOptimizer::make_parts(State state) {
         Parts parts;
         for (std::size_t i = 0; i < groups_.size(); ++i) {
             for (Slot& slot : groups_[i].slots) {
-                if (slot.parameter.tensor.grad().defined()) add_to(parts, slot, i, state);
+                if (slot.gradient.defined()) add_to(parts, slot, i, state);
             }
         }
         return parts;
@@ -269,7 +276,7 @@ bool FusedOptimizer::still_right(const Parts& parts) const {
         const at::Tensor& first = part.bucket.parameters.front();
         for (const Slot* slot : part.slots) {
             const at::Tensor& parameter = slot->parameter.tensor;
-            if (!parameter.grad().defined() || parameter.device() != first.device() ||
+            if (!slot->gradient.defined() || parameter.device() != first.device() ||
                 parameter.scalar_type() != first.scalar_type()) {
                 return false;
             }
@@ -277,7 +284,7 @@ bool FusedOptimizer::still_right(const Parts& parts) const {
         }
     }
     for (const Group& group : groups_) {
-        for (const Slot& slot : group.slots) with_gradient += slot.parameter.tensor.grad().defined() ? 1 : 0;
+        for (const Slot& slot : group.slots) with_gradient += slot.gradient.defined() ? 1 : 0;
     }
     return held == with_gradient;
 }
@@ -286,7 +293,7 @@ void FusedOptimizer::refresh(Parts& parts, double divisor) const {
     for (Part& part : parts) {
         Bucket& bucket = part.bucket;
         for (std::size_t i = 0; i < part.slots.size(); ++i) {
-            bucket.gradients[i] = dense_gradient(part.slots[i]->parameter);
+            bucket.gradients[i] = dense_gradient(part.slots[i]->parameter, part.slots[i]->gradient);
             for (const auto& tensors : bucket.state) require_same_layout(part.slots[i]->parameter, tensors[i]);
             bucket.parameters[i].mutable_data_ptr();  // a copy that is still to be made on writing is made now
         }

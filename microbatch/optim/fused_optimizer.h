@@ -12,15 +12,14 @@ public:
     /// Gradients are left as they were by our own update, divided by torch's.
     /// Errors: ErrorKind::usage if a gradient is sparse or of another dtype or shape than its parameter, or a parameter
     /// has changed its own since its state was made; nothing has changed then.
-    void step(double divisor) final;
+    void step(std::span<const GradientView> gradients, double divisor) final;
     using Optimizer::step;
-    void dry_run(double divisor) final;
+    void dry_run(std::span<const GradientView> gradients, double divisor) final;
+    using Optimizer::dry_run;
     void end_dry_run() final;
     bool has_state() const final;
-    OptimizerState state() const final;
-    void restore(const OptimizerState& state) final;
-    void require_state(const OptimizerState& state) const final;
-    void adopt(OptimizerState state) final;
+    void save(const StateWriter& writer) const final;
+    Commit prepare(const StateReader& reader) final;
     double learning_rate() const final { return learning_rate_; }
     void set_learning_rate(double rate) final;
     std::vector<at::Tensor> parameters() const final;
@@ -64,7 +63,8 @@ protected:
 private:
     struct Slot {
         Parameter parameter;
-        std::vector<at::Tensor> state, dry_run_state;
+        std::vector<at::Tensor> state = {}, dry_run_state = {};
+        at::Tensor gradient = {};  // during a step
     };
     /// A bucket, and where it is from.
     struct Part {
@@ -84,8 +84,9 @@ private:
 
     using State = std::vector<at::Tensor> Slot::*;
 
-    std::vector<Slot*> all_slots();
-    void restore(Slot& slot, const std::vector<at::Tensor>& state);
+    void take(std::span<const GradientView> gradients);
+    std::vector<StoredTensor> state_of(const Slot& slot, const StateReader& reader) const;
+    static void restore(Slot& slot, const std::vector<StoredTensor>& state);
 
     /// All parameters that have a gradient, without their gradients. If it throws, no state is kept that was not there
     /// before.

@@ -1,62 +1,43 @@
 #pragma once
 
+#include <span>
 #include <vector>
 
 #include "microbatch/model/parameters.h"
+#include "microbatch/optim/gradient_view.h"
+#include "microbatch/state/stateful.h"
 
 namespace microbatch {
 
-/// What steps have made of an optimizer: the state tensors of each of its parameters, in their order. Only an optimizer
-/// that was made alike can read it.
-using OptimizerState = std::vector<std::vector<at::Tensor>>;
-
 /// What the Accumulator needs of an optimizer. AdamW and Sgd are ours; TorchOptimizer takes any torch::optim one.
 ///
+/// State:   the tensors that steps have made, by parameter; not the learning rate.
 /// Threads: no two calls at the same time.
-class Optimizer {
+class Optimizer : public Stateful {
 public:
     Optimizer() = default;
     Optimizer(const Optimizer&) = delete;
     Optimizer& operator=(const Optimizer&) = delete;
-    virtual ~Optimizer() = default;
 
-    /// Updates every parameter that has a gradient, by the gradient over `divisor`; the others keep value and state.
-    /// The gradients of a batch are sums: its weight is what they are divided by, over the clip coefficient.
-    /// State: gradients are not cleared, but may be left divided. If it throws c10::OutOfMemoryError no parameter has
-    /// changed, nor any state.
-    virtual void step(double divisor) = 0;
+    /// Updates every parameter that has a gradient among these by the gradient over `divisor`; the others keep value
+    /// and state. The gradients of a batch are sums: the divisor is its weight over the clip coefficient. Gradients of
+    /// parameters of others are ignored.
+    /// State: gradients may be left divided. If it throws c10::OutOfMemoryError no parameter has changed, nor any state.
+    virtual void step(std::span<const GradientView> gradients, double divisor) = 0;
 
-    /// By the gradients as they stand.
-    void step() { step(1.0); }
+    /// The same with what is in .grad, for a loop that calls backward() itself.
+    void step(double divisor = 1.0) { step(gradients_in(parameters()), divisor); }
 
-    /// Takes a step for its memory and its time alone: parameters and state are not touched. What stands in for them
-    /// are the gradients themselves, whose values are lost, and a state that is begun anew and kept until
-    /// end_dry_run().
-    virtual void dry_run(double divisor) = 0;
+    /// Uses the memory and the time of a step, and leaves parameters and state alone. In their place it changes the
+    /// gradients, whose values are lost, and a state of its own that is kept until end_dry_run().
+    virtual void dry_run(std::span<const GradientView> gradients, double divisor) = 0;
+    void dry_run(double divisor) { dry_run(gradients_in(parameters()), divisor); }
 
     /// Drops the state that dry_run() made.
     virtual void end_dry_run() = 0;
 
     /// True once steps have made the state of every parameter that requires a gradient.
     virtual bool has_state() const = 0;
-
-    /// The state as it is, empty for a parameter that has none yet: the optimizer's own tensors where it has such,
-    /// which the next step changes.
-    virtual OptimizerState state() const = 0;
-
-    /// True if state() gives the optimizer's own tensors: writing into them is as good as restore().
-    virtual bool owns_state() const { return true; }
-
-    /// Goes back to what state() was, by copies. The learning rate stays.
-    /// Errors: ErrorKind::usage if it is not the state of such parameters; nothing has changed then.
-    virtual void restore(const OptimizerState& state) = 0;
-
-    /// Throws ErrorKind::usage unless it can be the state of such parameters, told by sizes, layouts and dtypes alone:
-    /// the tensors may be without numbers.
-    virtual void require_state(const OptimizerState& state) const = 0;
-
-    /// The same with tensors that nobody else holds: they become the optimizer's own where it has such, uncopied.
-    virtual void adopt(OptimizerState state) { restore(state); }
 
     /// The learning rate of the groups whose learning_rate_scale is 1.
     virtual double learning_rate() const = 0;

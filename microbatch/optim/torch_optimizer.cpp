@@ -2,8 +2,6 @@
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/_foreach_div.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/scalar_tensor.h>
 #include <c10/util/Exception.h>
 #include <torch/optim/adagrad.h>
 #include <torch/optim/adam.h>
@@ -14,6 +12,7 @@
 #include <algorithm>
 #include <memory>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -30,8 +29,41 @@ TorchOptimizer::TorchOptimizer(torch::optim::Optimizer& optimizer) : optimizer_(
     }
 }
 
-void TorchOptimizer::step(double divisor) {
-    divide_gradients(divisor);
+namespace {
+
+// Torch's optimizers read .grad: the gradients stand there for one step, divided.
+class GradientsInPlace {
+public:
+    GradientsInPlace(const std::vector<at::Tensor>& parameters, std::span<const GradientView> gradients, double divisor)
+        : parameters_(parameters) {
+        const at::NoGradGuard no_grad;
+        std::vector<at::Tensor> divided;
+        for (const at::Tensor& parameter : parameters_) {
+            before_.push_back(parameter.grad());
+            parameter.mutable_grad() = at::Tensor();
+        }
+        for (const GradientView& view : gradients) {
+            const auto is_view = [&view](const at::Tensor& parameter) { return parameter.is_same(view.parameter); };
+            if (std::none_of(parameters_.begin(), parameters_.end(), is_view)) continue;
+            view.parameter.mutable_grad() = view.sum;
+            divided.push_back(view.sum);
+        }
+        if (divisor != 1.0 && !divided.empty()) at::_foreach_div_(divided, divisor);
+    }
+    GradientsInPlace(const GradientsInPlace&) = delete;
+    GradientsInPlace& operator=(const GradientsInPlace&) = delete;
+    ~GradientsInPlace() {
+        for (std::size_t i = 0; i < parameters_.size(); ++i) parameters_[i].mutable_grad() = before_[i];
+    }
+
+private:
+    std::vector<at::Tensor> parameters_, before_;
+};
+
+}  // namespace
+
+void TorchOptimizer::step(std::span<const GradientView> gradients, double divisor) {
+    const GradientsInPlace in_place(parameters(), gradients, divisor);
     try {
         optimizer_.step();
     } catch (const c10::OutOfMemoryError& error) {
@@ -95,20 +127,10 @@ private:
 
 }  // namespace
 
-void TorchOptimizer::dry_run(double divisor) {
-    divide_gradients(divisor);
+void TorchOptimizer::dry_run(std::span<const GradientView> gradients, double divisor) {
+    const GradientsInPlace in_place(parameters(), gradients, divisor);
     const StandIns stand_ins(optimizer_, dry_run_state_);
     optimizer_.step();
-}
-
-void TorchOptimizer::divide_gradients(double divisor) const {
-    if (divisor == 1.0) return;
-    const at::NoGradGuard no_grad;
-    std::vector<at::Tensor> gradients;
-    for (const at::Tensor& parameter : parameters()) {
-        if (parameter.grad().defined()) gradients.push_back(parameter.grad());
-    }
-    if (!gradients.empty()) at::_foreach_div_(gradients, divisor);
 }
 
 bool TorchOptimizer::has_state() const {
@@ -122,27 +144,32 @@ namespace {
 
 using ParamState = torch::optim::OptimizerParamState;
 
-/// What torch keeps of a parameter, in a fixed order.
+/// What torch keeps of a parameter.
 struct Fields {
     std::int64_t* step;
-    std::vector<at::Tensor*> tensors;
+    std::vector<std::pair<const char*, at::Tensor*>> tensors;
 };
 
 std::optional<Fields> fields_of(ParamState& state) {
-    if (auto* adamw = dynamic_cast<torch::optim::AdamWParamState*>(&state)) {
-        return Fields{&adamw->step(), {&adamw->exp_avg(), &adamw->exp_avg_sq(), &adamw->max_exp_avg_sq()}};
-    }
-    if (auto* adam = dynamic_cast<torch::optim::AdamParamState*>(&state)) {
-        return Fields{&adam->step(), {&adam->exp_avg(), &adam->exp_avg_sq(), &adam->max_exp_avg_sq()}};
-    }
+    const auto adam_fields = [](auto& adam) {
+        return Fields{&adam.step(),
+                      {{"exp_avg", &adam.exp_avg()},
+                       {"exp_avg_sq", &adam.exp_avg_sq()},
+                       {"max_exp_avg_sq", &adam.max_exp_avg_sq()}}};
+    };
+    if (auto* adamw = dynamic_cast<torch::optim::AdamWParamState*>(&state)) return adam_fields(*adamw);
+    if (auto* adam = dynamic_cast<torch::optim::AdamParamState*>(&state)) return adam_fields(*adam);
     if (auto* sgd = dynamic_cast<torch::optim::SGDParamState*>(&state)) {
-        return Fields{nullptr, {&sgd->momentum_buffer()}};
+        return Fields{nullptr, {{"momentum_buffer", &sgd->momentum_buffer()}}};
     }
     if (auto* rms = dynamic_cast<torch::optim::RMSpropParamState*>(&state)) {
-        return Fields{&rms->step(), {&rms->square_avg(), &rms->momentum_buffer(), &rms->grad_avg()}};
+        return Fields{&rms->step(),
+                      {{"square_avg", &rms->square_avg()},
+                       {"momentum_buffer", &rms->momentum_buffer()},
+                       {"grad_avg", &rms->grad_avg()}}};
     }
     if (auto* adagrad = dynamic_cast<torch::optim::AdagradParamState*>(&state)) {
-        return Fields{&adagrad->step(), {&adagrad->sum()}};
+        return Fields{&adagrad->step(), {{"sum", &adagrad->sum()}}};
     }
     return std::nullopt;
 }
@@ -180,83 +207,75 @@ std::unique_ptr<ParamState> new_state(const torch::optim::Optimizer& optimizer) 
                 "and of this library's own");
 }
 
-// In the place of a tensor that torch has none of: no state of a parameter is of bytes.
-at::Tensor missing() {
-    return at::empty({0}, at::kByte);
-}
-
-bool is_missing(const at::Tensor& tensor) {
-    return tensor.scalar_type() == at::kByte && tensor.numel() == 0;
-}
-
-bool fits(const std::vector<at::Tensor>& tensors, const Fields& fields, const at::Tensor& parameter,
-          const std::vector<bool>& wanted) {
-    const std::size_t steps = fields.step != nullptr ? 1 : 0;
-    if (tensors.size() != steps + fields.tensors.size()) return false;
-    if (steps == 1 && (tensors[0].scalar_type() != at::kLong || tensors[0].numel() != 1)) return false;
+// A parameter's state as it is read; null if it is not one of such an optimizer and parameter.
+std::unique_ptr<ParamState> read_state(const torch::optim::Optimizer& optimizer, const StateReader& reader,
+                                       const at::Tensor& parameter, const std::vector<bool>& needed, bool with_values) {
+    std::unique_ptr<ParamState> state = new_state(optimizer);
+    const Fields fields = *fields_of(*state);
+    if (fields.step != nullptr) *fields.step = reader.count("step");
+    std::size_t known = 0;
     for (std::size_t i = 0; i < fields.tensors.size(); ++i) {
-        const at::Tensor& tensor = tensors[steps + i];
-        if (!wanted[i] && is_missing(tensor)) continue;
-        if (tensor.sizes() != parameter.sizes() || tensor.scalar_type() != parameter.scalar_type()) return false;
+        const auto [name, tensor] = fields.tensors[i];
+        if (!reader.has(name) && !needed[i]) continue;
+        ++known;
+        const StoredTensor& stored = reader.tensor(name);
+        if (stored.shape().sizes() != parameter.sizes() || stored.shape().scalar_type() != parameter.scalar_type()) {
+            reader.refuse(name, "its shape or dtype is not the parameter's");
+        }
+        if (with_values) *tensor = stored.get_own().to(parameter.options());
     }
-    return true;
+    if (known != reader.tensors().size()) reader.refuse("", "it has tensors that this optimizer does not keep");
+    return state;
 }
 
 }  // namespace
 
-OptimizerState TorchOptimizer::state() const {
-    OptimizerState result;
-    for (const at::Tensor& parameter : parameters()) {
-        std::vector<at::Tensor>& tensors = result.emplace_back();
-        const auto found = optimizer_.state().find(parameter.unsafeGetTensorImpl());
+void TorchOptimizer::save(const StateWriter& writer) const {
+    const std::vector<at::Tensor> all = parameters();
+    for (std::size_t i = 0; i < all.size(); ++i) {
+        const auto found = optimizer_.state().find(all[i].unsafeGetTensorImpl());
         if (found == optimizer_.state().end() || !found->second) continue;
         const std::optional<Fields> fields = fields_of(*found->second);
         if (!fields) refuse_kind();
-        if (fields->step != nullptr) tensors.push_back(at::scalar_tensor(*fields->step, at::kLong));
-        for (const at::Tensor* tensor : fields->tensors) tensors.push_back(tensor->defined() ? *tensor : missing());
+        const StateWriter section = writer.section(std::to_string(i));
+        if (fields->step != nullptr) section.put("step", *fields->step);
+        for (const auto& [name, tensor] : fields->tensors) {
+            if (tensor->defined()) section.put(name, *tensor);
+        }
     }
-    return result;
 }
 
-void TorchOptimizer::require_state(const OptimizerState& state) const {
-    const std::vector<at::Tensor> all = parameters();
-    const std::unique_ptr<ParamState> made = new_state(optimizer_);
-    if (!made) refuse_kind();
-    const Fields fields = *fields_of(*made);
-    // Torch makes Adagrad's with the optimizer, others' in the first step.
+Commit TorchOptimizer::prepare(const StateReader& reader) {
+    if (!new_state(optimizer_)) refuse_kind();
+    struct One {
+        at::Tensor parameter;
+        StateReader reader;
+        std::vector<bool> needed;
+    };
+    // Torch makes Adagrad's state with the optimizer, others' in the first step.
     const bool may_be_empty = dynamic_cast<const torch::optim::Adagrad*>(&optimizer_) == nullptr;
-    bool sound = state.size() == all.size();
-    std::size_t i = 0;
+    std::vector<One> states;
+    std::size_t number = 0, known = 0;
     for (const auto& group : optimizer_.param_groups()) {
-        const std::vector<bool> wanted = needed_tensors(group.options());
+        const std::vector<bool> needed = needed_tensors(group.options());
         for (const at::Tensor& parameter : group.params()) {
-            if (!sound) break;
-            const std::vector<at::Tensor>& tensors = state[i++];
-            sound = tensors.empty() ? may_be_empty : fits(tensors, fields, parameter, wanted);
+            const StateReader section = reader.section(std::to_string(number++));
+            if (!section.exists() && may_be_empty) continue;
+            read_state(optimizer_, section, parameter, needed, /*with_values=*/false);
+            known += section.tensors().size();
+            states.push_back({parameter, section, needed});
         }
     }
-    if (sound) return;
-    throw Error(ErrorKind::usage, "this is not the state of such a torch optimizer");
-}
-
-void TorchOptimizer::restore(const OptimizerState& state) {
-    require_state(state);
-    const at::NoGradGuard no_grad;
-    std::remove_reference_t<decltype(optimizer_.state())> restored;
-    const std::vector<at::Tensor> all = parameters();
-    for (std::size_t i = 0; i < all.size(); ++i) {
-        if (state[i].empty()) continue;
-        std::unique_ptr<ParamState> made = new_state(optimizer_);
-        const Fields fields = *fields_of(*made);
-        auto next = state[i].begin();
-        if (fields.step != nullptr) *fields.step = (next++)->item<std::int64_t>();
-        for (at::Tensor* tensor : fields.tensors) {
-            if (!is_missing(*next)) *tensor = next->to(all[i].options(), /*non_blocking=*/false, /*copy=*/true);
-            ++next;
+    if (known != reader.tensors().size()) reader.refuse("", "it is of another torch optimizer's parameters");
+    return [this, states = std::move(states)] {
+        const at::NoGradGuard no_grad;
+        std::remove_reference_t<decltype(optimizer_.state())> restored;
+        for (const One& one : states) {
+            restored[one.parameter.unsafeGetTensorImpl()] =
+                read_state(optimizer_, one.reader, one.parameter, one.needed, /*with_values=*/true);
         }
-        restored[all[i].unsafeGetTensorImpl()] = std::move(made);
-    }
-    optimizer_.state() = std::move(restored);
+        optimizer_.state() = std::move(restored);
+    };
 }
 
 double TorchOptimizer::learning_rate() const {

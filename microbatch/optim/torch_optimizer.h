@@ -18,25 +18,20 @@ public:
     /// Errors: ErrorKind::does_not_fit if it runs out of memory: torch's optimizers allocate between their updates, so
     /// that some parameters may have been updated and others not.
     /// It divides the gradients in place, unless the divisor is 1.
-    void step(double divisor) override;
+    void step(std::span<const GradientView> gradients, double divisor) override;
     using Optimizer::step;
 
     /// The torch optimizer sees the gradients for its parameters and no state for as long as this lasts.
-    void dry_run(double divisor) override;
+    void dry_run(std::span<const GradientView> gradients, double divisor) override;
+    using Optimizer::dry_run;
     void end_dry_run() override { dry_run_state_.clear(); }
     bool has_state() const override;
 
-    /// Of each parameter what torch keeps of it: the step's number, where there is one, and its tensors; an empty
-    /// tensor of bytes in the place of one that there is not. Not the groups' options.
-    ///
+    /// By the parameter's number what torch keeps of it: the step's number and its tensors. Not the groups' options.
     /// Errors: ErrorKind::usage for others than Adam, AdamW, SGD, RMSprop and Adagrad: torch tells what those keep only
     ///         in an archive of pickles.
-    OptimizerState state() const override;
-    bool owns_state() const override { return false; }
-
-    /// Errors: ErrorKind::usage as state(), and where it is not that of such an optimizer.
-    void restore(const OptimizerState& state) override;
-    void require_state(const OptimizerState& state) const override;
+    void save(const StateWriter& writer) const override;
+    Commit prepare(const StateReader& reader) override;
 
     /// The first group's learning rate.
     double learning_rate() const override;
@@ -48,7 +43,6 @@ public:
     std::vector<at::Tensor> parameters() const override;
 
 private:
-    void divide_gradients(double divisor) const;
 
     torch::optim::Optimizer& optimizer_;
     std::vector<double> scales_;

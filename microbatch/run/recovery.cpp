@@ -1,19 +1,17 @@
 #include "microbatch/run/recovery.h"
 
-#include <c10/util/Exception.h>
-
 #include <algorithm>
 #include <cmath>
-#include <memory>
 #include <utility>
 
 #include "microbatch/core/error.h"
 #include "microbatch/core/str_cat.h"
+#include "microbatch/io/state_file.h"
 
 namespace microbatch {
 namespace {
 
-constexpr std::size_t most_points = RecoveryState::most_points;
+constexpr std::int64_t most_points = 2;
 
 void validate(const RecoveryOptions& options) {
     const auto require = [](bool good, const char* name, auto value, const char* rule) {
@@ -22,83 +20,119 @@ void validate(const RecoveryOptions& options) {
     require(options.most >= 0, "most", options.most, "at least 0");
     require(options.every >= 1, "every", options.every, "at least 1 step");
     require(options.margin >= 0, "margin", options.margin, "at least 0 steps");
-    require(options.mend >= 0, "mend", options.mend, "at least 0 steps");
+    require(options.rate_recovery >= 0, "rate_recovery", options.rate_recovery, "at least 0 steps");
     require(options.warmup >= 0, "warmup", options.warmup, "at least 0 steps");
-    require(options.cut > 0.0 && options.cut <= 1.0, "cut", options.cut, "above 0 and at most 1");
+    require(options.rate_factor > 0.0 && options.rate_factor <= 1.0, "rate_factor", options.rate_factor,
+            "above 0 and at most 1");
     require(options.memory_bytes >= 0, "memory_bytes", options.memory_bytes, "at least 0");
 }
 
 }  // namespace
+
+StateDict training_snapshot(const Accumulator& accumulator) {
+    StateDict state;
+    const StateWriter writer(state);
+    writer.section("model").put(accumulator.parameters());
+    writer.section("model").put(accumulator.model().buffers());
+    accumulator.optimizer().save(writer.section("optimizer"));
+    return state;
+}
+
+Commit prepare_snapshot(Accumulator& accumulator, const StateReader& reader) {
+    NamedTensors live = accumulator.parameters();
+    for (NamedTensor& buffer : accumulator.model().buffers()) live.push_back(std::move(buffer));
+    Commit model = prepare_tensors(reader.section("model"), live, "parameter");
+    Commit optimizer = accumulator.optimizer().prepare(reader.section("optimizer"));
+    return [model = std::move(model), optimizer = std::move(optimizer)] {
+        model();
+        optimizer();
+    };
+}
 
 Recovery::Recovery(Accumulator& accumulator, RecoveryOptions options)
     : accumulator_(&accumulator), options_(std::move(options)) {
     validate(options_);
 }
 
-std::string Recovery::keep(std::int64_t steps, const SpikeGuard& guard, const std::function<bool()>& release_memory) {
-    const std::int64_t last = points_.empty() ? 0 : std::max(points_.back().steps, gone_back_at_);
-    const bool due = points_.empty() || (steps - last >= options_.every && guard.is_calm());
-    if (due && !failed_) {
-        // Before the new one is made, so that there are never three.
-        if (points_.size() == most_points) points_.pop_front();
-        take(steps, guard, release_memory);
+std::string Recovery::keep(std::int64_t steps, const SpikeGate& gate, const Reclaimers& reclaimers) {
+    const std::int64_t last = points_.empty() ? 0 : std::max(points_.back().steps, rolled_back_at_);
+    const bool due = points_.empty() || (steps - last >= options_.every && gate.guard().is_calm());
+    if (!due || failed_) return std::exchange(warning_, {});
+    // Before the new one is made, so that there are never three.
+    if (std::ssize(points_) == most_points) points_.pop_front();
+    Reclaimers all = reclaimers;
+    all.push_back({[this] { return !options_.folder.empty() && std::exchange(options_.memory_bytes, 0) > 0; }});
+    try {
+        add(retry_on_oom(
+            all, [&] { return make_point(steps, gate); }, [] {}, [](const Reclaimer&, const std::string&) {},
+            [](const std::string&) { throw Error(ErrorKind::usage, "out of memory"); }));
+    } catch (const Error& error) {
+        fail(error.what());
     }
     return std::exchange(warning_, {});
 }
 
-void Recovery::take(std::int64_t steps, const SpikeGuard& guard, const std::function<bool()>& release_memory) {
-    const auto share = static_cast<std::int64_t>(options_.memory_bytes / most_points);
-    try {
-        add({steps, guard.state(), RunPoint(*accumulator_, share, new_file())});
-        return;
-    } catch (const c10::OutOfMemoryError&) {
-        const bool returned = release_memory && release_memory();
-        if (!returned && (options_.memory_bytes == 0 || options_.folder.empty())) return fail("out of memory");
-        if (!returned) options_.memory_bytes = 0;
-    } catch (const Error& error) {
-        return fail(error.what());
+// In memory where its share allows, otherwise in a file.
+Recovery::Point Recovery::make_point(std::int64_t steps, const SpikeGate& gate) {
+    Point point{steps, training_snapshot(*accumulator_)};
+    gate.save(StateWriter(point.state, "gate/"));
+    if (point.state.bytes() <= options_.memory_bytes / most_points) {
+        point.state.own();
+    } else if (!options_.folder.empty()) {
+        point.state = moved_to_file(point.state, new_file());
+    } else {
+        throw Error(ErrorKind::usage, "it does not fit the memory that is left for it");
     }
-    take(steps, guard, release_memory);
+    return point;
 }
 
 void Recovery::add(Point point) {
-    std::erase_if(in_use_, [](const auto& snapshot) { return snapshot.expired(); });
-    in_use_.push_back(point.run.snapshot());
+    std::erase_if(in_use_, [](const auto& one) { return one.first.expired(); });
+    for (const auto& [name, tensor] : point.state.tensors()) {
+        if (tensor.is_resident()) in_use_.emplace_back(tensor.shape().storage().getWeakStorageImpl(), tensor.bytes());
+    }
     points_.push_back(std::move(point));
 }
 
 void Recovery::fail(const std::string& why) {
     failed_ = true;
-    warning_ = str_cat("no snapshot is taken any more: ", why);
+    warning_ = str_cat("no more snapshots are taken: ", why);
 }
 
-std::optional<std::int64_t> Recovery::go_back(std::int64_t steps, SpikeGuard& guard) {
-    const std::int64_t good = steps - guard.refused_in_a_row();  // the last step that was applied
+std::optional<std::int64_t> Recovery::roll_back(std::int64_t steps, SpikeGate& gate) {
+    const std::int64_t good = steps - gate.guard().refused_in_a_row();  // the last step that was applied
     if (points_.empty() || good <= points_.front().steps) return std::nullopt;
     auto point = points_.rbegin();
     while (point + 1 != points_.rend() && point->steps > good - options_.margin) ++point;
-    point->run.put_back(*accumulator_);
+    const StateReader reader(point->state);
+    point->state.require_readable();
+    const Commit weights = prepare_snapshot(*accumulator_, reader);
+    const Commit memory = gate.prepare(reader.section("gate"));
+    weights();
+    memory();
     points_.erase(point.base(), points_.end());
-    guard.restore(points_.back().guard);
-    const std::int64_t back_at = points_.back().steps;
     ++times_;
-    gone_back_at_ = steps;
-    return back_at;
+    rolled_back_at_ = steps;
+    return points_.back().steps;
+}
+
+bool Recovery::is_recovering(std::int64_t steps) const {
+    return times_ > 0 && steps - rolled_back_at_ < options_.warmup + options_.rate_recovery;
 }
 
 double Recovery::rate_factor(std::int64_t steps) const {
     if (times_ == 0) return 1.0;
-    const double before = std::pow(options_.cut, static_cast<double>(times_ - 1));
-    const double cut = before * options_.cut;
-    const std::int64_t since = steps - gone_back_at_ + 1;
-    if (since < options_.warmup) return cut * static_cast<double>(since) / static_cast<double>(options_.warmup);
-    const std::int64_t mending = since - options_.warmup;
-    if (mending >= options_.mend) return before;
-    return std::lerp(cut, before, static_cast<double>(mending) / static_cast<double>(options_.mend));
+    const double before = std::pow(options_.rate_factor, static_cast<double>(times_ - 1));
+    const double reduced = before * options_.rate_factor;
+    const std::int64_t since = steps - rolled_back_at_ + 1;
+    if (since < options_.warmup) return reduced * static_cast<double>(since) / static_cast<double>(options_.warmup);
+    const std::int64_t recovering = since - options_.warmup;
+    if (recovering >= options_.rate_recovery) return before;
+    return std::lerp(reduced, before,
+                     static_cast<double>(recovering) / static_cast<double>(options_.rate_recovery));
 }
 
 std::filesystem::path Recovery::new_file() {
-    if (options_.folder.empty()) return {};
     // One of that name is of a process that was killed.
     std::filesystem::path file;
     do {
@@ -107,14 +141,15 @@ std::filesystem::path Recovery::new_file() {
     return file;
 }
 
-bool Recovery::give_up_memory() {
-    const auto in_memory = [](const Point& point) { return point.run.memory_bytes() > 0; };
+bool Recovery::reclaim_memory() {
+    const auto in_memory = [](const Point& point) { return !point.state.reads_files(); };
     if (std::none_of(points_.begin(), points_.end(), in_memory)) return false;
     options_.memory_bytes = 0;
     for (Point& point : points_) {
         if (!in_memory(point)) continue;
         try {
-            point.run.move_to(new_file());
+            if (options_.folder.empty()) throw Error(ErrorKind::usage, "there is no folder for them");
+            point.state = moved_to_file(point.state, new_file());
         } catch (const Error& error) {
             fail(error.what());
         }
@@ -123,70 +158,64 @@ bool Recovery::give_up_memory() {
     return true;
 }
 
-RecoveryState Recovery::state(const std::vector<std::string>& names) const {
-    RecoveryState state{
-        .times = times_, .gone_back_at = gone_back_at_, .in_files = options_.memory_bytes == 0, .failed = failed_};
-    for (const Point& point : points_) {
-        const auto& snapshot = point.run.snapshot();
-        RecoveryState::Point written{
-            point.steps, point.guard, {}, point.run.state_counts(), point.run.memory_bytes() == 0};
-        for (std::size_t i = 0; i < snapshot->size(); ++i) {
-            const std::string name = names.size() == snapshot->size() ? names[i] : str_cat("tensor.", i);
-            written.tensors.push_back({name, snapshot->shape(i), [snapshot, i] { return snapshot->tensor(i); }});
-        }
-        state.points.push_back(std::move(written));
+void Recovery::save(const StateWriter& writer) const {
+    writer.put("times", times_);
+    writer.put("rolled_back_at", rolled_back_at_);
+    writer.put("in_files", options_.memory_bytes == 0);
+    writer.put("failed", failed_);
+    writer.put("points", points_.size());
+    for (std::size_t i = 0; i < points_.size(); ++i) {
+        const StateWriter one = writer.section(std::to_string(i));
+        one.put("steps", points_[i].steps);
+        one.merge(points_[i].state);
     }
-    return state;
 }
 
-void Recovery::restore(const RecoveryState& state) {
-    if (state.times < 0 || state.gone_back_at < 0 || state.points.size() > most_points) {
-        throw Error(ErrorKind::usage, "recovery: this is the state of none");
-    }
-    for (const RecoveryState::Point& point : state.points) {
-        if (point.steps < 0) throw Error(ErrorKind::usage, "recovery: this is the state of none");
-        SpikeGuard().restore(point.guard);  // refuses what is none
-    }
+Commit Recovery::prepare(const StateReader& reader) {
     Recovery restored = *this;
     restored.points_.clear();
-    restored.times_ = state.times;
-    restored.gone_back_at_ = state.gone_back_at;
-    restored.failed_ = state.failed;
-    const bool in_files = state.in_files && !options_.folder.empty();
-    if (in_files) restored.options_.memory_bytes = 0;
-    for (const RecoveryState::Point& point : state.points) {
-        try {
-            RunPoint run(restored.make_snapshot(point.tensors, in_files), point.state_counts);
-            restored.add({point.steps, point.guard, std::move(run)});
-        } catch (const Error& error) {
-            if (error.kind() != ErrorKind::usage) throw;
-            restored.fail(error.what());
-            break;
-        }
+    restored.times_ = reader.count("times");
+    restored.rolled_back_at_ = reader.count("rolled_back_at");
+    restored.failed_ = reader.flag("failed");
+    if (reader.flag("in_files") && !options_.folder.empty()) restored.options_.memory_bytes = 0;
+    const std::int64_t points = reader.count("points", 0, most_points);
+    for (std::int64_t i = 0; i < points; ++i) {
+        const StateReader one = reader.section(std::to_string(i));
+        prepare_snapshot(*accumulator_, one);
+        SpikeGate({}).prepare(one.section("gate"));
+        Point point{one.count("steps"), one.copy()};
+        point.state.erase("steps");
+        restored.points_.push_back(std::move(point));
     }
-    *this = std::move(restored);
+    return [this, restored = std::move(restored)]() mutable {
+        std::deque<Point> points = std::exchange(restored.points_, {});
+        *this = std::move(restored);
+        for (Point& point : points) take_over(std::move(point));
+    };
 }
 
-Snapshot Recovery::make_snapshot(const StoredTensors& tensors, bool in_files) {
-    const bool fits = bytes_of(tensors) <= static_cast<std::int64_t>(options_.memory_bytes / most_points);
-    if (options_.folder.empty() || (fits && !in_files)) {
-        try {
-            std::vector<at::Tensor> all;
-            for (const StoredTensor& tensor : tensors) all.push_back(get_own(tensor));
-            return Snapshot::of_copies(std::move(all));
-        } catch (const c10::OutOfMemoryError&) {
-            if (options_.folder.empty()) throw;
+// What a checkpoint holds becomes a snapshot of this run: in memory, or in a file of its own.
+void Recovery::take_over(Point point) {
+    const auto in_memory = [&] {
+        if (!options_.folder.empty() && point.state.bytes() > options_.memory_bytes / most_points) return false;
+        return unless_oom([&] { point.state.own(); }).has_value();
+    };
+    try {
+        if (!in_memory()) {
+            if (options_.folder.empty()) throw Error(ErrorKind::usage, "there is no memory for them, and no folder");
             options_.memory_bytes = 0;
+            point.state = moved_to_file(point.state, new_file());
         }
+        add(std::move(point));
+    } catch (const Error& error) {
+        if (error.kind() != ErrorKind::usage) throw;
+        fail(error.what());
     }
-    return {tensors.size(), [&tensors](std::size_t i) { return tensors[i].get(); }, new_file()};
 }
 
 std::int64_t Recovery::memory_bytes() const {
     std::int64_t bytes = 0;
-    for (const auto& one : in_use_) {
-        if (const auto snapshot = one.lock()) bytes += snapshot->memory_bytes();
-    }
+    for (const auto& [storage, size] : in_use_) bytes += storage.expired() ? 0 : size;
     return bytes;
 }
 

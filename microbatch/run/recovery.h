@@ -1,110 +1,112 @@
 #pragma once
 
+#include <ATen/core/Tensor.h>
+
 #include <cstdint>
 #include <deque>
 #include <filesystem>
 #include <functional>
 #include <limits>
-#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "microbatch/core/spike_guard.h"
-#include "microbatch/run/run_point.h"
-#include "microbatch/run/trainer_state.h"
+#include "microbatch/memory/reclaim.h"
+#include "microbatch/step/accumulator.h"
 
 namespace microbatch {
 
+/// What training has made of a job: parameters and buffers in `model/`, the optimizer's state in `optimizer/`. Not the
+/// position in the data, nor the generators. Its tensors are the job's own: see StateDict::own().
+StateDict training_snapshot(const Accumulator& accumulator);
+
+/// Validates a training_snapshot() of such a job. Errors: ErrorKind::bad_data.
+Commit prepare_snapshot(Accumulator& accumulator, const StateReader& reader);
+
 struct RecoveryOptions {
-    std::int64_t most = 3;     ///< times that a run goes back; the next divergence ends it
+    std::int64_t most = 3;     ///< times that a run is rolled back; the next divergence ends it
     std::int64_t every = 32;   ///< steps from one snapshot to the next; the last two are kept
     std::int64_t margin = 16;  ///< steps: a snapshot less older than the first refused step may be of damaged weights
-    double cut = 0.5;          ///< what remains of the learning rate
+    double rate_factor = 0.5;  ///< of the learning rate, after a roll-back
     std::int64_t warmup = 10;  ///< steps, linear, until that is reached
-    std::int64_t mend = 40;    ///< steps more, linear, until the rate is what it was before it was cut this time
+    std::int64_t rate_recovery = 40;  ///< steps more, linear, until the rate is what it was before this roll-back
     /// Snapshots that take more go to files in the folder instead.
     std::int64_t memory_bytes = std::numeric_limits<std::int64_t>::max();
-    std::filesystem::path folder = {};  ///< none: there are no others
+    std::filesystem::path folder = {};  ///< empty: there are no others
 };
 
-/// What a run goes back to when it diverges: parameters, the model's buffers, the optimizer's state and the guard, as
-/// they were before. The position in the data and the generators go on: what led there is left out, and every step
-/// number is used once.
+/// Rolls a run back when it diverges: parameters, the model's buffers, the optimizer's state and the gate become what
+/// they were. The position in the data and the generators go on: what led there is skipped, and every step number is
+/// used once.
 ///
-/// The rate is cut, warmed up to that, and given back. A run that diverges again keeps the cut of the time before: once
-/// it may have been a spike, twice it is the rate.
+/// The rate is reduced, warmed up to that, and recovers. A run that diverges again keeps the factor of the time before:
+/// once it may have been a spike, twice it is the rate.
 ///
 /// Source:   PaLM, Chowdhery et al. 2022, arXiv:2204.02311, section 5.1 (back some 100 steps, other data). Deviation:
 ///           the rate.
-/// State:    bounded: after `most` times going back is the end of the run.
+/// State:    bounded: after `most` roll-backs the next ends the run.
 /// Ownership: borrows the accumulator, which must outlive this.
 /// Threads:  no two calls at the same time.
-class Recovery {
+class Recovery final : public Stateful {
 public:
-    /// Errors: ErrorKind::usage unless most, margin, warmup, mend and memory_bytes are at least 0, every is at least 1,
-    ///         and cut is above 0 and at most 1.
+    /// Errors: ErrorKind::usage unless most, margin, warmup, rate_recovery and memory_bytes are at least 0, every is at
+    ///         least 1, and rate_factor is above 0 and at most 1.
     Recovery(Accumulator& accumulator, RecoveryOptions options);
 
-    /// Before the step after `steps` steps: takes a snapshot where it is time and the guard is calm. Says what went
-    /// wrong, once, where no snapshot could be taken; the run goes on with those there are. `release_memory` is asked
-    /// where there is no memory for one: see StepOptions.
-    std::string keep(std::int64_t steps, const SpikeGuard& guard, const std::function<bool()>& release_memory = {});
+    /// Before the step after `steps` steps: takes a snapshot where it is time and the gate is calm. Says what went
+    /// wrong, once, where no snapshot could be taken; the run goes on with those there are. Where memory runs out the
+    /// reclaimers are asked, then snapshots go to files.
+    std::string keep(std::int64_t steps, const SpikeGate& gate, const Reclaimers& reclaimers = {});
 
-    /// The run has diverged in the last of `steps` steps. Puts all back to the newest snapshot that is old enough, the
-    /// oldest if none is, and returns how many steps had been made then; none if no step was applied since the first
-    /// one, or there is none.
-    /// Errors: as RunPoint::put_back(); nothing has changed then.
-    std::optional<std::int64_t> go_back(std::int64_t steps, SpikeGuard& guard);
+    /// The run has diverged in the last of `steps` steps. Restores the newest snapshot that is old enough, the oldest
+    /// if none is, and returns how many steps had been made then; none if no step was applied since the first snapshot,
+    /// or there is no snapshot.
+    /// Errors: whatever reading a snapshot's file throws; nothing has changed then.
+    std::optional<std::int64_t> roll_back(std::int64_t steps, SpikeGate& gate);
 
     /// True if the run is to go on after that.
     bool may_go_on() const { return times_ <= options_.most; }
 
-    /// How often the run went back, the last time included.
+    /// How often the run was rolled back, the last time included.
     std::int64_t times() const { return times_; }
+
+    /// True from a roll-back until the rate has recovered from it.
+    bool is_recovering(std::int64_t steps) const;
 
     /// What the learning rate of the step after `steps` steps is multiplied by.
     double rate_factor(std::int64_t steps) const;
 
     /// Moves snapshots from memory into files, or drops them where there is no folder; later ones go the same way.
     /// False if there is none in memory.
-    bool give_up_memory();
+    bool reclaim_memory();
 
-    /// What the snapshots take of memory now, those included that are left out but that somebody still writes down.
+    /// What the snapshots take of memory now, dropped ones included that a checkpoint still writes.
     std::int64_t memory_bytes() const;
 
-    /// What it would go back to, with its snapshots' own tensors. `names` are those of the snapshots' tensors, where
-    /// they are as many; the others are numbered.
-    RecoveryState state(const std::vector<std::string>& names) const;
-
-    /// Goes on from a state that a run of such an accumulator had: snapshots in memory or in files by the options.
-    /// Where a file cannot be written it is as in keep(): there are those that could be, and no more are taken.
-    /// Errors: ErrorKind::usage if a count is below 0 or a guard's state is none, and what getting a tensor throws;
-    ///         nothing has changed then.
-    void restore(const RecoveryState& state);
+    void save(const StateWriter& writer) const override;
+    Commit prepare(const StateReader& reader) override;
 
 private:
     struct Point {
         std::int64_t steps;
-        SpikeGuardState guard;
-        RunPoint run;
+        StateDict state;
     };
 
     std::filesystem::path new_file();
-    void take(std::int64_t steps, const SpikeGuard& guard, const std::function<bool()>& release_memory);
+    Point make_point(std::int64_t steps, const SpikeGate& gate);
     void add(Point point);
-    Snapshot make_snapshot(const StoredTensors& tensors, bool in_files);
+    void take_over(Point point);
     void fail(const std::string& why);
 
     Accumulator* accumulator_;
     RecoveryOptions options_;
-    std::deque<Point> points_;                           // oldest first
-    std::vector<std::weak_ptr<const Snapshot>> in_use_;  // theirs, and those that are left out and lent
+    std::deque<Point> points_;  // oldest first
+    std::vector<std::pair<c10::weak_intrusive_ptr<c10::StorageImpl>, std::int64_t>> in_use_;  // and their bytes
     std::int64_t times_ = 0;
-    std::int64_t gone_back_at_ = 0;
+    std::int64_t rolled_back_at_ = 0;
     std::int64_t files_ = 0;  // made so far
     bool failed_ = false;
-    std::string warning_;  // not said yet
+    std::string warning_;  // not reported yet
 };
 
 }  // namespace microbatch

@@ -1,7 +1,6 @@
 #include "microbatch/run/trainer.h"
 
 #include <ATen/core/grad_mode.h>
-#include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <chrono>
@@ -12,7 +11,7 @@
 
 #include "microbatch/core/error.h"
 #include "microbatch/core/str_cat.h"
-#include "microbatch/step/lazy_batch.h"
+#include "microbatch/model/forward_state.h"
 
 namespace microbatch {
 namespace {
@@ -27,12 +26,11 @@ double decay_of_noise(std::int64_t every) {
 Trainer::Trainer(Accumulator& accumulator, const Dataset& dataset, LossFunction loss, TrainerOptions options)
     : accumulator_(accumulator),
       dataset_(dataset),
-      loss_(loss_on(dataset, std::move(loss))),
+      loss_(std::move(loss)),
       options_(std::move(options)),
-      sampler_(dataset.size(), options_.seed),
-      noise_(decay_of_noise(options_.noise_every)) {
+      at_{Sampler(dataset.size(), options_.seed), NoiseAverage(decay_of_noise(options_.noise_every))} {
     validate_options();
-    if (options_.guard) guard_.emplace(*options_.guard);
+    if (options_.guard) gate_.emplace(*options_.guard);
     if (options_.recovery) recovery_.emplace(accumulator_, *options_.recovery);
 }
 
@@ -54,68 +52,47 @@ void Trainer::validate_options() const {
 }
 
 std::int64_t Trainer::full_batch() const {
-    return options_.batches ? batch_at(*options_.batches, progress_) : options_.batch;
+    return options_.batches ? batch_at(*options_.batches, at_.progress) : options_.batch;
 }
 
 std::int64_t Trainer::samples_left() const {
     const Interval& length = options_.length;
     if (length.unit == Unit::steps) return std::numeric_limits<std::int64_t>::max();
     const std::int64_t per_sample = length.unit == Unit::tokens ? dataset_.tokens_per_sample() : 1;
-    const std::int64_t left = length.count - progress_.in(length.unit);
+    const std::int64_t left = length.count - at_.progress.in(length.unit);
     return left / per_sample + (left % per_sample != 0);
-}
-
-struct Trainer::Before {
-    SamplerState position;
-    std::optional<SpikeGuard> guard;
-    std::int64_t last_batch, shrunk_at;
-
-    explicit Before(const Trainer& trainer)
-        : position(trainer.sampler_.state()),
-          guard(trainer.guard_),
-          last_batch(trainer.last_batch_),
-          shrunk_at(trainer.shrunk_at_) {}
-};
-
-void Trainer::put_back(const Before& before) {
-    sampler_.restore(before.position);
-    guard_ = before.guard;
-    last_batch_ = before.last_batch;
-    shrunk_at_ = before.shrunk_at;
 }
 
 TrainerReport Trainer::step() {
     if (done()) throw Error(ErrorKind::usage, str_cat("the run of ", to_string(options_.length), " is done"));
     const auto started = std::chrono::steady_clock::now();
+    const double seconds_before = std::exchange(at_.partial_seconds, 0.0);
     const auto seconds = [&] {
-        return open_seconds_ + std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
+        return seconds_before + std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
     };
-    const Before before(*this);
     TrainerReport report;
     begin_step(report);
-    const Progress batch{1, report.samples, report.progress.tokens - progress_.tokens};
-    try {
-        const Batch samples = next_samples(report.samples);
-        set_learning_rate(batch);
-        report.step = accumulator_.step(samples, loss_, step_options(report));
-    } catch (...) {
-        put_back(before);
-        open_seconds_ = 0.0;
-        throw;
-    }
-    report.paused = report.step.paused;
+    Sampler sampler = at_.sampler;
+    const DatasetBatch batch(dataset_, sampler.next(report.samples));
+    set_learning_rate({1, report.samples, report.progress.tokens - at_.progress.tokens});
+    report.step = accumulator_.step(batch, loss_, step_options(report));
+    report.paused = report.step.partial.has_value();
     if (report.paused) {
-        put_back(before);
-        open_warning_ = report.warning;
-        report.progress = progress_;
-        report.seconds = open_seconds_ = seconds();
+        partial_ = std::move(report.step.partial);
+        partial_warning_ = report.warning;
+        report.progress = at_.progress;
+        report.seconds = at_.partial_seconds = seconds();
         return report;
     }
-    progress_ = report.progress;
+    const std::int64_t full = full_batch();
+    if (full < at_.last_batch) at_.shrunk_at = at_.progress.steps;
+    at_.last_batch = full;
+    at_.sampler = sampler;
+    at_.progress = report.progress;
+    report.diverged = report.step.diverged;
     add_noise(report);
-    if (report.diverged) go_back(report);
+    if (report.diverged) roll_back(report);
     report.seconds = seconds();
-    open_seconds_ = 0.0;
     return report;
 }
 
@@ -123,31 +100,19 @@ void Trainer::begin_step(TrainerReport& report) {
     report.samples = std::min(full_batch(), samples_left());
     const Interval tokens =
         convert({report.samples, Unit::samples}, Unit::tokens, report.samples, dataset_.tokens_per_sample());
-    report.progress = progress_ + Progress{1, report.samples, tokens.count};
-    report.warning = std::exchange(open_warning_, {});
-    // The snapshot before a batch that was left open was taken before it.
+    report.progress = at_.progress + Progress{1, report.samples, tokens.count};
+    report.warning = std::exchange(partial_warning_, {});
+    // The snapshot before a batch that was left half-way was taken before it.
     if (!recovery_) return;
-    if (!accumulator_.is_paused()) report.warning = recovery_->keep(progress_.steps, *guard_, options_.release_memory);
+    if (!partial_) report.warning = recovery_->keep(at_.progress.steps, *gate_, options_.reclaimers);
     report.snapshot_bytes = recovery_->memory_bytes();
-}
-
-Batch Trainer::next_samples(std::int64_t count) {
-    const std::vector<std::int64_t> indices = sampler_.next(count);
-    while (true) {
-        try {
-            return lazy_batch(indices);
-        } catch (const c10::OutOfMemoryError&) {
-            if (options_.release_memory && options_.release_memory()) continue;
-            if (!recovery_ || !recovery_->give_up_memory()) throw;
-        }
-    }
 }
 
 void Trainer::set_learning_rate(const Progress& batch) {
     Optimizer& optimizer = accumulator_.optimizer();
-    const double factor = recovery_ ? recovery_->rate_factor(progress_.steps) : 1.0;
+    const double factor = recovery_ ? recovery_->rate_factor(at_.progress.steps) : 1.0;
     if (options_.schedule) {
-        double rate = learning_rate(*options_.schedule, progress_, batch) * factor;
+        double rate = learning_rate(*options_.schedule, at_.progress, batch) * factor;
         if (options_.batches) {
             rate *= scale_to_batch({.learning_rate = 1.0}, options_.rate_rule, options_.batches->front().batch,
                                    full_batch())
@@ -155,59 +120,53 @@ void Trainer::set_learning_rate(const Progress& batch) {
         }
         optimizer.set_learning_rate(rate);
     } else if (recovery_ && recovery_->times() > 0) {
-        optimizer.set_learning_rate(own_rate_ * factor);
+        optimizer.set_learning_rate(at_.own_rate * factor);
     }
 }
 
-StepOptions Trainer::step_options(TrainerReport& report) {
+StepOptions Trainer::step_options(const TrainerReport& report) {
     const std::int64_t full = full_batch();
     // Smaller batches are noisier: what was usual says nothing of them.
-    if (guard_ && full < last_batch_) {
-        guard_.emplace(*options_.guard);
-        shrunk_at_ = progress_.steps;
-    }
-    last_batch_ = full;
-    StepOptions how{.release_memory = options_.release_memory, .pause = options_.pause};
-    if (recovery_) how.give_up_memory = [this] { return recovery_->give_up_memory(); };
-    how.measure_noise = options_.noise_every > 0 && progress_.steps % options_.noise_every == 0;
-    if (guard_ && report.samples == full) {
-        how.judge = [this, &report](const Gathered& gathered) { return judge_by_guard(gathered, report.diverged); };
-    }
+    if (gate_ && full < at_.last_batch) gate_->reset();
+    StepOptions how{.measure_noise = options_.noise_every > 0 && at_.progress.steps % options_.noise_every == 0,
+                    .before_noise = options_.reclaimers,
+                    .stop = options_.stop,
+                    .partial = std::exchange(partial_, std::nullopt)};
+    if (recovery_) how.before_plan = {{[this] { return recovery_->reclaim_memory(); }}};
+    if (gate_ && report.samples == full) how.gate = &*gate_;
     return how;
 }
 
-std::string Trainer::judge_by_guard(const Gathered& gathered, bool& diverged) {
-    Judgement judgement = guard_->judge(gathered.loss(), gathered.gradient_norm);
-    diverged = judgement.verdict == Verdict::diverged;
-    return std::move(judgement.reason);
-}
-
 void Trainer::add_noise(TrainerReport& report) {
-    if (report.step.noise && report.step.applied) noise_.add(*report.step.noise);
-    const std::optional<double> weight = noise_.noise_batch();
+    if (report.step.noise && report.step.applied) at_.noise.add(*report.step.noise);
+    const std::optional<double> weight = at_.noise.noise_batch();
     if (weight && report.step.weight > 0.0) {
         report.noise_batch = *weight * static_cast<double>(report.samples) / report.step.weight;
     }
 }
 
-void Trainer::go_back(TrainerReport& report) {
+void Trainer::roll_back(TrainerReport& report) {
     if (!recovery_) return;
-    if (recovery_->times() == 0) own_rate_ = accumulator_.optimizer().learning_rate();
-    for (bool again = true; again;) {
-        again = false;
-        try {
-            report.went_back_to = recovery_->go_back(progress_.steps, *guard_);
-        } catch (const Error& error) {
-            report.warning = str_cat("no way back: ", error.what());
-        } catch (const c10::OutOfMemoryError&) {
-            again = options_.release_memory && options_.release_memory();
-            if (!again) report.warning = "no way back: out of memory";
-        }
+    if (recovery_->times() == 0) at_.own_rate = accumulator_.optimizer().learning_rate();
+    try {
+        report.went_back_to = retry_on_oom(
+            options_.reclaimers, [&] { return recovery_->roll_back(at_.progress.steps, *gate_); }, [] {},
+            [](const Reclaimer&, const std::string&) {},
+            [](const std::string&) { throw Error(ErrorKind::does_not_fit, "out of memory"); });
+    } catch (const Error& error) {
+        report.warning = str_cat("the run could not be rolled back: ", error.what());
     }
     if (!report.went_back_to) return;
-    // The guard of a larger batch would refuse the noise of this one.
-    if (*report.went_back_to < shrunk_at_) guard_.emplace(*options_.guard);
+    // The gate of a larger batch would refuse the noise of this one.
+    if (*report.went_back_to < at_.shrunk_at) gate_->reset();
     report.diverged = !recovery_->may_go_on();
+}
+
+void Trainer::discard_partial() {
+    if (!partial_) return;
+    restore_forward_state(accumulator_.model(), partial_->before, /*generators=*/false);
+    partial_.reset();
+    at_.partial_seconds = 0.0;
 }
 
 double mean_loss(const Dataset& dataset, std::int64_t micro_batch, const LossFunction& loss) {

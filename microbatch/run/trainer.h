@@ -15,7 +15,6 @@
 #include "microbatch/data/dataset.h"
 #include "microbatch/data/sampler.h"
 #include "microbatch/run/recovery.h"
-#include "microbatch/run/trainer_state.h"
 #include "microbatch/step/accumulator.h"
 
 namespace microbatch {
@@ -35,21 +34,22 @@ struct TrainerOptions {
     std::optional<RecoveryOptions> recovery = {};
     std::int64_t noise_every = 0;  ///< steps from one measure of the gradient's noise to the next; 0: none
     /// Asked after every micro-batch but a step's last: true ends step() there, see TrainerReport::paused.
-    std::function<bool()> pause = {};
-    /// See StepOptions::release_memory.
-    std::function<bool()> release_memory = {};
+    StopToken stop = {};
+    /// What can give memory back when it runs out, before snapshots are moved to files.
+    Reclaimers reclaimers = {};
 };
 
 /// A batch's report, with where in the run it was.
 struct TrainerReport {
     StepReport step;
-    /// The batch was left between two micro-batches, and progress is that of before it: the next step() goes on there.
+    /// The batch was left between two micro-batches, and progress is that of before it: the next step() resumes it.
     bool paused = false;
     Progress progress;         ///< after this batch; a batch that was not applied counts too
     std::int64_t samples = 0;  ///< in this batch
     double seconds = 0.0;      ///< wall time, fetching the data included; of a batch that was left, all its parts
     bool diverged = false;     ///< the guard says that going on does not help; not applied, step.reason says why
-    /// The run had diverged, step.reason says why, and went back: parameters and optimizer are as after so many steps.
+    /// The run had diverged, step.reason says why, and was rolled back: parameters and optimizer are as after so many
+    /// steps.
     std::optional<std::int64_t> went_back_to = {};
     /// Batch, in samples, at which the gradient's noise is as large as the gradient; averaged over the measures so far,
     /// none where it is undefined: see NoiseAverage.
@@ -61,71 +61,67 @@ struct TrainerReport {
 /// Draws batches, sets the learning rate, steps; the samples of a micro-batch are fetched when its turn comes, so that
 /// the batch is never held whole: `while (!trainer.done()) report = trainer.step();`
 ///
+/// State:     `model/ optimizer/ gate/ noise/ data/ rng/ caps/ batch/ recovery/ run/`: all that the run goes on from,
+///            between two steps or after one that was paused. A trainer of the same model, optimizer, data and options
+///            resumes bit-for-bit with the same plan and threads; plan and length may be others. It is loaded one tensor
+///            at a time.
 /// Ownership: borrows accumulator and dataset, which must outlive this.
 /// Threads:   no two calls at the same time.
-class Trainer {
+class Trainer final : public Stateful {
 public:
     /// Errors: ErrorKind::usage if batch < 1, length < 0, a schedule is not valid, the dataset is
-    ///         empty or has less than one token per sample, there is recovery without a guard, the rate rule is another
-    ///         one, noise_every < 0; as SpikeGuard and Recovery.
+    ///         empty or has less than one token per sample, there is recovery without a guard, the rate rule changes
+    ///         the optimizer's constants, noise_every < 0; as SpikeGuard and Recovery.
     Trainer(Accumulator& accumulator, const Dataset& dataset, LossFunction loss, TrainerOptions options);
 
     /// Trains on the next batch: as many samples as the options say, or what is left of the length.
     /// Errors: as Accumulator::step() and the dataset's get(); ErrorKind::usage if done(), or the progress would leave
-    /// 64 bits. On any exception the position in the data and the guard are as before.
+    /// 64 bits. On any exception the position in the data and the gate are as before.
     TrainerReport step();
 
-    /// All that the run goes on from, between two steps or after one that was paused. Its tensors are this trainer's
-    /// own: see own_tensors(). Cost: no copies.
-    TrainerState state() const;
+    void save(const StateWriter& writer) const override;
+    Commit prepare(const StateReader& reader) override;
 
-    /// Goes on from a state that a trainer of the same model, optimizer, data and options had: the next step is the one
-    /// that it would have made, bit for bit with the same plan and threads. The plan and the length may be others.
-    /// Memory: one tensor at a time, the optimizer's state without a second copy.
-    /// Errors: ErrorKind::bad_data, naming it, if a tensor is missing, too many, of another shape or dtype, or a number
-    ///         is impossible; nothing has changed then. What getting a tensor throws: parameters and optimizer are
-    ///         then a mixture, not to be trained on.
-    void restore(const TrainerState& state);
+    /// True if a batch was left between two micro-batches: the next step() resumes it.
+    bool is_paused() const { return partial_.has_value(); }
 
-    bool done() const { return progress_.in(options_.length.unit) >= options_.length.count; }
-    const Progress& progress() const { return progress_; }
+    /// Drops that batch, as if it had not been begun; generators go on.
+    void discard_partial();
+
+    bool done() const { return at_.progress.in(options_.length.unit) >= options_.length.count; }
+    const Progress& progress() const { return at_.progress; }
 
 private:
-    /// What a step changes of this before it is taken.
-    struct Before;
-
     void validate_options() const;
     void begin_step(TrainerReport& report);
-    void require_fits(const TrainerState& state) const;
-    void require_optimizer(const std::vector<std::size_t>& counts, const StoredTensors& tensors) const;
-    void require_point(const RecoveryState::Point& point) const;
-    void require_generators(const std::vector<at::Tensor>& states) const;
-    void restore_optimizer(const TrainerState& state);
-    void restore_open_batch(const OpenBatchState& open);
-    void put_back(const Before& before);
+    StepOptions step_options(const TrainerReport& report);
     std::int64_t full_batch() const;
     std::int64_t samples_left() const;
-    Batch next_samples(std::int64_t count);
     void set_learning_rate(const Progress& batch);
-    StepOptions step_options(TrainerReport& report);
-    std::string judge_by_guard(const Gathered& gathered, bool& diverged);
     void add_noise(TrainerReport& report);
-    void go_back(TrainerReport& report);
+    void roll_back(TrainerReport& report);
+    bool is_healthy() const;
+
+    /// Where the run is.
+    struct Position {
+        Sampler sampler;
+        NoiseAverage noise;
+        Progress progress = {};
+        double own_rate = 0.0;         // without a schedule: the optimizer's, before the first roll-back
+        std::int64_t last_batch = 0;   // the full batch of the last step
+        std::int64_t shrunk_at = 0;    // after so many steps it became smaller, the last time
+        double partial_seconds = 0.0;  // that the partial batch has taken so far
+    };
 
     Accumulator& accumulator_;
     const Dataset& dataset_;
     LossFunction loss_;
     TrainerOptions options_;
-    Sampler sampler_;
-    Progress progress_;
-    std::optional<SpikeGuard> guard_;
+    Position at_;
+    std::optional<SpikeGate> gate_;
     std::optional<Recovery> recovery_;
-    NoiseAverage noise_;
-    double own_rate_ = 0.0;        // without a schedule: the optimizer's, before the run first went back
-    std::int64_t last_batch_ = 0;  // the full batch of the last step
-    std::int64_t shrunk_at_ = 0;   // after so many steps it became smaller, the last time
-    double open_seconds_ = 0.0;    // that the batch has taken which was left open
-    std::string open_warning_;     // not reported yet, as it was left open
+    std::optional<PartialBatch> partial_;
+    std::string partial_warning_;  // of the step that was left, not reported yet
 };
 
 /// Mean loss over the whole dataset at `micro_batch` samples a time, without gradients: sum of sums / sum of weights.

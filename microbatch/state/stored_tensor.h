@@ -9,22 +9,41 @@
 
 namespace microbatch {
 
-/// A tensor that can be had: now, from memory, or only when it is asked for, from a file.
-struct StoredTensor {
+/// A tensor and its name.
+struct NamedTensor {
     std::string name;
-    at::Tensor shape;                 ///< its sizes, strides and dtype; its numbers need not be there
-    std::function<at::Tensor()> get;  ///< the tensor itself; it is not to be changed
+    at::Tensor tensor;
 };
 
-using StoredTensors = std::vector<StoredTensor>;
+using NamedTensors = std::vector<NamedTensor>;
 
-/// One that is there.
-StoredTensor stored(std::string name, const at::Tensor& tensor);
+/// A tensor handle: resident in memory, or in a file and read when asked for.
+///
+/// Threads: const calls may overlap.
+class StoredTensor {
+public:
+    /// Resident; shares the tensor's memory.
+    explicit StoredTensor(const at::Tensor& tensor) : shape_(tensor.detach()) {}
 
-/// The tensor, copied only if somebody else holds it, too.
-at::Tensor get_own(const StoredTensor& stored);
+    /// Elsewhere. `shape` has sizes, strides and dtype, and may be on the meta device.
+    StoredTensor(at::Tensor shape, std::function<at::Tensor()> read)
+        : shape_(std::move(shape)), read_(std::move(read)) {}
 
-/// Bytes of all of them.
-std::int64_t bytes_of(const StoredTensors& tensors);
+    /// Sizes, strides and dtype, without reading the values.
+    const at::Tensor& shape() const { return shape_; }
+
+    bool is_resident() const { return !read_; }
+    std::int64_t bytes() const { return static_cast<std::int64_t>(shape_.nbytes()); }
+
+    /// The tensor itself, which must not be changed. Errors: whatever reading throws.
+    at::Tensor get() const { return read_ ? read_() : shape_; }
+
+    /// A tensor that nobody else holds: what was read, or a copy. Errors: as get(); c10::OutOfMemoryError.
+    at::Tensor get_own() const;
+
+private:
+    at::Tensor shape_;
+    std::function<at::Tensor()> read_;  // empty: shape_ is the tensor
+};
 
 }  // namespace microbatch

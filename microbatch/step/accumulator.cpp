@@ -1,34 +1,50 @@
 #include "microbatch/step/accumulator.h"
 
-#include <c10/util/Exception.h>
-#include <torch/nn/module.h>
-
 #include <algorithm>
 #include <chrono>
-#include <cmath>
 #include <unordered_set>
-#include <utility>
 
-#include "microbatch/autograd/recompute.h"
 #include "microbatch/core/error.h"
 #include "microbatch/core/str_cat.h"
 #include "microbatch/memory/budget_allocator.h"
+#include "microbatch/model/forward_state.h"
 #include "microbatch/optim/clipping.h"
 
 namespace microbatch {
+namespace {
 
-std::string_view reason_to_refuse(const Gathered& gathered) {
-    if (gathered.weight == 0.0) return "zero weight";
-    if (!std::isfinite(gathered.loss_sum)) return "loss is not finite";
-    if (!std::isfinite(gathered.gradient_norm)) return "gradient norm is not finite";
-    return {};
+Reclaimers joined(Reclaimers first, const Reclaimers& second) {
+    first.insert(first.end(), second.begin(), second.end());
+    return first;
 }
 
-Accumulator::Accumulator(const Parameters& parameters, Optimizer& optimizer, AccumulatorOptions options)
-    : gatherer_(parameters, options.sum_in_product), optimizer_(optimizer), options_(options) {
-    set_plan(options.plan);
-    if (!(options.clip_norm > 0.0)) {
-        throw Error(ErrorKind::usage, str_cat("clip_norm is ", options.clip_norm, "; it must be above 0"));
+// The first time only: memory that others used may be free again.
+Reclaimer once() {
+    return {[tried = std::make_shared<bool>(false)] { return !std::exchange(*tried, true); }};
+}
+
+}  // namespace
+
+/// A batch that is run, perhaps several times.
+struct Accumulator::Attempt {
+    Plan plan;
+    bool measure_noise = false;
+    MicroBatchCaps caps;
+    std::optional<PartialBatch> partial;
+    std::int64_t out_of_memory = 0;
+    std::string message;  // of the last out-of-memory error
+    SampleShape shape;    // of the micro-batch that ran last, and its plan
+    Plan plan_of_shape;
+};
+
+Accumulator::Accumulator(const AnyModel& model, Optimizer& optimizer, AccumulatorOptions options)
+    : model_(model.get()),
+      gatherer_(model, options.sum_in_product, options.precision),
+      optimizer_(optimizer),
+      options_(std::move(options)) {
+    set_plan(options_.plan);
+    if (!(options_.clip_norm > 0.0)) {
+        throw Error(ErrorKind::usage, str_cat("clip_norm is ", options_.clip_norm, "; it must be above 0"));
     }
     refuse_unknown_parameters();
 }
@@ -37,18 +53,14 @@ void Accumulator::set_plan(const Plan& plan) {
     if (plan.micro_batch < 1) {
         throw Error(ErrorKind::usage, str_cat("the micro-batch is ", plan.micro_batch, "; it must be at least 1"));
     }
-    if (plan.recompute && recomputable() == nullptr) {
+    if (plan.recompute && !model_->offers_checkpointing()) {
         throw Error(ErrorKind::usage, "the plan recomputes, but the accumulator has no model that offers it");
     }
     options_.plan = plan;
-    limits_.clear();
-    if (Recomputable* model = recomputable()) model->set_recompute(plan.recompute);
+    caps_.clear();
+    model_->set_checkpointing(plan.recompute);
     // The blocks of another plan's sizes would be in the way of this one's.
     release_cached_memory();
-}
-
-Recomputable* Accumulator::recomputable() const {
-    return dynamic_cast<Recomputable*>(options_.model);
 }
 
 void Accumulator::refuse_unknown_parameters() {
@@ -66,226 +78,203 @@ void Accumulator::refuse_unknown_parameters() {
     known_ = std::move(updated);
 }
 
-StepReport Accumulator::step(const Batch& batch, const LossFunction& loss, const StepOptions& options) {
-    StepOptions how = options;
+StepReport Accumulator::step(const BatchSource& batch, const LossFunction& loss, StepOptions options) {
+    FiniteGate finite;
+    GateChain gates(options.gate == nullptr ? std::vector<StepGate*>{&finite}
+                                            : std::vector<StepGate*>{options.gate, &finite});
     std::int64_t lost = 0;
-    for (bool again = false;;) {
-        const Gathered gathered = gather(batch, loss, how);
-        if (paused_) return {.plan = plan_, .out_of_memory = out_of_memory_, .paused = true};
-        std::string reason;
-        if (how.judge && gathered.weight > 0.0) reason = ask(how.judge, gathered);
-        if (reason.empty()) reason = reason_to_refuse(gathered);
-        if (!reason.empty()) return discard(reason);
-        StepReport report;
-        if (try_apply(report)) {
-            report.out_of_memory += lost;
+    const auto attempt = [&]() -> StepReport {
+        try {
+            auto result = gather_batch(batch, loss, options);
+            if (auto* partial = std::get_if<PartialBatch>(&result)) {
+                const std::int64_t count = partial->out_of_memory;
+                return {.plan = partial->plan, .out_of_memory = count, .partial = std::move(*partial)};
+            }
+            gathered_ = options_.reducer->reduce(std::move(std::get<Gathered>(result)));
+            if (options_.precision->skip(*gathered_)) return discard("overflow");
+            Gathered known = *gathered_;
+            known.sums.clear();  // nothing holds the gradients longer than the update
+            const Judgement judgement = gates.evaluate(*gathered_);
+            StepReport report = judgement.verdict == Verdict::apply ? apply() : discard(judgement.reason);
+            report.diverged = judgement.verdict == Verdict::diverged;
+            gates.record(known, judgement);
             return report;
+        } catch (...) {
+            if (is_oom(std::current_exception())) throw;
+            undo();
+            discard({});
+            throw;
         }
-        // Out of the handler, where what the failed update held is gone. A smaller micro-batch would not help it.
+    };
+    const auto undo_step = [&] {
         undo();
-        how.judge = {};
         lost += out_of_memory_;
-        // A step that the memory was only lent away from is as if it had not been.
-        if (how.release_memory && how.release_memory()) continue;
-        const bool given_up = how.give_up_memory && how.give_up_memory();
-        if (again && !given_up) {
+    };
+    // A smaller micro-batch would not help the update.
+    StepReport report = retry_on_oom(
+        joined(joined(options.before_noise, options.before_plan), {once()}), attempt, undo_step,
+        [&](const Reclaimer& helped, const std::string&) { lost += helped.counts ? 1 : 0; },
+        [](const std::string& message) {
             throw Error(ErrorKind::does_not_fit,
                         str_cat("the optimizer's step ran out of memory, whatever the micro-batch; parameters and "
                                 "optimizer are as before it: raise the memory budget, or take an optimizer with less "
                                 "state (SGD); ",
-                                out_of_memory_message_));
-        }
-        again = true;
-        ++lost;
-    }
+                                message));
+        });
+    report.out_of_memory += lost;
+    return report;
 }
 
-std::string Accumulator::ask(const Judge& judge, const Gathered& gathered) {
-    try {
-        return judge(gathered);
-    } catch (...) {
-        undo();
-        discard({});
-        throw;
-    }
+std::variant<Gathered, PartialBatch> Accumulator::gather(const BatchSource& batch, const LossFunction& loss,
+                                                         StepOptions options) {
+    return gather_batch(batch, loss, options);
 }
 
-Gathered Accumulator::gather(const Batch& batch, const LossFunction& loss, const StepOptions& options) {
+const Gathered& Accumulator::gather(const Batch& batch, const LossFunction& loss) {
+    StepOptions options;
+    gather_batch(TensorBatch(batch), loss, options);
+    return *gathered_;
+}
+
+std::variant<Gathered, PartialBatch> Accumulator::gather_batch(const BatchSource& batch, const LossFunction& loss,
+                                                               StepOptions& options) {
     refuse_unknown_parameters();
-    threads_.poll();
-    open(batch, options);
-    while (!try_gather(batch, loss, options.pause)) {
-        // Out of the handler: an exception that is being handled keeps the tensors of the failed attempt alive.
-        undo();
-        if (make_room(options)) {
-            release_cached_memory();
-            continue;
-        }
-        const std::optional<Plan> smaller = smaller_plan();
-        if (!smaller) give_up(str_cat("out of memory with a micro-batch of 1 sample: ", out_of_memory_message_));
-        release_cached_memory();
-        plan_ = *smaller;
-        ++out_of_memory_;
-    }
-    // Not before it has shown that it can run.
-    if (out_of_memory_ > 0 && !paused_) limits_.remember(batch, plan_);
-    return gathered_;
-}
-
-void Accumulator::open(const Batch& batch, const StepOptions& options) {
-    const std::int64_t samples = batch.size();
-    const Plan so_far = plan_;
-    const bool goes_on = paused_ && gatherer_.samples() < samples;
-    if (paused_ && !goes_on) undo();  // of another batch
-    if (!goes_on) gatherer_.require_idle();
-    plan_ = limits_.within(options_.plan, batch);
-    plan_.micro_batch = std::clamp<std::int64_t>(plan_.micro_batch, 1, std::max<std::int64_t>(samples, 1));
-    if (!goes_on) {
-        out_of_memory_ = 0;
-        // One micro-batch alone says nothing of noise.
-        measure_parts_ = options.measure_noise && plan_.micro_batch < samples;
-    } else if (out_of_memory_ > 0) {
-        plan_.micro_batch = std::min(plan_.micro_batch, so_far.micro_batch);
-        plan_.recompute = plan_.recompute || so_far.recompute;
-    }
-}
-
-// What may help before the plan is made smaller, the least loss first.
-bool Accumulator::make_room(const StepOptions& options) {
-    if (options.release_memory && options.release_memory()) return true;
-    if (measure_parts_) {
-        measure_parts_ = false;
-        return true;
-    }
-    return options.give_up_memory && options.give_up_memory();
-}
-
-void Accumulator::hold_before() {
-    std::vector<at::Tensor> tensors;
-    for (const Parameter& parameter : parameters()) tensors.push_back(parameter.tensor);
-    before_.emplace(options_.model, tensors);
-}
-
-bool Accumulator::try_gather(const Batch& batch, const LossFunction& loss, const std::function<bool()>& pause) {
-    std::string failure;
-    try {
-        if (!paused_) hold_before();
-        if (Recomputable* model = recomputable()) model->set_recompute(plan_.recompute);
-        if (!paused_) gatherer_.begin_on(batch, plan_, measure_parts_);
-        paused_ = !gatherer_.add_all(batch, plan_, loss, pause);
-        if (paused_) return true;
-        gathered_ = gatherer_.finish();
-        ready_ = true;
-        return true;
-    } catch (const c10::OutOfMemoryError& error) {
-        out_of_memory_message_ = error.what_without_backtrace();
-        return false;
-    } catch (const std::exception& error) {
-        undo();
-        const auto* known = dynamic_cast<const Error*>(&error);
-        if (out_of_memory_ == 0 || (known != nullptr && known->kind() == ErrorKind::bad_data)) throw;
-        failure = error.what();
-    } catch (...) {
-        undo();
-        throw;
-    }
-    give_up(str_cat("out of memory, and with a micro-batch of ", plan_.micro_batch,
-                    " the loss function fails: ", failure.substr(0, failure.find('\n')), "; ", out_of_memory_message_));
-}
-
-std::optional<OpenBatch> Accumulator::open_batch() const {
-    if (!paused_) return std::nullopt;
-    return OpenBatch{gatherer_.open(), plan_, out_of_memory_, before_->held()};
-}
-
-void Accumulator::go_on(const OpenBatch& open) {
+    throttle_.poll();
     gatherer_.require_idle();
-    if (open.plan.micro_batch < 1) throw Error(ErrorKind::usage, "the batch that was left open has no plan");
-    hold_before();
-    try {
-        before_->hold(open.before);
-        gatherer_.go_on(open.gathered);
-    } catch (...) {
+    Attempt attempt = first_attempt(batch, options);
+    const Reclaimers last_resorts{
+        {[&attempt] { return std::exchange(attempt.measure_noise, false); }, /*counts=*/false}};
+    const Reclaimers smaller{{[&] { return make_plan_smaller(attempt); }}};
+    auto result = retry_on_oom(
+        joined(joined(joined(options.before_noise, last_resorts), options.before_plan), smaller),
+        [&] { return try_gather(batch, loss, options.stop, attempt); }, [&] { undo(); },
+        [&](const Reclaimer& helped, const std::string& message) {
+            attempt.message = message;
+            attempt.out_of_memory += helped.counts ? 1 : 0;
+        },
+        [](const std::string& message) {
+            throw Error(ErrorKind::does_not_fit,
+                        str_cat("out of memory with a micro-batch of 1 sample: ", message,
+                                "; everything is as before the step: raise the memory budget, or take shorter "
+                                "samples"));
+        });
+    // Not before they have shown that they can run.
+    caps_ = std::move(attempt.caps);
+    out_of_memory_ = attempt.out_of_memory;
+    if (auto* partial = std::get_if<PartialBatch>(&result)) {
+        partial->plan = partial->so_far.plan;
+        partial->out_of_memory = out_of_memory_;
+        partial->before = std::move(*before_);
         before_.reset();
-        throw;
+    } else {
+        gathered_ = std::get<Gathered>(result);
     }
-    plan_ = open.plan;
-    out_of_memory_ = open.out_of_memory;
-    measure_parts_ = open.gathered.measure_parts;
-    paused_ = true;
+    return result;
 }
 
-void Accumulator::give_up(const std::string& why) {
-    if (Recomputable* model = recomputable()) model->set_recompute(options_.plan.recompute);
-    throw Error(ErrorKind::does_not_fit, str_cat(why,
-                                                 "; everything is as before the step: raise the memory budget, or take "
-                                                 "shorter samples"));
+Accumulator::Attempt Accumulator::first_attempt(const BatchSource& batch, StepOptions& options) const {
+    const std::int64_t samples = batch.size();
+    Attempt attempt{.plan = options_.plan, .caps = caps_, .partial = std::exchange(options.partial, std::nullopt)};
+    attempt.plan.micro_batch = std::clamp<std::int64_t>(attempt.plan.micro_batch, 1, std::max<std::int64_t>(samples, 1));
+    // One micro-batch alone says nothing of noise.
+    attempt.measure_noise = options.measure_noise && (attempt.plan.micro_batch < samples || !caps_.empty());
+    if (const auto& partial = attempt.partial) {
+        attempt.measure_noise = partial->measure_noise;
+        attempt.out_of_memory = partial->out_of_memory;
+        if (partial->out_of_memory > 0) {
+            attempt.plan.micro_batch = std::min(attempt.plan.micro_batch, partial->plan.micro_batch);
+            attempt.plan.recompute = attempt.plan.recompute || partial->plan.recompute;
+        }
+    }
+    return attempt;
 }
 
-bool Accumulator::try_apply(StepReport& report) {
+std::variant<Gathered, PartialBatch> Accumulator::try_gather(const BatchSource& batch, const LossFunction& loss,
+                                                             const StopToken& stop, Attempt& attempt) {
+    attempt.shape.clear();
+    attempt.plan_of_shape = attempt.plan;
+    std::optional<PartialBatch> partial = std::exchange(attempt.partial, std::nullopt);
     try {
-        report = apply();
-        return true;
-    } catch (const c10::OutOfMemoryError& error) {
-        out_of_memory_message_ = error.what_without_backtrace();
+        before_ = partial ? std::move(partial->before) : forward_state(*model_);
+        return gatherer_.gather(batch, loss,
+                                {.plan = attempt.plan,
+                                 .measure_noise = attempt.measure_noise,
+                                 .stop = stop,
+                                 .caps = &attempt.caps,
+                                 .on_micro_batch =
+                                     [&attempt](const SampleShape& shape, const Plan& plan) {
+                                         attempt.shape = shape;
+                                         attempt.plan_of_shape = plan;
+                                     }},
+                                std::move(partial));
+    } catch (...) {
+        const std::exception_ptr failure = std::current_exception();
+        if (is_oom(failure)) throw;
+        undo();
+        if (attempt.out_of_memory == 0) throw;
+        try {
+            std::rethrow_exception(failure);
+        } catch (const Error& error) {
+            if (error.kind() == ErrorKind::bad_data) throw;
+        } catch (const std::exception&) {
+        }
+        const std::string why = message_of(failure);
+        throw Error(ErrorKind::does_not_fit,
+                    str_cat("out of memory, and with a micro-batch of ", attempt.plan_of_shape.micro_batch,
+                            " the loss function fails: ", why.substr(0, why.find('\n')), "; ", attempt.message,
+                            "; everything is as before the step: raise the memory budget, or take shorter samples"));
+    }
+}
+
+// For the samples at which memory ran out, and larger ones.
+bool Accumulator::make_plan_smaller(Attempt& attempt) const {
+    Plan plan = attempt.plan_of_shape;
+    if (plan.micro_batch > 1) {
+        plan.micro_batch /= 2;
+    } else if (!plan.recompute && model_->offers_checkpointing()) {
+        plan.recompute = true;
+    } else {
         return false;
     }
+    attempt.caps.remember(attempt.shape, plan);
+    return true;
 }
 
 void Accumulator::undo() {
-    if (paused_) gatherer_.clear();
-    paused_ = false;
-    if (before_) before_->restore();
+    if (before_) restore_forward_state(*model_, *before_, /*generators=*/true);
     before_.reset();
+    model_->set_checkpointing(options_.plan.recompute);
 }
 
-std::optional<Plan> Accumulator::smaller_plan() const {
-    Plan plan = plan_;
-    if (plan.micro_batch > 1) {
-        plan.micro_batch /= 2;
-        return plan;
-    }
-    if (plan.recompute || recomputable() == nullptr) return std::nullopt;
-    plan.recompute = true;
-    return plan;
-}
-
-void Accumulator::begin() {
+void Accumulator::begin(bool measure_noise) {
     refuse_unknown_parameters();
-    threads_.poll();
-    gatherer_.begin();
+    throttle_.poll();
+    gatherer_.begin(measure_noise, {.micro_batch = 0, .recompute = options_.plan.recompute});
     before_.reset();
-    plan_ = {.micro_batch = 0, .recompute = options_.plan.recompute};
     out_of_memory_ = 0;
-    if (Recomputable* model = recomputable()) model->set_recompute(plan_.recompute);
 }
 
 void Accumulator::add(const WeightedLoss& loss) {
     gatherer_.add(loss);
 }
 
-Gathered Accumulator::finish() {
-    threads_.poll();  // a first batch that was streamed or tried may have been slow
+const Gathered& Accumulator::finish() {
+    throttle_.poll();  // a first batch that was streamed or tried may have been slow
     gathered_ = gatherer_.finish();
-    ready_ = true;
-    return gathered_;
+    return *gathered_;
 }
 
 StepReport Accumulator::apply() {
-    if (!ready_) throw Error(ErrorKind::usage, "nothing is gathered to apply: call gather() or finish() first");
-    if (gathered_.weight == 0.0) return discard("zero weight");
+    if (!gathered_) throw Error(ErrorKind::usage, "nothing is gathered to apply: call gather() or finish() first");
+    if (gathered_->weight == 0.0) return discard("zero weight");
     StepReport result = report();
     const auto started = std::chrono::steady_clock::now();
     try {
-        optimizer_.step(divisor());
-    } catch (const c10::OutOfMemoryError&) {
-        gatherer_.clear();
-        ready_ = false;
-        throw;
+        optimizer_.step(gathered_->sums, divisor());
     } catch (...) {
+        gathered_.reset();
         gatherer_.clear();
-        before_.reset();
-        ready_ = false;
+        if (!is_oom(std::current_exception())) before_.reset();
         throw;
     }
     result.update_seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
@@ -296,34 +285,34 @@ StepReport Accumulator::apply() {
 }
 
 void Accumulator::dry_run_apply() {
-    if (!ready_) throw Error(ErrorKind::usage, "nothing is gathered to rehearse with: call gather() or finish() first");
-    optimizer_.dry_run(gathered_.weight > 0.0 ? divisor() : 1.0);
+    if (!gathered_) throw Error(ErrorKind::usage, "nothing is gathered for a dry run: call gather() or finish() first");
+    optimizer_.dry_run(gathered_->sums, gathered_->weight > 0.0 ? divisor() : 1.0);
 }
 
 double Accumulator::divisor() const {
-    return gathered_.weight / clip_coefficient(gathered_.gradient_norm, options_.clip_norm);
+    return gathered_->weight * options_.precision->loss_scale() /
+           clip_coefficient(gathered_->gradient_norm, options_.clip_norm);
 }
 
 StepReport Accumulator::discard(std::string_view reason) {
     StepReport result = report();
     result.reason = reason;
+    gathered_.reset();
     gatherer_.clear();
-    gathered_ = {};
-    ready_ = false;
-    paused_ = false;
-    if (before_) before_->restore_model();
+    if (before_) restore_forward_state(*model_, *before_, /*generators=*/false);
     before_.reset();
     return result;
 }
 
 StepReport Accumulator::report() const {
-    return {.loss = gathered_.loss(),
-            .weight = gathered_.weight,
-            .gradient_norm = gathered_.gradient_norm,
+    const Gathered gathered = gathered_.value_or(Gathered{});
+    return {.loss = gathered.loss(),
+            .weight = gathered.weight,
+            .gradient_norm = gathered.gradient_norm,
             .learning_rate = optimizer_.learning_rate(),
-            .micro_batches = gathered_.micro_batches,
-            .plan = plan_,
-            .noise = measure_noise(gathered_.parts, gathered_.gradient_norm * gathered_.gradient_norm),
+            .micro_batches = gathered.micro_batches,
+            .plan = gathered.plan,
+            .noise = measure_noise(gathered.parts, gathered.gradient_norm * gathered.gradient_norm),
             .out_of_memory = out_of_memory_};
 }
 

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "microbatch/core/error.h"
 #include "microbatch/core/str_cat.h"
@@ -14,23 +15,74 @@
 
 namespace microbatch {
 
-Gatherer::Gatherer(const Parameters& parameters, bool sum_in_product) : sum_in_product_(sum_in_product) {
-    track(parameters);
+Gatherer::Gatherer(const AnyModel& model, bool sum_in_product, std::shared_ptr<Precision> precision)
+    : precision_(std::move(precision)) {
+    if (sum_in_product) scopes_.push_back(std::make_shared<InProductSums>());
+    if (model.get()->offers_checkpointing()) scopes_.push_back(std::make_shared<ActivationCheckpointing>(model.get()));
+    track(model.get()->parameters());
 }
 
 void Gatherer::track(const Parameters& parameters) {
     if (state_ != State::idle) throw Error(ErrorKind::usage, "parameters cannot be added while a batch is gathered");
-    for (const Parameter& parameter : parameters) {
-        const bool low =
-            parameter.tensor.defined() && parameter.tensor.is_floating_point() && parameter.tensor.element_size() < 4;
-        if (low) {
-            throw Error(ErrorKind::usage, str_cat("parameter ", parameter.name, " is ", parameter.tensor.scalar_type(),
-                                                  ": sums of gradients stall in it; keep parameters in float32"));
-        }
-    }
+    precision_->require(parameters);
     Parameters all = parameters_;
     all.insert(all.end(), parameters.begin(), parameters.end());
     parameters_ = without_repeats(all);
+}
+
+std::variant<Gathered, PartialBatch> Gatherer::gather(const BatchSource& source, const LossFunction& loss,
+                                                      const GatherOptions& options,
+                                                      std::optional<PartialBatch> partial) {
+    const std::int64_t samples = source.size();
+    if (samples == 0) throw Error(ErrorKind::usage, "the batch is empty: give it at least one sample");
+    micro_batch_count(samples, options.plan.micro_batch);  // refuses a plan that cuts nothing
+    std::int64_t done = 0;
+    if (partial) {
+        done = partial->samples;
+        resume(source, *partial, options.plan);
+    } else {
+        begin(options.measure_noise, options.plan);
+    }
+    try {
+        while (done < samples) {
+            done = add_next(source, done, loss, options);
+            if (done < samples && options.stop && options.stop()) return leave(source, done, norms_.has_value());
+        }
+    } catch (...) {
+        clear();
+        throw;
+    }
+    return finish();
+}
+
+Gathered Gatherer::gather(const Batch& batch, const Plan& plan, const LossFunction& loss, bool measure_noise) {
+    return std::get<Gathered>(gather(TensorBatch(batch), loss, {.plan = plan, .measure_noise = measure_noise}));
+}
+
+// Fetches, runs and adds the micro-batch that begins there; returns where it ends.
+std::int64_t Gatherer::add_next(const BatchSource& source, std::int64_t begin, const LossFunction& loss,
+                                const GatherOptions& options) {
+    Plan plan = options.plan;
+    const auto fetch = [&] {
+        const std::int64_t room = source.size() - begin;
+        return source.fetch({begin, begin + std::min(room, plan.micro_batch)});
+    };
+    Batch micro = fetch();
+    const SampleShape shape = shape_of(micro);
+    if (options.caps != nullptr) {
+        plan = options.caps->within(plan, shape);
+        if (plan.micro_batch < micro.size()) micro = fetch();
+    }
+    if (options.on_micro_batch) options.on_micro_batch(shape, plan);
+    enter(plan);
+    gathered_.plan.micro_batch = std::min(gathered_.plan.micro_batch, plan.micro_batch);
+    gathered_.plan.recompute = gathered_.plan.recompute || plan.recompute;
+    add(loss(micro));
+    return begin + micro.size();
+}
+
+void Gatherer::enter(const Plan& plan) {
+    for (const auto& scope : scopes_) scope->enter(plan);
 }
 
 void Gatherer::refuse_stale_gradients() {
@@ -45,6 +97,29 @@ void Gatherer::refuse_stale_gradients() {
     }
 }
 
+Gatherer::Mark::Mark(const at::Tensor& of)
+    : gradient(of.getIntrusivePtr()), version(of.defined() ? static_cast<std::uint32_t>(of._version()) : 0) {}
+
+bool Gatherer::Mark::holds(const at::Tensor& now) const {
+    return gradient._unsafe_get_target() == now.unsafeGetTensorImpl() &&
+           (!now.defined() || version == static_cast<std::uint32_t>(now._version()));
+}
+
+void Gatherer::mark_gradients() {
+    marks_.clear();
+    for (const Parameter& parameter : parameters_) marks_.emplace_back(parameter.tensor.grad());
+}
+
+void Gatherer::refuse_changed_gradients() const {
+    for (std::size_t i = 0; i < parameters_.size(); ++i) {
+        if (marks_[i].holds(parameters_[i].tensor.grad())) continue;
+        throw Error(ErrorKind::usage,
+                    str_cat("the gradient of parameter ", parameters_[i].name,
+                            " changed while the loss was computed: the loss function must neither call backward() nor "
+                            "clear gradients (zero_grad); return the sum and let this library differentiate it"));
+    }
+}
+
 void Gatherer::require_idle() const {
     if (state_ == State::open) {
         throw Error(ErrorKind::usage, "the batch before was not finished: call finish() after its last micro-batch");
@@ -55,14 +130,14 @@ void Gatherer::require_idle() const {
     }
 }
 
-void Gatherer::begin(bool measure_parts) {
+void Gatherer::begin(bool measure_noise, const Plan& plan) {
     require_idle();
     refuse_stale_gradients();
     clear();
-    gathered_ = {};
-    samples_ = 0;
-    if (sum_in_product_) in_place_.emplace();
-    if (measure_parts) parts_.emplace();
+    gathered_ = {.plan = plan};
+    enter(plan);
+    if (measure_noise) norms_.emplace();
+    mark_gradients();
     state_ = State::open;
 }
 
@@ -70,7 +145,9 @@ void Gatherer::add(const WeightedLoss& loss) {
     if (state_ != State::open)
         throw Error(ErrorKind::usage, "no batch is open: call begin() before the first micro-batch");
     try {
+        refuse_changed_gradients();
         add_checked(loss);
+        mark_gradients();
     } catch (...) {
         clear();
         throw;
@@ -90,91 +167,82 @@ void Gatherer::add_checked(const WeightedLoss& loss) {
     if (!std::isfinite(gathered_.weight)) {
         throw Error(ErrorKind::usage, "the weights of the batch add up to more than a double holds; scale them down");
     }
-    loss.sum.backward();
-    if (parts_) gathered_.parts.add({loss.weight, parts_->added(parameters_) / (loss.weight * loss.weight)});
+    const double scale = precision_->loss_scale();
+    (scale == 1.0 ? loss.sum : loss.sum * scale).backward();
+    if (norms_) gathered_.parts.add({loss.weight, norms_->added(parameters_) / (loss.weight * loss.weight)});
     const at::Tensor value = loss.sum.detach().to(at::kDouble).reshape({});
     loss_sum_ = loss_sum_.defined() ? loss_sum_.add(value) : value;
 }
 
 Gathered Gatherer::finish() {
     if (state_ != State::open) throw Error(ErrorKind::usage, "no batch is open: call begin() before finish()");
-    parts_.reset();  // not in the way of the update
+    norms_.reset();  // its memory is not in the way of the update
     try {
         measure();
     } catch (...) {
         clear();
         throw;
     }
-    in_place_.reset();
+    for (const auto& scope : scopes_) scope->leave();
     state_ = State::gathered;
-    return gathered_;
+    return std::exchange(gathered_, {});
 }
 
 void Gatherer::measure() {
-    const std::vector<at::Tensor> sums = gradients();
-    if (gathered_.weight > 0.0 && sums.empty()) {
+    for (const Parameter& parameter : parameters_) {
+        const at::Tensor& gradient = parameter.tensor.grad();
+        if (!gradient.defined()) continue;
+        if (gradient.layout() != at::kStrided) {
+            throw Error(ErrorKind::usage, str_cat("parameter ", parameter.name,
+                                                  " has a sparse gradient; make its embedding with sparse = false"));
+        }
+        gathered_.sums.push_back({parameter.tensor, gradient});
+    }
+    if (gathered_.weight > 0.0 && gathered_.sums.empty()) {
         throw Error(ErrorKind::usage,
                     "no parameter got a gradient: are these the parameters of the model that the loss function uses?");
     }
     if (loss_sum_.defined()) gathered_.loss_sum = loss_sum_.item<double>();
     // Its sign says nothing, and would be printed.
     if (std::isnan(gathered_.loss_sum)) gathered_.loss_sum = std::numeric_limits<double>::quiet_NaN();
-    if (gathered_.weight > 0.0) gathered_.gradient_norm = joint_norm(sums) / gathered_.weight;
+    if (gathered_.weight == 0.0) return;
+    gathered_.gradient_norm = joint_norm(sums_of(gathered_.sums)) / (gathered_.weight * precision_->loss_scale());
 }
 
-Gathered Gatherer::gather(const Batch& batch, const Plan& plan, const LossFunction& loss, bool measure_parts) {
-    begin_on(batch, plan, measure_parts);
-    add_all(batch, plan, loss, {});
-    return finish();
+PartialBatch Gatherer::leave(const BatchSource& source, std::int64_t samples, bool measure_noise) {
+    PartialBatch partial{.so_far = std::exchange(gathered_, {}),
+                         .samples = samples,
+                         .fingerprint = source.fingerprint(),
+                         .measure_noise = measure_noise};
+    if (loss_sum_.defined()) partial.so_far.loss_sum = loss_sum_.item<double>();
+    for (const Parameter& parameter : parameters_) {
+        const at::Tensor& gradient = parameter.tensor.grad();
+        if (gradient.defined()) partial.so_far.sums.push_back({parameter.tensor, gradient});
+    }
+    clear();
+    return partial;
 }
 
-void Gatherer::begin_on(const Batch& batch, const Plan& plan, bool measure_parts) {
-    if (batch.size() == 0) throw Error(ErrorKind::usage, "the batch is empty: give it at least one sample");
-    micro_batch_count(batch.size(), plan.micro_batch);  // refuses a plan that cuts nothing
-    begin(measure_parts);
-}
-
-bool Gatherer::add_all(const Batch& batch, const Plan& plan, const LossFunction& loss,
-                       const std::function<bool()>& pause) {
-    const std::int64_t samples = batch.size();
-    try {
-        while (samples_ < samples) {
-            const std::int64_t end = std::min(samples, samples_ + plan.micro_batch);
-            add(loss(batch.slice(samples_, end)));
-            samples_ = end;
-            if (end < samples && pause && pause()) return false;
+void Gatherer::resume(const BatchSource& source, PartialBatch& partial, const Plan& plan) {
+    if (partial.fingerprint != source.fingerprint() || partial.samples < 1 || partial.samples >= source.size()) {
+        throw Error(ErrorKind::usage, "the partial batch is of another batch: give gather() the one that it was left in");
+    }
+    for (const GradientView& view : partial.so_far.sums) {
+        const auto is_owner = [&view](const Parameter& one) { return one.tensor.is_same(view.parameter); };
+        if (std::none_of(parameters_.begin(), parameters_.end(), is_owner) ||
+            view.sum.sizes() != view.parameter.sizes() || view.sum.scalar_type() != view.parameter.scalar_type()) {
+            throw Error(ErrorKind::usage, "the partial batch holds gradients of other parameters");
         }
-    } catch (...) {
-        clear();
-        throw;
     }
-    return true;
-}
-
-OpenGather Gatherer::open() const {
-    if (state_ != State::open) throw Error(ErrorKind::usage, "no batch is open");
-    OpenGather open{.samples = samples_, .so_far = gathered_, .measure_parts = parts_.has_value()};
-    if (loss_sum_.defined()) open.so_far.loss_sum = loss_sum_.item<double>();
-    for (const Parameter& parameter : parameters_) open.gradients.push_back(parameter.tensor.grad());
-    return open;
-}
-
-void Gatherer::go_on(const OpenGather& open) {
-    const auto fits = [](const Parameter& parameter, const at::Tensor& gradient) {
-        return !gradient.defined() || (gradient.sizes() == parameter.tensor.sizes() &&
-                                       gradient.scalar_type() == parameter.tensor.scalar_type());
-    };
-    if (!std::equal(parameters_.begin(), parameters_.end(), open.gradients.begin(), open.gradients.end(), fits)) {
-        throw Error(ErrorKind::usage, "the gradients of the batch that was left open are of other parameters");
-    }
-    begin(open.measure_parts);
+    begin(partial.measure_noise, plan);
     try {
-        for (std::size_t i = 0; i < parameters_.size(); ++i) parameters_[i].tensor.mutable_grad() = open.gradients[i];
-        gathered_ = open.so_far;
-        gathered_.loss_sum = 0.0;
-        samples_ = open.samples;
-        if (gathered_.weight > 0.0) loss_sum_ = at::full({}, open.so_far.loss_sum, at::kDouble);
-        if (parts_) parts_->begin_with(parameters_);
+        for (const GradientView& view : partial.so_far.sums) view.parameter.mutable_grad() = view.sum;
+        gathered_ = std::exchange(partial.so_far, {});
+        gathered_.sums.clear();
+        gathered_.plan = plan;
+        if (gathered_.weight > 0.0) loss_sum_ = at::full({}, std::exchange(gathered_.loss_sum, 0.0), at::kDouble);
+        if (norms_) norms_->begin_with(parameters_);
+        mark_gradients();
     } catch (...) {
         clear();
         throw;
@@ -184,18 +252,9 @@ void Gatherer::go_on(const OpenGather& open) {
 void Gatherer::clear() {
     for (const Parameter& parameter : parameters_) parameter.tensor.mutable_grad() = at::Tensor();
     loss_sum_ = at::Tensor();
-    in_place_.reset();
-    parts_.reset();
+    norms_.reset();
+    for (const auto& scope : scopes_) scope->leave();
     state_ = State::idle;
-}
-
-std::vector<at::Tensor> Gatherer::gradients() const {
-    std::vector<at::Tensor> result;
-    result.reserve(parameters_.size());
-    for (const Parameter& parameter : parameters_) {
-        if (parameter.tensor.grad().defined()) result.push_back(parameter.tensor.grad());
-    }
-    return result;
 }
 
 }  // namespace microbatch

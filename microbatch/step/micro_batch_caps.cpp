@@ -1,32 +1,14 @@
 #include "microbatch/step/micro_batch_caps.h"
 
 #include <algorithm>
+#include <functional>
+#include <string>
+#include <utility>
 
 namespace microbatch {
 
-void MicroBatchCaps::remember(const Batch& batch, const Plan& plan) {
-    const Shape shape = shape_of(batch);
-    // What the new limit implies is not needed any more: the list stays as short as the shapes are different.
-    std::erase_if(limits_, [&](const MicroBatchCap& old) {
-        return covers(shape, old.shape) && plan.micro_batch <= old.plan.micro_batch &&
-               plan.recompute >= old.plan.recompute;
-    });
-    limits_.push_back({shape, plan});
-}
-
-Plan MicroBatchCaps::within(const Plan& plan, const Batch& batch) const {
-    const Shape shape = shape_of(batch);
-    Plan result = plan;
-    for (const MicroBatchCap& limit : limits_) {
-        if (!covers(limit.shape, shape)) continue;
-        result.micro_batch = std::min(result.micro_batch, limit.plan.micro_batch);
-        result.recompute = result.recompute || limit.plan.recompute;
-    }
-    return result;
-}
-
-MicroBatchCaps::Shape MicroBatchCaps::shape_of(const Batch& batch) {
-    Shape shape;
+SampleShape shape_of(const Batch& batch) {
+    SampleShape shape;
     for (const at::Tensor& field : batch.fields) {
         const at::IntArrayRef sizes = field.sizes();
         shape.emplace_back(sizes.begin() + 1, sizes.end());
@@ -34,11 +16,53 @@ MicroBatchCaps::Shape MicroBatchCaps::shape_of(const Batch& batch) {
     return shape;
 }
 
-bool MicroBatchCaps::covers(const Shape& smaller, const Shape& larger) {
+void MicroBatchCaps::remember(const SampleShape& shape, const Plan& plan) {
+    // What the new cap implies is not needed any more: the list stays as short as the shapes are different.
+    std::erase_if(caps_, [&](const Cap& old) {
+        return covers(shape, old.shape) && plan.micro_batch <= old.plan.micro_batch &&
+               plan.recompute >= old.plan.recompute;
+    });
+    caps_.push_back({shape, plan});
+}
+
+Plan MicroBatchCaps::within(const Plan& plan, const SampleShape& shape) const {
+    Plan result = plan;
+    for (const Cap& cap : caps_) {
+        if (!covers(cap.shape, shape)) continue;
+        result.micro_batch = std::min(result.micro_batch, cap.plan.micro_batch);
+        result.recompute = result.recompute || cap.plan.recompute;
+    }
+    return result;
+}
+
+bool MicroBatchCaps::covers(const SampleShape& smaller, const SampleShape& larger) {
     const auto field_covers = [](const std::vector<std::int64_t>& a, const std::vector<std::int64_t>& b) {
         return std::equal(a.begin(), a.end(), b.begin(), b.end(), std::less_equal<>());
     };
-    return std::equal(smaller.begin(), smaller.end(), larger.begin(), larger.end(), field_covers);
+    return smaller.empty() || std::equal(smaller.begin(), smaller.end(), larger.begin(), larger.end(), field_covers);
+}
+
+void MicroBatchCaps::save(const StateWriter& writer) const {
+    writer.put("caps", caps_.size());
+    for (std::size_t i = 0; i < caps_.size(); ++i) {
+        const StateWriter one = writer.section(std::to_string(i));
+        one.put("micro_batch", caps_[i].plan.micro_batch);
+        one.put("recompute", caps_[i].plan.recompute);
+        one.put("fields", caps_[i].shape.size());
+        for (std::size_t j = 0; j < caps_[i].shape.size(); ++j) one.put(std::to_string(j), caps_[i].shape[j]);
+    }
+}
+
+Commit MicroBatchCaps::prepare(const StateReader& reader) {
+    constexpr std::int64_t most = 10'000;  // far more than there are shapes
+    std::vector<Cap> caps(static_cast<std::size_t>(reader.count("caps", 0, most)));
+    for (std::size_t i = 0; i < caps.size(); ++i) {
+        const StateReader one = reader.section(std::to_string(i));
+        caps[i].plan = {.micro_batch = one.count("micro_batch", 1), .recompute = one.flag("recompute")};
+        const std::int64_t fields = one.count("fields", 0, most);
+        for (std::int64_t j = 0; j < fields; ++j) caps[i].shape.push_back(one.counts(std::to_string(j)));
+    }
+    return [this, caps = std::move(caps)] { caps_ = caps; };
 }
 
 }  // namespace microbatch

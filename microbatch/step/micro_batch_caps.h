@@ -1,41 +1,43 @@
 #pragma once
 
 #include <cstdint>
-#include <utility>
 #include <vector>
 
 #include "microbatch/core/batch_plan.h"
 #include "microbatch/data/batch.h"
+#include "microbatch/state/stateful.h"
 
 namespace microbatch {
 
-/// A plan that samples of a shape, or of a larger one, had to be cut down to.
-struct MicroBatchCap {
-    std::vector<std::vector<std::int64_t>> shape;  ///< of one sample, field by field
-    Plan plan;
-};
+/// The shape of one sample, field by field, without the dimension of the samples.
+using SampleShape = std::vector<std::vector<std::int64_t>>;
 
-/// The plans that batches of some shapes had to be cut down to.
-class MicroBatchCaps {
+SampleShape shape_of(const Batch& batch);
+
+/// The smaller plans that samples of some shapes turned out to need when memory ran out.
+class MicroBatchCaps final : public Stateful {
 public:
-    /// Batches whose samples have this shape, or a larger one, are run by no larger plan from now on.
-    void remember(const Batch& batch, const Plan& plan);
+    /// Samples of this shape, or of a larger one, are run by no larger plan from now on. An empty shape means all.
+    void remember(const SampleShape& shape, const Plan& plan);
 
     /// The plan, or what was remembered of such samples where that is smaller.
-    Plan within(const Plan& plan, const Batch& batch) const;
+    Plan within(const Plan& plan, const SampleShape& shape) const;
 
-    void clear() { limits_.clear(); }
+    bool empty() const { return caps_.empty(); }
+    void clear() { caps_.clear(); }
 
-    const std::vector<MicroBatchCap>& all() const { return limits_; }
-    void restore(std::vector<MicroBatchCap> limits) { limits_ = std::move(limits); }
+    void save(const StateWriter& writer) const override;
+    Commit prepare(const StateReader& reader) override;
 
 private:
-    using Shape = decltype(MicroBatchCap::shape);
+    struct Cap {
+        SampleShape shape;
+        Plan plan;
+    };
 
-    static Shape shape_of(const Batch& batch);
-    static bool covers(const Shape& smaller, const Shape& larger);
+    static bool covers(const SampleShape& smaller, const SampleShape& larger);
 
-    std::vector<MicroBatchCap> limits_;
+    std::vector<Cap> caps_;
 };
 
 }  // namespace microbatch

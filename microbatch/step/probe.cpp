@@ -1,8 +1,6 @@
 #include "microbatch/step/probe.h"
 
 #include <ATen/core/grad_mode.h>
-#include <c10/util/Exception.h>
-#include <torch/nn/module.h>
 
 #include <algorithm>
 #include <chrono>
@@ -10,11 +8,11 @@
 #include <utility>
 #include <vector>
 
-#include "microbatch/autograd/recompute.h"
 #include "microbatch/core/error.h"
 #include "microbatch/core/str_cat.h"
 #include "microbatch/memory/memory_trace.h"
 #include "microbatch/memory/meter.h"
+#include "microbatch/model/forward_state.h"
 
 namespace microbatch {
 namespace {
@@ -90,14 +88,9 @@ std::vector<at::Tensor> tensors_of(const Parameters& parameters) {
 
 // The model may have parameters that the accumulator was not given; they get gradients all the same.
 std::vector<at::Tensor> all_tensors_of(const Accumulator& accumulator) {
-    std::vector<at::Tensor> result = tensors_of(accumulator.parameters());
-    if (accumulator.model() == nullptr) return result;
-    for (const at::Tensor& tensor : accumulator.model()->parameters()) {
-        const bool known =
-            std::any_of(result.begin(), result.end(), [&](const at::Tensor& each) { return each.is_same(tensor); });
-        if (!known) result.push_back(tensor);
-    }
-    return result;
+    Parameters all = accumulator.parameters();
+    for (Parameter& parameter : accumulator.model().parameters()) all.push_back(std::move(parameter));
+    return tensors_of(without_repeats(all));
 }
 
 at::Device device_of(const Accumulator& accumulator) {
@@ -116,7 +109,7 @@ at::Device device_of(const Accumulator& accumulator) {
 // The job as it is, put back after every trial.
 class LiveJob final : public Rehearsal {
 public:
-    LiveJob(Accumulator& accumulator, const Batch& batch, const LossFunction& loss)
+    LiveJob(Accumulator& accumulator, const BatchSource& batch, const LossFunction& loss)
         : accumulator_(accumulator),
           batch_(batch),
           samples_(batch.size()),
@@ -129,7 +122,7 @@ public:
     ~LiveJob() override {
         accumulator_.discard({});
         accumulator_.optimizer().end_dry_run();
-        if (Recomputable* model = accumulator_.recomputable()) model->set_recompute(accumulator_.plan().recompute);
+        accumulator_.model().set_checkpointing(accumulator_.plan().recompute);
         meter_.release_cached();
     }
 
@@ -190,18 +183,19 @@ private:
         const std::int64_t most = no_budget - gradients_.bytes();
         const BudgetOf budget(meter_, std::min(allowed_bytes, most) + gradients_.bytes());
         try {
-            const ModelStateScope before(accumulator_.model(), tensors_);
-            const auto result = run();
-            if (!keep) discard();
-            holds_gradients_ = keep;
+            auto result = unless_oom([&] {
+                const ForwardStateScope before(accumulator_.model());
+                auto value = run();
+                if (!keep) discard();
+                holds_gradients_ = keep;
+                return value;
+            });
+            if (!result) discard();
             return result;
-        } catch (const c10::OutOfMemoryError&) {
         } catch (...) {
             discard();
             throw;
         }
-        discard();
-        return std::nullopt;
     }
 
     MicroBatchTrial run(const Plan& plan, bool cut) {
@@ -243,13 +237,13 @@ private:
     void begin(const Plan& plan) {
         discard();
         accumulator_.begin();
-        if (Recomputable* model = accumulator_.recomputable()) model->set_recompute(plan.recompute);
+        accumulator_.model().set_checkpointing(plan.recompute);
     }
 
     // The micro-batch of this size and number, beginning again at the front where the batch ends.
     void add(std::int64_t size, std::int64_t number) {
         const std::int64_t begin = (number % (samples_ / size)) * size;
-        WeightedLoss loss = loss_(batch_.slice(begin, begin + size));
+        WeightedLoss loss = loss_(batch_.fetch({begin, begin + size}));
         // Samples that count for nothing have no backward pass; others of their shape have.
         if (loss.weight == 0.0 && loss.sum.defined() && loss.sum.requires_grad()) loss.weight = 1.0;
         accumulator_.add(loss);
@@ -313,7 +307,7 @@ private:
     }
 
     Accumulator& accumulator_;
-    const Batch& batch_;
+    const BatchSource& batch_;
     std::int64_t samples_;
     const LossFunction& loss_;
     at::Device device_;
@@ -327,12 +321,13 @@ private:
 
 }  // namespace
 
-PlanReport plan_batch(Accumulator& accumulator, const Batch& batch, const LossFunction& loss, PlannerOptions options) {
+PlanReport plan_batch(Accumulator& accumulator, const BatchSource& batch, const LossFunction& loss,
+                      PlannerOptions options) {
     accumulator.require_idle();
     options.batch = batch.size();
     if (options.batch < 1)
         throw Error(ErrorKind::usage, "the batch to plan with is empty: give it at least one sample");
-    options.offers_recompute = accumulator.recomputable() != nullptr;
+    options.offers_recompute = accumulator.model().offers_checkpointing();
     LiveJob job(accumulator, batch, loss);
     if (options.budget_bytes == 0) options.budget_bytes = job.budget();
     return make_plan(options, job);

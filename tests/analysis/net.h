@@ -4,7 +4,7 @@
 #include <torch/nn/modules/dropout.h>
 #include <torch/nn/modules/linear.h>
 
-#include "microbatch/step/weighted_loss.h"
+#include "microbatch/step/loss.h"
 #include "support/models.h"
 
 namespace microbatch::test {

@@ -6,7 +6,7 @@
 
 #include "microbatch/core/error.h"
 #include "microbatch/io/safetensors.h"
-#include "microbatch/run/checkpoint.h"
+#include "microbatch/io/checkpoint.h"
 
 namespace {
 

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "microbatch/core/crc32c.h"
-#include "microbatch/run/checkpoint.h"
+#include "microbatch/io/checkpoint.h"
 #include "support/errors.h"
 #include "support/faulty_files.h"
 #include "support/rich_run.h"

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "microbatch/model/parameters.h"
-#include "microbatch/step/weighted_loss.h"
+#include "microbatch/step/loss.h"
 
 namespace microbatch::test {
 

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "microbatch/data/dataset.h"
-#include "microbatch/step/weighted_loss.h"
+#include "microbatch/step/loss.h"
 #include "support/one_thread.h"
 
 namespace microbatch::test {

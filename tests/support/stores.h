@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "microbatch/run/checkpoint_store.h"
+#include "microbatch/io/checkpoint_store.h"
 #include "support/errors.h"
 #include "support/temp_folder.h"
 #include "support/training.h"

@@ -11,12 +11,12 @@
 #include <vector>
 
 #include "microbatch/core/units.h"
-#include "microbatch/run/checkpoint.h"
+#include "microbatch/io/checkpoint.h"
 
 namespace microbatch {
 
 struct CheckpointOptions {
-    std::int64_t keep = 3;                    ///< so many of the newest stay
+    std::int64_t keep = 3;                    ///< so many of the newest stay, and the newest healthy one
     std::optional<Interval> keep_every = {};  ///< and the first at or after each multiple of this
     /// What the copy may take of memory that a thread writes from; a checkpoint that takes more is written at once,
     /// while the training waits.
@@ -30,10 +30,10 @@ struct CheckpointOptions {
 /// that it is whole or not there; then those that are not to be kept are removed.
 ///
 ///     CheckpointStore store(run / "checkpoints");
-///     if (const auto newest = store.newest()) trainer.restore(newest->trainer);
+///     if (const auto newest = store.newest()) load(trainer, StateReader(*newest));
 ///     while (!trainer.done()) {
 ///         trainer.step();
-///         if (is_time && !store.is_busy()) store.save({trainer.state()});
+///         if (is_time && !store.is_busy()) store.save(state_of(trainer));
 ///         for (const std::string& warning : store.warnings()) ...
 ///     }
 ///
@@ -51,14 +51,15 @@ public:
     /// Waits for what is being written.
     ~CheckpointStore();
 
-    /// The newest one that is whole. Those newer that are not are named in warnings().
+    /// The newest one that is whole, and with `healthy` was healthy. Those newer that are corrupted are named in
+    /// warnings().
     /// Errors: ErrorKind::bad_data, naming each, if there are some and none is whole, or if the folder cannot be read;
     ///         AnotherVersion if the newest that is whole is one.
-    std::optional<Checkpoint> newest();
+    std::optional<StateDict> newest(bool healthy = false);
 
     /// The next save() of this progress writes nothing: it is that of a checkpoint that is there. `damaged` are those
     /// that another store's newest() passed over.
-    void go_on_from(const TrainerState& state, const std::vector<std::filesystem::path>& damaged = {});
+    void go_on_from(const StateDict& state, const std::vector<std::filesystem::path>& damaged = {});
 
     /// Those that newest() passed over; one that is written anew is none of them any more.
     const std::vector<std::filesystem::path>& damaged() const { return damaged_; }
@@ -66,10 +67,10 @@ public:
     /// Copies the tensors that the next step changes and writes from the copy in a thread. Without room for the copy,
     /// where a snapshot is in a file (which is read while it is written) or a thread cannot be had, as save_now().
     /// Requires: not is_busy(); it is waited for.
-    void save(Checkpoint checkpoint);
+    void save(StateDict state);
 
     /// Returns when it is written, or has failed. True if it, or one of the same progress before it, is on the disk.
-    bool save_now(const Checkpoint& checkpoint);
+    bool save_now(const StateDict& state);
 
     /// True while the thread writes.
     bool is_busy() const;
@@ -94,21 +95,21 @@ private:
 
     std::vector<Place> places() const;
     void remove_leftovers();
-    bool is_saved(const TrainerState& state) const;
+    bool is_saved(const CheckpointManifest& what) const;
     bool is_kept(const Progress& progress) const;
-    std::string write(const Checkpoint& checkpoint) const;
+    std::string write(const StateDict& state) const;
     void remove_old(const Place& newest) const;
     void remove(const std::filesystem::path& checkpoint) const;
-    void start(Checkpoint checkpoint);
+    void start(StateDict state);
     bool finish();
-    bool conclude(const TrainerState& state, const std::function<std::string()>& write);
+    bool conclude(const CheckpointManifest& what, const std::function<std::string()>& write);
 
     std::filesystem::path folder_;
     CheckpointOptions options_;
     FileSystem& files_;
     std::unique_ptr<Writing> writing_;
     std::optional<Progress> saved_;  // of the last that was written or read
-    std::int64_t saved_open_ = 0;    // samples of the batch after it
+    std::int64_t saved_samples_ = 0;  // of the batch after it
     std::int64_t written_ = 0;
     std::vector<std::filesystem::path> damaged_;
     std::vector<std::string> warnings_;

@@ -1,5 +1,5 @@
 // Which checkpoints there are, and which are gone on from.
-#include "microbatch/run/checkpoint_store.h"
+#include "microbatch/io/checkpoint_store.h"
 
 #include <cstdio>
 

@@ -1,4 +1,4 @@
-#include "microbatch/step/weighted_loss.h"
+#include "microbatch/step/loss.h"
 
 #include <cmath>
 

@@ -1,7 +1,7 @@
 // A fault at any operation on a file: the run goes on, or is gone on with, from a checkpoint that is whole.
 #include <gtest/gtest.h>
 
-#include "microbatch/run/checkpoint_store.h"
+#include "microbatch/io/checkpoint_store.h"
 #include "support/errors.h"
 #include "support/faulty_files.h"
 #include "support/rich_run.h"

@@ -1,4 +1,4 @@
-#include "microbatch/run/checkpoint_store.h"
+#include "microbatch/io/checkpoint_store.h"
 
 #include <ATen/Parallel.h>
 #include <c10/util/Exception.h>
@@ -33,8 +33,13 @@ std::string name_of(std::int64_t steps, std::int64_t open_samples) {
     return "step-" + digits + (open_samples > 0 ? str_cat("-", open_samples) : std::string());
 }
 
-std::int64_t open_samples_of(const TrainerState& state) {
-    return state.open ? state.open->samples : 0;
+// Bytes of all that the next step changes: not the snapshots.
+std::int64_t bytes_to_own(const StateDict& state) {
+    return state.bytes() - state.bytes("recovery/");
+}
+
+void own_tensors(StateDict& state) {
+    for (const char* section : {"model/", "optimizer/", "batch/", "rng/"}) state.own(section);
 }
 
 // Of whatever was thrown, in a thread whose exceptions nobody else would see.
@@ -76,7 +81,7 @@ struct CheckpointStore::Place {
 
 /// What the thread writes.
 struct CheckpointStore::Writing {
-    Checkpoint checkpoint;
+    StateDict state;
     std::int64_t bytes;
     std::future<std::string> warning;  // of write(), or what it threw; the first to be destroyed: it waits
 };
@@ -127,15 +132,16 @@ void CheckpointStore::remove_leftovers() {
     for (const auto& path : leftovers) failure_of([&] { files_.remove_all(path); });
 }
 
-std::optional<Checkpoint> CheckpointStore::newest() {
+std::optional<StateDict> CheckpointStore::newest(bool healthy) {
     std::vector<std::string> damaged;
     std::vector<Place> all = places();
     for (auto place = all.rbegin(); place != all.rend(); ++place) {
         try {
-            Checkpoint checkpoint = read_checkpoint(place->path);
-            go_on_from(checkpoint.trainer);
-            for (const std::string& why : damaged) warnings_.push_back(str_cat("a checkpoint was passed over: ", why));
-            return checkpoint;
+            if (healthy && !read_checkpoint_manifest(place->path).healthy) continue;
+            StateDict state = read_checkpoint(place->path);
+            go_on_from(state);
+            for (const std::string& why : damaged) warnings_.push_back(str_cat("a checkpoint was skipped: ", why));
+            return state;
         } catch (const AnotherVersion&) {
             throw;  // it is whole, but not for us
         } catch (const Error& error) {
@@ -146,17 +152,18 @@ std::optional<Checkpoint> CheckpointStore::newest() {
     if (damaged.empty()) return std::nullopt;
     std::string message = str_cat("no checkpoint in ", folder_.string(), " is whole");
     for (const std::string& why : damaged) message += "; " + why;
-    throw Error(ErrorKind::bad_data, message + "; begin the run anew in another folder");
+    throw Error(ErrorKind::bad_data, message + "; start the run again in another folder");
 }
 
-void CheckpointStore::go_on_from(const TrainerState& state, const std::vector<std::filesystem::path>& damaged) {
+void CheckpointStore::go_on_from(const StateDict& state, const std::vector<std::filesystem::path>& damaged) {
     damaged_.insert(damaged_.end(), damaged.begin(), damaged.end());
-    saved_ = state.progress;
-    saved_open_ = open_samples_of(state);
+    const CheckpointManifest what = manifest_of(state);
+    saved_ = what.progress;
+    saved_samples_ = what.open_samples;
 }
 
-bool CheckpointStore::is_saved(const TrainerState& state) const {
-    return saved_ == state.progress && saved_open_ == open_samples_of(state);
+bool CheckpointStore::is_saved(const CheckpointManifest& what) const {
+    return saved_ == what.progress && saved_samples_ == what.open_samples;
 }
 
 // The first at or after a multiple.
@@ -169,10 +176,10 @@ bool CheckpointStore::is_kept(const Progress& progress) const {
 }
 
 // Throws if it is not on the disk in the end; returns what else went wrong.
-std::string CheckpointStore::write(const Checkpoint& checkpoint) const {
-    const Progress& progress = checkpoint.trainer.progress;
-    const std::int64_t open = open_samples_of(checkpoint.trainer);
-    const Place place{progress.steps, open, folder_ / name_of(progress.steps, open)};
+std::string CheckpointStore::write(const StateDict& state) const {
+    const CheckpointManifest what = manifest_of(state);
+    const Progress& progress = what.progress;
+    const Place place{progress.steps, what.open_samples, folder_ / name_of(progress.steps, what.open_samples)};
     std::filesystem::path beside = place.path;
     beside += unfinished;
     make_folders_to_the_disk(files_, folder_);
@@ -180,7 +187,7 @@ std::string CheckpointStore::write(const Checkpoint& checkpoint) const {
     std::string warning;
     const std::string failure = failure_of([&] {
         files_.make_folder(beside);
-        write_checkpoint(files_, beside, checkpoint, is_kept(progress));
+        write_checkpoint(files_, beside, state, is_kept(progress));
         // A log is no reason to have no checkpoint.
         for (const auto& file : options_.sync_first) {
             const std::string why = failure_of([&] { files_.sync(file); });
@@ -210,10 +217,18 @@ void CheckpointStore::remove_old(const Place& newest) const {
     const auto passing = all.begin() + std::max<std::ptrdiff_t>(0, damaged - all.begin() - options_.keep);
     std::vector<Place> old(all.begin(), passing);
     old.insert(old.end(), damaged, all.end());
-    for (const Place& place : old) {
+    const auto is_healthy = [](const Place& place) {
+        bool healthy = false;
+        failure_of([&] { healthy = read_checkpoint_manifest(place.path).healthy; });
+        return healthy;
+    };
+    bool one_is_healthy = std::any_of(passing, damaged, is_healthy);
+    for (auto place = old.rbegin(); place != old.rend(); ++place) {
         bool kept = true;  // what cannot be read now may be one that stays
-        failure_of([&] { kept = read_checkpoint_manifest(place.path).kept; });
-        if (!kept) remove(place.path);
+        failure_of([&] { kept = read_checkpoint_manifest(place->path).kept; });
+        const bool last_healthy = !one_is_healthy && is_healthy(*place);
+        one_is_healthy = one_is_healthy || last_healthy;
+        if (!kept && !last_healthy) remove(place->path);
     }
 }
 
@@ -226,57 +241,54 @@ void CheckpointStore::remove(const std::filesystem::path& checkpoint) const {
     files_.remove_all(old);
 }
 
-void CheckpointStore::save(Checkpoint checkpoint) {
+void CheckpointStore::save(StateDict state) {
     release();
-    if (is_saved(checkpoint.trainer)) return;
-    const std::int64_t bytes = bytes_to_own(checkpoint.trainer);
-    const auto& recovery = checkpoint.trainer.recovery;
-    const auto in_file = [](const RecoveryState::Point& point) { return point.in_file; };
-    const bool reads_files = recovery && std::any_of(recovery->points.begin(), recovery->points.end(), in_file);
-    bool in_thread = bytes <= options_.memory_bytes && !reads_files;
+    if (is_saved(manifest_of(state))) return;
+    bool in_thread = bytes_to_own(state) <= options_.memory_bytes && !state.reads_files();
     if (in_thread) {
         // Whatever keeps it from being copied, such as memory, does not keep it from being written.
-        in_thread = failure_of([&] { own_tensors(checkpoint.trainer); }).empty();
+        in_thread = failure_of([&] { own_tensors(state); }).empty();
     }
     if (!in_thread) {
-        save_now(checkpoint);
+        save_now(state);
         return;
     }
-    start(std::move(checkpoint));
+    start(std::move(state));
 }
 
-void CheckpointStore::start(Checkpoint checkpoint) {
-    const std::int64_t bytes = bytes_to_own(checkpoint.trainer);
-    writing_ = std::make_unique<Writing>(std::move(checkpoint), bytes, std::future<std::string>());
+void CheckpointStore::start(StateDict state) {
+    const std::int64_t bytes = bytes_to_own(state);
+    writing_ = std::make_unique<Writing>(std::move(state), bytes, std::future<std::string>());
     try {
         writing_->warning = std::async(std::launch::async, [this, writing = writing_.get()] {
             at::get_num_threads();  // torch sets the number of a new thread, once
             const OneThread alone;
-            return write(writing->checkpoint);
+            return write(writing->state);
         });
     } catch (const std::exception&) {
         const std::unique_ptr<Writing> written = std::move(writing_);
-        save_now(written->checkpoint);
+        save_now(written->state);
     }
 }
 
-bool CheckpointStore::save_now(const Checkpoint& checkpoint) {
+bool CheckpointStore::save_now(const StateDict& state) {
     release();
-    if (is_saved(checkpoint.trainer)) return true;
-    return conclude(checkpoint.trainer, [&] { return write(checkpoint); });
+    const CheckpointManifest what = manifest_of(state);
+    return is_saved(what) || conclude(what, [&] { return write(state); });
 }
 
-bool CheckpointStore::conclude(const TrainerState& state, const std::function<std::string()>& write) {
+bool CheckpointStore::conclude(const CheckpointManifest& what, const std::function<std::string()>& write) {
     std::string warning;
     const std::string failure = failure_of([&] { warning = write(); });
     if (!failure.empty()) {
-        warnings_.push_back(str_cat("the checkpoint of step ", state.progress.steps, " is not written: ", failure));
+        warnings_.push_back(str_cat("the checkpoint of step ", what.progress.steps, " is not written: ", failure));
         return false;
     }
     if (!warning.empty()) warnings_.push_back(std::move(warning));
     ++written_;
-    std::erase(damaged_, folder_ / name_of(state.progress.steps, open_samples_of(state)));
-    go_on_from(state);
+    std::erase(damaged_, folder_ / name_of(what.progress.steps, what.open_samples));
+    saved_ = what.progress;
+    saved_samples_ = what.open_samples;
     return true;
 }
 
@@ -287,7 +299,7 @@ bool CheckpointStore::is_busy() const {
 bool CheckpointStore::finish() {
     if (!writing_) return false;
     const std::unique_ptr<Writing> written = std::move(writing_);
-    conclude(written->checkpoint.trainer, [&] { return written->warning.get(); });
+    conclude(manifest_of(written->state), [&] { return written->warning.get(); });
     return true;
 }
 

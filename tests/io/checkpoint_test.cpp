@@ -1,5 +1,5 @@
 // What is written down of a run is all that it goes on from.
-#include "microbatch/run/checkpoint.h"
+#include "microbatch/io/checkpoint.h"
 
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>

@@ -1,0 +1,47 @@
+#include "microbatch/data/batch_source.h"
+
+#include <string_view>
+
+#include "microbatch/core/crc32c.h"
+#include "microbatch/core/error.h"
+#include "microbatch/core/str_cat.h"
+
+namespace microbatch {
+namespace {
+
+std::uint32_t checksum(const void* data, std::size_t bytes, std::uint32_t before) {
+    return crc32c({static_cast<const char*>(data), bytes}, before);
+}
+
+}  // namespace
+
+std::uint32_t TensorBatch::fingerprint() const {
+    std::uint32_t crc = 0;
+    for (const at::Tensor& field : batch_.fields) {
+        crc = checksum(field.sizes().data(), field.sizes().size() * sizeof(std::int64_t), crc);
+        const at::Tensor values = field.detach().cpu().contiguous();
+        crc = checksum(values.const_data_ptr(), values.nbytes(), crc);
+    }
+    return crc;
+}
+
+DatasetBatch DatasetBatch::longest(const Dataset& dataset, std::int64_t samples) {
+    if (samples < 1) throw Error(ErrorKind::usage, str_cat("a batch of ", samples, " samples; give at least 1"));
+    return {dataset, std::vector<std::int64_t>(static_cast<std::size_t>(samples), dataset.longest_sample())};
+}
+
+Batch DatasetBatch::fetch(Slice slice) const {
+    const auto begin = indices_.begin();
+    Batch batch = dataset_.get(std::span(begin + slice.begin, begin + slice.end));
+    if (batch.size() != slice.size()) {
+        throw Error(ErrorKind::usage, str_cat("the dataset's get() was asked for ", slice.size(),
+                                              " samples and returned ", batch.size(), "; return one for each index"));
+    }
+    return batch;
+}
+
+std::uint32_t DatasetBatch::fingerprint() const {
+    return checksum(indices_.data(), indices_.size() * sizeof(std::int64_t), 0);
+}
+
+}  // namespace microbatch

@@ -1,0 +1,70 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "microbatch/core/batch_plan.h"
+#include "microbatch/data/batch.h"
+#include "microbatch/data/dataset.h"
+
+namespace microbatch {
+
+/// Where the samples of one batch come from, a micro-batch at a time.
+///
+/// Threads: no two calls at the same time.
+class BatchSource {
+public:
+    BatchSource() = default;
+    BatchSource(const BatchSource&) = delete;
+    BatchSource& operator=(const BatchSource&) = delete;
+    virtual ~BatchSource() = default;
+
+    /// Samples of the whole batch.
+    virtual std::int64_t size() const = 0;
+
+    /// The samples of the slice. Requires: 0 <= begin < end <= size().
+    /// Errors: ErrorKind::usage if another number of samples comes back than was asked for.
+    virtual Batch fetch(Slice slice) const = 0;
+
+    /// Tells this batch from others, in another process too: a batch left half-way is resumed with no other.
+    /// Cost: reads the batch once where it is tensors.
+    virtual std::uint32_t fingerprint() const = 0;
+};
+
+/// A batch that is there: slices are views of it. Errors: as Batch::size().
+class TensorBatch final : public BatchSource {
+public:
+    /// Ownership: shares the tensors.
+    explicit TensorBatch(Batch batch) : batch_(std::move(batch)), size_(batch_.size()) {}
+
+    std::int64_t size() const override { return size_; }
+    Batch fetch(Slice slice) const override { return batch_.slice(slice.begin, slice.end); }
+    std::uint32_t fingerprint() const override;
+
+private:
+    Batch batch_;
+    std::int64_t size_;
+};
+
+/// Samples of a dataset by number, fetched when their turn comes: the batch is never held whole.
+///
+/// Ownership: borrows the dataset.
+class DatasetBatch final : public BatchSource {
+public:
+    DatasetBatch(const Dataset& dataset, std::vector<std::int64_t> indices)
+        : dataset_(dataset), indices_(std::move(indices)) {}
+
+    /// The dataset's sample that takes the most memory, `samples` times: a batch to plan with.
+    /// Errors: ErrorKind::usage if `samples` is below 1.
+    static DatasetBatch longest(const Dataset& dataset, std::int64_t samples);
+
+    std::int64_t size() const override { return static_cast<std::int64_t>(indices_.size()); }
+    Batch fetch(Slice slice) const override;
+    std::uint32_t fingerprint() const override;
+
+private:
+    const Dataset& dataset_;
+    std::vector<std::int64_t> indices_;
+};
+
+}  // namespace microbatch

@@ -1,0 +1,166 @@
+#include "microbatch/io/checkpoint.h"
+
+#include <algorithm>
+#include <functional>
+#include <set>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "microbatch/core/crc32c.h"
+#include "microbatch/core/error.h"
+#include "microbatch/core/str_cat.h"
+#include "microbatch/io/input_file.h"
+#include "microbatch/io/safetensors.h"
+#include "microbatch/io/state_json.h"
+
+namespace microbatch {
+namespace {
+
+constexpr const char* manifest_name = "manifest.json";
+constexpr const char* state_name = "state.json";
+constexpr std::string_view tensors_suffix = ".safetensors";
+constexpr std::uint64_t most_manifest_bytes = std::uint64_t{1} << 20U;
+
+/// Passes on what is written, and adds it up.
+class CountedFile final : public OutputFile {
+public:
+    explicit CountedFile(std::unique_ptr<OutputFile> file) : file_(std::move(file)) {}
+
+    void write(std::string_view bytes) override {
+        file_->write(bytes);
+        bytes_ += bytes.size();
+        crc_ = crc32c(bytes, crc_);
+    }
+    void sync() override { file_->sync(); }
+    void close() override { file_->close(); }
+
+    CheckpointFile counted(std::string name) const { return {std::move(name), bytes_, crc_}; }
+
+private:
+    std::unique_ptr<OutputFile> file_;
+    std::uint64_t bytes_ = 0;
+    std::uint32_t crc_ = 0;
+};
+
+// The tensors of a section, by the rest of their names.
+StoredTensors tensors_in(const StateDict& state, const std::string& section) {
+    StoredTensors tensors;
+    for (const auto& [name, tensor] : StateReader(state).section(section).tensors()) tensors.emplace_back(name, *tensor);
+    return tensors;
+}
+
+std::set<std::string> sections_of(const StateDict& state) {
+    std::set<std::string> sections;
+    for (const auto& [name, tensor] : state.tensors()) sections.insert(name.substr(0, name.find('/')));
+    return sections;
+}
+
+/// Writes files into a folder and keeps count of them.
+class Writer {
+public:
+    Writer(FileSystem& files, std::filesystem::path folder) : files_(files), folder_(std::move(folder)) {}
+
+    void write(const std::string& name, const std::function<void(OutputFile&)>& content) {
+        CountedFile file(files_.create(folder_ / name));
+        content(file);
+        file.sync();
+        file.close();
+        written_.push_back(file.counted(name));
+    }
+
+    void write(const std::string& name, const StoredTensors& tensors) {
+        write(name, [&tensors](OutputFile& file) { write_safetensors(file, tensors); });
+    }
+
+    void write(const std::string& name, const std::string& content) {
+        write(name, [&content](OutputFile& file) { file.write(content); });
+    }
+
+    const std::vector<CheckpointFile>& written() const { return written_; }
+
+private:
+    FileSystem& files_;
+    std::filesystem::path folder_;
+    std::vector<CheckpointFile> written_;
+};
+
+// The file that it must be: a regular one of the folder itself, whatever else may have its name.
+InputFile open_plain(const std::filesystem::path& path) {
+    std::error_code failure;
+    if (std::filesystem::is_symlink(path, failure)) {
+        throw Error(ErrorKind::bad_data, str_cat("cannot read ", path.string(), ": it is a link that leads elsewhere"));
+    }
+    return InputFile(path);
+}
+
+void verify(const std::filesystem::path& path, const CheckpointFile& wanted) {
+    const InputFile file = open_plain(path);
+    if (file.size() != wanted.bytes) {
+        throw Error(ErrorKind::bad_data, str_cat(path.string(), " is corrupted: it has ", file.size(), " bytes of the ",
+                                                 wanted.bytes, " that were written"));
+    }
+    std::string chunk;
+    std::uint32_t crc = 0;
+    for (std::uint64_t at = 0; at < wanted.bytes; at += chunk.size()) {
+        chunk.resize(std::min<std::uint64_t>(std::uint64_t{1} << 20U, wanted.bytes - at));
+        file.read(at, std::as_writable_bytes(std::span(chunk)));
+        crc = crc32c(chunk, crc);
+    }
+    if (crc == wanted.crc32c) return;
+    throw Error(ErrorKind::bad_data, str_cat(path.string(), " is corrupted: CRC-32C mismatch"));
+}
+
+}  // namespace
+
+CheckpointManifest manifest_of(const StateDict& state) {
+    const StateReader data = StateReader(state).section("data");
+    const StateReader batch = StateReader(state).section("batch");
+    CheckpointManifest manifest;
+    manifest.progress = {data.count("steps"), data.count("samples"), data.count("tokens")};
+    manifest.open_samples = batch.has("samples") ? batch.count("samples") : 0;
+    manifest.healthy = !data.has("healthy") || data.flag("healthy");
+    return manifest;
+}
+
+void write_checkpoint(FileSystem& files, const std::filesystem::path& folder, const StateDict& state, bool kept) {
+    CheckpointManifest manifest = manifest_of(state);
+    const std::string scalars = scalars_to_json(state);
+    Writer writer(files, folder);
+    for (const std::string& section : sections_of(state)) {
+        writer.write(section + std::string(tensors_suffix), tensors_in(state, section));
+    }
+    writer.write(state_name, scalars);
+    manifest.kept = kept;
+    manifest.files = writer.written();
+    writer.write(manifest_name, to_text(manifest));
+    files.sync(folder);
+}
+
+CheckpointManifest read_checkpoint_manifest(const std::filesystem::path& folder) {
+    const std::filesystem::path path = folder / manifest_name;
+    return parse_checkpoint_manifest(open_plain(path).read_all(most_manifest_bytes), path.string());
+}
+
+StateDict read_checkpoint(const std::filesystem::path& folder) {
+    const CheckpointManifest manifest = read_checkpoint_manifest(folder);
+    StateDict state;
+    for (const CheckpointFile& file : manifest.files) {
+        const std::filesystem::path path = folder / file.name;
+        verify(path, file);
+        if (file.name == state_name) {
+            read_scalars(open_plain(path).read_all(most_scalar_bytes), path.string(), state);
+        } else if (file.name.ends_with(tensors_suffix)) {
+            const std::string section = file.name.substr(0, file.name.size() - tensors_suffix.size());
+            for (auto& [name, tensor] : open_safetensors(path)) state.put(section + "/" + name, std::move(tensor));
+        }
+    }
+    CheckpointManifest found = manifest_of(state);
+    if (found.progress != manifest.progress || found.open_samples != manifest.open_samples) {
+        throw Error(ErrorKind::bad_data, str_cat(folder.string(), ": the manifest is of another state"));
+    }
+    return state;
+}
+
+}  // namespace microbatch

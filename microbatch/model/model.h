@@ -1,0 +1,69 @@
+#pragma once
+
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "microbatch/model/parameters.h"
+
+namespace torch::nn {
+class Module;
+}
+
+namespace microbatch {
+
+/// Where a model keeps what training uses and changes. The defaults are those of bare tensors: no buffers, no training
+/// mode, no activation checkpointing.
+///
+/// Threads: none may use the model during a call.
+class Model {
+public:
+    Model() = default;
+    Model(const Model&) = delete;
+    Model& operator=(const Model&) = delete;
+    virtual ~Model() = default;
+
+    /// Each tensor once, frozen ones included.
+    virtual Parameters parameters() const = 0;
+
+    /// Tensors that a forward pass may change without a gradient, such as BatchNorm's running statistics.
+    virtual NamedTensors buffers() const { return {}; }
+
+    /// Training mode of every part of the model, in an order that does not change.
+    virtual std::vector<std::int64_t> training_flags() const { return {}; }
+    virtual void set_training_flags(const std::vector<std::int64_t>&) {}
+
+    /// True if the model can compute the activations of its blocks again in backward instead of keeping them.
+    virtual bool offers_checkpointing() const { return false; }
+
+    /// Switches that for every forward from now on. Requires: offers_checkpointing(), or `on` is false.
+    virtual void set_checkpointing(bool) {}
+};
+
+/// A torch::nn::Module, borrowed: it must outlive the result. Its blocks are checkpointed if it is a Recomputable.
+std::shared_ptr<Model> make_model(torch::nn::Module& module);
+
+/// Bare tensors.
+std::shared_ptr<Model> make_model(Parameters parameters);
+
+/// A model of any kind as an argument: bare tensors, a torch::nn::Module or its holder, or a Model of your own.
+class AnyModel {
+public:
+    AnyModel(const Parameters& parameters) : model_(make_model(parameters)) {}  // NOLINT: implicit by design
+    AnyModel(torch::nn::Module& module) : model_(make_model(module)) {}         // NOLINT
+    AnyModel(std::shared_ptr<Model> model) : model_(std::move(model)) {}        // NOLINT
+
+    template <class Holder>
+    requires requires(const Holder& holder) {
+        holder->named_parameters();
+    }
+    AnyModel(const Holder& holder) : AnyModel(const_cast<torch::nn::Module&>(  // NOLINT
+                                         static_cast<const torch::nn::Module&>(*holder))) {}
+
+    const std::shared_ptr<Model>& get() const { return model_; }
+
+private:
+    std::shared_ptr<Model> model_;
+};
+
+}  // namespace microbatch

@@ -1,0 +1,21 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+namespace microbatch {
+
+/// The devices whose default generators a model on these tensors draws from: the CPU, then those of the tensors.
+std::vector<at::Device> generator_devices(const std::vector<at::Tensor>& tensors);
+
+/// A copy of the state of torch's default generator of the device (5 KB on the CPU).
+at::Tensor generator_state(at::Device device);
+
+/// Errors: torch's own if it is not a state of such a generator.
+void set_generator_state(at::Device device, const at::Tensor& state);
+
+/// True if the generator can be set to `state` and drawn from afterwards. Leaves the generator as it is.
+bool is_generator_state(at::Device device, const at::Tensor& state);
+
+}  // namespace microbatch

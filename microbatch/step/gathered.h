@@ -1,0 +1,38 @@
+#pragma once
+
+#include <cstdint>
+
+#include "microbatch/core/batch_plan.h"
+#include "microbatch/core/noise_scale.h"
+#include "microbatch/optim/gradient_view.h"
+#include "microbatch/state/state_dict.h"
+
+namespace microbatch {
+
+/// What is known of a batch once all its gradients are summed and before anything is updated.
+struct Gathered {
+    double loss_sum = 0.0;       ///< sum of the loss over the batch
+    double weight = 0.0;         ///< W, what the loss is averaged over
+    double gradient_norm = 0.0;  ///< Euclidean norm of the mean gradient, before clipping; 0 if W is 0
+    std::int64_t micro_batches = 0;
+    NoiseSums parts = {};      ///< of those with weight, where they were to be measured
+    GradientViews sums = {};   ///< gradients of the summed loss, of the parameters that have one
+    Plan plan = {};            ///< how it was run; the smallest, where samples of some shapes needed a smaller one
+
+    /// Mean loss of the batch; 0 if the weight is 0.
+    double loss() const { return weight > 0.0 ? loss_sum / weight : 0.0; }
+};
+
+/// A batch that was left between two of its micro-batches, to be resumed here or on an identically configured
+/// accumulator.
+struct PartialBatch {
+    Gathered so_far = {};           ///< without the gradient norm
+    std::int64_t samples = 0;       ///< the first so many of the batch are in
+    std::uint32_t fingerprint = 0;  ///< which batch: see BatchSource
+    Plan plan = {};
+    bool measure_noise = false;
+    std::int64_t out_of_memory = 0;  ///< attempts so far that ran out of memory
+    StateDict before = {};           ///< the model's forward_state() before the batch
+};
+
+}  // namespace microbatch

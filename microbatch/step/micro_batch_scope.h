@@ -1,0 +1,50 @@
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "microbatch/autograd/in_place_gradients.h"
+#include "microbatch/core/batch_plan.h"
+#include "microbatch/model/model.h"
+
+namespace microbatch {
+
+/// What must hold around one forward and backward.
+class MicroBatchScope {
+public:
+    virtual ~MicroBatchScope() = default;
+
+    /// Before the forward pass of a micro-batch that is run by this plan. May be called again without leave().
+    virtual void enter(const Plan& plan) = 0;
+
+    /// After the last backward pass, or an exception.
+    virtual void leave() {}
+};
+
+using MicroBatchScopes = std::vector<std::shared_ptr<MicroBatchScope>>;
+
+/// Weight gradients are summed in the product that makes them: see InPlaceGradients.
+class InProductSums final : public MicroBatchScope {
+public:
+    void enter(const Plan&) override {
+        if (!sums_) sums_.emplace();
+    }
+    void leave() override { sums_.reset(); }
+
+private:
+    std::optional<InPlaceGradients> sums_;
+};
+
+/// The model recomputes its activations where the plan says so.
+class ActivationCheckpointing final : public MicroBatchScope {
+public:
+    explicit ActivationCheckpointing(std::shared_ptr<Model> model) : model_(std::move(model)) {}
+
+    void enter(const Plan& plan) override { model_->set_checkpointing(plan.recompute); }
+
+private:
+    std::shared_ptr<Model> model_;
+};
+
+}  // namespace microbatch
