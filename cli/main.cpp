@@ -8,12 +8,12 @@
 #include <csignal>
 #include <new>
 
-#include "cli/commands.h"
-#include "cli/flags.h"
-#include "cli/interrupt.h"
-#include "cli/job.h"
-#include "cli/nearest.h"
-#include "cli/settings.h"
+#include "cli/commands/commands.h"
+#include "cli/commands/interrupt.h"
+#include "cli/commands/job.h"
+#include "cli/options/flags.h"
+#include "cli/options/nearest.h"
+#include "cli/options/settings.h"
 #include "microbatch/core/error.h"
 
 namespace {

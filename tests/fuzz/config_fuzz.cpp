@@ -2,8 +2,8 @@
 #include <cstdio>
 #include <string>
 
-#include "cli/config_file.h"
-#include "cli/flags.h"
+#include "cli/options/config_file.h"
+#include "cli/options/flags.h"
 #include "fuzz/fuzz.h"
 
 namespace microbatch::cli {

@@ -1,0 +1,371 @@
+#include <ATen/Parallel.h>
+#include <c10/util/Exception.h>
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <vector>
+
+#include "cli/commands/commands.h"
+#include "cli/commands/interrupt.h"
+#include "cli/commands/outcome.h"
+#include "cli/commands/plan_job.h"
+#include "cli/commands/watch.h"
+#include "cli/options/config.h"
+#include "cli/options/config_file.h"
+#include "cli/options/flags.h"
+#include "cli/print/output.h"
+#include "cli/print/progress.h"
+#include "microbatch/analysis/batch_size_sweep.h"
+#include "microbatch/core/batch_advice.h"
+#include "microbatch/core/error.h"
+#include "microbatch/core/units.h"
+#include "microbatch/io/json_number.h"
+#include "microbatch/memory/budget_allocator.h"
+
+namespace microbatch::cli {
+namespace {
+
+constexpr std::int64_t branch_batches = 64;  // of the base, that a branch trains on
+
+struct AdviseSettings {
+    Settings job;
+    bool check = false;
+};
+
+struct Noise {
+    std::optional<double> batch;  // in samples; none where it is undefined
+    std::int64_t measures = 0;
+};
+
+// A micro-batch by which noise can be measured: the fastest that cuts the batch and leaves room for a copy of the
+// gradients; where none was tried, a quarter of the batch.
+Plan cut_to_measure(const PlanReport& report) {
+    const Candidate* best = nullptr;
+    for (const Candidate& one : report.candidates) {
+        if (!one.fits || !one.measured || one.micro_batches < 2) continue;
+        if (predicted_peak(report, one, {.noise = true}) > report.budget_bytes) continue;
+        if (best == nullptr || one.step_seconds < best->step_seconds) best = &one;
+    }
+    if (best != nullptr) return best->plan;
+    const Plan& chosen = report.choice().plan;
+    return {.micro_batch = std::max<std::int64_t>(1, std::min(chosen.micro_batch, report.batch / 4)),
+            .recompute = chosen.recompute};
+}
+
+// Its rate does not fall: what says how is left out.
+Settings at_constant_rate(Settings settings) {
+    settings.schedule = "constant";
+    settings.final_lr.reset();
+    settings.power.reset();
+    settings.decay.clear();
+    return settings;
+}
+
+Noise measure_noise_of_run(std::FILE* out, const JobPlan& plan, const Job& job, Interval length, std::int64_t budget) {
+    const Settings constant = at_constant_rate(plan.settings);
+    Trainer trainer(*job.accumulator, *plan.data.train, job.loss,
+                    {.batch = plan.settings.batch,
+                     .length = length,
+                     .schedule = schedule_of(constant, length, plan.data.train->tokens_per_sample(), constant.batch),
+                     .seed = static_cast<std::uint64_t>(plan.settings.seed),
+                     .guard = SpikeGuardOptions{.most_refused = most_refused_in_a_row - 1},
+                     .noise_every = 1});
+    ProgressLine progress(out, length, speed_unit(plan), budget);
+    Noise noise;
+    std::vector<NoiseMeasure> measures;
+    double weight_per_sample = 1.0;
+    while (!trainer.done()) {
+        if (interrupted()) throw Interrupted();
+        const TrainerReport report = trainer.step();
+        progress.update(report, memory_use().peak_bytes);
+        if (report.diverged) {
+            progress.finish();
+            throw Error(ErrorKind::stopped,
+                        fmt::format("the run diverged at step {}: {}; take a smaller --lr than {:g} or a --warmup",
+                                    report.progress.steps, report.step.reason, learning_rate_of(plan.settings)));
+        }
+        if (!report.step.noise || !report.step.applied) continue;
+        measures.push_back(*report.step.noise);
+        weight_per_sample = report.step.weight / static_cast<double>(report.samples);
+    }
+    progress.finish();
+    noise.measures = static_cast<std::int64_t>(measures.size());
+    // The first half is of a gradient that is gone; the mean of the others, numerator and denominator apart.
+    NoiseMeasure sum;
+    for (std::size_t i = measures.size() / 2; i < measures.size(); ++i) {
+        sum.variance += measures[i].variance;
+        sum.squared_gradient += measures[i].squared_gradient;
+    }
+    if (sum.variance > 0.0 && sum.squared_gradient > 0.0) {
+        noise.batch = sum.variance / sum.squared_gradient / weight_per_sample;
+    }
+    return noise;
+}
+
+// How fast each micro-batch is that was tried.
+std::vector<TimedCut> timed_cuts(const PlanReport& report) {
+    std::vector<TimedCut> cuts;
+    for (const Candidate& one : report.candidates) {
+        if (!one.fits || !one.time_measured || one.step_seconds <= 0.0) continue;
+        const double seconds = std::max(0.0, one.step_seconds - report.update_seconds);
+        cuts.push_back({one.plan.micro_batch, seconds / static_cast<double>(report.batch)});
+    }
+    return cuts;
+}
+
+// As far as the table tells something: where a larger batch saves no step any more, or what the user has.
+std::int64_t largest_of_table(double noise_batch, std::int64_t batch) {
+    constexpr double most = 1 << 20;
+    return std::max(batch, static_cast<std::int64_t>(std::min(16.0 * noise_batch, most)));
+}
+
+// None where the rule has no answer.
+std::optional<double> rate_by(const Settings& settings, RateRule rule, std::int64_t batch) {
+    try {
+        const std::int64_t reference = settings.reference_batch.value_or(settings.batch);
+        return scale_to_batch(constants_of(settings), rule, reference, batch).learning_rate;
+    } catch (const Error&) {
+        return std::nullopt;
+    }
+}
+
+std::vector<RateRule> rules_for(const Settings& settings) {
+    if (settings.optimizer == "sgd") return {RateRule::linear, RateRule::sqrt};
+    return {RateRule::sqrt, RateRule::adam_sde, RateRule::linear};
+}
+
+std::string bar(double share) {
+    constexpr double longest = 30.0;
+    return std::string(static_cast<std::size_t>(std::lround(std::clamp(share, 0.0, 1.0) * longest)), '#');
+}
+
+// The batch of the table that is nearest to this one.
+std::int64_t nearest_batch(const BatchAdvice& advice, double batch) {
+    const auto far = [batch](const BatchCost& cost) {
+        return std::abs(std::log(static_cast<double>(cost.batch) / batch));
+    };
+    return std::min_element(advice.table.begin(), advice.table.end(),
+                            [&](const auto& one, const auto& other) { return far(one) < far(other); })
+        ->batch;
+}
+
+void print_costs(std::FILE* out, const Settings& settings, const BatchAdvice& advice) {
+    std::vector<std::string> heading{"", "batch", "micro-batch", "time per step", "steps", "samples", "time"};
+    const std::vector<RateRule> rules = rules_for(settings);
+    for (const RateRule rule : rules) heading.push_back(fmt::format("rate ({})", to_string(rule)));
+    std::vector<std::vector<std::string>> rows{heading};
+    for (std::size_t i = 0; i < advice.table.size(); ++i) {
+        const BatchCost& cost = advice.table[i];
+        std::string mark = i == advice.soonest ? "soonest" : "";
+        if (cost.batch == nearest_batch(advice, advice.noise_batch)) mark += mark.empty() ? "knee" : ", knee";
+        if (cost.batch == settings.batch) mark += mark.empty() ? "yours" : ", yours";
+        std::vector<std::string> row{mark,
+                                     std::to_string(cost.batch),
+                                     std::to_string(cost.micro_batch),
+                                     fmt::format("{:.1f} ms", 1e3 * cost.step_seconds),
+                                     fmt::format("{:.2f} x", cost.steps),
+                                     fmt::format("{:.2f} x", cost.samples),
+                                     fmt::format("{:.2f} x", cost.time)};
+        for (const RateRule rule : rules) {
+            const std::optional<double> rate = rate_by(settings, rule, cost.batch);
+            row.push_back(rate ? fmt::format("{:.3g}", *rate) : "-");
+        }
+        rows.push_back(row);
+    }
+    print_table(out, rows);
+    fmt::print(out, "steps, samples and time to the same loss, over the least of each\n\n");
+    fmt::print(out, "time to the same loss by batch\n");
+    double most = 1.0;
+    for (const BatchCost& cost : advice.table) most = std::max(most, cost.time);
+    for (const BatchCost& cost : advice.table) {
+        fmt::print(out, "{:>8}  {:<30}  {:.2f} x\n", cost.batch, bar(cost.time / most), cost.time);
+    }
+}
+
+std::string describe_accumulation(const BatchAdvice& advice) {
+    const BatchCost& soonest = advice.table[advice.soonest];
+    const BatchCost& uncut = advice.soonest_uncut;
+    if (!soonest.is_cut()) {
+        return fmt::format("not needed: the batch that is there soonest, {}, is one micro-batch", soonest.batch);
+    }
+    const double gain = 100.0 * (1.0 - soonest.time / uncut.time);
+    if (advice.accumulation_pays()) {
+        return fmt::format(
+            "worth it: a batch of {} in micro-batches of {} is there {:.0f} % sooner than one of {} at once",
+            soonest.batch, soonest.micro_batch, gain, uncut.batch);
+    }
+    return fmt::format(
+        "not worth it for time: a batch of {} at once is as soon there as {} accumulated (within {:.1f} %)",
+        uncut.batch, soonest.batch, std::max(0.0, gain));
+}
+
+void print_advice(std::FILE* out, const Settings& settings, const Noise& noise, const BatchAdvice& advice) {
+    fmt::print(out, "noise     as large as the gradient at a batch of {} samples ({} measures at a batch of {})\n",
+               format_count(std::llround(advice.noise_batch)), noise.measures, settings.batch);
+    fmt::print(out, "          a proxy: language models may use several times as much; --check tries it\n\n");
+    print_costs(out, settings, advice);
+    fmt::print(out, "\nfewest steps     a batch of {} or more: within 10 % of the fewest that any batch needs\n",
+               format_count(batch_of_few_steps(advice.noise_batch)));
+    fmt::print(out, "fewest samples   a batch of {} or less: within 10 % of the fewest\n",
+               format_count(batch_of_few_samples(advice.noise_batch)));
+    fmt::print(out, "knee             {}: twice the fewest of both\n",
+               format_count(std::max<std::int64_t>(1, std::llround(advice.noise_batch))));
+    fmt::print(out, "soonest          {}, by the time of a step on this machine\n",
+               format_count(advice.table[advice.soonest].batch));
+    fmt::print(out, "accumulation     {}\n", describe_accumulation(advice));
+}
+
+// The user's, where there is one that changes the rate alone.
+RateRule rule_of_branches(const Settings& settings) {
+    if (settings.lr_rule.empty()) return settings.optimizer == "sgd" ? RateRule::linear : RateRule::sqrt;
+    const RateRule rule = parse_rate_rule(settings.lr_rule);
+    if (rule == RateRule::adam_sde) return RateRule::sqrt;
+    return rule == RateRule::beta2_time ? RateRule::none : rule;
+}
+
+std::vector<Branch> check_branches(std::FILE* out, const JobPlan& plan, const Job& job) {
+    BranchOptions options{.batch = plan.settings.batch,
+                          .samples = branch_batches * plan.settings.batch,
+                          .rule = rule_of_branches(plan.settings),
+                          .seed = static_cast<std::uint64_t>(plan.settings.seed) + 1};
+    std::int64_t shown = 0;
+    options.on_step = [&](std::int64_t batch) {
+        if (interrupted()) throw Interrupted();
+        if (batch == shown) return;
+        shown = batch;
+        fmt::print(out, "check     a branch at a batch of {}\n", batch);
+    };
+    return branch_by_batch(*job.accumulator, *plan.data.train, job.loss, options);
+}
+
+void print_branches(std::FILE* out, const std::vector<Branch>& branches) {
+    std::vector<std::vector<std::string>> rows{{"", "batch", "rate", "loss", "against the first"}};
+    std::int64_t critical = 0;
+    for (const Branch& branch : branches) {
+        rows.push_back({branch.as_good ? "as good" : "", std::to_string(branch.batch),
+                        fmt::format("{:.3g}", branch.learning_rate), fmt::format("{:.4f}", branch.loss),
+                        fmt::format("{:+.4f}", branch.loss - branches.front().loss)});
+        if (branch.as_good) critical = branch.batch;
+    }
+    print_table(out, rows);
+    if (critical == 0) {
+        fmt::print(out, "critical         undefined: the loss of the first is not finite\n");
+        return;
+    }
+    fmt::print(out, "critical         {}{}: the largest that loses at most 0.01\n",
+               critical == branches.back().batch ? "at least " : "", critical);
+}
+
+nlohmann::ordered_json to_json(const BatchCost& cost, const Settings& settings) {
+    nlohmann::ordered_json row{
+        {"batch", cost.batch},          {"micro_batch", cost.micro_batch},  {"step_seconds", cost.step_seconds},
+        {"relative_steps", cost.steps}, {"relative_samples", cost.samples}, {"relative_time", cost.time}};
+    for (const RateRule rule : rules_for(settings)) {
+        const std::optional<double> rate = rate_by(settings, rule, cost.batch);
+        row["learning_rate"][std::string(to_string(rule))] = rate ? nlohmann::ordered_json(*rate) : nullptr;
+    }
+    return row;
+}
+
+void print_json(const JobPlan& plan, const Noise& noise, const std::optional<BatchAdvice>& advice,
+                const std::vector<Branch>& branches) {
+    nlohmann::ordered_json document;
+    document["model"] = plan.model;
+    document["batch"] = plan.settings.batch;
+    document["noise_batch"] = noise.batch ? json_number(*noise.batch) : nullptr;
+    document["measures"] = noise.measures;
+    document["batches"] = nlohmann::ordered_json::array();
+    document["soonest_batch"] = nullptr;
+    document["accumulation_pays"] = nullptr;
+    if (advice) {
+        for (const BatchCost& cost : advice->table) document["batches"].push_back(to_json(cost, plan.settings));
+        document["soonest_batch"] = advice->table[advice->soonest].batch;
+        document["accumulation_pays"] = advice->accumulation_pays();
+    }
+    document["branches"] = nlohmann::ordered_json::array();
+    for (const Branch& branch : branches) {
+        document["branches"].push_back({{"batch", branch.batch},
+                                        {"learning_rate", branch.learning_rate},
+                                        {"loss", json_number(branch.loss)},
+                                        {"as_good", branch.as_good}});
+    }
+    fmt::print("{}\n", document.dump(2));
+}
+
+int advise(const AdviseSettings& advise_settings) {
+    const Settings& settings = advise_settings.job;
+    validate(settings);
+    if (settings.batch < 2) {
+        throw Error(ErrorKind::usage, "--batch 1 says nothing of noise: it takes two micro-batches; raise --batch");
+    }
+    const Interval length = length_of(settings, {100, Unit::steps});
+    const std::int64_t budget = memory_budget_of(settings);
+    std::FILE* out = settings.json ? stderr : stdout;
+    if (settings.threads > 0) at::set_num_threads(static_cast<int>(settings.threads));
+    install_budget_allocator();
+    watch_interrupts();
+    const JobPlan plan = open_job(settings, length);
+    const Job job = make_job_to_plan(plan, budget);
+    const PlanReport report = plan_job(plan, job, budget, out);
+    job.accumulator->set_plan(settings.micro_batch == "auto" ? cut_to_measure(report) : report.choice().plan);
+    set_memory_budget(budget);
+    fmt::print(out, "model     {}\n", plan.model_description);
+    fmt::print(out, "data      {}\n", plan.data.description);
+    fmt::print(out, "measuring noise: {} at a batch of {} in micro-batches of {}\n", to_string(length), settings.batch,
+               job.accumulator->plan().micro_batch);
+    const Noise noise = measure_noise_of_run(out, plan, job, length, budget);
+    std::optional<BatchAdvice> advice;
+    if (noise.batch) {
+        advice = advise_batch(*noise.batch, timed_cuts(report), report.update_seconds,
+                              largest_of_table(*noise.batch, settings.batch));
+        print_advice(out, settings, noise, *advice);
+    } else {
+        fmt::print(out, "noise     undefined after {} measures: {}\n", noise.measures,
+                   noise.measures == 0 ? "the batch was not cut, or a copy of the gradients did not fit the memory"
+                                       : "it hides the gradient; measure longer (--steps) or at a larger --batch");
+    }
+    std::vector<Branch> branches;
+    if (advise_settings.check) {
+        try {
+            branches = check_branches(out, plan, job);
+            print_branches(out, branches);
+        } catch (const c10::OutOfMemoryError&) {
+            fmt::print(out, "check     not made: a copy of parameters and optimizer state does not fit the memory\n");
+        }
+    }
+    if (settings.json) print_json(plan, noise, advice, branches);
+    return 0;
+}
+
+}  // namespace
+
+void add_advise(CLI::App& application, Action& action) {
+    CLI::App* command = application.add_subcommand(
+        "advise", "Measure the gradient's noise, and say which batch and rate, and whether accumulation is worth it");
+    auto settings = std::make_shared<AdviseSettings>();
+    add_job_options(*command, settings->job);
+    add_length_options(*command, settings->job, "100 steps");
+    command
+        ->add_flag("--check", settings->check,
+                   "Also train on from there at 1, 2, 4 and 8 times the batch, and see which does as well")
+        ->group("Run");
+    command->footer(
+        "Example:\n"
+        "  microbatch advise --data /usr/share/games/fortunes --batch 64 --memory 100MiB --check\n"
+        "Trains a little, at a constant rate, and measures at every step how much the gradients of its micro-batches\n"
+        "differ.\n"
+        "Noise falls as a model trains: ask again later, or read noise_batch in a run's metrics.jsonl.\n"
+        "The rates are those that --lr, right for --reference-batch or else for --batch, becomes by each rule.");
+    command->callback([command, settings, &action] {
+        action = [command, settings] {
+            refuse_empty_values(*command);
+            apply_config_file(*command, settings->job.config);
+            return advise(*settings);
+        };
+    });
+}
+
+}  // namespace microbatch::cli

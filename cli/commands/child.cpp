@@ -1,0 +1,125 @@
+#include "cli/commands/child.h"
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <poll.h>
+#include <spawn.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <array>
+#include <cerrno>
+#include <csignal>
+#include <cstring>
+#include <vector>
+
+#include "cli/commands/interrupt.h"
+#include "cli/commands/job.h"
+#include "microbatch/core/error.h"
+
+namespace microbatch::cli {
+namespace {
+
+struct Pipe {
+    std::array<int, 2> ends{-1, -1};
+
+    Pipe() {
+        if (::pipe2(ends.data(), O_CLOEXEC) != 0) {
+            throw Error(ErrorKind::usage, fmt::format("cannot make a pipe: {}", std::strerror(errno)));
+        }
+    }
+    Pipe(const Pipe&) = delete;
+    Pipe& operator=(const Pipe&) = delete;
+    ~Pipe() {
+        close(0);
+        close(1);
+    }
+    void close(std::size_t end) {
+        if (ends[end] >= 0) ::close(ends[end]);
+        ends[end] = -1;
+    }
+};
+
+// False at its end.
+bool read_some(int from, std::string& into) {
+    std::array<char, 4096> buffer{};
+    const ssize_t count = ::read(from, buffer.data(), buffer.size());
+    if (count > 0) into.append(buffer.data(), static_cast<std::size_t>(count));
+    return count > 0 || (count < 0 && errno == EINTR);
+}
+
+// Whole lines, as they come; what the child says of its failure is kept.
+void pass_on(std::string& text, std::FILE* out, std::string& error) {
+    for (std::size_t end = text.find('\n'); end != std::string::npos; end = text.find('\n')) {
+        const std::string line = text.substr(0, end);
+        text.erase(0, end + 1);
+        if (line.starts_with("microbatch: ")) {
+            error = line;
+        } else {
+            fmt::print(out, "{}\n", line);
+        }
+    }
+    std::fflush(out);
+}
+
+pid_t start(const std::vector<std::string>& words, Pipe& output, Pipe& errors) {
+    std::vector<char*> arguments;
+    for (const std::string& word : words) arguments.push_back(const_cast<char*>(word.c_str()));
+    arguments.push_back(nullptr);
+    posix_spawn_file_actions_t actions;
+    posix_spawn_file_actions_init(&actions);
+    posix_spawn_file_actions_adddup2(&actions, output.ends[1], STDOUT_FILENO);
+    posix_spawn_file_actions_adddup2(&actions, errors.ends[1], STDERR_FILENO);
+    // In a group of its own a terminal's Ctrl-C reaches it by this process alone: once.
+    posix_spawnattr_t attributes;
+    posix_spawnattr_init(&attributes);
+    posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETPGROUP);
+    posix_spawnattr_setpgroup(&attributes, 0);
+    pid_t child = -1;
+    const int failure = ::posix_spawn(&child, "/proc/self/exe", &actions, &attributes, arguments.data(), environ);
+    posix_spawnattr_destroy(&attributes);
+    posix_spawn_file_actions_destroy(&actions);
+    if (failure != 0) {
+        throw Error(ErrorKind::usage, fmt::format("cannot start another process: {}", std::strerror(failure)));
+    }
+    output.close(1);
+    errors.close(1);
+    return child;
+}
+
+int wait_for(pid_t child) {
+    int status = 0;
+    while (::waitpid(child, &status, 0) < 0 && errno == EINTR) {
+    }
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+}
+
+}  // namespace
+
+ChildResult run_child(const std::vector<std::string>& words, std::FILE* out) {
+    Pipe output, errors;
+    std::vector<std::string> all{"microbatch"};
+    all.insert(all.end(), words.begin(), words.end());
+    const pid_t child = start(all, output, errors);
+    ChildResult result;
+    std::array<pollfd, 2> ends{{{output.ends[0], POLLIN, 0}, {errors.ends[0], POLLIN, 0}}};
+    std::string errors_so_far;
+    std::array<std::string*, 2> texts{&result.output, &errors_so_far};
+    bool told = false;
+    while (ends[0].fd >= 0 || ends[1].fd >= 0) {
+        ::poll(ends.data(), ends.size(), 200);
+        if (interrupted() && !told) {
+            ::kill(child, SIGINT);
+            told = true;
+        }
+        for (std::size_t i = 0; i < ends.size(); ++i) {
+            if (ends[i].fd >= 0 && ends[i].revents != 0 && !read_some(ends[i].fd, *texts[i])) ends[i].fd = -1;
+        }
+        pass_on(errors_so_far, out, result.error);
+    }
+    result.exit_code = wait_for(child);
+    if (interrupted()) throw Interrupted();
+    return result;
+}
+
+}  // namespace microbatch::cli

@@ -1,0 +1,357 @@
+#include <ATen/Parallel.h>
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <nlohmann/json.hpp>
+#include <numeric>
+#include <optional>
+
+#include "cli/commands/commands.h"
+#include "cli/commands/interrupt.h"
+#include "cli/commands/plan_job.h"
+#include "cli/commands/report.h"
+#include "cli/commands/strategy.h"
+#include "cli/options/config.h"
+#include "cli/options/config_file.h"
+#include "cli/options/flags.h"
+#include "cli/print/output.h"
+#include "microbatch/core/error.h"
+#include "microbatch/core/units.h"
+#include "microbatch/io/json_number.h"
+#include "microbatch/memory/budget_allocator.h"
+#include "microbatch/memory/machine.h"
+
+namespace microbatch::cli {
+namespace {
+
+struct CompareSettings {
+    Settings job;
+    std::string batches;  ///< empty: small, accumulated, native
+    std::int64_t seeds = 2;
+};
+
+/// A folder of its own, gone at the end; or the one that --run names, which stays.
+class WorkFolder {
+public:
+    explicit WorkFolder(const std::string& named) : keep_(!named.empty()), path_(named) {
+        if (keep_) {
+            std::error_code failure;
+            std::filesystem::create_directories(path_, failure);
+            if (failure)
+                throw Error(ErrorKind::usage, fmt::format("cannot make --run {}: {}", named, failure.message()));
+            return;
+        }
+        std::string name = (std::filesystem::temp_directory_path() / "microbatch-compare-XXXXXX").string();
+        if (::mkdtemp(name.data()) == nullptr) throw Error(ErrorKind::usage, fmt::format("cannot make {}", name));
+        path_ = name;
+    }
+    WorkFolder(const WorkFolder&) = delete;
+    WorkFolder& operator=(const WorkFolder&) = delete;
+    ~WorkFolder() {
+        std::error_code ignored;
+        if (keep_) {
+            std::filesystem::remove(path_, ignored);  // if nothing came into it
+        } else {
+            std::filesystem::remove_all(path_, ignored);
+        }
+    }
+
+    const std::filesystem::path& path() const { return path_; }
+    bool is_kept() const { return keep_; }
+
+private:
+    bool keep_;
+    std::filesystem::path path_;
+};
+
+// Before anything is measured.
+void refuse_used_folder(const std::string& run) {
+    if (run.empty() || !std::filesystem::exists(run)) return;
+    throw Error(ErrorKind::usage, fmt::format("--run {} exists already; name a new folder for this comparison", run));
+}
+
+double mean_of(const std::vector<double>& values) {
+    return std::accumulate(values.begin(), values.end(), 0.0) / static_cast<double>(values.size());
+}
+
+std::string describe_losses(const Strategy& strategy) {
+    if (!strategy.failure.empty()) return "did not finish";
+    if (!strategy.ran) return "-";
+    if (strategy.diverged) return "diverged";
+    const auto [least, most] = std::minmax_element(strategy.held_out.begin(), strategy.held_out.end());
+    const std::string mean = fmt::format("{:.4f}", mean_of(strategy.held_out));
+    return strategy.held_out.size() == 1 ? mean : fmt::format("{} ({:.4f} to {:.4f})", mean, *least, *most);
+}
+
+struct PlannedCuts {
+    Plan cut;
+    std::int64_t native_peak_bytes = 0;
+};
+
+// How the batch is accumulated, and what it would need at once: it can be more than the machine has, and is not tried.
+PlannedCuts plan_cuts(std::FILE* out, const JobPlan& plan, std::int64_t budget) {
+    const Job job = make_job_to_plan(plan, budget);
+    PlannedCuts cuts{.cut = plan_job(plan, job, budget, out).choice().plan};
+    const std::int64_t machine = std::max(budget, available_memory_bytes() / 10 * 9);
+    const PlanReport native = plan_native(plan, job, machine);
+    for (const Candidate& candidate : native.candidates) {
+        if (candidate.micro_batches == 1) cuts.native_peak_bytes = candidate.peak_bytes();
+    }
+    if (cuts.cut.micro_batch == plan.batch && plan.batch > 1) {
+        cuts.cut.micro_batch = std::max<std::int64_t>(1, plan.batch / 4);
+        fmt::print(out, "the whole batch of {} is the plan; to compare, it is also accumulated by {}\n", plan.batch,
+                   cuts.cut.micro_batch);
+    }
+    return cuts;
+}
+
+std::vector<std::int64_t> parse_batches(const std::string& list) {
+    std::vector<std::int64_t> batches;
+    std::string_view rest = list;
+    while (true) {
+        const auto comma = rest.find(',');
+        std::string one(rest.substr(0, comma));
+        std::erase(one, ' ');
+        try {
+            batches.push_back(parse_count(one));
+        } catch (const Error& error) {
+            throw Error(ErrorKind::usage,
+                        fmt::format("--batches \"{}\": {}; write \"16, 64, 256\"", list, error.what()));
+        }
+        const auto refuse = [&list](const std::string& why) {
+            throw Error(ErrorKind::usage, fmt::format("--batches \"{}\": {}", list, why));
+        };
+        if (batches.back() < 1 || batches.back() > std::int64_t{1} << 31) refuse("a batch must be from 1 to 2^31");
+        if (std::count(batches.begin(), batches.end(), batches.back()) > 1) {
+            refuse(fmt::format("{} stands there twice", batches.back()));
+        }
+        if (comma == std::string_view::npos) return batches;
+        rest.remove_prefix(comma + 1);
+    }
+}
+
+std::vector<Strategy> strategies_of(const CompareSettings& settings, const PlannedCuts& cuts, std::int64_t budget) {
+    std::vector<Strategy> strategies;
+    if (!settings.batches.empty()) {
+        for (const std::int64_t batch : parse_batches(settings.batches)) {
+            Plan cut = cuts.cut;
+            cut.micro_batch = std::min(cut.micro_batch, batch);
+            strategies.push_back(
+                {.name = fmt::format("batch {}", batch), .batch = batch, .plan = cut, .memory_bytes = budget});
+        }
+        return strategies;
+    }
+    const std::int64_t batch = settings.job.batch, machine = std::max(budget, available_memory_bytes() / 10 * 9);
+    strategies = {{.name = "small batch", .batch = cuts.cut.micro_batch, .plan = cuts.cut, .memory_bytes = budget},
+                  {.name = "accumulated", .batch = batch, .plan = cuts.cut, .memory_bytes = budget},
+                  {.name = "native", .batch = batch, .plan = {.micro_batch = batch}, .memory_bytes = machine}};
+    Strategy& native = strategies.back();
+    native.peak_bytes = cuts.native_peak_bytes;
+    native.can_run = native.peak_bytes > 0 && native.peak_bytes <= machine;
+    return strategies;
+}
+
+std::vector<std::vector<std::string>> rows_of(const JobPlan& plan, const std::vector<Strategy>& strategies,
+                                              std::int64_t samples, std::int64_t budget) {
+    std::vector<std::vector<std::string>> rows{{"strategy", "batch", "micro-batch", "rate", "peak memory", "fits",
+                                                "gradient variance", "time per step", "time per sample", "time",
+                                                "held-out loss", "sharpness"}};
+    for (const Strategy& s : strategies) {
+        auto measured = [&s](const std::string& figure) { return s.ran ? figure : std::string("-"); };
+        rows.push_back({s.name, std::to_string(s.batch), std::to_string(s.plan.micro_batch),
+                        fmt::format("{:.4g}", constants_of(plan.settings, s.batch).learning_rate),
+                        format_bytes(s.peak_bytes) + (s.ran ? "" : " predicted"), s.peak_bytes <= budget ? "yes" : "no",
+                        s.variance ? fmt::format("{:.3g}", *s.variance) : "-",
+                        measured(fmt::format("{:.1f} ms", 1e3 * s.step_seconds)),
+                        measured(fmt::format("{:.3f} ms", 1e3 * s.sample_seconds(samples))),
+                        measured(fmt::format("{:.1f} s", s.seconds)), describe_losses(s),
+                        s.curvature ? fmt::format("{:.3g}", *s.curvature) : "-"});
+    }
+    return rows;
+}
+
+std::string describe_comparison(const JobPlan& plan, std::int64_t samples, std::int64_t seeds, std::int64_t budget) {
+    const RateRule rule = rate_rule_of(plan.settings);
+    return fmt::format("{}; {} samples each, the same {} and schedule, {}; memory budget {}", plan.model_description,
+                       format_count(samples), seeds == 1 ? "seed" : fmt::format("{} seeds", seeds),
+                       rule == RateRule::none ? "the same rate"
+                                              : fmt::format("the rate by the rule {} from batch {}", to_string(rule),
+                                                            *plan.settings.reference_batch),
+                       format_bytes(budget));
+}
+
+const char* const what_stands_there =
+    "Gradient variance: trace of the covariance of the batch's mean gradient, all at the same parameters. Sharpness: "
+    "the "
+    "largest eigenvalue of the Hessian at the end, over 32 samples.";
+
+void print_strategies(std::FILE* out, const std::string& title, const std::vector<Strategy>& strategies,
+                      const std::vector<std::vector<std::string>>& rows) {
+    fmt::print(out, "\n{}\n\n", title);
+    print_table(out, rows);
+    for (const Strategy& each : strategies) {
+        if (!each.can_run) {
+            fmt::print(out, "\n{} was not run: its predicted peak is more than this machine has free\n", each.name);
+        }
+    }
+}
+
+nlohmann::ordered_json to_json(const JobPlan& plan, const Strategy& s, std::int64_t samples, std::int64_t budget) {
+    const auto if_ran = [&s](double value) { return s.ran ? json_number(value) : nlohmann::ordered_json(); };
+    nlohmann::ordered_json row;
+    row["strategy"] = s.name;
+    row["batch"] = s.batch;
+    row["peak_learning_rate"] = constants_of(plan.settings, s.batch).learning_rate;
+    row["micro_batch"] = s.plan.micro_batch;
+    row["recompute"] = s.plan.recompute;
+    row["ran"] = s.ran;
+    row["diverged"] = s.diverged;
+    row["failure"] = s.failure.empty() ? nlohmann::ordered_json() : nlohmann::ordered_json(s.failure);
+    row["peak_bytes"] = s.peak_bytes;  // predicted, if it was not run
+    row["fits"] = s.peak_bytes <= budget;
+    row["gradient_variance"] = s.variance ? json_number(*s.variance) : nlohmann::ordered_json();
+    row["step_seconds"] = if_ran(s.step_seconds);
+    row["sample_seconds"] = if_ran(s.sample_seconds(samples));
+    row["seconds"] = if_ran(s.seconds);
+    row["held_out_loss"] = s.ran ? json_number(mean_of(s.held_out)) : nlohmann::ordered_json();
+    row["held_out_losses"] = nlohmann::ordered_json::array();
+    for (const double loss : s.held_out) row["held_out_losses"].push_back(json_number(loss));
+    row["sharpness"] = s.curvature ? json_number(*s.curvature) : nlohmann::ordered_json();
+    row["losses_along"] = nlohmann::ordered_json::array();
+    for (const double loss : s.losses_along) row["losses_along"].push_back(json_number(loss));
+    return row;
+}
+
+void print_json(const JobPlan& plan, const std::vector<Strategy>& strategies, std::int64_t samples, std::int64_t seeds,
+                std::int64_t budget) {
+    nlohmann::ordered_json document;
+    document["model"] = plan.model;
+    document["data"] = plan.settings.data;
+    document["samples"] = samples;
+    document["seeds"] = seeds;
+    document["budget_bytes"] = budget;
+    document["distances"] = distances();
+    for (const Strategy& s : strategies) document["strategies"].push_back(to_json(plan, s, samples, budget));
+    fmt::print("{}\n", document.dump(2));
+}
+
+ReportCurves curves_of(const std::vector<Strategy>& strategies) {
+    ReportCurves curves{.title = "Sharp or flat: loss along a random direction",
+                        .along = "distance",
+                        .x = distances(),
+                        .note =
+                            "At the end of each run; the direction's filters are as long as the model's own (Li et al. "
+                            "2018). Where the loss rises steeply the minimum is sharp."};
+    for (const Strategy& each : strategies) {
+        if (!each.losses_along.empty()) curves.lines.push_back({each.name, each.losses_along});
+    }
+    return curves;
+}
+
+// The comparison into the page of every run.
+void write_comparison(std::FILE* out, const std::filesystem::path& folder, const std::string& title, std::int64_t seed,
+                      std::int64_t seeds, const std::vector<Strategy>& strategies,
+                      std::vector<std::vector<std::string>> rows) {
+    ReportTable table{
+        .title = "Strategies", .heading = rows.front(), .rows = {}, .note = title + ". " + what_stands_there};
+    rows.erase(rows.begin());
+    table.rows = std::move(rows);
+    for (const Strategy& each : strategies) {
+        for (std::int64_t run = 0; run < static_cast<std::int64_t>(each.held_out.size()) && run < seeds; ++run) {
+            const std::filesystem::path of_run = folder_of(folder, each, seed + run);
+            write_run_report(of_run, {.tables = {table}, .curves = {curves_of(strategies)}});
+            fmt::print(out, "written   {}\n", (of_run / "report.html").string());
+        }
+    }
+}
+
+int compare(const CompareSettings& compare_settings) {
+    const Settings& settings = compare_settings.job;
+    validate(settings);
+    if (!compare_settings.batches.empty()) parse_batches(compare_settings.batches);
+    refuse_used_folder(settings.run);
+    const WorkFolder folder(settings.run);
+    if (settings.seed > std::numeric_limits<std::int64_t>::max() - compare_settings.seeds) {
+        throw Error(ErrorKind::usage,
+                    fmt::format("--seed {} leaves no room for --seeds {}", settings.seed, compare_settings.seeds));
+    }
+    const std::int64_t budget = memory_budget_of(settings);
+    const Interval asked = length_of(settings, {16 * settings.batch, Unit::samples});
+    std::FILE* out = settings.json ? stderr : stdout;
+    if (settings.threads > 0) at::set_num_threads(static_cast<int>(settings.threads));
+    install_budget_allocator();
+    watch_interrupts();
+    const JobPlan plan = open_job(settings, asked);
+    const std::int64_t tokens_per_sample = plan.data.train->tokens_per_sample();
+    const std::int64_t samples = convert(asked, Unit::samples, settings.batch, tokens_per_sample).count;
+    schedule_of(settings, {samples, Unit::samples}, tokens_per_sample, settings.batch);
+    std::vector<Strategy> strategies = strategies_of(compare_settings, plan_cuts(out, plan, budget), budget);
+    for (const Strategy& each : strategies) constants_of(settings, each.batch);  // a rule may have no answer
+    for (std::int64_t run = 0; run < compare_settings.seeds; ++run) {
+        const std::int64_t seed = settings.seed + run;
+        for (Strategy& each : strategies) {
+            if (each.can_run && each.failure.empty()) train_in_child(out, plan, samples, seed, folder.path(), each);
+        }
+    }
+    measure_at_the_end(out, plan, folder.path(), strategies[std::min<std::size_t>(1, strategies.size() - 1)],
+                       strategies);
+    const auto rows = rows_of(plan, strategies, samples, budget);
+    const std::string title = describe_comparison(plan, samples, compare_settings.seeds, budget);
+    print_strategies(out, title, strategies, rows);
+    if (folder.is_kept())
+        write_comparison(out, folder.path(), title, settings.seed, compare_settings.seeds, strategies, rows);
+    if (settings.json) print_json(plan, strategies, samples, compare_settings.seeds, budget);
+    return 0;
+}
+
+}  // namespace
+
+void add_compare(CLI::App& application, Action& action) {
+    CLI::App* command = application.add_subcommand(
+        "compare", "Train with a small batch, the batch accumulated and the batch at once, and compare");
+    auto settings = std::make_shared<CompareSettings>();
+    add_job_options(*command, settings->job);
+    add_length_options(*command, settings->job, "16 batches");
+    command
+        ->add_option("--batches", settings->batches,
+                     "Compare these batches instead, such as \"16, 64, 256\", all cut by the plan's micro-batch")
+        ->type_name("LIST")
+        ->group("Run");
+    command
+        ->add_option_function<std::string>(
+            "--seeds",
+            [settings](const std::string& text) {
+                settings->seeds = parse_count(text);
+                if (settings->seeds < 1 || settings->seeds > 1000) {
+                    throw Error(ErrorKind::usage,
+                                fmt::format("--seeds is {}; it must be from 1 to 1000", settings->seeds));
+                }
+            },
+            "Runs of each, with seeds from --seed on (default 2)")
+        ->type_name("N")
+        ->group("Run");
+    command
+        ->add_option("--run", settings->job.run,
+                     "Keep every run in this folder, each with a report.html that has the comparison in it")
+        ->type_name("DIR")
+        ->group("Run");
+    command->footer(
+        "Examples:\n"
+        "  microbatch compare --data /usr/share/games/fortunes --batch 64 --memory 64MiB --samples 1280\n"
+        "  microbatch compare --data notes.txt --batches \"8, 64, 512\" --reference-batch 64 --run runs/sizes\n"
+        "Every strategy sees the same samples (default 16 batches), in a process of its own. What is beyond the\n"
+        "budget is run all the same where the machine has the memory, and marked as not fitting. Gradient variance:\n"
+        "trace of the covariance of the batch's mean gradient, all strategies at the same parameters. Sharpness: the\n"
+        "largest eigenvalue of the Hessian at the end of each.");
+    command->callback([command, settings, &action] {
+        action = [command, settings] {
+            refuse_empty_values(*command);
+            apply_config_file(*command, settings->job.config);
+            return compare(*settings);
+        };
+    });
+}
+
+}  // namespace microbatch::cli

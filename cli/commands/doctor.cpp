@@ -1,0 +1,132 @@
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/randn.h>
+#include <fmt/format.h>
+#include <torch/version.h>
+
+#include <chrono>
+#include <cstdlib>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+#include <thread>
+
+#include "cli/commands/commands.h"
+#include "cli/print/output.h"
+#include "microbatch/analysis/verify.h"
+#include "microbatch/core/units.h"
+#include "microbatch/memory/budget_allocator.h"
+#include "microbatch/memory/machine.h"
+#include "microbatch/models/gpt.h"
+#include "microbatch/ops/cross_entropy.h"
+
+namespace microbatch::cli {
+namespace {
+
+// good: as it should be; odd: slower or poorer than it could be; broken: nothing here can be trusted.
+enum class State { good, odd, broken };
+
+// One line of the report: what was looked at, and what was found.
+struct Finding {
+    std::string name, value;
+    State state = State::good;
+};
+
+Finding check_budget() {
+    const std::int64_t before = memory_use().live_bytes;
+    bool refused = false;
+    try {
+        const BudgetScope tight(before + 1024);
+        at::zeros({1024}, at::kDouble);
+    } catch (const c10::OutOfMemoryError&) {
+        refused = true;
+    }
+    const bool good = refused && memory_use().live_bytes == before;
+    return {"memory budget", good ? "holds: an allocation beyond it is refused" : "does not hold",
+            good ? State::good : State::broken};
+}
+
+Finding check_gradients() {
+    at::manual_seed(1);
+    Gpt model(GptConfig{.layers = 2, .heads = 2, .width = 32, .length = 16, .vocabulary = 64});
+    const Batch batch{{at::randint(64, {5, 16}, at::kLong), at::randint(64, {5, 16}, at::kLong)}};
+    const Verification found = verify(
+        *model, batch,
+        [&model](const Batch& micro) -> WeightedLoss {
+            return {cross_entropy_sum(model->forward(micro.fields[0]), micro.fields[1]),
+                    count_targets(micro.fields[1])};
+        },
+        3);
+    return {"accumulated gradients", found.ok() ? "same as the whole batch's" : "differ from the whole batch's",
+            found.ok() ? State::good : State::broken};
+}
+
+double matrix_product_gflops() {
+    const at::Tensor a = at::randn({1024, 1024});
+    const at::Tensor b = at::randn({1024, 1024});
+    double best = 0.0;
+    for (int i = 0; i < 5; ++i) {
+        const auto started = std::chrono::steady_clock::now();
+        at::matmul(a, b);
+        const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
+        best = std::max(best, 2.0 * 1024 * 1024 * 1024 / seconds / 1e9);
+    }
+    return best;
+}
+
+Finding check_load() {
+    double load = 0.0;
+    if (getloadavg(&load, 1) != 1) return {"load", "not known"};
+    const auto cores = static_cast<double>(std::thread::hardware_concurrency());
+    const bool busy = load > 0.75 * cores;
+    return {"load",
+            fmt::format("{:.1f} on {} cores{}", load, cores,
+                        busy ? ": others are using them; expect steps several times slower" : ""),
+            busy ? State::odd : State::good};
+}
+
+Finding check_data(const char* name, const char* path) {
+    const bool there = std::filesystem::exists(path);
+    return {name, there ? path : fmt::format("not installed ({}); `make demo` installs it", path)};
+}
+
+std::vector<Finding> examine() {
+    return {{"microbatch", MICROBATCH_VERSION},
+            {"torch", fmt::format("{}, kernels for {}", TORCH_VERSION, at::get_cpu_capability())},
+            {"threads", fmt::format("{} of {} cores", at::get_num_threads(), std::thread::hardware_concurrency())},
+            check_load(),
+            {"memory", fmt::format("{} free of {}", format_bytes(available_memory_bytes()),
+                                   format_bytes(physical_memory_bytes()))},
+            {"matrix product", fmt::format("{:.0f} GFLOP/s at 1024 x 1024 x 1024, float32", matrix_product_gflops())},
+            check_budget(),
+            check_gradients(),
+            check_data("sample text", "/usr/share/games/fortunes"),
+            check_data("sample images", "/usr/share/datasets/fashion-mnist")};
+}
+
+int doctor(bool json) {
+    install_budget_allocator();
+    const std::vector<Finding> findings = examine();
+    bool broken = false;
+    nlohmann::ordered_json document;
+    for (const Finding& finding : findings) {
+        broken = broken || finding.state == State::broken;
+        document[finding.name] = {{"value", finding.value}, {"good", finding.state == State::good}};
+        if (!json)
+            fmt::print("{}  {:<22} {}\n", finding.state == State::good ? "ok" : "!!", finding.name, finding.value);
+    }
+    if (json) fmt::print("{}\n", document.dump(2));
+    return broken ? 1 : 0;
+}
+
+}  // namespace
+
+void add_doctor(CLI::App& application, Action& action) {
+    CLI::App* command =
+        application.add_subcommand("doctor", "Look at this machine and check that Microbatch works on it");
+    auto json = std::make_shared<bool>(false);
+    command->add_flag("--json", *json, "Print one JSON document");
+    command->callback([json, &action] { action = [json] { return doctor(*json); }; });
+}
+
+}  // namespace microbatch::cli

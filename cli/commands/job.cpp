@@ -1,0 +1,265 @@
+#include "cli/commands/job.h"
+
+#include <ATen/Context.h>
+#include <fmt/format.h>
+#include <torch/nn/module.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "cli/commands/interrupt.h"
+#include "microbatch/core/error.h"
+#include "microbatch/core/units.h"
+#include "microbatch/models/gpt.h"
+#include "microbatch/models/mlp.h"
+#include "microbatch/models/resnet.h"
+#include "microbatch/ops/cross_entropy.h"
+#include "microbatch/ops/linear_cross_entropy.h"
+#include "microbatch/optim/adamw.h"
+#include "microbatch/optim/sgd.h"
+
+namespace microbatch::cli {
+namespace {
+
+bool is_gpt(const std::string& model) {
+    return model.starts_with("gpt");
+}
+
+GptConfig gpt_config(const std::string& model, const Settings& settings, std::int64_t vocabulary) {
+    GptConfig config = gpt_preset(model);
+    config.layers = settings.layers.value_or(config.layers);
+    config.heads = settings.heads.value_or(config.heads);
+    config.width = settings.width.value_or(config.width);
+    if (settings.length > 0) config.length = settings.length;
+    config.dropout = settings.dropout;
+    // Token files may hold fewer tokens than the preset's vocabulary; text needs exactly 256.
+    config.vocabulary = model == "gpt2" ? std::max(config.vocabulary, vocabulary) : vocabulary;
+    return config;
+}
+
+ResNetConfig resnet_config(const JobPlan& plan) {
+    ResNetConfig config;
+    config.classes = plan.data.classes;
+    config.width = plan.settings.width.value_or(config.width);
+    config.blocks = plan.settings.layers.value_or(config.blocks);
+    if (!plan.settings.norm.empty()) config.norm = parse_image_norm(plan.settings.norm);
+    return config;
+}
+
+MlpConfig mlp_config(const JobPlan& plan) {
+    MlpConfig config;
+    config.inputs = plan.data.height * plan.data.width;
+    config.classes = plan.data.classes;
+    config.width = plan.settings.width.value_or(config.width);
+    config.layers = plan.settings.layers.value_or(config.layers);
+    return config;
+}
+
+void require_known(const std::string& model) {
+    if (model == "resnet" || model == "mlp") return;
+    try {
+        gpt_preset(model);
+    } catch (const Error&) {
+        throw Error(
+            ErrorKind::usage,
+            fmt::format("--model {}: there is no such model; choose gpt-tiny, gpt-small, gpt2, resnet or mlp", model));
+    }
+}
+
+void require_flags_of(const std::string& model, const Settings& settings) {
+    auto refuse = [&model](const char* flag, const char* owner) {
+        throw Error(ErrorKind::usage,
+                    fmt::format("{} contradicts --model {}: it is a setting of {}", flag, model, owner));
+    };
+    if (!is_gpt(model)) {
+        if (settings.heads) refuse("--heads", "a gpt");
+        if (settings.length > 0) refuse("--length", "a gpt");
+        if (settings.dropout > 0.0) refuse("--dropout", "a gpt");
+    }
+    if (model != "resnet" && !settings.norm.empty()) refuse("--norm", "a resnet");
+}
+
+void require_match(const std::string& model, const OpenedData& data, const std::string& path) {
+    const bool images = data.kind == DataKind::images;
+    if (images == !is_gpt(model)) return;
+    throw Error(ErrorKind::usage,
+                fmt::format("--model {} trains on {}, but {} holds {}: choose --model {}", model,
+                            images ? "text or tokens" : "images", path, images ? "images" : "text or tokens",
+                            images ? "resnet or mlp" : "gpt-tiny, gpt-small or gpt2"));
+}
+
+template <class Holder>
+void use_model(Job& job, Holder model, LossFunction loss) {
+    job.model = model.ptr();
+    job.parameters = parameters_of(model);
+    job.loss = std::move(loss);
+}
+
+// Logits of a vocabulary much wider than the model are most of a step's memory: they are made a chunk at a time.
+void use_gpt(Job& job, const GptConfig& config) {
+    constexpr std::int64_t wide = 4096;
+    Gpt model(config);
+    const bool chunked = config.vocabulary >= wide;
+    use_model(job, model, [model, chunked](const Batch& micro) mutable -> WeightedLoss {
+        const at::Tensor &tokens = micro.fields[0], &targets = micro.fields[1];
+        const at::Tensor sum = chunked ? linear_cross_entropy_sum(model->hidden(tokens), model->head_weight(), targets)
+                                       : cross_entropy_sum(model->forward(tokens), targets);
+        return {sum, count_targets(targets)};
+    });
+}
+
+template <class Holder>
+void use_classifier(Job& job, Holder model) {
+    use_model(job, model, [model](const Batch& micro) mutable -> WeightedLoss {
+        return {cross_entropy_sum(model->forward(micro.fields[0]), micro.fields[1]), static_cast<double>(micro.size())};
+    });
+}
+
+void use_optimizer(Job& job, const Settings& settings, std::int64_t batch) {
+    const RateConstants constants = constants_of(settings, batch);
+    const bool sgd = settings.optimizer == "sgd";
+    const auto groups = split_by_decay(job.parameters, weight_decay_of(settings));
+    if (sgd) {
+        job.optimizer = std::make_unique<Sgd>(groups, SgdOptions{.learning_rate = constants.learning_rate,
+                                                                 .momentum = momentum_of(settings),
+                                                                 .nesterov = settings.nesterov});
+    } else {
+        job.optimizer = std::make_unique<AdamW>(groups, AdamWOptions{.learning_rate = constants.learning_rate,
+                                                                     .beta1 = constants.adam->beta1,
+                                                                     .beta2 = constants.adam->beta2,
+                                                                     .epsilon = constants.adam->epsilon});
+    }
+}
+
+// Every size as a flag would give it, so that config.toml holds it whatever the presets are by then.
+void resolve_sizes(JobPlan& plan) {
+    Settings& settings = plan.settings;
+    if (is_gpt(plan.model)) {
+        const GptConfig config = gpt_config(plan.model, settings, plan.data.classes);
+        settings.layers = config.layers;
+        settings.heads = config.heads;
+        settings.width = config.width;
+        settings.length = config.length;
+    } else if (plan.model == "resnet") {
+        const ResNetConfig config = resnet_config(plan);
+        settings.layers = config.blocks;
+        settings.width = config.width;
+        settings.norm = to_string(config.norm);
+    } else {
+        const MlpConfig config = mlp_config(plan);
+        settings.layers = config.layers;
+        settings.width = config.width;
+    }
+}
+
+std::string short_count(std::int64_t count) {
+    return count >= 1'000'000 ? fmt::format("{:.1f}M", static_cast<double>(count) / 1e6)
+                              : fmt::format("{:.0f}k", static_cast<double>(count) / 1e3);
+}
+
+std::string describe_model(const JobPlan& plan) {
+    if (is_gpt(plan.model)) {
+        const GptConfig config = gpt_config(plan.model, plan.settings, plan.data.classes);
+        return fmt::format("{}, {} parameters: {} layers, {} heads, {} wide, {} tokens a sample", plan.model,
+                           short_count(count_parameters(config)), config.layers, config.heads, config.width,
+                           config.length);
+    }
+    std::int64_t count = 0;
+    for (const Parameter& parameter : make_job(plan).parameters) count += parameter.tensor.numel();
+    return fmt::format("{}, {} parameters", plan.model, short_count(count));
+}
+
+// The first samples of a dataset, so that an evaluation has a bounded cost.
+class FirstSamples final : public Dataset {
+public:
+    FirstSamples(const Dataset& all, std::int64_t most) : all_(all), size_(std::min(all.size(), most)) {}
+
+    std::int64_t size() const override { return size_; }
+    std::int64_t tokens_per_sample() const override { return all_.tokens_per_sample(); }
+    Batch get(std::span<const std::int64_t> indices) const override { return all_.get(indices); }
+
+private:
+    const Dataset& all_;
+    std::int64_t size_;
+};
+
+class Evaluation {
+public:
+    explicit Evaluation(torch::nn::Module& model) : model_(model) { model_.eval(); }
+    Evaluation(const Evaluation&) = delete;
+    Evaluation& operator=(const Evaluation&) = delete;
+    ~Evaluation() { model_.train(); }
+
+private:
+    torch::nn::Module& model_;
+};
+
+}  // namespace
+
+JobPlan open_job(const Settings& settings, Interval length) {
+    JobPlan plan;
+    plan.settings = settings;
+    plan.model = settings.model;
+    if (!plan.model.empty()) {
+        require_known(plan.model);
+        require_flags_of(plan.model, settings);
+    }
+    const bool needs_length = plan.model.empty() || is_gpt(plan.model);
+    const std::int64_t tokens =
+        needs_length ? gpt_config(plan.model.empty() ? "gpt-tiny" : plan.model, settings, 256).length : 1;
+    plan.data = open_data(settings.data, tokens);
+    if (plan.model.empty()) {
+        plan.model = plan.data.kind == DataKind::images ? "resnet" : "gpt-tiny";
+        require_flags_of(plan.model, settings);
+    }
+    require_match(plan.model, plan.data, settings.data);
+    resolve_sizes(plan);
+    plan.model_description = describe_model(plan);
+    const std::int64_t tokens_per_sample = plan.data.train->tokens_per_sample();
+    plan.steps = convert(length, Unit::steps, settings.batch, tokens_per_sample).count;
+    plan.batches = batches_of(settings, length, tokens_per_sample);
+    plan.batch = largest_batch(plan.batches);
+    if (length.unit != Unit::steps) {
+        plan.batch = std::min(plan.batch, convert(length, Unit::samples, settings.batch, tokens_per_sample).count);
+    }
+    return plan;
+}
+
+Job make_job(const JobPlan& plan, const Plan& cut, std::optional<std::int64_t> batch) {
+    at::manual_seed(plan.settings.seed);
+    Job job;
+    if (is_gpt(plan.model)) {
+        use_gpt(job, gpt_config(plan.model, plan.settings, plan.data.classes));
+    } else if (plan.model == "resnet") {
+        use_classifier(job, ResNet(resnet_config(plan)));
+    } else {
+        use_classifier(job, Mlp(mlp_config(plan)));
+    }
+    use_optimizer(job, plan.settings, batch.value_or(plan.settings.batch));
+    job.accumulator = std::make_unique<Accumulator>(
+        job.parameters, *job.optimizer,
+        AccumulatorOptions{.plan = cut, .clip_norm = plan.settings.clip, .model = job.model.get()});
+    return job;
+}
+
+Parameters weights_of(const Job& job) {
+    Parameters weights = job.parameters;
+    for (const auto& buffer : job.model->named_buffers()) weights.push_back({buffer.key(), buffer.value()});
+    return weights;
+}
+
+double held_out_loss(const JobPlan& plan, const Job& job, std::int64_t trained, std::int64_t micro_batch) {
+    const FirstSamples samples(*plan.data.held_out, std::clamp<std::int64_t>(trained, 16, 1024));
+    const LossFunction unless_interrupted = [&job](const Batch& micro) {
+        if (interrupted()) throw Interrupted();
+        return job.loss(micro);
+    };
+    const Evaluation evaluation(*job.model);
+    return mean_loss(samples, std::min(micro_batch, samples.size()), unless_interrupted);
+}
+
+const char* speed_unit(const JobPlan& plan) {
+    return plan.data.kind == DataKind::images ? "images" : "tokens";
+}
+
+}  // namespace microbatch::cli

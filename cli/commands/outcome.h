@@ -1,0 +1,59 @@
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+
+#include "cli/commands/step_times.h"
+#include "microbatch/run/trainer.h"
+
+namespace microbatch::cli {
+
+// A step is refused before it does harm, but steps that are all refused train nothing; without the guard, too.
+constexpr int most_refused_in_a_row = 10;
+
+/// What came of a run so far.
+struct Outcome {
+    TrainerReport last;
+    double first_loss = 0.0;
+    std::optional<double> held_out;  ///< not measured when interrupted
+    double seconds = 0.0;
+    StepTimes step_seconds, full_step_seconds;  ///< of all, and of those of the planned batch
+    Plan plan = {};                             ///< by which full batches were run in the end
+    std::int64_t peak_bytes = 0;
+    std::int64_t predicted_peak_bytes = 0;
+    std::int64_t out_of_memory = 0;
+    std::int64_t refused = 0;
+    std::int64_t restores = 0;
+    int refused_in_a_row = 0;                       ///< up to the last step; batches of weight 0 do not count
+    std::optional<std::int64_t> resumed_from = {};  ///< steps
+    std::int64_t checkpoints = 0;                   ///< that this process wrote
+    double checkpoint_seconds = 0.0;                ///< that training waited for them on the way
+    bool checkpointed = false;                      ///< its last state is in a checkpoint
+    bool interrupted = false;
+    bool ended_in_nan = false;  ///< the length was reached, by steps that were refused because they are not finite
+
+    bool diverged() const { return last.diverged || ended_in_nan || refused_in_a_row >= most_refused_in_a_row; }
+
+    /// Of those of the planned batch, where there are any.
+    double median_step_seconds() const {
+        return (full_step_seconds.empty() ? step_seconds : full_step_seconds).median();
+    }
+
+    /// Counts the last step in.
+    void add(std::int64_t peak, std::optional<std::int64_t> predicted, std::int64_t planned_batch) {
+        peak_bytes = std::max(peak_bytes, peak);
+        predicted_peak_bytes = std::max(predicted_peak_bytes, predicted.value_or(0));
+        step_seconds.add(last.seconds);
+        if (last.samples == planned_batch) full_step_seconds.add(last.seconds);
+        if (last.step.out_of_memory > 0) plan = last.step.plan;
+        out_of_memory += last.step.out_of_memory;
+        if (last.progress.steps == 1) first_loss = last.step.loss;
+        if (!last.step.applied) ++refused;
+        if (last.went_back_to) ++restores;
+        const bool bad = !last.step.applied && last.step.weight > 0.0;
+        refused_in_a_row = bad && !last.went_back_to ? refused_in_a_row + 1 : 0;
+    }
+};
+
+}  // namespace microbatch::cli

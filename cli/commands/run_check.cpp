@@ -1,0 +1,118 @@
+#include "cli/commands/run_check.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <vector>
+
+#include "cli/print/output.h"
+#include "microbatch/core/batch_plan.h"
+#include "microbatch/core/error.h"
+#include "microbatch/core/units.h"
+#include "microbatch/run/run_reader.h"
+
+namespace microbatch::cli {
+namespace {
+
+// The steps of a run that one plan made.
+struct Steps {
+    Plan plan;
+    std::int64_t count = 0;
+    std::int64_t out_of_memory = 0;
+    std::int64_t peak_bytes = 0;
+    std::optional<std::int64_t> predicted_peak_bytes;
+    std::vector<double> seconds, foretold_seconds;  // of all, and of those whose time was predicted
+    std::optional<double> predicted_seconds;
+
+    void add(const Steps& more) {
+        count += more.count;
+        out_of_memory += more.out_of_memory;
+        peak_bytes = std::max(peak_bytes, more.peak_bytes);
+        // What a step keeps beside the plan differs from one to the next; the peak is where most is.
+        if (more.predicted_peak_bytes) {
+            predicted_peak_bytes = std::max(predicted_peak_bytes.value_or(0), *more.predicted_peak_bytes);
+        }
+        if (!predicted_seconds) predicted_seconds = more.predicted_seconds;
+        seconds.insert(seconds.end(), more.seconds.begin(), more.seconds.end());
+        foretold_seconds.insert(foretold_seconds.end(), more.foretold_seconds.begin(), more.foretold_seconds.end());
+    }
+
+    double median_seconds() const { return median(foretold_seconds.empty() ? seconds : foretold_seconds); }
+};
+
+Steps steps_of(const LoggedStep& step) {
+    return {.plan = step.plan,
+            .count = 1,
+            .out_of_memory = step.out_of_memory,
+            .peak_bytes = step.peak_bytes,
+            .predicted_peak_bytes = step.predicted_peak_bytes,
+            .seconds = {step.seconds},
+            .foretold_seconds = step.predicted_seconds ? std::vector{step.seconds} : std::vector<double>{},
+            .predicted_seconds = step.predicted_seconds};
+}
+
+std::vector<Steps> read_run(const std::string& folder) {
+    const LoggedRun run = read_run_log(folder);
+    if (run.cut) {
+        throw Error(ErrorKind::bad_data,
+                    fmt::format("--run {}: metrics.jsonl line {} ends in its midst", folder, run.steps.size() + 1));
+    }
+    std::map<std::pair<std::int64_t, bool>, Steps> by_plan;
+    for (const LoggedStep& one : run.steps) {
+        const Steps step = steps_of(one);
+        const auto [found, is_new] = by_plan.try_emplace({step.plan.micro_batch, step.plan.recompute}, step);
+        if (!is_new) found->second.add(step);
+    }
+    std::vector<Steps> result;
+    for (auto& [plan, steps] : by_plan) result.push_back(std::move(steps));
+    return result;
+}
+
+void print_run(const std::vector<Steps>& run) {
+    std::vector<std::vector<std::string>> rows{{"steps", "micro-batch", "recompute", "predicted peak", "measured peak",
+                                                "", "predicted time", "measured time", "", "out of memory"}};
+    for (const Steps& steps : run) {
+        const double seconds = steps.median_seconds();
+        const auto& peak = steps.predicted_peak_bytes;
+        const auto& time = steps.predicted_seconds;
+        rows.push_back({format_count(steps.count), std::to_string(steps.plan.micro_batch),
+                        steps.plan.recompute ? "yes" : "no", peak ? format_bytes(*peak) : "-",
+                        format_bytes(steps.peak_bytes),
+                        peak ? percent_off(static_cast<double>(*peak), static_cast<double>(steps.peak_bytes)) : "",
+                        time ? fmt::format("{:.3f} s", *time) : "-", fmt::format("{:.3f} s", seconds),
+                        time ? percent_off(*time, seconds) : "", std::to_string(steps.out_of_memory)});
+    }
+    print_table(stdout, rows);
+}
+
+void print_json(const std::vector<Steps>& run) {
+    nlohmann::ordered_json document = nlohmann::ordered_json::array();
+    for (const Steps& steps : run) {
+        nlohmann::ordered_json row;
+        row["steps"] = steps.count;
+        row["micro_batch"] = steps.plan.micro_batch;
+        row["recompute"] = steps.plan.recompute;
+        row["predicted_peak_bytes"] = nullptr;
+        if (steps.predicted_peak_bytes) row["predicted_peak_bytes"] = *steps.predicted_peak_bytes;
+        row["measured_peak_bytes"] = steps.peak_bytes;
+        row["predicted_step_seconds"] = nullptr;
+        if (steps.predicted_seconds) row["predicted_step_seconds"] = *steps.predicted_seconds;
+        row["measured_step_seconds"] = steps.median_seconds();
+        row["out_of_memory"] = steps.out_of_memory;
+        document.push_back(row);
+    }
+    fmt::print("{}\n", document.dump(2));
+}
+
+}  // namespace
+
+int check_run(const std::string& folder, bool json) {
+    const std::vector<Steps> run = read_run(folder);
+    json ? print_json(run) : print_run(run);
+    return 0;
+}
+
+}  // namespace microbatch::cli

@@ -1,0 +1,66 @@
+#include "cli/commands/watch.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "cli/commands/outcome.h"
+#include "microbatch/core/units.h"
+
+namespace microbatch::cli {
+namespace {
+
+std::string describe_noise(std::int64_t every, std::int64_t missing, bool cut) {
+    if (every == 0) return "not measured";
+    if (!cut) return "not measured: the batch is one micro-batch, and it takes two";
+    if (missing > 0) {
+        return fmt::format("not measured: a copy of the gradients needs {} more memory", format_bytes(missing));
+    }
+    return fmt::format("measured every {} steps", every);
+}
+
+// Two snapshots of what the plan knows of; the model's buffers are little beside it.
+std::int64_t snapshot_bytes_of(const PlanReport& report) {
+    return 2 * (report.fixed.parameters + report.fixed.optimizer_state);
+}
+
+std::string describe_recovery(const RecoveryOptions& recovery, std::int64_t bytes) {
+    return fmt::format("{} restores from snapshots {}", recovery.most,
+                       bytes <= recovery.memory_bytes ? fmt::format("in memory ({})", format_bytes(bytes)) : "on disk");
+}
+
+}  // namespace
+
+std::int64_t predicted_peak(const PlanReport& report, const Candidate& plan, const Beside& beside) {
+    const PhasePeaks& peaks = *plan.measured;
+    std::int64_t peak = peaks.largest();
+    if (beside.noise) {
+        const std::int64_t state = beside.first_step ? report.fixed.optimizer_state : 0;
+        peak = std::max(peak, peaks.later_micro_batches - state + report.fixed.gradients);
+    }
+    return peak + beside.copy_bytes;
+}
+
+Watch watch_of(const JobPlan& plan, const PlanReport& report, const std::filesystem::path& folder) {
+    Watch watch;
+    const Settings& settings = plan.settings;
+    const std::int64_t missing = predicted_peak(report, report.choice(), {.noise = true}) - report.budget_bytes;
+    const bool cut = report.choice().micro_batches > 1;
+    if (cut && missing <= 0) watch.noise_every = settings.noise_every;
+    watch.noise_line = describe_noise(settings.noise_every, missing, cut);
+    watch.guard_line = "off: only what is not finite is refused";
+    const std::int64_t room =
+        report.budget_bytes - predicted_peak(report, report.choice(), {.noise = watch.noise_every > 0});
+    watch.checkpoint_bytes = room;
+    if (settings.no_guard) return watch;
+    watch.guard = SpikeGuardOptions{.most_refused = most_refused_in_a_row - 1};
+    watch.guard_line = fmt::format("{:g} deviations of the last {} steps", watch.guard->sigmas, watch.guard->window);
+    if (settings.restores == 0) return watch;
+    watch.recovery = RecoveryOptions{.most = settings.restores, .memory_bytes = room, .folder = folder};
+    const std::int64_t snapshots = snapshot_bytes_of(report);
+    watch.guard_line += "; " + describe_recovery(*watch.recovery, snapshots);
+    if (snapshots <= room) watch.checkpoint_bytes = room - snapshots;
+    return watch;
+}
+
+}  // namespace microbatch::cli

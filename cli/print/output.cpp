@@ -1,0 +1,69 @@
+#include "cli/print/output.h"
+
+#include <fmt/format.h>
+#include <sys/ioctl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <string_view>
+
+#include "microbatch/core/units.h"
+
+namespace microbatch::cli {
+
+void print_table(std::FILE* stream, const std::vector<std::vector<std::string>>& rows) {
+    std::vector<std::size_t> widths;
+    for (const auto& row : rows) {
+        widths.resize(std::max(widths.size(), row.size()));
+        for (std::size_t i = 0; i < row.size(); ++i) widths[i] = std::max(widths[i], row[i].size());
+    }
+    for (const auto& row : rows) {
+        std::string line;
+        for (std::size_t i = 0; i < row.size(); ++i) {
+            line += i == 0 ? fmt::format("{:<{}}", row[i], widths[i]) : fmt::format("  {:>{}}", row[i], widths[i]);
+        }
+        line.erase(line.find_last_not_of(' ') + 1);
+        fmt::print(stream, "{}\n", line);
+    }
+}
+
+std::string clock_time(double seconds) {
+    if (!std::isfinite(seconds) || seconds < 0.0 || seconds > 1e8) return "-";
+    const auto whole = static_cast<std::int64_t>(std::lround(seconds));
+    const std::int64_t hours = whole / 3600;
+    if (hours > 0) return fmt::format("{}:{:02}:{:02}", hours, whole / 60 % 60, whole % 60);
+    return fmt::format("{}:{:02}", whole / 60, whole % 60);
+}
+
+bool is_terminal(std::FILE* stream) {
+    const char* name = std::getenv("TERM");
+    const bool dumb = name != nullptr && std::string_view(name) == "dumb";
+    return isatty(fileno(stream)) != 0 && !dumb;
+}
+
+std::size_t terminal_columns(std::FILE* stream) {
+    winsize size{};
+    if (ioctl(fileno(stream), TIOCGWINSZ, &size) != 0 || size.ws_col == 0) return 100;
+    return size.ws_col;
+}
+
+std::string describe_parts(const MemoryParts& parts) {
+    return fmt::format("parameters {}, gradients {}, optimizer state {}, activations {}, other {}",
+                       format_bytes(parts.parameters), format_bytes(parts.gradients),
+                       format_bytes(parts.optimizer_state), format_bytes(parts.activations), format_bytes(parts.other));
+}
+
+std::string percent_off(double predicted, double measured) {
+    return fmt::format("{:+.1f} %", 100.0 * (predicted / measured - 1.0));
+}
+
+double median(std::vector<double> values) {
+    if (values.empty()) return 0.0;
+    const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
+    std::nth_element(values.begin(), middle, values.end());
+    return *middle;
+}
+
+}  // namespace microbatch::cli

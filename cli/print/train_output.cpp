@@ -1,0 +1,205 @@
+#include "cli/print/train_output.h"
+
+#include <ATen/Parallel.h>
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <nlohmann/json.hpp>
+
+#include "cli/commands/checkpoints.h"
+#include "cli/commands/plan_job.h"
+#include "cli/print/output.h"
+#include "microbatch/core/error.h"
+#include "microbatch/core/units.h"
+#include "microbatch/io/json_number.h"
+
+namespace microbatch::cli {
+namespace {
+
+void print_batch_schedule(std::FILE* out, const JobPlan& plan) {
+    if (plan.batches.size() > 1) fmt::print(out, "batches   {}\n", to_string(plan.batches));
+}
+
+void print_rate_rule(std::FILE* out, const Settings& settings) {
+    const RateRule rule = rate_rule_of(settings);
+    if (!settings.reference_batch) {
+        if (!settings.batch_schedule.empty())
+            fmt::print(out, "rule      the rate follows the batch by {}\n", to_string(rule));
+        return;
+    }
+    if (rule == RateRule::none) return;
+    fmt::print(out, "rule      {}\n",
+               describe_scaling(constants_of(settings), constants_of(settings, settings.batch), rule,
+                                *settings.reference_batch, settings.batch));
+}
+
+double speed(const Outcome& outcome) {
+    return static_cast<double>(outcome.last.progress.tokens) / std::max(outcome.seconds, 1e-9);
+}
+
+std::string describe_divergence(const Outcome& outcome, const Settings& settings) {
+    const std::string before = outcome.refused_in_a_row > 1 ? fmt::format(", and the {} steps before were refused, too",
+                                                                          outcome.refused_in_a_row - 1)
+                                                            : std::string();
+    const std::string restored =
+        outcome.restores > 1 ? fmt::format("; it had gone back {} times before", outcome.restores - 1) : std::string();
+    return fmt::format(
+        "the run diverged at step {}: {}{}{}. What is written are the weights of {}; take a smaller "
+        "--lr than {:g}, a --warmup or a smaller --clip",
+        outcome.last.progress.steps, outcome.last.step.reason, before, restored,
+        outcome.last.went_back_to ? fmt::format("step {}", *outcome.last.went_back_to)
+                                  : "the last step that was applied",
+        learning_rate_of(settings));
+}
+
+}  // namespace
+
+void print_header(std::FILE* out, const JobPlan& plan, const PlanReport& report, const Watch& watch, Interval length,
+                  const std::filesystem::path& folder) {
+    const Candidate& chosen = report.choice();
+    fmt::print(out, "model     {}\n", plan.model_description);
+    fmt::print(out, "data      {}\n", plan.data.description);
+    const std::string batch = plan.batches.size() == 1 ? fmt::format("{} samples per step", plan.settings.batch)
+                                                       : fmt::format("{} samples per step at first, {} at most",
+                                                                     plan.settings.batch, plan.batch);
+    fmt::print(out, "batch     {}, {} ({})\n", batch, describe_cut(chosen), report.why);
+    fmt::print(out, "memory    budget {}, predicted peak {}: {}\n", format_bytes(report.budget_bytes),
+               format_bytes(chosen.peak_bytes()), describe_parts(parts_of(report, chosen)));
+    fmt::print(out, "optimizer {}, learning rate {:g}, schedule {}, {}, clip {:g}\n", plan.settings.optimizer,
+               constants_of(plan.settings, plan.settings.batch).learning_rate, plan.settings.schedule,
+               to_string(length), plan.settings.clip);
+    print_batch_schedule(out, plan);
+    print_rate_rule(out, plan.settings);
+    fmt::print(out, "guard     {}\n", watch.guard_line);
+    fmt::print(out, "noise     {}\n", watch.noise_line);
+    fmt::print(out, "saved     {}\n", describe_checkpoints(plan.settings));
+    fmt::print(out, "run       {}, seed {}, {} threads\n", folder.string(), plan.settings.seed, at::get_num_threads());
+}
+
+void note_out_of_memory(ProgressLine& progress, const TrainerReport& report) {
+    if (report.step.out_of_memory == 0) return;
+    progress.note(fmt::format("step {}: out of memory; undone and made again in micro-batches of {}{}",
+                              report.progress.steps, report.step.plan.micro_batch,
+                              report.step.plan.recompute ? " with recompute" : ""));
+}
+
+void note_refusal(ProgressLine& progress, const TrainerReport& report) {
+    if (report.step.applied || report.step.weight == 0.0) return;
+    progress.note(fmt::format("step {}: refused: {}", report.progress.steps, report.step.reason));
+}
+
+void note_going_back(ProgressLine& progress, const TrainerReport& report, const RecoveryOptions& recovery,
+                     std::int64_t times) {
+    if (!report.went_back_to) return;
+    const double before = std::pow(recovery.cut, static_cast<double>(times - 1));
+    progress.note(fmt::format(
+        "step {}: diverged; back to the weights of step {}; the learning rate goes on at {:g} times the "
+        "schedule's and comes back to {:g} times within {} steps; the data since then is left out",
+        report.progress.steps, *report.went_back_to, before * recovery.cut, before, recovery.warmup + recovery.mend));
+}
+
+void print_summary(std::FILE* out, const JobPlan& plan, const PlanReport& report, const Watch& watch,
+                   const Outcome& outcome, const std::filesystem::path& folder) {
+    const Progress& progress = outcome.last.progress;
+    const Candidate& chosen = report.choice();
+    const std::int64_t predicted = std::max(outcome.predicted_peak_bytes, chosen.peak_bytes());
+    fmt::print(out, "{}{} steps, {} samples in {}: {} {}/s\n",
+               outcome.interrupted || outcome.diverged() ? "stopped   " : "done      ", format_count(progress.steps),
+               format_count(progress.samples), clock_time(outcome.seconds), format_count(std::llround(speed(outcome))),
+               speed_unit(plan));
+    fmt::print(out, "loss      {:.4f} at the first step, {:.4f} at the last", outcome.first_loss,
+               outcome.last.step.loss);
+    fmt::print(out, "{}\n", outcome.held_out ? fmt::format(", {:.4f} held out", *outcome.held_out) : std::string());
+    fmt::print(out, "memory    peak {} measured, {} predicted ({}), budget {}\n", format_bytes(outcome.peak_bytes),
+               format_bytes(predicted),
+               percent_off(static_cast<double>(predicted), static_cast<double>(outcome.peak_bytes)),
+               format_bytes(report.budget_bytes));
+    if (watch.noise_every > 0) {
+        fmt::print(out, "noise     {}\n",
+                   outcome.last.noise_batch ? fmt::format("as large as the gradient at a batch of {} (a proxy)",
+                                                          format_count(std::llround(*outcome.last.noise_batch)))
+                                            : "undefined: too few measures, or the noise hides the gradient");
+    }
+    const double seconds = outcome.median_step_seconds();
+    if (seconds > 0.0) {  // a run that was done already made no step
+        fmt::print(out, "time      {:.3f} s a step measured, {:.3f} s predicted ({})\n", seconds, chosen.step_seconds,
+                   percent_off(chosen.step_seconds, seconds));
+    }
+    if (outcome.out_of_memory > 0) {
+        fmt::print(
+            out,
+            "undone    {} times a step ran out of memory and was made again, in the end in micro-batches of {}{}\n",
+            outcome.out_of_memory, outcome.plan.micro_batch, outcome.plan.recompute ? " with recompute" : "");
+    }
+    if (outcome.restores > 0) {
+        fmt::print(out, "restores  {} times the run diverged and went back to weights from before, at a smaller rate\n",
+                   outcome.restores);
+    }
+    if (outcome.refused > 0) {
+        fmt::print(out, "refused   {} steps were not applied; the reasons are in metrics.jsonl\n", outcome.refused);
+    }
+    if (outcome.checkpoint_seconds > 0.0) {
+        fmt::print(out, "saved     {} times; training waited {:.3f} s for it on the way\n", outcome.checkpoints,
+                   outcome.checkpoint_seconds);
+    }
+    fmt::print(out, "written   {}: config.toml, metrics.jsonl, model.safetensors, report.html, summary.json{}\n",
+               folder.string(), outcome.checkpointed ? ", checkpoints" : "");
+    if (outcome.interrupted) print_way_on(out, outcome, folder);
+}
+
+void print_way_on(std::FILE* out, const Outcome& outcome, const std::filesystem::path& folder) {
+    if (!outcome.checkpointed) return;
+    fmt::print(out, "go on     microbatch train --run {} --resume\n", folder.string());
+}
+
+void print_json(const JobPlan& plan, const PlanReport& report, const Outcome& outcome,
+                const std::filesystem::path& folder) {
+    const Candidate& chosen = report.choice();
+    nlohmann::ordered_json document;
+    document["model"] = plan.model;
+    document["data"] = plan.settings.data;
+    document["batch"] = plan.settings.batch;
+    document["peak_learning_rate"] = constants_of(plan.settings, plan.settings.batch).learning_rate;
+    document["lr_rule"] = to_string(rate_rule_of(plan.settings));
+    document["micro_batch"] = outcome.plan.micro_batch;
+    document["recompute"] = outcome.plan.recompute;
+    document["steps"] = outcome.last.progress.steps;
+    document["samples"] = outcome.last.progress.samples;
+    document["tokens"] = outcome.last.progress.tokens;
+    const bool stepped = outcome.last.progress.steps > 0;
+    document["first_loss"] = stepped ? json_number(outcome.first_loss) : nullptr;
+    document["loss"] = stepped ? json_number(outcome.last.step.loss) : nullptr;
+    document["held_out_loss"] = outcome.held_out ? json_number(*outcome.held_out) : nullptr;
+    document["seconds"] = outcome.seconds;
+    document["tokens_per_second"] = speed(outcome);
+    document["peak_bytes"] = outcome.peak_bytes;
+    document["predicted_peak_bytes"] = std::max(outcome.predicted_peak_bytes, chosen.peak_bytes());
+    document["step_seconds"] = outcome.median_step_seconds();
+    document["predicted_step_seconds"] = chosen.step_seconds;
+    document["budget_bytes"] = report.budget_bytes;
+    document["out_of_memory"] = outcome.out_of_memory;
+    document["refused_steps"] = outcome.refused;
+    document["restores"] = outcome.restores;
+    document["noise_batch"] = outcome.last.noise_batch ? json_number(*outcome.last.noise_batch) : nullptr;
+    document["checkpoints"] = outcome.checkpoints;
+    document["checkpoint_seconds"] = outcome.checkpoint_seconds;
+    document["interrupted"] = outcome.interrupted;
+    document["resumed_from"] = nullptr;
+    if (outcome.resumed_from) document["resumed_from"] = *outcome.resumed_from;
+    document["run"] = nullptr;  // a run that came to nothing leaves no folder
+    if (std::filesystem::exists(folder)) document["run"] = folder.string();
+    fmt::print("{}\n", document.dump(2));
+}
+
+void report_divergence(const Outcome& outcome, const Settings& settings) {
+    if (outcome.diverged()) throw Error(ErrorKind::stopped, describe_divergence(outcome, settings));
+}
+
+std::string banner_of(const Outcome& outcome, const Settings& settings) {
+    if (outcome.diverged()) return "Stopped by the guard: " + describe_divergence(outcome, settings) + ".";
+    if (outcome.interrupted) return "Interrupted before its end.";
+    return {};
+}
+
+}  // namespace microbatch::cli

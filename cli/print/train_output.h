@@ -1,0 +1,36 @@
+#pragma once
+
+#include <cstdio>
+#include <filesystem>
+
+#include "cli/commands/outcome.h"
+#include "cli/commands/watch.h"
+#include "cli/print/progress.h"
+
+namespace microbatch::cli {
+
+/// What is going to be done, before it is.
+void print_header(std::FILE* out, const JobPlan& plan, const PlanReport& report, const Watch& watch, Interval length,
+                  const std::filesystem::path& folder);
+
+/// A line for what seldom happens in a step, where it did.
+void note_out_of_memory(ProgressLine& progress, const TrainerReport& report);
+void note_refusal(ProgressLine& progress, const TrainerReport& report);
+void note_going_back(ProgressLine& progress, const TrainerReport& report, const RecoveryOptions& recovery,
+                     std::int64_t times);
+
+/// What came of it; `folder` is what was written to.
+void print_summary(std::FILE* out, const JobPlan& plan, const PlanReport& report, const Watch& watch,
+                   const Outcome& outcome, const std::filesystem::path& folder);
+/// How to go on with a run that was stopped.
+void print_way_on(std::FILE* out, const Outcome& outcome, const std::filesystem::path& folder);
+void print_json(const JobPlan& plan, const PlanReport& report, const Outcome& outcome,
+                const std::filesystem::path& folder);
+
+/// What the report's reader should see first; empty if all went well.
+std::string banner_of(const Outcome& outcome, const Settings& settings);
+
+/// Throws ErrorKind::stopped if the run diverged, saying where and what to do.
+void report_divergence(const Outcome& outcome, const Settings& settings);
+
+}  // namespace microbatch::cli
