@@ -35,7 +35,7 @@ std::int64_t whole_from(const Json& value) {
     return value.get<std::int64_t>();
 }
 
-Scalar list_from(const Json& list) {
+StateScalar list_from(const Json& list) {
     if (std::all_of(list.begin(), list.end(), [](const Json& one) { return one.is_number_integer(); })) {
         std::vector<std::int64_t> values;
         for (const Json& one : list) values.push_back(whole_from(one));
@@ -46,7 +46,7 @@ Scalar list_from(const Json& list) {
     return values;
 }
 
-Scalar scalar_from(const Json& value) {
+StateScalar scalar_from(const Json& value) {
     if (value.is_boolean()) return value.get<bool>();
     if (value.is_number_unsigned() && value.get<std::uint64_t>() > INT64_MAX) return value.get<std::uint64_t>();
     if (value.is_number_integer()) return value.get<std::int64_t>();

@@ -49,6 +49,7 @@ Commit prepare_forward_state(Model& model, const StateReader& reader) {
     Commit buffers = prepare_tensors(reader.section("model"), model.buffers(), "buffer", Fit::resize);
     Commit generators = prepare_generators(model, reader.section("rng"));
     std::vector<std::int64_t> flags = reader.counts("training_flags");
+    if (flags.size() != model.training_flags().size()) reader.refuse("training_flags", "they are of another model");
     return [&model, buffers = std::move(buffers), generators = std::move(generators), flags = std::move(flags)] {
         model.set_training_flags(flags);
         buffers();
@@ -58,8 +59,11 @@ Commit prepare_forward_state(Model& model, const StateReader& reader) {
 
 void restore_forward_state(Model& model, const StateDict& state, bool generators) {
     const StateReader reader(state);
+    const StateReader saved = reader.section("model");
+    NamedTensors buffers = model.buffers();
+    std::erase_if(buffers, [&saved](const NamedTensor& one) { return !saved.has(one.name); });  // made since
     model.set_training_flags(reader.counts("training_flags"));
-    prepare_tensors(reader.section("model"), model.buffers(), "buffer", Fit::resize)();
+    prepare_tensors(saved, buffers, "buffer", Fit::resize)();
     if (!generators) return;
     for (const auto& [device, stored] : reader.section("rng").tensors()) {
         set_generator_state(at::Device(device), stored->get());

@@ -188,9 +188,9 @@ Commit Recovery::prepare(const StateReader& reader) {
         restored.points_.push_back(std::move(point));
     }
     return [this, restored = std::move(restored)]() mutable {
-        std::deque<Point> points = std::exchange(restored.points_, {});
+        std::deque<Point> taken = std::exchange(restored.points_, {});
         *this = std::move(restored);
-        for (Point& point : points) take_over(std::move(point));
+        for (Point& point : taken) take_over(std::move(point));
     };
 }
 

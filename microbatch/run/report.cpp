@@ -16,11 +16,6 @@ using Json = nlohmann::ordered_json;
 constexpr std::size_t most_points = 10'000;
 constexpr std::size_t most_events = 1'000;
 
-template <class Value>
-Json optional_json(const std::optional<Value>& value) {
-    return value ? Json(*value) : Json();
-}
-
 // A refused step is drawn, whatever is left out.
 bool is_drawn(const LoggedRun& run, std::size_t i) {
     const std::size_t stride = (run.steps.size() + most_points - 1) / most_points;
@@ -29,29 +24,19 @@ bool is_drawn(const LoggedRun& run, std::size_t i) {
 
 Json columns_of(const LoggedRun& run) {
     Json columns;
-    for (const char* name : {"step", "batch", "loss", "learning_rate", "gradient_norm", "noise_batch", "peak_bytes",
-                             "predicted_peak_bytes", "step_seconds", "predicted_step_seconds", "update_seconds"}) {
-        columns[name] = Json::array();
-    }
-    for (std::size_t i = 0; i < run.steps.size(); ++i) {
-        if (!is_drawn(run, i)) continue;
-        const LoggedStep& step = run.steps[i];
-        columns["step"].push_back(step.step);
-        columns["batch"].push_back(step.batch);
-        columns["loss"].push_back(finite_or_null(step.loss));
-        columns["learning_rate"].push_back(finite_or_null(step.learning_rate));
-        columns["gradient_norm"].push_back(finite_or_null(step.gradient_norm));
-        columns["noise_batch"].push_back(optional_json(step.noise_batch));
-        columns["peak_bytes"].push_back(step.peak_bytes);
-        columns["predicted_peak_bytes"].push_back(optional_json(step.predicted_peak_bytes));
-        columns["step_seconds"].push_back(finite_or_null(step.seconds));
-        columns["predicted_step_seconds"].push_back(optional_json(step.predicted_seconds));
-        columns["update_seconds"].push_back(finite_or_null(step.update_seconds));
+    for (const StepField& field : step_fields()) {
+        if (!field.charted) continue;
+        Json& column = columns[field.key] = Json::array();
+        for (std::size_t i = 0; i < run.steps.size(); ++i) {
+            if (!is_drawn(run, i)) continue;
+            const std::optional<double> number = field.number(run.steps[i]);
+            column.push_back(number ? finite_or_null(*number) : Json());
+        }
     }
     return columns;
 }
 
-Json event(const LoggedStep& step, const char* kind, const std::string& what) {
+Json event(const StepRecord& step, const char* kind, const std::string& what) {
     return {{"step", step.step}, {"kind", kind}, {"text", what}};
 }
 
@@ -65,11 +50,11 @@ void add_events(const LoggedRun& run, Json& document) {
             ++left_out;
         }
     };
-    for (const LoggedStep& step : run.steps) {
+    for (const StepRecord& step : run.steps) {
         if (step.out_of_memory > 0) {
             add(event(step, "out of memory",
-                      str_cat("made again in micro-batches of ", step.plan.micro_batch,
-                              step.plan.recompute ? " with recompute" : "")));
+                      str_cat("made again in micro-batches of ", step.micro_batch,
+                              step.recompute ? " with recompute" : "")));
         }
         if (!step.applied) add(event(step, "refused", step.reason));
         if (step.went_back_to) add(event(step, "went back", str_cat("to the weights of step ", *step.went_back_to)));

@@ -169,6 +169,36 @@ void Trainer::discard_partial() {
     at_.partial_seconds = 0.0;
 }
 
+StepRecord record_of(const TrainerReport& report, const StepMeasures& measures) {
+    const StepReport& step = report.step;
+    StepRecord record{.step = report.progress.steps,
+                      .samples = report.progress.samples,
+                      .tokens = report.progress.tokens,
+                      .batch = report.samples,
+                      .loss = step.loss,
+                      .weight = step.weight,
+                      .learning_rate = step.learning_rate,
+                      .gradient_norm = step.gradient_norm,
+                      .micro_batch = step.plan.micro_batch,
+                      .micro_batches = step.micro_batches,
+                      .recompute = step.plan.recompute,
+                      .out_of_memory = step.out_of_memory,
+                      .step_seconds = report.seconds,
+                      .update_seconds = step.update_seconds,
+                      .predicted_step_seconds = measures.predicted_step_seconds,
+                      .peak_bytes = measures.peak_bytes,
+                      .predicted_peak_bytes = measures.predicted_peak_bytes,
+                      .applied = step.applied,
+                      .reason = step.reason,
+                      .went_back_to = report.went_back_to,
+                      .noise_batch = report.noise_batch};
+    if (step.noise) {
+        record.gradient_variance = step.noise->variance;
+        record.squared_gradient = step.noise->squared_gradient;
+    }
+    return record;
+}
+
 double mean_loss(const Dataset& dataset, std::int64_t micro_batch, const LossFunction& loss) {
     at::NoGradGuard no_grad;
     double sum = 0.0;

@@ -15,6 +15,7 @@
 #include "microbatch/data/dataset.h"
 #include "microbatch/data/sampler.h"
 #include "microbatch/run/recovery.h"
+#include "microbatch/run/step_record.h"
 #include "microbatch/step/accumulator.h"
 
 namespace microbatch {
@@ -57,6 +58,15 @@ struct TrainerReport {
     std::int64_t snapshot_bytes = 0;  ///< that snapshots took of memory beside the step
     std::string warning = {};         ///< what whoever trains should know, and the run can do without
 };
+
+/// What a record holds of a step beside the trainer's own report.
+struct StepMeasures {
+    std::int64_t peak_bytes = 0;
+    std::optional<std::int64_t> predicted_peak_bytes = {};  ///< none if nothing was predicted
+    std::optional<double> predicted_step_seconds = {};
+};
+
+StepRecord record_of(const TrainerReport& report, const StepMeasures& measures);
 
 /// Draws batches, sets the learning rate, steps; the samples of a micro-batch are fetched when its turn comes, so that
 /// the batch is never held whole: `while (!trainer.done()) report = trainer.step();`

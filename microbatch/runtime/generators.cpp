@@ -38,7 +38,7 @@ std::vector<at::Device> generator_devices(const std::vector<at::Tensor>& tensors
 }
 
 at::Tensor generator_state(at::Device device) {
-    const at::Generator& generator = at::globalContext().defaultGenerator(device);
+    at::Generator generator = at::globalContext().defaultGenerator(device);
     const std::lock_guard lock(generator.mutex());
     return generator.get_state();
 }

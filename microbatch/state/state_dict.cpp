@@ -41,7 +41,7 @@ void StateDict::put(std::string name, StoredTensor tensor) {
     if (!tensors_.emplace(name, std::move(tensor)).second) refuse_twice(name);
 }
 
-void StateDict::put(std::string name, Scalar scalar) {
+void StateDict::put(std::string name, StateScalar scalar) {
     if (!scalars_.emplace(name, std::move(scalar)).second) refuse_twice(name);
 }
 
@@ -109,7 +109,7 @@ void StateWriter::put(const NamedTensors& tensors) const {
     for (const NamedTensor& one : tensors) put(one.name, one.tensor);
 }
 
-void StateWriter::add(std::string_view name, Scalar value) const {
+void StateWriter::add(std::string_view name, StateScalar value) const {
     dict_->put(str_cat(prefix_, name), std::move(value));
 }
 
@@ -122,7 +122,7 @@ bool StateReader::has(std::string_view name) const {
     return dict_->scalars().contains(whole) || dict_->tensors().contains(whole);
 }
 
-const Scalar& StateReader::scalar(std::string_view name) const {
+const StateScalar& StateReader::scalar(std::string_view name) const {
     const auto found = dict_->scalars().find(str_cat(prefix_, name));
     if (found == dict_->scalars().end()) refuse(name, "it is missing");
     return found->second;
@@ -146,13 +146,13 @@ std::int64_t StateReader::count(std::string_view name, std::int64_t least, std::
 }
 
 std::uint64_t StateReader::seed(std::string_view name) const {
-    const Scalar& value = scalar(name);
+    const StateScalar& value = scalar(name);
     if (const auto* seed = std::get_if<std::uint64_t>(&value)) return *seed;
     return static_cast<std::uint64_t>(count(name));
 }
 
 double StateReader::number(std::string_view name) const {
-    const Scalar& value = scalar(name);
+    const StateScalar& value = scalar(name);
     if (const auto* whole = std::get_if<std::int64_t>(&value)) return static_cast<double>(*whole);
     // JSON has no such numbers.
     if (const auto* word = std::get_if<std::string>(&value)) {
@@ -182,7 +182,7 @@ std::vector<std::int64_t> StateReader::counts(std::string_view name) const {
 }
 
 std::vector<double> StateReader::numbers(std::string_view name) const {
-    const Scalar& value = scalar(name);
+    const StateScalar& value = scalar(name);
     // An empty list, or one of whole numbers, reads back as such.
     if (const auto* whole = std::get_if<std::vector<std::int64_t>>(&value)) return {whole->begin(), whole->end()};
     return get<std::vector<double>>(name, "a list of numbers");

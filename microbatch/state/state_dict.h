@@ -14,7 +14,7 @@
 namespace microbatch {
 
 /// What a state holds beside tensors.
-using Scalar = std::variant<bool, std::int64_t, std::uint64_t, double, std::string, std::vector<std::int64_t>,
+using StateScalar = std::variant<bool, std::int64_t, std::uint64_t, double, std::string, std::vector<std::int64_t>,
                             std::vector<double>>;
 
 /// State by name: tensors (in memory or in a file) and scalars. Names are paths, such as `optimizer/fc.weight/1`; what
@@ -24,11 +24,11 @@ using Scalar = std::variant<bool, std::int64_t, std::uint64_t, double, std::stri
 class StateDict {
 public:
     using Tensors = std::map<std::string, StoredTensor, std::less<>>;
-    using Scalars = std::map<std::string, Scalar, std::less<>>;
+    using Scalars = std::map<std::string, StateScalar, std::less<>>;
 
     /// Errors: ErrorKind::usage if the name is taken.
     void put(std::string name, StoredTensor tensor);
-    void put(std::string name, Scalar scalar);
+    void put(std::string name, StateScalar scalar);
 
     const Tensors& tensors() const { return tensors_; }
     const Scalars& scalars() const { return scalars_; }
@@ -89,7 +89,7 @@ public:
     void merge(const StateDict& other) const { dict_->merge(prefix_, other); }
 
 private:
-    void add(std::string_view name, Scalar value) const;
+    void add(std::string_view name, StateScalar value) const;
 
     StateDict* dict_;
     std::string prefix_;
@@ -129,7 +129,7 @@ public:
     [[noreturn]] void refuse(std::string_view name, const std::string& why) const;
 
 private:
-    const Scalar& scalar(std::string_view name) const;
+    const StateScalar& scalar(std::string_view name) const;
     template <class Value>
     const Value& get(std::string_view name, const char* kind) const;
 

@@ -27,14 +27,14 @@ Reclaimer once() {
 
 /// A batch that is run, perhaps several times.
 struct Accumulator::Attempt {
-    Plan plan;
+    Plan plan = {};
     bool measure_noise = false;
-    MicroBatchCaps caps;
-    std::optional<PartialBatch> partial;
+    MicroBatchCaps caps = {};
+    std::optional<PartialBatch> partial = {};
     std::int64_t out_of_memory = 0;
-    std::string message;  // of the last out-of-memory error
-    SampleShape shape;    // of the micro-batch that ran last, and its plan
-    Plan plan_of_shape;
+    std::string message = {};  // of the last out-of-memory error
+    SampleShape shape = {};    // of the micro-batch that ran last, and its plan
+    Plan plan_of_shape = {};
 };
 
 Accumulator::Accumulator(const AnyModel& model, Optimizer& optimizer, AccumulatorOptions options)
@@ -83,26 +83,26 @@ StepReport Accumulator::step(const BatchSource& batch, const LossFunction& loss,
     GateChain gates(options.gate == nullptr ? std::vector<StepGate*>{&finite}
                                             : std::vector<StepGate*>{options.gate, &finite});
     std::int64_t lost = 0;
+    std::optional<std::pair<Gathered, Judgement>> decided;
     const auto attempt = [&]() -> StepReport {
+        decided.reset();
+        auto result = gather_batch(batch, loss, options);
+        if (auto* partial = std::get_if<PartialBatch>(&result)) {
+            const std::int64_t count = partial->out_of_memory;
+            return {.plan = partial->plan, .out_of_memory = count, .partial = std::move(*partial)};
+        }
         try {
-            auto result = gather_batch(batch, loss, options);
-            if (auto* partial = std::get_if<PartialBatch>(&result)) {
-                const std::int64_t count = partial->out_of_memory;
-                return {.plan = partial->plan, .out_of_memory = count, .partial = std::move(*partial)};
-            }
             gathered_ = options_.reducer->reduce(std::move(std::get<Gathered>(result)));
             if (options_.precision->skip(*gathered_)) return discard("overflow");
-            Gathered known = *gathered_;
-            known.sums.clear();  // nothing holds the gradients longer than the update
-            const Judgement judgement = gates.evaluate(*gathered_);
+            decided.emplace(*gathered_, gates.evaluate(*gathered_));
+            decided->first.sums.clear();  // nothing holds the gradients longer than the update
+            const Judgement& judgement = decided->second;
             StepReport report = judgement.verdict == Verdict::apply ? apply() : discard(judgement.reason);
             report.diverged = judgement.verdict == Verdict::diverged;
-            gates.record(known, judgement);
             return report;
         } catch (...) {
-            if (is_oom(std::current_exception())) throw;
-            undo();
-            discard({});
+            drop_gathered();
+            if (!is_oom(std::current_exception())) undo();
             throw;
         }
     };
@@ -122,6 +122,8 @@ StepReport Accumulator::step(const BatchSource& batch, const LossFunction& loss,
                                 message));
         });
     report.out_of_memory += lost;
+    // Not in the attempt: a gate that runs out of memory here must not make the update again.
+    if (decided) gates.record(decided->first, decided->second);
     return report;
 }
 
@@ -179,6 +181,7 @@ Accumulator::Attempt Accumulator::first_attempt(const BatchSource& batch, StepOp
     // One micro-batch alone says nothing of noise.
     attempt.measure_noise = options.measure_noise && (attempt.plan.micro_batch < samples || !caps_.empty());
     if (const auto& partial = attempt.partial) {
+        gatherer_.require_partial(batch, *partial);
         attempt.measure_noise = partial->measure_noise;
         attempt.out_of_memory = partial->out_of_memory;
         if (partial->out_of_memory > 0) {
@@ -240,6 +243,11 @@ bool Accumulator::make_plan_smaller(Attempt& attempt) const {
     return true;
 }
 
+void Accumulator::drop_gathered() {
+    gathered_.reset();
+    gatherer_.clear();
+}
+
 void Accumulator::undo() {
     if (before_) restore_forward_state(*model_, *before_, /*generators=*/true);
     before_.reset();
@@ -272,8 +280,7 @@ StepReport Accumulator::apply() {
     try {
         optimizer_.step(gathered_->sums, divisor());
     } catch (...) {
-        gathered_.reset();
-        gatherer_.clear();
+        drop_gathered();
         if (!is_oom(std::current_exception())) before_.reset();
         throw;
     }
@@ -297,8 +304,7 @@ double Accumulator::divisor() const {
 StepReport Accumulator::discard(std::string_view reason) {
     StepReport result = report();
     result.reason = reason;
-    gathered_.reset();
-    gatherer_.clear();
+    drop_gathered();
     if (before_) restore_forward_state(*model_, *before_, /*generators=*/false);
     before_.reset();
     return result;

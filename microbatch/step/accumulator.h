@@ -151,6 +151,7 @@ private:
     std::variant<Gathered, PartialBatch> try_gather(const BatchSource& batch, const LossFunction& loss,
                                                     const StopToken& stop, Attempt& attempt);
     bool make_plan_smaller(Attempt& attempt) const;
+    void drop_gathered();
     void undo();
     double divisor() const;
     StepReport report() const;

@@ -89,7 +89,7 @@ void Gatherer::refuse_stale_gradients() {
     for (const Parameter& parameter : parameters_) {
         at::Tensor& gradient = parameter.tensor.mutable_grad();
         if (!gradient.defined()) continue;
-        if (at::count_nonzero(gradient).item<std::int64_t>() != 0) {
+        if (gradient.layout() != at::kStrided || at::count_nonzero(gradient).item<std::int64_t>() != 0) {
             throw Error(ErrorKind::usage, str_cat("parameter ", parameter.name,
                                                   " holds a gradient that is not of this batch; clear it (zero_grad) "
                                                   "before the batch begins"));
@@ -169,6 +169,7 @@ void Gatherer::add_checked(const WeightedLoss& loss) {
     }
     const double scale = precision_->loss_scale();
     (scale == 1.0 ? loss.sum : loss.sum * scale).backward();
+    refuse_sparse_gradients();
     if (norms_) gathered_.parts.add({loss.weight, norms_->added(parameters_) / (loss.weight * loss.weight)});
     const at::Tensor value = loss.sum.detach().to(at::kDouble).reshape({});
     loss_sum_ = loss_sum_.defined() ? loss_sum_.add(value) : value;
@@ -178,6 +179,7 @@ Gathered Gatherer::finish() {
     if (state_ != State::open) throw Error(ErrorKind::usage, "no batch is open: call begin() before finish()");
     norms_.reset();  // its memory is not in the way of the update
     try {
+        refuse_changed_gradients();
         measure();
     } catch (...) {
         clear();
@@ -188,15 +190,19 @@ Gathered Gatherer::finish() {
     return std::exchange(gathered_, {});
 }
 
+void Gatherer::refuse_sparse_gradients() const {
+    for (const Parameter& parameter : parameters_) {
+        const at::Tensor& gradient = parameter.tensor.grad();
+        if (!gradient.defined() || gradient.layout() == at::kStrided) continue;
+        throw Error(ErrorKind::usage, str_cat("parameter ", parameter.name,
+                                              " has a sparse gradient; make its embedding with sparse = false"));
+    }
+}
+
 void Gatherer::measure() {
     for (const Parameter& parameter : parameters_) {
         const at::Tensor& gradient = parameter.tensor.grad();
-        if (!gradient.defined()) continue;
-        if (gradient.layout() != at::kStrided) {
-            throw Error(ErrorKind::usage, str_cat("parameter ", parameter.name,
-                                                  " has a sparse gradient; make its embedding with sparse = false"));
-        }
-        gathered_.sums.push_back({parameter.tensor, gradient});
+        if (gradient.defined()) gathered_.sums.push_back({parameter.tensor, gradient});
     }
     if (gathered_.weight > 0.0 && gathered_.sums.empty()) {
         throw Error(ErrorKind::usage,
@@ -223,7 +229,7 @@ PartialBatch Gatherer::leave(const BatchSource& source, std::int64_t samples, bo
     return partial;
 }
 
-void Gatherer::resume(const BatchSource& source, PartialBatch& partial, const Plan& plan) {
+void Gatherer::require_partial(const BatchSource& source, const PartialBatch& partial) const {
     if (partial.fingerprint != source.fingerprint() || partial.samples < 1 || partial.samples >= source.size()) {
         throw Error(ErrorKind::usage, "the partial batch is of another batch: give gather() the one that it was left in");
     }
@@ -234,9 +240,16 @@ void Gatherer::resume(const BatchSource& source, PartialBatch& partial, const Pl
             throw Error(ErrorKind::usage, "the partial batch holds gradients of other parameters");
         }
     }
+}
+
+void Gatherer::resume(const BatchSource& source, PartialBatch& partial, const Plan& plan) {
+    require_partial(source, partial);
     begin(partial.measure_noise, plan);
     try {
-        for (const GradientView& view : partial.so_far.sums) view.parameter.mutable_grad() = view.sum;
+        for (const GradientView& view : partial.so_far.sums) {
+            // A copy of the partial batch stays what it is.
+            view.parameter.mutable_grad() = view.sum.use_count() > 1 ? view.sum.clone() : view.sum;
+        }
         gathered_ = std::exchange(partial.so_far, {});
         gathered_.sums.clear();
         gathered_.plan = plan;

@@ -64,18 +64,22 @@ public:
     /// named. A .grad of zeros is dropped.
     void begin(bool measure_noise = false, const Plan& plan = {});
 
+    /// Throws ErrorKind::usage if the partial batch is of another batch or of other parameters.
+    void require_partial(const BatchSource& source, const PartialBatch& partial) const;
+
     /// Throws ErrorKind::usage if a window is open, or gradients were gathered and neither used nor cleared.
     void require_idle() const;
 
     /// Adds the gradients of one micro-batch: backward of the sum, then the graph is freed. A micro-batch of weight 0
     /// adds nothing and its loss is ignored, so that a 0/0 in it does no harm.
     /// Errors: ErrorKind::usage if no window is open, the loss is not valid (see validate), it depends on nothing that
-    /// requires a gradient, the sum of the weights is not finite, or somebody else changed a .grad meanwhile.
+    /// requires a gradient, a gradient is sparse, the sum of the weights is not finite, or somebody else changed a .grad
+    /// meanwhile.
     void add(const WeightedLoss& loss);
 
     /// Closes the window and says what was gathered. With weight 0 there are no gradients.
-    /// Errors: ErrorKind::usage if no window is open, the batch has weight but no parameter got a gradient, or a
-    ///         gradient is sparse.
+    /// Errors: ErrorKind::usage if no window is open, the batch has weight but no parameter got a gradient, or somebody
+    /// else changed a .grad since the last add().
     Gathered finish();
 
     /// Drops all gradients and closes the window; allowed at any time.
@@ -97,6 +101,7 @@ private:
 
     void refuse_stale_gradients();
     void refuse_changed_gradients() const;
+    void refuse_sparse_gradients() const;
     void mark_gradients();
     void add_checked(const WeightedLoss& loss);
     std::int64_t add_next(const BatchSource& source, std::int64_t begin, const LossFunction& loss,

@@ -14,6 +14,9 @@ void validate(const WeightedLoss& loss) {
     }
     if (loss.weight == 0.0) return;
     if (!loss.sum.defined()) throw Error(ErrorKind::usage, "the loss function returned an undefined sum");
+    if (loss.sum.is_complex()) {
+        throw Error(ErrorKind::usage, "the loss function returned a complex sum; return a real one, such as its abs()");
+    }
     if (loss.sum.numel() != 1) {
         throw Error(ErrorKind::usage, str_cat("the loss function returned a tensor of shape ", loss.sum.sizes(),
                                               "; return the sum over the micro-batch, one element"));

@@ -15,8 +15,8 @@ struct WeightedLoss {
     double weight = 0.0;  ///< samples or target tokens, one kind a run; fractions are allowed; finite, at least 0
 };
 
-/// Throws ErrorKind::usage unless the weight is finite and at least 0 and, with a weight above 0, the sum is one
-/// element. With weight 0 the sum is not looked at.
+/// Throws ErrorKind::usage unless the weight is finite and at least 0 and, with a weight above 0, the sum is one real
+/// element. With weight 0 the sum is ignored.
 void validate(const WeightedLoss& loss);
 
 /// The user's loss: a micro-batch in, its summed loss and weight out. Called once a micro-batch, in order.

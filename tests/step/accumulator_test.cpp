@@ -181,7 +181,7 @@ TEST(Accumulator, RefusesToBeginOverAGatheredBatchAndStillAppliesIt) {
     pair.gather(6, 8, 2);
     expect_usage_error({"applied", "discarded"}, [&] { pair.accumulator.begin(); });
     expect_usage_error({"applied", "discarded"}, [&] {
-        pair.accumulator.step({{at::ones({2})}}, [&](const Batch&) { return pair.loss(1, 1, 1); });
+        pair.accumulator.step(Batch{{at::ones({2})}}, [&](const Batch&) { return pair.loss(1, 1, 1); });
     });
     const StepReport report = pair.accumulator.apply();
     EXPECT_EQ(report.weight, 2);
@@ -243,16 +243,17 @@ TEST(Accumulator, StreamingGivesTheBitsOfStep) {
 /// An optimizer that changes a parameter and then fails.
 struct Broken : Optimizer {
     explicit Broken(at::Tensor tensor) : tensor_(std::move(tensor)) {}
-    void step(double) override {
+    void step(std::span<const GradientView>, double) override {
         tensor_.detach().fill_(7);
         if (fails) throw std::runtime_error("disk is full");
     }
-    void dry_run(double) override {}
+    void dry_run(std::span<const GradientView>, double) override {}
     void end_dry_run() override {}
     bool has_state() const override { return false; }
-    OptimizerState state() const override { return {}; }
-    void restore(const OptimizerState&) override {}
-    void require_state(const OptimizerState&) const override {}
+    void save(const StateWriter&) const override {}
+    Commit prepare(const StateReader&) override {
+        return [] {};
+    }
     double learning_rate() const override { return 0; }
     void set_learning_rate(double) override {}
     std::vector<at::Tensor> parameters() const override { return {tensor_}; }
@@ -265,13 +266,13 @@ private:
 TEST(Accumulator, ClearsTheGradientsWhenTheOptimizerThrows) {
     const at::Tensor value = at::ones({1}).requires_grad_();
     Broken optimizer(value);
-    Accumulator accumulator({{"value", value}}, optimizer);
+    Accumulator accumulator(Parameters{{"value", value}}, optimizer);
     const auto loss = [&](const Batch&) -> WeightedLoss { return {(value * 2).sum(), 1}; };
-    EXPECT_THROW(accumulator.step({{at::ones({1})}}, loss), std::runtime_error);
+    EXPECT_THROW(accumulator.step(Batch{{at::ones({1})}}, loss), std::runtime_error);
     EXPECT_FALSE(value.grad().defined());
     EXPECT_EQ(value.item<double>(), 7);
     optimizer.fails = false;
-    EXPECT_TRUE(accumulator.step({{at::ones({1})}}, loss).applied);
+    EXPECT_TRUE(accumulator.step(Batch{{at::ones({1})}}, loss).applied);
 }
 
 /// 20 steps through the Accumulator in micro-batches of 7 against a plain loop over whole batches in torch.

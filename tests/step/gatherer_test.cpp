@@ -25,7 +25,7 @@ struct Slope {
     Gatherer gatherer;
 
     explicit Slope(at::ScalarType type = at::kDouble)
-        : value(at::ones({1}, at::TensorOptions().dtype(type)).requires_grad_()), gatherer({{"slope", value}}) {}
+        : value(at::ones({1}, at::TensorOptions().dtype(type)).requires_grad_()), gatherer(Parameters{{"slope", value}}) {}
 
     WeightedLoss loss(double x, double weight) const { return {(value * x).sum(), weight}; }
     LossFunction function() const {
@@ -67,12 +67,15 @@ TEST(Gatherer, CutsAHundredInSixOfSixteenAndOneOfFour) {
 TEST(Gatherer, GivesTheNormOfTheMeanGradientOfAllParameters) {
     const at::Tensor a = at::ones({1}, at::kDouble).requires_grad_();
     const at::Tensor b = at::ones({1}, at::kFloat).requires_grad_();
-    Gatherer gatherer({{"a", a}, {"b", b}});
+    Gatherer gatherer(Parameters{{"a", a}, {"b", b}});
     gatherer.begin();
     gatherer.add({(a * 6).sum(), 0.5});
     gatherer.add({(b * 8).sum(), 1.5});
-    EXPECT_EQ(gatherer.finish().gradient_norm, 5.0);  // (6, 8) / 2
-    EXPECT_EQ(gatherer.gradients().size(), 2u);
+    const Gathered gathered = gatherer.finish();
+    EXPECT_EQ(gathered.gradient_norm, 5.0);  // (6, 8) / 2
+    ASSERT_EQ(gathered.sums.size(), 2u);
+    EXPECT_TRUE(gathered.sums[0].parameter.is_same(a));
+    EXPECT_TRUE(gathered.sums[1].sum.is_same(b.grad()));
 }
 
 TEST(Gatherer, SumsTheLossInFp64) {
@@ -103,7 +106,7 @@ TEST(Gatherer, WeightZeroLeavesNoGradients) {
     EXPECT_EQ(gathered.loss(), 0);
     EXPECT_EQ(gathered.gradient_norm, 0);
     EXPECT_FALSE(slope.value.grad().defined());
-    EXPECT_TRUE(slope.gatherer.gradients().empty());
+    EXPECT_TRUE(gathered.sums.empty());
 }
 
 TEST(Gatherer, DoesNotLookAtTheLossOfAMicroBatchOfWeightZero) {
@@ -178,22 +181,22 @@ TEST(Gatherer, RefusesEveryMisuseAndWorksAfterwards) {
     slope.gatherer.clear();
     slope.expect_works();
     slope.gatherer.begin();
-    expect_usage_error({}, [&] { slope.gatherer.gather({{at::ones({2})}}, {}, slope.function()); });
+    expect_usage_error({}, [&] { slope.gatherer.gather(Batch{{at::ones({2})}}, Plan{}, slope.function()); });
     slope.gatherer.clear();
     slope.expect_works();
     slope.gatherer.begin();
     expect_usage_error({}, [&] { slope.gatherer.track({{"more", at::ones({1}).requires_grad_()}}); });
     slope.gatherer.clear();
     slope.expect_works();
-    expect_usage_error({"empty"}, [&] { slope.gatherer.gather(Batch{}, {}, slope.function()); });
+    expect_usage_error({"empty"}, [&] { slope.gatherer.gather(Batch{}, Plan{}, slope.function()); });
     slope.expect_works();
-    expect_usage_error({"0"}, [&] { slope.gatherer.gather({{at::ones({2})}}, {0}, slope.function()); });
+    expect_usage_error({"0"}, [&] { slope.gatherer.gather(Batch{{at::ones({2})}}, Plan{0}, slope.function()); });
     slope.expect_works();
 }
 
 TEST(Gatherer, RefusesToBeginWhileTheLastGradientsAreUnused) {
     Slope slope;
-    slope.gatherer.gather({{at::ones({2}, at::kDouble)}}, {1}, slope.function());
+    slope.gatherer.gather(Batch{{at::ones({2}, at::kDouble)}}, Plan{1}, slope.function());
     expect_usage_error({"applied", "discarded"}, [&] { slope.gatherer.begin(); });
     EXPECT_EQ(slope.gradient(), 2);  // still there to be used
     slope.gatherer.clear();
@@ -263,11 +266,11 @@ TEST(Gatherer, AgreesWithTheWholeBatchForAnyShapeCutAndWeights) {
 }
 
 /// Whether a backward pass needs no second gradient as large as the weight's own.
-bool sums_in_product(const at::Tensor& weight) {
+bool sums_in_product(const at::Tensor& weight, const std::function<void(const at::Tensor&)>& backward) {
     const at::Tensor y = at::linear(at::ones({4, weight.size(1)}), weight).sum();
     const std::int64_t before = memory_use().live_bytes;
     reset_peak_memory();
-    y.backward();
+    backward(y);
     return memory_use().peak_bytes - before < static_cast<std::int64_t>(weight.nbytes());
 }
 
@@ -275,16 +278,18 @@ TEST(Gatherer, SumsWeightGradientsInTheirProductsWhileAWindowIsOpen) {
     install_budget_allocator();
     const at::Tensor weight = at::ones({128, 128}).requires_grad_();
     const auto end_by = [&](bool on, const std::function<void(Gatherer&)>& end) {
-        Gatherer gatherer({{"weight", weight}}, on);
+        Gatherer gatherer(Parameters{{"weight", weight}}, on);
+        const auto alone = [](const at::Tensor& y) { y.backward(); };
+        const auto added = [&](const at::Tensor& y) { gatherer.add({y, 1}); };
         weight.mutable_grad() = at::zeros({128, 128});
-        EXPECT_FALSE(sums_in_product(weight));
+        EXPECT_FALSE(sums_in_product(weight, alone));
         weight.mutable_grad() = at::Tensor();
         gatherer.begin();
-        EXPECT_FALSE(sums_in_product(weight));  // the first gradient is made, not added to
-        EXPECT_EQ(sums_in_product(weight), on);
+        EXPECT_FALSE(sums_in_product(weight, added));  // the first gradient is made, not added to
+        EXPECT_EQ(sums_in_product(weight, added), on);
         end(gatherer);
         weight.mutable_grad() = at::zeros({128, 128});
-        EXPECT_FALSE(sums_in_product(weight));
+        EXPECT_FALSE(sums_in_product(weight, alone));
         weight.mutable_grad() = at::Tensor();
     };
     for (const bool on : {true, false}) {

@@ -27,36 +27,27 @@ TEST(MicroBatchGradientNorms, AreThoseOfEveryMicroBatchByItself) {
     const LossFunction loss = weighted_squares(model);
     const Batch batch = regression_batch(17, 3);
     Gatherer gatherer(parameters);
-    gatherer.begin(/*measure_parts=*/true);
+    const auto micro_batch = [&](std::int64_t i) {
+        const Slice slice = micro_batch_slice(17, 5, i);
+        return batch.slice(slice.begin, slice.end);
+    };
+    const auto measured = [&](std::int64_t micro_batches) {
+        gatherer.begin(/*measure_noise=*/true);
+        for (std::int64_t i = 0; i < micro_batches; ++i) gatherer.add(loss(micro_batch(i)));
+        const NoiseSums parts = gatherer.finish().parts;
+        gatherer.clear();
+        return parts;
+    };
     NoiseSums before;
     for (std::int64_t i = 0; i < 4; ++i) {
-        const Slice slice = micro_batch_slice(17, 5, i);
-        const Batch micro = batch.slice(slice.begin, slice.end);
-        gatherer.add(loss(micro));
-        const NoiseSums now = gatherer.open().so_far.parts;
-        EXPECT_EQ(now.count, i + 1);
-        const double weight = loss(micro).weight;
-        EXPECT_DOUBLE_EQ(now.weight, before.weight + weight);
-        before = now;
-    }
-    gatherer.clear();
-    // One by one, each beside a first whose gradient is nothing.
-    for (std::int64_t i = 0; i < 4; ++i) {
-        const Slice slice = micro_batch_slice(17, 5, i);
-        const Batch micro = batch.slice(slice.begin, slice.end);
-        const double wanted = squared_norm(oracle_gradients(parameters, micro, loss));
-        gatherer.begin(/*measure_parts=*/true);
-        for (std::int64_t j = 0; j < i; ++j) {
-            const Slice earlier = micro_batch_slice(17, 5, j);
-            gatherer.add(loss(batch.slice(earlier.begin, earlier.end)));
-        }
-        const double squares = gatherer.open().so_far.parts.squares;
-        gatherer.add(loss(micro));
-        const NoiseSums parts = gatherer.open().so_far.parts;
-        gatherer.clear();
-        const double weight = loss(micro).weight;
+        const double wanted = squared_norm(oracle_gradients(parameters, micro_batch(i), loss));
+        const double weight = loss(micro_batch(i)).weight;
+        const NoiseSums parts = measured(i + 1);
+        EXPECT_EQ(parts.count, i + 1);
+        EXPECT_DOUBLE_EQ(parts.weight, before.weight + weight);
         // Weights from 1e-3 to 1e6: a difference of sums in fp64 is good to 1e-16 of the sum, squared and over 1e9.
-        EXPECT_NEAR((parts.squares - squares) / weight / wanted, 1, 1e-5) << i;
+        EXPECT_NEAR((parts.squares - before.squares) / weight / wanted, 1, 1e-5) << i;
+        before = parts;
     }
 }
 
@@ -80,8 +71,8 @@ TEST(MicroBatchGradientNorms, MeasuringChangesNoBit) {
 TEST(MicroBatchGradientNorms, AParameterMayGetItsFirstGradientLater) {
     const at::Tensor first = at::ones({2}, at::kDouble).requires_grad_(),
                      late = at::ones({2}, at::kDouble).requires_grad_();
-    Gatherer gatherer({{"first", first}, {"late", late}});
-    gatherer.begin(/*measure_parts=*/true);
+    Gatherer gatherer(Parameters{{"first", first}, {"late", late}});
+    gatherer.begin(/*measure_noise=*/true);
     gatherer.add({first.sum(), 1.0});
     gatherer.add({(first + 3 * late).sum(), 2.0});
     gatherer.add({first.sum() * 0, 0.0});
@@ -106,6 +97,31 @@ TEST(MicroBatchGradientNorms, AStepReportsTheNoiseWhereItWasToBeMeasured) {
                 1e-9 * measured.gradient_norm * measured.gradient_norm);
     // One micro-batch says nothing.
     EXPECT_FALSE(accumulator.step(regression_batch(4, 1), loss, {.measure_noise = true}).noise);
+}
+
+TEST(MicroBatchGradientNorms, AStreamedBatchReportsTheNoiseOfTheSameBatchInOneCall) {
+    const auto model = make_mlp(1);
+    const Parameters parameters = parameters_of(model);
+    Sgd optimizer({{.parameters = parameters}}, {.learning_rate = 0.0});
+    Accumulator accumulator(model, optimizer, {.plan = {.micro_batch = 4}});
+    const LossFunction loss = weighted_squares(model);
+    const Batch batch = regression_batch(10, 1);
+    const StepReport wanted = accumulator.step(batch, loss, {.measure_noise = true});
+    ASSERT_TRUE(wanted.noise);
+    const auto streamed = [&](bool measure_noise) {
+        accumulator.begin(measure_noise);
+        for (const std::int64_t i : {0, 4, 8}) {
+            accumulator.add(loss(batch.slice(i, std::min<std::int64_t>(i + 4, 10))));
+        }
+        accumulator.finish();
+        return accumulator.apply();
+    };
+    EXPECT_FALSE(streamed(false).noise);
+    const StepReport report = streamed(true);
+    ASSERT_TRUE(report.noise);
+    EXPECT_EQ(report.noise->variance, wanted.noise->variance);
+    EXPECT_EQ(report.noise->squared_gradient, wanted.noise->squared_gradient);
+    EXPECT_EQ(report.gradient_norm, wanted.gradient_norm);
 }
 
 TEST(MicroBatchGradientNorms, WhereACopyOfTheGradientsDoesNotFitTheStepIsMadeWithout) {

@@ -175,7 +175,7 @@ TEST_F(NoTrace, ParametersThatTheAccumulatorDoesNotKnowKeepTheirGradients) {
     Job job = test::mlp_job({.inputs = 8, .classes = 4});
     const Parameters some(job.parameters.begin(), job.parameters.begin() + 2);
     AdamW optimizer(split_by_decay(some, 0.1));
-    Accumulator accumulator(some, optimizer, {.model = job.model.get()});
+    Accumulator accumulator(std::make_shared<SomeParameters>(job.model, some), optimizer);
     EXPECT_TRUE(plan_batch(accumulator, job.make_batch(8), job.loss, {.budget_bytes = 1024 * mebibyte}).chosen);
     test::expect_no_gradients(job.parameters);
 }
@@ -192,7 +192,7 @@ TEST_F(NoTrace, TheRecomputeOfTheModelIsThePlansAgain) {
     for (const bool recompute : {false, true}) {
         Job job = test::gpt_job(small_gpt(), {.micro_batch = 2, .recompute = recompute});
         plan_of(job, job.make_batch(16));
-        EXPECT_EQ(job.accumulator->recomputable()->recomputes(), recompute);
+        EXPECT_EQ(dynamic_cast<const Recomputable&>(*job.model).recomputes(), recompute);
     }
 }
 

@@ -187,6 +187,10 @@ Trained make_long(std::int64_t micro_batch, std::int64_t length, std::int64_t sa
     return {std::move(job), std::move(batch)};
 }
 
+bool recomputes(const Trained& trained) {
+    return dynamic_cast<const Recomputable&>(*trained.job.model).recomputes();
+}
+
 std::int64_t peak_of_step(Trained& trained) {
     trained.step();  // makes the optimizer's state
     reset_peak_memory();
@@ -257,7 +261,7 @@ TEST_F(Transaction, WhereNothingIsSmallEnoughItStopsWithTheStateIntact) {
     {
         const BudgetScope budget(live + 10'000);
         test::expect_error(ErrorKind::does_not_fit, {"a micro-batch of 1 sample"}, [&] { trained.step(); });
-        EXPECT_FALSE(trained.job.accumulator->recomputable()->recomputes());
+        EXPECT_FALSE(recomputes(trained));
     }
     test::expect_same_bits(trained.job.state(), before);
     test::expect_no_gradients(trained.job.parameters);
@@ -295,7 +299,7 @@ TEST_F(Transaction, AStreamedBatchIsRunByThePlanNotByWhatABatchHadToShrinkTo) {
     fail_allocation(50);
     EXPECT_TRUE(trained.step().plan.recompute);
     trained.job.accumulator->begin();
-    EXPECT_FALSE(trained.job.accumulator->recomputable()->recomputes());
+    EXPECT_FALSE(recomputes(trained));
     trained.job.accumulator->add(trained.job.loss(trained.batch));
     trained.job.accumulator->finish();
     EXPECT_TRUE(trained.job.accumulator->apply().applied);
@@ -304,7 +308,7 @@ TEST_F(Transaction, AStreamedBatchIsRunByThePlanNotByWhatABatchHadToShrinkTo) {
 TEST_F(Transaction, ABatchThatIsNoBatchIsAUsageError) {
     Trained trained = make_long(1, 16, 2);
     test::expect_usage_error({"no dimension"},
-                             [&] { trained.job.accumulator->step({{at::scalar_tensor(1)}}, trained.job.loss); });
+                             [&] { trained.job.accumulator->step(Batch{{at::scalar_tensor(1)}}, trained.job.loss); });
 }
 
 /// Keeps a mask that grows to the size of what it sees.
@@ -320,17 +324,17 @@ struct Masked : torch::nn::Module {
 TEST_F(Transaction, ABufferThatGrewIsPutBack) {
     Masked model;
     Sgd optimizer(split_by_decay(parameters_of(model), 0.0), {.learning_rate = 0.1});
-    Accumulator accumulator(parameters_of(model), optimizer, {.plan = {.micro_batch = 2}, .model = &model});
+    Accumulator accumulator(model, optimizer, {.plan = {.micro_batch = 2}});
     bool fail = true;
     const LossFunction loss = [&](const Batch& micro) -> WeightedLoss {
         const at::Tensor sum = model.forward(micro.fields[0]);
         if (fail) throw std::runtime_error("stop");
         return {sum, 1.0};
     };
-    EXPECT_THROW(accumulator.step({{at::ones({2, 16})}}, loss), std::runtime_error);
+    EXPECT_THROW(accumulator.step(Batch{{at::ones({2, 16})}}, loss), std::runtime_error);
     EXPECT_EQ(model.mask.numel(), 0);
     fail = false;
-    EXPECT_TRUE(accumulator.step({{at::ones({2, 16})}}, loss).applied);
+    EXPECT_TRUE(accumulator.step(Batch{{at::ones({2, 16})}}, loss).applied);
     EXPECT_EQ(model.mask.numel(), 16);
 }
 

@@ -3,9 +3,9 @@
 #include <cstddef>
 #include <vector>
 
-#include "cli/print/output.h"
+#include "microbatch/core/median.h"
 
-namespace microbatch::cli {
+namespace microbatch {
 
 /// How long steps took, in memory that does not grow with the run: of a long one every second, fourth, ... step is
 /// kept.
@@ -25,11 +25,11 @@ public:
 
     bool empty() const { return seconds_.empty(); }
 
-    double median() const { return cli::median(seconds_); }
+    double median() const { return microbatch::median(seconds_); }
 
 private:
     std::size_t steps_ = 0, stride_ = 1;
     std::vector<double> seconds_;
 };
 
-}  // namespace microbatch::cli
+}  // namespace microbatch

@@ -4,21 +4,21 @@
 #include <cstdint>
 #include <optional>
 
-#include "cli/commands/step_times.h"
+#include "microbatch/run/step_times.h"
 #include "microbatch/run/trainer.h"
 
-namespace microbatch::cli {
+namespace microbatch {
 
-// A step is refused before it does harm, but steps that are all refused train nothing; without the guard, too.
-constexpr int most_refused_in_a_row = 10;
+/// A step is refused before it does harm, but steps that are all refused train nothing; without the guard, too.
+inline constexpr int most_refused_in_a_row = 10;
 
 /// What came of a run so far.
 struct Outcome {
-    TrainerReport last;
+    TrainerReport last = {};
     double first_loss = 0.0;
-    std::optional<double> held_out;  ///< not measured when interrupted
+    std::optional<double> held_out = {};  ///< not measured when interrupted
     double seconds = 0.0;
-    StepTimes step_seconds, full_step_seconds;  ///< of all, and of those of the planned batch
+    StepTimes step_seconds = {}, full_step_seconds = {};  ///< of all, and of those of the planned batch
     Plan plan = {};                             ///< by which full batches were run in the end
     std::int64_t peak_bytes = 0;
     std::int64_t predicted_peak_bytes = 0;
@@ -28,7 +28,7 @@ struct Outcome {
     int refused_in_a_row = 0;                       ///< up to the last step; batches of weight 0 do not count
     std::optional<std::int64_t> resumed_from = {};  ///< steps
     std::int64_t checkpoints = 0;                   ///< that this process wrote
-    double checkpoint_seconds = 0.0;                ///< that training waited for them on the way
+    double checkpoint_seconds = 0.0;                ///< that training waited for them
     bool checkpointed = false;                      ///< its last state is in a checkpoint
     bool interrupted = false;
     bool ended_in_nan = false;  ///< the length was reached, by steps that were refused because they are not finite
@@ -39,6 +39,12 @@ struct Outcome {
     double median_step_seconds() const {
         return (full_step_seconds.empty() ? step_seconds : full_step_seconds).median();
     }
+
+    /// Writes what a resumed run goes on counting from.
+    void save(const StateWriter& writer) const;
+
+    /// Reads it back. Errors: ErrorKind::bad_data.
+    static Outcome from(const StateReader& reader);
 
     /// Counts the last step in.
     void add(std::int64_t peak, std::optional<std::int64_t> predicted, std::int64_t planned_batch) {
@@ -56,4 +62,4 @@ struct Outcome {
     }
 };
 
-}  // namespace microbatch::cli
+}  // namespace microbatch

@@ -1,0 +1,180 @@
+#include "microbatch/run/run.h"
+
+#include <chrono>
+#include <cmath>
+#include <utility>
+
+#include "microbatch/core/str_cat.h"
+#include "microbatch/io/file_system.h"
+#include "microbatch/io/safetensors.h"
+#include "microbatch/memory/budget_allocator.h"
+
+namespace microbatch {
+namespace {
+
+double seconds_since(std::chrono::steady_clock::time_point started) {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
+}
+
+std::int64_t steps_of(const RunFolder& folder) {
+    return folder.state() ? StateReader(*folder.state()).section("data").count("steps") : 0;
+}
+
+// Opened before anything of the run is written.
+RunLog open_log(RunFolder& folder) {
+    folder.lock();
+    if (folder.resumes()) folder.remove_snapshots();
+    return folder.resumes() ? RunLog(folder.path(), steps_of(folder)) : RunLog(folder.path());
+}
+
+// What TensorBoard draws.
+std::vector<Scalar> scalars_of(const StepRecord& record) {
+    std::vector<Scalar> scalars;
+    for (const StepField& field : step_fields()) {
+        if (field.scalar == nullptr) continue;
+        if (const auto number = field.number(record)) scalars.push_back({field.scalar, *number});
+    }
+    return scalars;
+}
+
+// The writer's copy of a checkpoint is the first to give memory back: nothing is lost but time.
+TrainerOptions with_writer(TrainerOptions options, RunCheckpoints& checkpoints) {
+    options.reclaimers.insert(options.reclaimers.begin(),
+                              {[&checkpoints] { return checkpoints.release(); }, /*counts=*/false});
+    return options;
+}
+
+}  // namespace
+
+Run::Run(RunFolder& folder, Accumulator& accumulator, const Dataset& dataset, LossFunction loss, RunOptions options)
+    : folder_(folder),
+      accumulator_(accumulator),
+      options_(std::move(options)),
+      log_(open_log(folder)),
+      events_(folder.path()),
+      checkpoints_(folder.path(), options_.checkpoints),
+      trainer_(accumulator, dataset, std::move(loss), with_writer(options_.trainer, checkpoints_)),
+      had_weights_(std::filesystem::exists(folder.path() / "model.safetensors")) {
+    if (!options_.config.empty()) write_whole(folder_.path() / "config.toml", options_.config);
+    if (std::optional<StateDict>& resumed = folder_.state()) {
+        const StateReader reader(*resumed);
+        Outcome before = Outcome::from(reader.section("outcome"));
+        load(trainer_, reader);
+        checkpoints_.go_on_from(*resumed, folder_.damaged());
+        missing_lines_ = trainer_.progress().steps - log_.lines();
+        outcome_ = std::move(before);
+        outcome_.last.progress = trainer_.progress();
+        outcome_.resumed_from = trainer_.progress().steps;
+        // Its files are open as long as its tensors can be asked for.
+        resumed.reset();
+    }
+    // What a process before drew of steps that are made again is not drawn.
+    if (folder_.resumes()) events_.go_on(trainer_.progress().steps);
+    outcome_.plan = options_.plan;
+}
+
+StateDict Run::state() const {
+    StateDict state = state_of(trainer_);
+    outcome_.save(StateWriter(state, "outcome/"));
+    state.merge("notes/", options_.notes);
+    return state;
+}
+
+const Outcome& Run::train() {
+    const double seconds_before = outcome_.seconds;
+    const auto started = std::chrono::steady_clock::now();
+    bool left_half_way = false;
+    try {
+        const auto stops = [this] { return options_.trainer.stop && options_.trainer.stop(); };
+        while (!trainer_.done() && !stops() && !outcome_.diverged() && !left_half_way) {
+            left_half_way = !step();
+            outcome_.seconds = seconds_before + seconds_since(started);
+        }
+    } catch (...) {
+        // Whatever it was, the trainer is as before the step.
+        if (trainer_.progress().steps > 0) {
+            checkpoints_.save_now(trainer_.progress(), [this] { return state(); });
+            save_weights();
+        }
+        note_checkpoints();
+        throw;
+    }
+    end(left_half_way);
+    return outcome_;
+}
+
+// One step, and all that is written of it. False if it was left in the middle of its batch.
+bool Run::step() {
+    reset_peak_memory();
+    const std::int64_t copy_bytes = checkpoints_.memory_bytes();
+    const TrainerReport report = trainer_.step();
+    if (report.paused) {
+        if (!report.warning.empty()) note(report.warning);
+        return false;
+    }
+    outcome_.last = report;
+    applied_ = applied_ || report.step.applied;
+    const StepMeasures measures = options_.measures ? options_.measures(report, copy_bytes)
+                                                    : StepMeasures{.peak_bytes = memory_use().peak_bytes};
+    outcome_.add(measures.peak_bytes, measures.predicted_peak_bytes, options_.planned_batch);
+    const StepRecord record = record_of(report, measures);
+    const std::string log_failure = log_.write(record);
+    const std::string event_failure = events_.write(record.step, scalars_of(record));
+    if (options_.observer != nullptr) options_.observer->on_step(outcome_);
+    if (!outcome_.diverged()) save_where_due();
+    note_once(log_fails_, log_failure, "; the run goes on, and the lines are written when they can be");
+    note_once(events_fail_, event_failure,
+              "; the run goes on without what TensorBoard would draw, until it can be written");
+    note_checkpoints();
+    return true;
+}
+
+void Run::save_where_due() {
+    const auto started = std::chrono::steady_clock::now();
+    if (checkpoints_.after_step(trainer_.progress(), [this] { return state(); })) {
+        outcome_.checkpoint_seconds += seconds_since(started);
+    }
+}
+
+void Run::end(bool left_half_way) {
+    const StepReport& last = outcome_.last.step;
+    outcome_.ended_in_nan = trainer_.done() && outcome_.refused_in_a_row > 0 &&
+                            !(std::isfinite(last.loss) && std::isfinite(last.gradient_norm));
+    outcome_.interrupted = !trainer_.done() && !outcome_.diverged();
+    if (!outcome_.diverged() && (trainer_.progress().steps > 0 || left_half_way)) {
+        outcome_.checkpointed = checkpoints_.save_now(trainer_.progress(), [this] { return state(); });
+    }
+    checkpoints_.release();
+    note_checkpoints();
+    outcome_.checkpoints = checkpoints_.written();
+    // The weights that are written are those of the last step, not of the middle of a batch.
+    trainer_.discard_partial();
+    if (trainer_.progress().steps > 0) save_weights();
+}
+
+// Weights of a finished run are not overwritten by one that came to nothing or diverged.
+void Run::save_weights() const {
+    if (had_weights_ && (!applied_ || outcome_.diverged())) return;
+    NamedTensors weights = accumulator_.parameters();
+    for (NamedTensor& buffer : accumulator_.model().buffers()) weights.push_back(std::move(buffer));
+    write_safetensors(folder_.path() / "model.safetensors", weights);
+}
+
+void Run::note(const std::string& text) const {
+    if (options_.observer != nullptr) options_.observer->on_note(text);
+}
+
+void Run::note_once(bool& failing, const std::string& failure, const char* consequence) {
+    if (!failure.empty() && !failing) note("warning: " + failure + consequence);
+    failing = !failure.empty();
+}
+
+void Run::note_checkpoints() {
+    for (const std::string& warning : checkpoints_.warnings()) {
+        if (warning == checkpoint_warning_) continue;  // such as that the log is gone, each time
+        checkpoint_warning_ = warning;
+        note(str_cat("warning: ", warning, "; the run goes on, and earlier checkpoints are unchanged"));
+    }
+}
+
+}  // namespace microbatch

@@ -1,0 +1,106 @@
+#pragma once
+
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "microbatch/io/event_file.h"
+#include "microbatch/run/outcome.h"
+#include "microbatch/run/run_checkpoints.h"
+#include "microbatch/run/run_folder.h"
+#include "microbatch/run/run_log.h"
+#include "microbatch/run/trainer.h"
+
+namespace microbatch {
+
+/// What whoever started a run wants to see of it. No call may throw.
+class RunObserver {
+public:
+    virtual ~RunObserver() = default;
+
+    /// After every step that was made, when it is logged.
+    virtual void on_step(const Outcome&) {}
+
+    /// What happens seldom: a warning, one line.
+    virtual void on_note(const std::string&) {}
+};
+
+struct RunOptions {
+    TrainerOptions trainer = {};
+    RunCheckpointOptions checkpoints = {};
+    std::string config = {};  ///< written as config.toml where it is not empty
+    StateDict notes = {};     ///< kept in every checkpoint under `notes/`
+    /// What is logged of a step beside the trainer's report; without it the CPU allocator's peak, if it is installed.
+    std::function<StepMeasures(const TrainerReport&, std::int64_t copy_bytes)> measures = {};
+    std::int64_t planned_batch = 0;  ///< samples of a full batch, for its median time
+    Plan plan = {};                  ///< by which full batches are planned to run
+    RunObserver* observer = nullptr;
+};
+
+/// A training run in a folder: `metrics.jsonl` and TensorBoard's events as it goes on, checkpoints on the way and at
+/// its end, `model.safetensors` when it ends. A run that is killed at any instant resumes bit-for-bit:
+///
+///     RunFolder folder("runs/mine", /*resume=*/true);
+///     Run run(folder, accumulator, dataset, loss, {.trainer = {.batch = 64, .length = {1000, Unit::steps}}});
+///     const Outcome& outcome = run.train();
+///
+/// Faults:    what cannot be written is noted, and the run goes on; it is written when it can be.
+/// Ownership: borrows the folder, accumulator, dataset and observer, which must outlive this.
+/// Threads:   no two calls at the same time.
+class Run {
+public:
+    /// Opens the log and the checkpoints, and resumes from the folder's state, which is used up.
+    /// Errors: as RunLog, EventFile, CheckpointStore, Trainer and its load.
+    Run(RunFolder& folder, Accumulator& accumulator, const Dataset& dataset, LossFunction loss, RunOptions options);
+
+    Run(const Run&) = delete;
+    Run& operator=(const Run&) = delete;
+
+    /// Trains until the run is done, the trainer's `stop` says so, it has diverged, or it is out of memory whatever the
+    /// micro-batch. What came of it is in outcome() in any case, and the last state in a checkpoint, unless it diverged.
+    /// Weights are written at the end, and when an exception ends it.
+    const Outcome& train();
+
+    Outcome& outcome() { return outcome_; }
+    Trainer& trainer() { return trainer_; }
+
+    /// Lines that the log lacks of the steps before a resumed run.
+    std::int64_t missing_lines() const { return missing_lines_; }
+
+    /// Writes model.safetensors. Not where this run has made no step that was applied. Errors: as write_safetensors().
+    void save_weights() const;
+
+    /// Removes what a run that made no step has written.
+    void remove_unused() const { folder_.remove_unused(events_.path()); }
+
+    /// Why the last lines of the log are lost; empty if they are written.
+    std::string flush() { return log_.flush(); }
+
+private:
+    StateDict state() const;
+    bool step();
+    void save_where_due();
+    void end(bool left_half_way);
+    void note(const std::string& text) const;
+    void note_once(bool& failing, const std::string& failure, const char* consequence);
+    void note_checkpoints();
+
+    RunFolder& folder_;
+    Accumulator& accumulator_;
+    RunOptions options_;
+    RunLog log_;
+    EventFile events_;
+    RunCheckpoints checkpoints_;
+    Trainer trainer_;
+    Outcome outcome_ = {};
+    std::int64_t missing_lines_ = 0;
+    bool had_weights_ = false;  // of a run before
+    bool applied_ = false;  // a step, by this process
+    bool log_fails_ = false, events_fail_ = false;
+    std::string checkpoint_warning_;  // the last one
+};
+
+}  // namespace microbatch

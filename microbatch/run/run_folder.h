@@ -1,0 +1,63 @@
+#pragma once
+
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "microbatch/io/run_lock.h"
+#include "microbatch/state/state_dict.h"
+
+namespace microbatch {
+
+/// Where a run's checkpoints are.
+std::filesystem::path checkpoints_of(const std::filesystem::path& run);
+
+/// The folder of a run: locked against other processes, and either new or resumed.
+class RunFolder {
+public:
+    /// Locks a folder that is there; one that is not is made by lock(). With `resume` the newest checkpoint that is
+    /// whole becomes state(), if there is one.
+    /// Errors: ErrorKind::usage if another process trains in it, or it holds a run and is not to be resumed (nothing is
+    ///         overwritten; also weights that no checkpoint belongs to); ErrorKind::bad_data if there are checkpoints
+    ///         and none is whole, or the newest is for another version.
+    explicit RunFolder(std::filesystem::path path, bool resume = false);
+
+    /// Makes the folder and locks it, if it is not. Errors: as the constructor.
+    void lock();
+
+    /// False where the file system has no locks.
+    bool is_locked() const { return lock_ && lock_->is_held(); }
+
+    const std::filesystem::path& path() const { return path_; }
+    bool resumes() const { return resume_; }
+
+    /// What the run is resumed from; none: it begins.
+    std::optional<StateDict>& state() { return state_; }
+    const std::optional<StateDict>& state() const { return state_; }
+
+    /// Takes the newest checkpoint that was healthy in the place of a newer one. False if there is none.
+    bool use_healthy();
+
+    const std::vector<std::string>& warnings() const { return warnings_; }                ///< of checkpoints skipped
+    const std::vector<std::filesystem::path>& damaged() const { return damaged_; }        ///< those
+
+    /// Removes snapshots that only a process that was killed could read.
+    void remove_snapshots() const;
+
+    /// Removes what a run that made no step has written, so that it can be started again.
+    void remove_unused(const std::filesystem::path& events) const;
+
+private:
+    void refuse_used() const;
+    bool find_state(bool healthy);
+
+    std::filesystem::path path_;
+    bool resume_;
+    std::optional<RunLock> lock_;
+    std::optional<StateDict> state_;
+    std::vector<std::string> warnings_;
+    std::vector<std::filesystem::path> damaged_;
+};
+
+}  // namespace microbatch

@@ -1,0 +1,113 @@
+#include "microbatch/run/step_record.h"
+
+#include <nlohmann/json.hpp>
+#include <type_traits>
+
+#include "microbatch/io/json_number.h"
+
+namespace microbatch {
+namespace {
+
+using Json = nlohmann::json;
+using Written = nlohmann::ordered_json;
+
+Written written(std::int64_t value) {
+    return value;
+}
+Written written(double value) {
+    return json_number(value);
+}
+Written written(bool value) {
+    return value;
+}
+Written written(const std::string& value) {
+    return value;
+}
+template <class Value>
+Written written(const std::optional<Value>& value) {
+    return value ? written(*value) : Written();
+}
+
+void read(const Json& json, std::int64_t& value) {
+    value = count_from(json);
+}
+void read(const Json& json, double& value) {
+    value = number_from(json);
+}
+void read(const Json& json, bool& value) {
+    value = json.get<bool>();
+}
+void read(const Json& json, std::string& value) {
+    value = json.get<std::string>();
+}
+template <class Value>
+void read(const Json& json, std::optional<Value>& value) {
+    if (json.is_null()) return;
+    read(json, value.emplace());
+}
+
+}  // namespace
+
+std::span<const StepField> step_fields() {
+    using R = StepRecord;
+    static const StepField fields[] = {
+        {"step", &R::step, nullptr, true},
+        {"samples", &R::samples},
+        {"tokens", &R::tokens},
+        {"batch", &R::batch, "train/batch", true},
+        {"loss", &R::loss, "train/loss", true},
+        {"weight", &R::weight},
+        {"learning_rate", &R::learning_rate, "train/learning_rate", true},
+        {"gradient_norm", &R::gradient_norm, "train/gradient_norm", true},
+        {"micro_batch", &R::micro_batch},
+        {"micro_batches", &R::micro_batches},
+        {"recompute", &R::recompute},
+        {"out_of_memory", &R::out_of_memory},
+        {"step_seconds", &R::step_seconds, "time/step_seconds", true},
+        {"update_seconds", &R::update_seconds, nullptr, true},
+        {"predicted_step_seconds", &R::predicted_step_seconds, nullptr, true},
+        {"peak_bytes", &R::peak_bytes, "memory/peak_bytes", true},
+        {"predicted_peak_bytes", &R::predicted_peak_bytes, "memory/predicted_peak_bytes", true},
+        {"applied", &R::applied, "train/applied"},
+        {"reason", &R::reason},
+        {"went_back_to", &R::went_back_to},
+        {"gradient_variance", &R::gradient_variance},
+        {"squared_gradient", &R::squared_gradient},
+        {"noise_batch", &R::noise_batch, "noise/noise_batch", true},
+    };
+    return fields;
+}
+
+std::optional<double> StepField::number(const StepRecord& record) const {
+    return std::visit(
+        [&record](auto field) -> std::optional<double> {
+            const auto& value = record.*field;
+            using Value = std::remove_cvref_t<decltype(value)>;
+            if constexpr (std::is_arithmetic_v<Value>) {
+                return static_cast<double>(value);
+            } else if constexpr (std::is_same_v<Value, std::string>) {
+                return std::nullopt;
+            } else {
+                return value ? std::optional(static_cast<double>(*value)) : std::nullopt;
+            }
+        },
+        member);
+}
+
+Written to_json(const StepRecord& record) {
+    Written json;
+    for (const StepField& field : step_fields()) {
+        json[field.key] = std::visit([&record](auto member) { return written(record.*member); }, field.member);
+    }
+    return json;
+}
+
+StepRecord step_record_from(const Json& json) {
+    StepRecord record;
+    for (const StepField& field : step_fields()) {
+        std::visit([&](auto member) { read(json.at(field.key), record.*member); }, field.member);
+    }
+    return record;
+}
+
+}  // namespace microbatch

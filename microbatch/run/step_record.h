@@ -1,0 +1,57 @@
+#pragma once
+
+#include <cstdint>
+#include <nlohmann/json_fwd.hpp>
+#include <optional>
+#include <span>
+#include <string>
+#include <variant>
+
+namespace microbatch {
+
+/// One step of a run, as it is logged: see step_fields() for the keys.
+struct StepRecord {
+    std::int64_t step = 0, samples = 0, tokens = 0;
+    std::int64_t batch = 0;  ///< samples in this step
+    double loss = 0.0, weight = 0.0, learning_rate = 0.0, gradient_norm = 0.0;
+    std::int64_t micro_batch = 0, micro_batches = 0;
+    bool recompute = false;
+    std::int64_t out_of_memory = 0;  ///< how often the step was begun again
+    double step_seconds = 0.0;
+    double update_seconds = 0.0;  ///< of those, the optimizer's
+    std::optional<double> predicted_step_seconds = {};
+    std::int64_t peak_bytes = 0;
+    std::optional<std::int64_t> predicted_peak_bytes = {};
+    bool applied = true;
+    std::string reason = {};                         ///< why not applied
+    std::optional<std::int64_t> went_back_to = {};   ///< the step after which the parameters now are
+    std::optional<double> gradient_variance = {};    ///< see NoiseMeasure
+    std::optional<double> squared_gradient = {};
+    std::optional<double> noise_batch = {};  ///< in samples
+};
+
+/// One field of a record, for everything that writes, reads or draws it.
+struct StepField {
+    using Member = std::variant<std::int64_t StepRecord::*, double StepRecord::*, bool StepRecord::*,
+                                std::string StepRecord::*, std::optional<std::int64_t> StepRecord::*,
+                                std::optional<double> StepRecord::*>;
+
+    const char* key;                ///< in metrics.jsonl
+    Member member;
+    const char* scalar = nullptr;   ///< TensorBoard's tag; null: not drawn there
+    bool charted = false;           ///< a column of the report
+
+    /// As a number; none if it is none (also a text).
+    std::optional<double> number(const StepRecord& record) const;
+};
+
+/// The fields in the order of metrics.jsonl.
+std::span<const StepField> step_fields();
+
+/// An object with every field. Numbers that are not finite are the strings "nan", "inf" and "-inf"; none is null.
+nlohmann::ordered_json to_json(const StepRecord& record);
+
+/// Throws nlohmann::json::exception or std::invalid_argument where it is not such an object.
+StepRecord step_record_from(const nlohmann::json& json);
+
+}  // namespace microbatch
