@@ -81,6 +81,29 @@ bool PlanSpace::fits(const Mode& mode, std::int64_t size) const {
     return mode.trials.contains(size) && predicted_to_fit(mode, size);
 }
 
+bool PlanSpace::any_fits() const {
+    const auto any = [this](const Mode& mode) {
+        const auto& trials = mode.trials.all();
+        return std::any_of(trials.begin(), trials.end(), [&](const auto& one) { return fits(mode, one.first); });
+    };
+    return any(kept) || any(recomputed);
+}
+
+std::int64_t PlanSpace::update_peak() const {
+    if (!update) return 0;
+    return options.steps >= 2 ? std::max(update->first_peak_bytes, update->later_peak_bytes) : update->first_peak_bytes;
+}
+
+std::int64_t PlanSpace::least_peak() const {
+    std::int64_t least = std::numeric_limits<std::int64_t>::max();
+    for (const Mode* mode : {&kept, &recomputed}) {
+        for (const auto& [size, trial] : mode->trials.all()) {
+            if (const auto peaks = predict(*mode, size)) least = std::min(least, peaks->largest());
+        }
+    }
+    return least;
+}
+
 std::int64_t PlanSpace::largest_that_fits(const Mode& mode) const {
     std::int64_t fitting = 0;
     std::int64_t end = options.batch;

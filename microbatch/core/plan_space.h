@@ -48,6 +48,11 @@ struct PlanSpace {
     bool predicted_to_fit(const Mode& mode, std::int64_t size) const;
     /// Was tried, and does.
     bool fits(const Mode& mode, std::int64_t size) const;
+    bool any_fits() const;
+    /// Of the optimizer's steps: no plan needs less. 0 before they were tried.
+    std::int64_t update_peak() const;
+    /// The smallest peak that was measured; int64's largest if none was.
+    std::int64_t least_peak() const;
     /// Of the cut ones; 0 if none does.
     std::int64_t largest_that_fits(const Mode& mode) const;
     /// The smallest size that cuts the batch into as many micro-batches as this one: as fast, in less memory.

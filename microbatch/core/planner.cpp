@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <set>
 #include <utility>
 #include <vector>
 
@@ -67,6 +68,7 @@ public:
             time_finalists();
             complete_table();
         }
+        if (!known_.any_fits()) find_least();
         finish();
         return report_;
     }
@@ -76,14 +78,12 @@ private:
         for (Mode* mode : {&known_.kept, &known_.recomputed}) {
             if (known_.allowed(*mode) && try_size(*mode, size)) return;
         }
-        try_beyond_budget(size);
     }
 
     void search() {
         for (Mode* mode : {&known_.kept, &known_.recomputed}) {
             if (known_.allowed(*mode) && !known_.hopeless() && !may_do_without(*mode)) begin(*mode);
         }
-        try_beyond_budget(1);
         try_all();
         // Larger sizes may tell another story of recompute than the first two.
         Mode& mode = known_.recomputed;
@@ -270,11 +270,25 @@ private:
         report_.update_seconds = known_.update->seconds;
     }
 
-    // Not one trial fits: what would the smallest need?
-    void try_beyond_budget(std::int64_t size) {
-        if (!known_.kept.trials.empty() || !known_.recomputed.trials.empty()) return;
-        if (options_.most_bytes <= options_.budget_bytes) return;
-        run_trial(known_.allowed(known_.recomputed) ? known_.recomputed : known_.kept, size, options_.most_bytes);
+    // What does the plan need that needs least? Memory grows with the micro-batch, but an uncut batch holds no
+    // gradients in its forward pass.
+    void find_least() {
+        const std::set<std::int64_t> sizes{options_.micro_batch.value_or(1),
+                                           options_.micro_batch.value_or(options_.batch)};
+        for (Mode* mode : {&known_.recomputed, &known_.kept}) {
+            for (const std::int64_t size : sizes) {
+                if (known_.allowed(*mode) && !mode->trials.contains(size)) try_below_least(*mode, size);
+            }
+        }
+    }
+
+    // Stops a trial as soon as it needs more than the least known, and tries none where no plan can need less.
+    void try_below_least(Mode& mode, std::int64_t size) {
+        const std::int64_t least = known_.least_peak();
+        if (options_.most_bytes <= options_.budget_bytes || known_.update_failed) return;
+        if (least <= known_.update_peak()) return;
+        const std::int64_t allowed = std::min(options_.most_bytes, least - known_.later_state() - 1);
+        if (!mode.trials.failed(size) || allowed > options_.budget_bytes) run_trial(mode, size, allowed);
     }
 
     // A trial takes two micro-batches; of a batch that is not cut, one.

@@ -177,10 +177,17 @@ TEST(Planner, StopsWhereTheOptimizerStepAloneDoesNotFit) {
     const PlanReport report =
         plan(job, {.batch = 64, .budget_bytes = 500'000, .offers_recompute = true, .most_bytes = 10'000'000});
     EXPECT_FALSE(report.chosen);
-    EXPECT_EQ(job.asked.size(), 1U) << "no other size can fit";
     EXPECT_EQ(job.updates, 2);
-    EXPECT_EQ(smallest(report)->peak_bytes(), 1000 + 1000 + 50 + 100 + 1'000'000);
+    EXPECT_EQ(smallest(report)->peak_bytes(), job.true_peak({.micro_batch = 1, .recompute = true}));
     EXPECT_EQ(report.fixed.optimizer_state, 1'000'000);
+
+    FakeJob largest_in_the_update;
+    largest_in_the_update.state = 1'000'000;
+    largest_in_the_update.update_extra = 10'000;
+    EXPECT_FALSE(plan(largest_in_the_update,
+                      {.batch = 64, .budget_bytes = 500'000, .offers_recompute = true, .most_bytes = 10'000'000})
+                     .chosen);
+    EXPECT_EQ(largest_in_the_update.asked.size(), 1U) << "no other plan can need less";
 
     FakeJob unknown;
     unknown.state = 1'000'000;
@@ -197,6 +204,47 @@ TEST(Planner, SaysWhatTheSmallestNeedsWhereThatIsKnownOnlyBeyondTheBudget) {
     ASSERT_NE(smallest(report), nullptr);
     EXPECT_EQ(parts_of(report, *smallest(report)),
               (MemoryParts{.parameters = 1000, .gradients = 1000, .optimizer_state = 2000, .activations = 150}));
+}
+
+// Gradients larger than all activations: an output layer over a large vocabulary.
+TEST(Planner, NamesTheUncutBatchAsTheLeastWhereGradientsAreLargerThanActivations) {
+    FakeJob job;
+    job.batch = 8;
+    job.gradients = job.state = 50'000;
+    job.update_extra = 0;
+    job.lines = one_line(40'000, 2000);
+    const Plan uncut{.micro_batch = 8, .recompute = true};
+    const std::int64_t needed = job.true_peak(uncut);
+    ASSERT_LT(needed, job.true_peak({.micro_batch = 1, .recompute = true}));
+    FakeJob enough = job;
+    const PlannerOptions options{
+        .batch = 8, .budget_bytes = needed - 1, .offers_recompute = true, .most_bytes = 1 << 20};
+    const PlanReport report = plan(job, options);
+    EXPECT_FALSE(report.chosen);
+    EXPECT_EQ(smallest(report)->plan, uncut);
+    EXPECT_EQ(smallest(report)->peak_bytes(), needed);
+    EXPECT_EQ(plan(enough, {.batch = 8, .budget_bytes = needed, .offers_recompute = true}).choice().plan, uncut);
+}
+
+TEST(Planner, ALeastThatIsNotKnownToFitInTheMachineIsNotNamed) {
+    FakeJob job;
+    const PlanReport report =
+        plan(job, {.batch = 64, .budget_bytes = 500, .offers_recompute = true, .most_bytes = 4000});
+    EXPECT_EQ(smallest(report), nullptr);
+    EXPECT_NE(explain_misfit(report).find("no room to measure"), std::string::npos) << explain_misfit(report);
+}
+
+TEST(Planner, NamesTheLeastOfAGivenMicroBatchWithRecomputeOrWithout) {
+    for (const double recompute_memory : {0.25, 2.0}) {
+        FakeJob job;
+        job.recompute_memory = recompute_memory;
+        const PlanReport report = plan(
+            job,
+            {.batch = 64, .budget_bytes = 500, .offers_recompute = true, .micro_batch = 12, .most_bytes = 1 << 20});
+        const Plan least{.micro_batch = 12, .recompute = recompute_memory < 1};
+        EXPECT_EQ(smallest(report)->plan, least);
+        EXPECT_EQ(smallest(report)->peak_bytes(), job.true_peak(least));
+    }
 }
 
 TEST(Planner, ABatchAtTheEndOfInt64IsCutLikeAnyOther) {
