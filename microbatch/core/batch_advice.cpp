@@ -10,7 +10,12 @@ namespace microbatch {
 namespace {
 
 constexpr double worthwhile = 0.95;
-constexpr double little_more = 0.1;
+constexpr double few = 10.0;  // one over the part by which few may be more than the fewest
+
+std::int64_t to_batch(double samples) {
+    constexpr double largest = 0x1p62;
+    return static_cast<std::int64_t>(std::clamp(samples, 1.0, largest));
+}
 
 // The fastest micro-batch that the batch can be cut by; of a tie the largest.
 const TimedCut* fastest(std::span<const TimedCut> cuts, std::int64_t batch) {
@@ -33,12 +38,15 @@ bool BatchAdvice::accumulation_pays() const {
     return table[soonest].time < worthwhile * soonest_uncut.time;
 }
 
+// A product or quotient may be rounded to a whole number that it is not; the sign of fma() is exact.
 std::int64_t batch_of_few_steps(double noise_batch) {
-    return std::max<std::int64_t>(1, std::llround(noise_batch / little_more));
+    const double batch = std::ceil(few * noise_batch);
+    return to_batch(std::fma(few, noise_batch, -batch) > 0.0 ? batch + 1.0 : batch);
 }
 
 std::int64_t batch_of_few_samples(double noise_batch) {
-    return std::max<std::int64_t>(1, std::llround(noise_batch * little_more));
+    const double batch = std::floor(noise_batch / few);
+    return to_batch(std::fma(few, batch, -noise_batch) > 0.0 ? batch - 1.0 : batch);
 }
 
 BatchAdvice advise_batch(double noise_batch, std::span<const TimedCut> cuts, double update_seconds,

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <limits>
+#include <random>
 
 #include "support/errors.h"
 
@@ -37,6 +38,34 @@ TEST(BatchAdvice, FewIsATenthMoreThanTheFewest) {
     for (const BatchCost& cost : advice.table) {
         EXPECT_EQ(cost.steps <= 1.1, cost.batch >= batch_of_few_steps(64.0)) << cost.batch;
         EXPECT_EQ(cost.samples <= 1.1, cost.batch <= batch_of_few_samples(64.0)) << cost.batch;
+    }
+}
+
+__extension__ using Wide = __int128;
+
+// Whole numbers tell: with n = k / 2^20, steps 1 + n / B are at most 1.1 where 10 k <= 2^20 B.
+TEST(BatchAdvice, FewIsExactlyATenthForEveryNoise) {
+    EXPECT_EQ(batch_of_few_steps(1006.43), 10'065);
+    std::mt19937_64 random(1);
+    constexpr std::int64_t unit = 1 << 20;
+    for (int i = 0; i < 100'000; ++i) {
+        auto noise = static_cast<std::int64_t>(1 + (random() >> (12 + random() % 40)));
+        if (i % 3 == 0) noise = noise / unit * unit + unit + i % 5 - 2;  // beside a whole number
+        if (i % 3 == 1) noise = noise / 10 * 10 + 10 + i % 5 - 2;        // beside a tenth of one
+        const double noise_batch = static_cast<double>(noise) / unit;
+        const std::int64_t steps = batch_of_few_steps(noise_batch);
+        EXPECT_LE(Wide{10} * noise, Wide{unit} * steps) << noise_batch;
+        EXPECT_TRUE(steps == 1 || Wide{10} * noise > Wide{unit} * (steps - 1)) << noise_batch;
+        const std::int64_t samples = batch_of_few_samples(noise_batch);
+        EXPECT_TRUE(samples == 1 || Wide{10} * unit * samples <= noise) << noise_batch;
+        EXPECT_GT(Wide{10} * unit * (samples + 1), noise) << noise_batch;
+    }
+    // 0.7 as a double is less than 0.7, 0.1 is more than 0.1.
+    EXPECT_EQ(batch_of_few_steps(0.7), 7);
+    EXPECT_EQ(batch_of_few_steps(0.1), 2);
+    for (const double large : {1e18, 1e19, 1e300}) {
+        EXPECT_GE(static_cast<double>(batch_of_few_steps(large)), 4e18);
+        EXPECT_GE(batch_of_few_samples(large), 100'000'000'000'000'000);
     }
 }
 
