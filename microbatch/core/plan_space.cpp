@@ -36,8 +36,8 @@ bool PlanSpace::hopeless() const {
 }
 
 bool PlanSpace::uncut_may_fit(const Mode& mode) const {
-    const auto one = mode.trials.peaks(1);
-    return !one || sum(one->first, later_state()) <= options.budget_bytes;
+    const auto least = mode.trials.peaks(smallest);
+    return !least || sum(least->first, later_state()) <= options.budget_bytes;
 }
 
 double PlanSpace::step_seconds(const Mode& mode, std::int64_t size) const {
@@ -105,13 +105,13 @@ std::int64_t PlanSpace::least_peak() const {
 }
 
 std::int64_t PlanSpace::largest_that_fits(const Mode& mode) const {
-    std::int64_t fitting = 0;
+    std::int64_t fitting = smallest - 1;
     std::int64_t end = options.batch;
     while (fitting + 1 < end) {
         const std::int64_t middle = fitting + (end - fitting) / 2;
         (predicted_to_fit(mode, middle) ? fitting : end) = middle;
     }
-    return fitting;
+    return fitting < smallest ? 0 : fitting;
 }
 
 std::int64_t PlanSpace::evened(std::int64_t size) const {
@@ -123,7 +123,7 @@ std::set<std::int64_t> PlanSpace::sizes(const Mode& mode) const {
     for (const auto& [size, trial] : mode.trials.all()) result.insert(size);
     if (options.micro_batch && allowed(mode)) result.insert(*options.micro_batch);
     if (options.micro_batch || mode.trials.empty()) return result;
-    for (std::int64_t size = 1; size < options.batch; size = doubled(size)) {
+    for (std::int64_t size = smallest; size < options.batch; size = doubled(size)) {
         if (!predict(mode, size)) continue;
         result.insert(size);
         if (!predicted_to_fit(mode, size)) break;

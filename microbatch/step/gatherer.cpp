@@ -139,8 +139,8 @@ bool Gatherer::add_all(const Batch& batch, const Plan& plan, const LossFunction&
     const std::int64_t samples = batch.size();
     try {
         while (samples_ < samples) {
-            const std::int64_t end = std::min(samples, samples_ + plan.micro_batch);
-            add(loss(batch.slice(samples_, end)));
+            const std::int64_t end = samples_ + next_cut(samples - samples_, plan.micro_batch);
+            add(loss_of(loss, batch.slice(samples_, end)));
             samples_ = end;
             if (end < samples && pause && pause()) return false;
         }

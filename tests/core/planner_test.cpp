@@ -247,6 +247,30 @@ TEST(Planner, NamesTheLeastOfAGivenMicroBatchWithRecomputeOrWithout) {
     }
 }
 
+TEST(Planner, BeginsAtTheSmallestMicroBatchThatTheModelCanTrainOn) {
+    for (const auto& [batch, smallest] : {std::pair{64, 2}, {65, 3}, {4, 2}, {3, 3}, {2, 2}}) {
+        for (const std::int64_t budget : {std::int64_t{1} << 20, std::int64_t{4260}}) {
+            FakeJob job;
+            job.fewest = 2;
+            const PlannerOptions options{.batch = batch, .budget_bytes = budget, .most_bytes = 1 << 20};
+            const PlanReport report = plan(job, options);
+            expect_sound(job, options, report);
+            EXPECT_TRUE(report.chosen || budget < 5000) << batch;
+            for (const Candidate& one : report.candidates) EXPECT_GE(one.plan.micro_batch, smallest) << batch;
+            ASSERT_NE(microbatch::smallest(report), nullptr);
+        }
+    }
+}
+
+TEST(Planner, ABatchOrAGivenMicroBatchThatTheModelCannotTrainOnIsAnError) {
+    FakeJob of_one, in_ones, never;
+    of_one.fewest = in_ones.fewest = 2;
+    never.fewest = 100;
+    EXPECT_THROW(plan(of_one, {.batch = 1, .budget_bytes = 1 << 20}), TooFewSamples);
+    EXPECT_THROW(plan(in_ones, {.batch = 8, .budget_bytes = 1 << 20, .micro_batch = 1}), TooFewSamples);
+    EXPECT_THROW(plan(never, {.batch = 8, .budget_bytes = 1 << 20}), TooFewSamples);
+}
+
 TEST(Planner, ABatchAtTheEndOfInt64IsCutLikeAnyOther) {
     FakeJob job;
     job.time = curve(1.0, 64, 0.05);
