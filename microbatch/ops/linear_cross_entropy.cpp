@@ -15,7 +15,7 @@
 #include "microbatch/core/error.h"
 #include "microbatch/core/str_cat.h"
 #include "microbatch/ops/checks.h"
-#include "microbatch/ops/softmax_row.h"
+#include "microbatch/ops/kernels/kernels.h"
 #include "microbatch/runtime/parallel.h"
 
 namespace microbatch {
@@ -120,10 +120,10 @@ void differentiate(const at::Tensor& logits, const Targets& targets, bool wanted
 /// The same for float32 on the CPU, while a row is in the cache.
 void differentiate_row(float* row, std::int64_t columns, std::int64_t target, bool wanted, double& loss) {
     const float of_target = row[target];
-    const auto [largest, sum] = exponentiate_row(row, columns);
+    const auto [largest, sum] = kernels().exact->exponentiate_row(row, columns);
     loss = std::log(sum) - static_cast<double>(of_target - largest);
     if (!wanted) return;
-    scale_row(row, columns, static_cast<float>(1.0 / sum));
+    kernels().exact->scale_row(row, columns, static_cast<float>(1.0 / sum));
     row[target] -= 1.0F;
 }
 
