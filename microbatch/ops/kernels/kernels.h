@@ -47,7 +47,7 @@ struct NormRowsBackward {
     float* grad_x = nullptr;          ///< their sum; may be gradient
     float* y = nullptr;
     /// [width]; what these rows give is added.
-    float *of_scale = nullptr, *of_shift = nullptr, *of_x_sums = nullptr;
+    float *grad_scale = nullptr, *grad_shift = nullptr, *grad_x_sums = nullptr;
 };
 
 /// Group norm of images, all channels of a pixel side by side: y = (x - mean) inverse scale + shift, then, where they
@@ -72,8 +72,8 @@ struct GroupNormImagesBackward {
     const float* scale = nullptr;
     const float* gradient = nullptr;                 ///< of y
     float* grad_x = nullptr;                         ///< none of the inputs
-    float* of_added = nullptr;                       ///< none of the inputs, or nullptr
-    float *of_scale = nullptr, *of_shift = nullptr;  ///< [channels]; these samples' are added
+    float* grad_added = nullptr;                       ///< none of the inputs, or nullptr
+    float *grad_scale = nullptr, *grad_shift = nullptr;  ///< [channels]; these samples' are added
 };
 
 /// One stretch of a parameter and of what its optimizer keeps. Number: float or double.
