@@ -28,7 +28,8 @@
 namespace microbatch::cli {
 namespace {
 
-constexpr std::int64_t branch_batches = 64;  // of the base, that a branch trains on
+// Batches of the base that a branch trains on, and steps that a branch of larger batches takes at least.
+constexpr std::int64_t branch_batches = 64, branch_steps = 8;
 
 struct AdviseSettings {
     Settings job;
@@ -202,17 +203,23 @@ std::string describe_accumulation(const BatchAdvice& advice) {
         uncut.batch, soonest.batch, std::max(0.0, gain));
 }
 
+std::string beyond_data(std::int64_t batch, const BatchAdvice& advice) {
+    if (batch <= advice.samples) return "";
+    return fmt::format("; the data is too small for it, with {} samples", format_count(advice.samples));
+}
+
 void print_advice(std::FILE* out, const Settings& settings, const Noise& noise, const BatchAdvice& advice) {
     fmt::print(out, "noise     as large as the gradient at a batch of {} samples ({} measures at a batch of {})\n",
                format_count(std::llround(advice.noise_batch)), noise.measures, settings.batch);
     fmt::print(out, "          a proxy: language models may use several times as much; --check tries it\n\n");
     print_costs(out, settings, advice);
-    fmt::print(out, "\nfewest steps     a batch of {} or more: within 10 % of the fewest that any batch needs\n",
-               format_count(batch_of_few_steps(advice.noise_batch)));
+    const std::int64_t few_steps = batch_of_few_steps(advice.noise_batch);
+    const std::int64_t knee = std::max<std::int64_t>(1, std::llround(advice.noise_batch));
+    fmt::print(out, "\nfewest steps     a batch of {} or more: within 10 % of the fewest that any batch needs{}\n",
+               format_count(few_steps), beyond_data(few_steps, advice));
     fmt::print(out, "fewest samples   a batch of {} or less: within 10 % of the fewest\n",
                format_count(batch_of_few_samples(advice.noise_batch)));
-    fmt::print(out, "knee             {}: twice the fewest of both\n",
-               format_count(std::max<std::int64_t>(1, std::llround(advice.noise_batch))));
+    fmt::print(out, "knee             {}: twice the fewest of both{}\n", format_count(knee), beyond_data(knee, advice));
     fmt::print(out, "soonest          {}, by the time of a step on this machine\n",
                format_count(advice.table[advice.soonest].batch));
     fmt::print(out, "accumulation     {}\n", describe_accumulation(advice));
@@ -228,9 +235,14 @@ RateRule rule_of_branches(const Settings& settings) {
 
 std::vector<Branch> check_branches(std::FILE* out, const JobPlan& plan, const Job& job) {
     BranchOptions options{.batch = plan.settings.batch,
-                          .samples = branch_batches * plan.settings.batch,
+                          .samples = std::min(branch_batches * plan.settings.batch, plan.data.train->size()),
                           .rule = rule_of_branches(plan.settings),
                           .seed = static_cast<std::uint64_t>(plan.settings.seed) + 1};
+    // No branch sees a sample twice: what it would learn by heart says nothing of new ones.
+    std::erase_if(options.factors, [&](std::int64_t factor) {
+        return factor > 1 && factor * plan.settings.batch > options.samples / branch_steps;
+    });
+    if (options.factors.size() < 2) return {};
     std::int64_t shown = 0;
     options.on_step = [&](std::int64_t batch) {
         if (interrupted()) throw Interrupted();
@@ -259,6 +271,12 @@ void print_branches(std::FILE* out, const std::vector<Branch>& branches) {
                critical == branches.back().batch ? "at least " : "", critical);
 }
 
+void print_too_few(std::FILE* out, const JobPlan& plan) {
+    fmt::print(out, "check            not made: {} steps at twice the batch take {} samples, and the data has {}\n",
+               branch_steps, format_count(2 * branch_steps * plan.settings.batch),
+               format_count(plan.data.train->size()));
+}
+
 nlohmann::ordered_json to_json(const BatchCost& cost, const Settings& settings) {
     nlohmann::ordered_json row{
         {"batch", cost.batch},          {"micro_batch", cost.micro_batch},  {"step_seconds", cost.step_seconds},
@@ -275,6 +293,7 @@ void print_json(const JobPlan& plan, const Noise& noise, const std::optional<Bat
     nlohmann::ordered_json document;
     document["model"] = plan.model;
     document["batch"] = plan.settings.batch;
+    document["data_samples"] = plan.data.train->size();
     document["noise_batch"] = noise.batch ? json_number(*noise.batch) : nullptr;
     document["measures"] = noise.measures;
     document["batches"] = nlohmann::ordered_json::array();
@@ -308,6 +327,8 @@ int advise(const AdviseSettings& advise_settings) {
     install_budget_allocator();
     watch_interrupts();
     const JobPlan plan = open_job(settings, length);
+    require_whole_batch(plan);
+    require_enough_data(settings.batch, plan.data.train->size());
     const Job job = make_job_to_plan(plan, budget);
     const PlanReport report = plan_job(plan, job, budget, out);
     job.accumulator->set_plan(settings.micro_batch == "auto" ? cut_to_measure(report) : report.choice().plan);
@@ -320,7 +341,7 @@ int advise(const AdviseSettings& advise_settings) {
     std::optional<BatchAdvice> advice;
     if (noise.batch) {
         advice = advise_batch(*noise.batch, timed_cuts(report), report.update_seconds,
-                              largest_of_table(*noise.batch, settings.batch));
+                              largest_of_table(*noise.batch, settings.batch), plan.data.train->size());
         print_advice(out, settings, noise, *advice);
     } else {
         fmt::print(out, "noise     undefined after {} measures: {}\n", noise.measures,
@@ -331,7 +352,7 @@ int advise(const AdviseSettings& advise_settings) {
     if (advise_settings.check) {
         try {
             branches = check_branches(out, plan, job);
-            print_branches(out, branches);
+            branches.empty() ? print_too_few(out, plan) : print_branches(out, branches);
         } catch (const c10::OutOfMemoryError&) {
             fmt::print(out, "check     not made: a copy of parameters and optimizer state does not fit the memory\n");
         }

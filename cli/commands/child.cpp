@@ -3,14 +3,16 @@
 #include <fcntl.h>
 #include <fmt/format.h>
 #include <poll.h>
-#include <spawn.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <array>
 #include <cerrno>
+#include <chrono>
 #include <csignal>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include "cli/commands/interrupt.h"
@@ -62,30 +64,55 @@ void pass_on(std::string& text, std::FILE* out, std::string& error) {
     std::fflush(out);
 }
 
+// Between fork and exec: only what POSIX allows there.
+[[noreturn]] void become(char* const* arguments, pid_t parent, int output, int errors) {
+    // The kernel ends it with its parent, however that ends; one that ended before this was asked is seen by its
+    // number.
+    if (::prctl(PR_SET_PDEATHSIG, SIGKILL) != 0 || ::getppid() != parent) ::_exit(127);
+    // In a group of its own a terminal's Ctrl-C reaches it by its parent alone: once.
+    ::setpgid(0, 0);
+    if (::dup2(output, STDOUT_FILENO) >= 0 && ::dup2(errors, STDERR_FILENO) >= 0) ::execv("/proc/self/exe", arguments);
+    ::_exit(127);
+}
+
 pid_t start(const std::vector<std::string>& words, Pipe& output, Pipe& errors) {
     std::vector<char*> arguments;
     for (const std::string& word : words) arguments.push_back(const_cast<char*>(word.c_str()));
     arguments.push_back(nullptr);
-    posix_spawn_file_actions_t actions;
-    posix_spawn_file_actions_init(&actions);
-    posix_spawn_file_actions_adddup2(&actions, output.ends[1], STDOUT_FILENO);
-    posix_spawn_file_actions_adddup2(&actions, errors.ends[1], STDERR_FILENO);
-    // In a group of its own a terminal's Ctrl-C reaches it by this process alone: once.
-    posix_spawnattr_t attributes;
-    posix_spawnattr_init(&attributes);
-    posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETPGROUP);
-    posix_spawnattr_setpgroup(&attributes, 0);
-    pid_t child = -1;
-    const int failure = ::posix_spawn(&child, "/proc/self/exe", &actions, &attributes, arguments.data(), environ);
-    posix_spawnattr_destroy(&attributes);
-    posix_spawn_file_actions_destroy(&actions);
-    if (failure != 0) {
-        throw Error(ErrorKind::usage, fmt::format("cannot start another process: {}", std::strerror(failure)));
+    const pid_t parent = ::getpid();
+    const pid_t child = ::fork();
+    if (child == 0) become(arguments.data(), parent, output.ends[1], errors.ends[1]);
+    if (child < 0) {
+        throw Error(ErrorKind::usage, fmt::format("cannot start another process: {}", std::strerror(errno)));
     }
     output.close(1);
     errors.close(1);
     return child;
 }
+
+/// Passes a signal that came to this process on: once, so that the child ends as such a run does, and where it does not
+/// do so soon, for good.
+class PassedOn {
+public:
+    explicit PassedOn(pid_t child) : child_(child) {}
+
+    void look() {
+        const auto now = std::chrono::steady_clock::now();
+        if (!interrupted() || killed_) return;
+        if (!told_) {
+            ::kill(child_, SIGINT);
+            told_ = now;
+        } else if (now - *told_ > std::chrono::seconds(5)) {
+            ::kill(child_, SIGKILL);
+            killed_ = true;
+        }
+    }
+
+private:
+    pid_t child_;
+    std::optional<std::chrono::steady_clock::time_point> told_;
+    bool killed_ = false;
+};
 
 int wait_for(pid_t child) {
     int status = 0;
@@ -105,13 +132,10 @@ ChildResult run_child(const std::vector<std::string>& words, std::FILE* out) {
     std::array<pollfd, 2> ends{{{output.ends[0], POLLIN, 0}, {errors.ends[0], POLLIN, 0}}};
     std::string errors_so_far;
     std::array<std::string*, 2> texts{&result.output, &errors_so_far};
-    bool told = false;
+    PassedOn signal(child);
     while (ends[0].fd >= 0 || ends[1].fd >= 0) {
         ::poll(ends.data(), ends.size(), 200);
-        if (interrupted() && !told) {
-            ::kill(child, SIGINT);
-            told = true;
-        }
+        signal.look();
         for (std::size_t i = 0; i < ends.size(); ++i) {
             if (ends[i].fd >= 0 && ends[i].revents != 0 && !read_some(ends[i].fd, *texts[i])) ends[i].fd = -1;
         }

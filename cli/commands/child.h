@@ -14,10 +14,9 @@ struct ChildResult {
 };
 
 /// Runs this very command with other words and waits for it; what it says on stderr goes to `out` as it comes, but for
-/// its error.
-/// Errors: Interrupted if a signal came: it was passed on, and the child is waited for. ErrorKind::usage if it cannot
-/// be
-///         started.
+/// its error. The child ends with this process, however that ends.
+/// Errors: Interrupted if a signal came: it was passed on, and the child has ended within seconds. ErrorKind::usage if
+///         it cannot be started.
 ChildResult run_child(const std::vector<std::string>& words, std::FILE* out);
 
 }  // namespace microbatch::cli

@@ -17,6 +17,7 @@
 #include "cli/options/config_file.h"
 #include "cli/options/flags.h"
 #include "cli/print/output.h"
+#include "microbatch/core/batch_advice.h"
 #include "microbatch/core/error.h"
 #include "microbatch/core/units.h"
 #include "microbatch/io/json_number.h"
@@ -125,11 +126,22 @@ std::vector<std::int64_t> parse_batches(const std::string& list) {
         };
         if (batches.back() < 1 || batches.back() > std::int64_t{1} << 31) refuse("a batch must be from 1 to 2^31");
         if (std::count(batches.begin(), batches.end(), batches.back()) > 1) {
-            refuse(fmt::format("{} stands there twice", batches.back()));
+            refuse(fmt::format("{} is listed twice", batches.back()));
         }
         if (comma == std::string_view::npos) return batches;
         rest.remove_prefix(comma + 1);
     }
+}
+
+// The largest of the --batches is planned for, and counts as a step in intervals.
+void resolve_batches(CompareSettings& settings, bool batch_given) {
+    if (settings.batches.empty()) return;
+    const std::vector<std::int64_t> batches = parse_batches(settings.batches);
+    if (batch_given) {
+        throw Error(ErrorKind::usage, fmt::format("--batch {} contradicts --batches \"{}\", which names every batch",
+                                                  settings.job.batch, settings.batches));
+    }
+    settings.job.batch = *std::max_element(batches.begin(), batches.end());
 }
 
 std::vector<Strategy> strategies_of(const CompareSettings& settings, const PlannedCuts& cuts, std::int64_t budget) {
@@ -188,13 +200,15 @@ const char* const what_stands_there =
     "largest eigenvalue of the Hessian at the end, over 32 samples.";
 
 void print_strategies(std::FILE* out, const std::string& title, const std::vector<Strategy>& strategies,
-                      const std::vector<std::vector<std::string>>& rows) {
+                      const std::vector<std::vector<std::string>>& rows, std::int64_t data_samples) {
     fmt::print(out, "\n{}\n\n", title);
     print_table(out, rows);
     for (const Strategy& each : strategies) {
         if (!each.can_run) {
             fmt::print(out, "\n{} was not run: its predicted peak is more than this machine has free\n", each.name);
         }
+        const std::string repetition = describe_repetition(each.batch, data_samples);
+        if (!repetition.empty()) fmt::print(out, "\n{}: {}\n", each.name, repetition);
     }
 }
 
@@ -229,6 +243,7 @@ void print_json(const JobPlan& plan, const std::vector<Strategy>& strategies, st
     nlohmann::ordered_json document;
     document["model"] = plan.model;
     document["data"] = plan.settings.data;
+    document["data_samples"] = plan.data.train->size();
     document["samples"] = samples;
     document["seeds"] = seeds;
     document["budget_bytes"] = budget;
@@ -270,7 +285,6 @@ void write_comparison(std::FILE* out, const std::filesystem::path& folder, const
 int compare(const CompareSettings& compare_settings) {
     const Settings& settings = compare_settings.job;
     validate(settings);
-    if (!compare_settings.batches.empty()) parse_batches(compare_settings.batches);
     refuse_used_folder(settings.run);
     const WorkFolder folder(settings.run);
     if (settings.seed > std::numeric_limits<std::int64_t>::max() - compare_settings.seeds) {
@@ -284,6 +298,7 @@ int compare(const CompareSettings& compare_settings) {
     install_budget_allocator();
     watch_interrupts();
     const JobPlan plan = open_job(settings, asked);
+    require_whole_batch(plan);
     const std::int64_t tokens_per_sample = plan.data.train->tokens_per_sample();
     const std::int64_t samples = convert(asked, Unit::samples, settings.batch, tokens_per_sample).count;
     schedule_of(settings, {samples, Unit::samples}, tokens_per_sample, settings.batch);
@@ -299,7 +314,7 @@ int compare(const CompareSettings& compare_settings) {
                        strategies);
     const auto rows = rows_of(plan, strategies, samples, budget);
     const std::string title = describe_comparison(plan, samples, compare_settings.seeds, budget);
-    print_strategies(out, title, strategies, rows);
+    print_strategies(out, title, strategies, rows, plan.data.train->size());
     if (folder.is_kept())
         write_comparison(out, folder.path(), title, settings.seed, compare_settings.seeds, strategies, rows);
     if (settings.json) print_json(plan, strategies, samples, compare_settings.seeds, budget);
@@ -315,8 +330,10 @@ void add_compare(CLI::App& application, Action& action) {
     add_job_options(*command, settings->job);
     add_length_options(*command, settings->job, "16 batches");
     command
-        ->add_option("--batches", settings->batches,
-                     "Compare these batches instead, such as \"16, 64, 256\", all cut by the plan's micro-batch")
+        ->add_option(
+            "--batches", settings->batches,
+            "Compare these batches instead, such as \"16, 64, 256\", all cut by the micro-batch planned for the "
+            "largest, which is also what a step means in an interval")
         ->type_name("LIST")
         ->group("Run");
     command
@@ -348,7 +365,9 @@ void add_compare(CLI::App& application, Action& action) {
     command->callback([command, settings, &action] {
         action = [command, settings] {
             refuse_empty_values(*command);
+            const bool batch_given = command->get_option("--batch")->count() > 0;
             apply_config_file(*command, settings->job.config);
+            resolve_batches(*settings, batch_given);
             return compare(*settings);
         };
     });

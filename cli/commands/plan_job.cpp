@@ -87,6 +87,14 @@ Job make_job_to_plan(const JobPlan& plan, std::int64_t budget_bytes) {
     return make_job(plan);
 }
 
+void require_whole_batch(const JobPlan& plan) {
+    if (plan.batch >= plan.settings.batch) return;
+    throw Error(ErrorKind::usage,
+                fmt::format("a batch of {} is larger than the whole run of {} samples, whose one step would be a batch "
+                            "of {}; take a smaller batch or a longer run (--samples)",
+                            plan.settings.batch, plan.batch, plan.batch));
+}
+
 PlanReport plan_job(const JobPlan& plan, const Job& job, std::int64_t budget_bytes, std::FILE* progress,
                     bool whole_table) {
     PlannerOptions options{.budget_bytes = budget_bytes,

@@ -11,6 +11,9 @@ namespace microbatch::cli {
 /// explained. The budget that was set comes back.
 Job make_job_to_plan(const JobPlan& plan, std::int64_t budget_bytes);
 
+/// Throws ErrorKind::usage where the run is shorter than a batch: what it says of that batch would be of a smaller one.
+void require_whole_batch(const JobPlan& plan);
+
 /// Plans the job's batch on the job itself, without a trace: the --micro-batch and --recompute of the settings, or the
 /// fastest that fits the budget. On a terminal `progress` shows what is being measured. A whole table is for a reader:
 /// see PlannerOptions.

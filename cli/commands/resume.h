@@ -6,17 +6,14 @@
 #include <string>
 #include <vector>
 
-<<<<<<< HEAD:cli/resume.h
 #include "cli/config.h"
 #include "cli/job.h"
 #include "cli/run_notes.h"
 #include "microbatch/io/checkpoint.h"
-=======
 #include "cli/commands/job.h"
 #include "cli/commands/run_notes.h"
 #include "cli/options/config.h"
 #include "microbatch/run/checkpoint.h"
->>>>>>> b3b5315 (The command in folders: commands, options, print):cli/commands/resume.h
 
 namespace microbatch::cli {
 

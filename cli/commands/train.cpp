@@ -5,6 +5,7 @@
 #include <c10/util/Exception.h>
 #include <ctime>
 #include <filesystem>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <utility>
@@ -70,26 +71,38 @@ void refuse_weights_without_checkpoint(const std::filesystem::path& folder) {
                     folder.string()));
 }
 
-// The fewest samples that can be cut: more would delay the run, and tell no more of the models that there are.
-std::optional<Verification> verify_samples(const JobPlan& plan, const Job& job) {
-    const std::vector<std::int64_t> samples{0, 1};
-    if (plan.data.train->size() < 2) return std::nullopt;
+// None where there are too few samples or they do not fit.
+std::optional<Verification> verify_two(const JobPlan& plan, const Job& job, std::int64_t micro_batch) {
+    std::vector<std::int64_t> samples(static_cast<std::size_t>(2 * micro_batch));
+    std::iota(samples.begin(), samples.end(), 0);
+    if (plan.data.train->size() < 2 * micro_batch) return std::nullopt;
     try {
-        return verify(*job.model, plan.data.train->get(samples), job.loss, 1);
+        return verify(*job.model, plan.data.train->get(samples), job.loss, micro_batch);
     } catch (const c10::OutOfMemoryError&) {
         return std::nullopt;
     }
 }
 
+// On the fewest samples that can be cut: more would delay the run, and tell no more of the models that there are.
+std::pair<std::optional<Verification>, std::int64_t> verify_samples(const JobPlan& plan, const Job& job) {
+    try {
+        return {verify_two(plan, job, 1), 1};
+    } catch (const TooFewSamples&) {
+        return {verify_two(plan, job, 2), 2};
+    }
+}
+
 void check_decomposition(std::FILE* out, const JobPlan& plan, const Job& job) {
-    const std::optional<Verification> verified = verify_samples(plan, job);
+    const auto [verified, micro_batch] = verify_samples(plan, job);
     if (!verified) {
-        fmt::print(out, "verify    skipped: two samples at once and two more copies of the gradients do not fit\n");
+        fmt::print(out, "verify    skipped: {} samples at once and two more copies of the gradients do not fit\n",
+                   2 * micro_batch);
         return;
     }
     const Verification& found = *verified;
     if (found.ok()) {
-        fmt::print(out, "verify    2 samples whole and in 1 + 1: same gradients\n");
+        fmt::print(out, "verify    {} samples whole and in {} + {}: same gradients\n", 2 * micro_batch, micro_batch,
+                   micro_batch);
         return;
     }
     fmt::print(out, "verify    warning: the gradient depends on the cut");

@@ -14,7 +14,7 @@
 #include <utility>
 
 #include "microbatch/autograd/sum_in_place.h"
-#include "microbatch/runtime/product.h"
+#include "microbatch/runtime/gemm.h"
 
 namespace microbatch {
 
@@ -64,7 +64,7 @@ bool by_columns(const at::Tensor& matrix) {
 
 /// a b, with a gradient if one is asked for.
 at::Tensor times(const at::Tensor& a, const at::Tensor& b) {
-    return at::GradMode::is_enabled() ? at::mm(a, b) : product(a, b);
+    return at::GradMode::is_enabled() ? at::mm(a, b) : gemm(a, b);
 }
 
 /// y = x m + b.
@@ -77,7 +77,7 @@ public:
             {matrix.requires_grad() ? x : at::Tensor(), x.requires_grad() ? matrix : at::Tensor()});
         context->saved_data["more"] = at::IValue::make_capsule(
             c10::make_intrusive<More>(weight, by_columns(x), by_columns(matrix), bias.has_value()));
-        return product(x, matrix, bias);
+        return gemm(x, matrix, bias);
     }
 
     static variable_list backward(AutogradContext* context, variable_list gradients) {
@@ -166,7 +166,7 @@ bool takes_product(const at::Tensor& x, const at::Tensor& matrix, const at::Tens
 /// Also without a gradient, so that a block that runs twice, the first time without, does the same both times.
 at::Tensor take_product(const at::Tensor& x, const at::Tensor& matrix, const std::optional<at::Tensor>& bias) {
     const bool needs_gradient = x.requires_grad() || matrix.requires_grad() || (bias && bias->requires_grad());
-    if (!at::GradMode::is_enabled() || !needs_gradient) return product(x, matrix, bias);
+    if (!at::GradMode::is_enabled() || !needs_gradient) return gemm(x, matrix, bias);
     return ProductOfWeight::apply(x, matrix, bias, weight_of(matrix));
 }
 

@@ -11,7 +11,7 @@ class Module;
 
 namespace microbatch {
 
-/// block(x), with the same bits and the same gradients, but nothing of what the block computes is kept for backward:
+/// block(x), with the same bits and the same gradients, but nothing of what the block computes is saved for backward:
 /// backward runs the block once more. Without a gradient to compute it is block(x) and nothing else.
 ///
 /// `module` is the one whose parameters and buffers the block uses. What requires grad and is used must be `x` or one

@@ -10,7 +10,16 @@ namespace microbatch {
 namespace {
 
 constexpr double worthwhile = 0.95;
-constexpr double little_more = 0.1;
+constexpr double few = 10.0;  // one over the part by which few may be more than the fewest
+
+double share(std::int64_t batch, std::int64_t samples) {
+    return static_cast<double>(batch) / static_cast<double>(samples);
+}
+
+std::int64_t to_batch(double samples) {
+    constexpr double largest = 0x1p62;
+    return static_cast<std::int64_t>(std::clamp(samples, 1.0, largest));
+}
 
 // The fastest micro-batch that the batch can be cut by; of a tie the largest.
 const TimedCut* fastest(std::span<const TimedCut> cuts, std::int64_t batch) {
@@ -33,16 +42,37 @@ bool BatchAdvice::accumulation_pays() const {
     return table[soonest].time < worthwhile * soonest_uncut.time;
 }
 
+// A product or quotient may be rounded to a whole number that it is not; the sign of fma() is exact.
 std::int64_t batch_of_few_steps(double noise_batch) {
-    return std::max<std::int64_t>(1, std::llround(noise_batch / little_more));
+    const double batch = std::ceil(few * noise_batch);
+    return to_batch(std::fma(few, noise_batch, -batch) > 0.0 ? batch + 1.0 : batch);
 }
 
 std::int64_t batch_of_few_samples(double noise_batch) {
-    return std::max<std::int64_t>(1, std::llround(noise_batch * little_more));
+    const double batch = std::floor(noise_batch / few);
+    return to_batch(std::fma(few, batch, -noise_batch) > 0.0 ? batch - 1.0 : batch);
+}
+
+std::string describe_repetition(std::int64_t batch, std::int64_t samples) {
+    if (batch <= samples) return "";
+    return str_cat("a batch of ", batch, " holds each of the data's ", samples, " samples ",
+                   std::round(10.0 * share(batch, samples)) / 10.0, " times");
+}
+
+void require_enough_data(std::int64_t batch, std::int64_t samples) {
+    if (few * static_cast<double>(batch) <= static_cast<double>(samples)) return;
+    const std::string repetition = describe_repetition(batch, samples);
+    const std::int64_t percent = std::llround(100.0 * share(batch, samples));
+    throw Error(ErrorKind::usage,
+                str_cat("the data is too small to tell the noise of a batch of ", batch, ": ",
+                        repetition.empty() ? str_cat("it has ", samples, " samples, and a batch holds ", percent, " %")
+                                           : repetition,
+                        "; take a batch of at most a tenth of the data's samples, or more data"));
 }
 
 BatchAdvice advise_batch(double noise_batch, std::span<const TimedCut> cuts, double update_seconds,
-                         std::int64_t largest) {
+                         std::int64_t largest, std::int64_t samples) {
+    largest = std::min(largest, samples);
     if (!std::isfinite(noise_batch) || noise_batch <= 0.0) {
         throw Error(ErrorKind::usage, str_cat("the noise batch is ", noise_batch, "; it must be finite and above 0"));
     }
@@ -52,7 +82,7 @@ BatchAdvice advise_batch(double noise_batch, std::span<const TimedCut> cuts, dou
     const std::int64_t smallest = std::min_element(cuts.begin(), cuts.end(), [](const auto& one, const auto& other) {
                                       return one.micro_batch < other.micro_batch;
                                   })->micro_batch;
-    BatchAdvice advice{.noise_batch = noise_batch, .table = {}};
+    BatchAdvice advice{.noise_batch = noise_batch, .samples = samples, .table = {}};
     const auto cost_of = [&](std::int64_t batch, const TimedCut& cut) {
         const auto size = static_cast<double>(batch);
         BatchCost cost{.batch = batch,
@@ -69,6 +99,7 @@ BatchAdvice advise_batch(double noise_batch, std::span<const TimedCut> cuts, dou
         if (batch > largest / 2) break;
     }
     for (const TimedCut& cut : cuts) {
+        if (cut.micro_batch > samples) continue;
         const BatchCost cost = cost_of(cut.micro_batch, cut);
         if (advice.soonest_uncut.time == 0.0 || cost.time < advice.soonest_uncut.time) advice.soonest_uncut = cost;
     }

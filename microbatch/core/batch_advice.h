@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <span>
+#include <string>
 #include <vector>
 
 namespace microbatch {
@@ -27,6 +28,7 @@ struct BatchCost {
 /// Batches side by side, and what follows.
 struct BatchAdvice {
     double noise_batch = 0.0;      ///< the knee: twice the fewest steps and twice the fewest samples
+    std::int64_t samples = 0;      ///< of the data; no batch of the table is larger
     std::vector<BatchCost> table;  ///< each twice the one before
     std::size_t soonest = 0;       ///< in the table: at the same loss first, on this machine
     BatchCost soonest_uncut = {};  ///< of those that were timed as one micro-batch, whether in the table or not
@@ -40,15 +42,25 @@ struct BatchAdvice {
 std::int64_t batch_of_few_steps(double noise_batch);
 std::int64_t batch_of_few_samples(double noise_batch);
 
-/// Compares batches from the smallest micro-batch that is known to `largest`, doubling.
+/// How often a batch holds a sample: "a batch of 64 holds each of the data's 9 samples 7.1 times". Empty for a batch
+/// that is not larger than the data.
+std::string describe_repetition(std::int64_t batch, std::int64_t samples);
+
+/// Throws ErrorKind::usage, saying how many samples it takes, if a batch is more than a tenth of the data. Its
+/// micro-batches then share so many samples with the next batch's that their noise is not that of new samples.
+void require_enough_data(std::int64_t batch, std::int64_t samples);
+
+/// Compares batches from the smallest micro-batch that is known to `largest`, doubling, as far as the data's `samples`
+/// fill them.
 ///
 /// Formula:  steps S / S_min = 1 + B_noise / B, samples E / E_min = 1 + B / B_noise, time = S (samples * time of one +
 ///           optimizer's step).
 /// Source:   McCandlish et al. 2018, arXiv:1812.06162, equation 2.11, with the noise scale for the critical batch: a
 ///           proxy, which is too small for language models (Merrill et al. 2025, arXiv:2505.23971).
 /// Units:    samples, seconds.
-/// Errors:   ErrorKind::usage unless noise_batch is finite and above 0, and some cut is of at most `largest` samples.
+/// Errors:   ErrorKind::usage unless noise_batch is finite and above 0, and some cut is of at most `largest` samples
+///           and of no more than the data has.
 BatchAdvice advise_batch(double noise_batch, std::span<const TimedCut> cuts, double update_seconds,
-                         std::int64_t largest);
+                         std::int64_t largest, std::int64_t samples);
 
 }  // namespace microbatch

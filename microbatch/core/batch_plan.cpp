@@ -2,10 +2,15 @@
 
 #include <algorithm>
 
-#include "microbatch/core/error.h"
 #include "microbatch/core/str_cat.h"
 
 namespace microbatch {
+
+std::int64_t next_cut(std::int64_t left, std::int64_t most) {
+    // One of two would leave a single sample here instead of there.
+    const bool would_leave_one = most > 2 && left - 1 == most;
+    return would_leave_one ? most - 1 : std::min(left, most);
+}
 
 std::int64_t micro_batch_count(std::int64_t batch, std::int64_t micro_batch) {
     if (batch < 0) throw Error(ErrorKind::usage, str_cat("the batch is ", batch, " samples; it must be 0 or more"));
@@ -21,9 +26,9 @@ Slice micro_batch_slice(std::int64_t batch, std::int64_t micro_batch, std::int64
         throw Error(ErrorKind::usage, str_cat("micro-batch ", index, " of a batch that has ", count, " (", batch,
                                               " samples in ", micro_batch, "); count from 0"));
     }
-    const std::int64_t begin = index * micro_batch;
-    // The size is found first: begin + micro_batch could leave int64.
-    return {begin, begin + std::min(micro_batch, batch - begin)};
+    std::int64_t begin = index * micro_batch;
+    if (index > 0) begin -= micro_batch - next_cut(batch - begin + micro_batch, micro_batch);
+    return {begin, begin + next_cut(batch - begin, micro_batch)};
 }
 
 }  // namespace microbatch

@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <limits>
 
+#include "microbatch/core/error.h"
+
 namespace microbatch {
 
 /// A micro-batch size that no batch exceeds: the batch is not cut.
@@ -28,8 +30,18 @@ struct Slice {
     bool operator==(const Slice&) const = default;
 };
 
-/// Micro-batches that a batch is cut into: all full but perhaps the last (100 in 16 is six of 16 and one of 4), 0 for
-/// an empty batch.
+/// The model cannot train on so small a micro-batch: BatchNorm with a single value per channel.
+struct TooFewSamples : Error {
+    using Error::Error;
+};
+
+/// Samples of a batch's next micro-batch, or of a run's next batch, where `left` samples are left: `most`, or what is
+/// left; one less where a single sample would be left over, which BatchNorm may not be able to train on.
+/// Requires: both at least 1.
+std::int64_t next_cut(std::int64_t left, std::int64_t most);
+
+/// Micro-batches that a batch is cut into: all full but perhaps the last (100 in 16 is six of 16 and one of 4), or the
+/// last two (33 in 16 is 16, 15 and 2). 0 for an empty batch.
 /// Errors: ErrorKind::usage if batch is negative or micro_batch below 1.
 std::int64_t micro_batch_count(std::int64_t batch, std::int64_t micro_batch);
 

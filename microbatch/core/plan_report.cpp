@@ -123,14 +123,11 @@ std::string explain_misfit(const PlanReport& report) {
     }
     const MemoryParts parts = parts_of(report, *least);
     const std::string size = samples(least->plan.micro_batch);
-    const std::string subject = report.given
-                                    ? str_cat("the micro-batch of ", size, " that was asked for does not fit:")
-                                    : str_cat("nothing fits: the smallest peak, with a micro-batch of ", size, ",");
-    return str_cat(subject,
-                   least->plan.recompute ? " with recompute it"
-                   : report.given        ? " it"
-                                         : "",
-                   " needs ", format_bytes(least->peak_bytes()), ", ",
+    const std::string with = least->plan.recompute ? " with recompute" : "";
+    const std::string subject =
+        report.given ? str_cat("the micro-batch of ", size, " that was asked for does not fit:", with, " it")
+                     : str_cat("nothing fits: the smallest peak, that of a micro-batch of ", size, with, ",");
+    return str_cat(subject, " needs ", format_bytes(least->peak_bytes()), ", ",
                    format_bytes(least->peak_bytes() - report.budget_bytes), " more than the memory budget of ", budget,
                    "\n  parameters       ", format_bytes(parts.parameters), "\n  gradients        ",
                    format_bytes(parts.gradients), "\n  optimizer state  ", format_bytes(parts.optimizer_state),

@@ -36,8 +36,8 @@ bool PlanSpace::hopeless() const {
 }
 
 bool PlanSpace::uncut_may_fit(const Mode& mode) const {
-    const auto one = mode.trials.peaks(1);
-    return !one || sum(one->first, later_state()) <= options.budget_bytes;
+    const auto least = mode.trials.peaks(smallest);
+    return !least || sum(least->first, later_state()) <= options.budget_bytes;
 }
 
 double PlanSpace::step_seconds(const Mode& mode, std::int64_t size) const {
@@ -81,14 +81,37 @@ bool PlanSpace::fits(const Mode& mode, std::int64_t size) const {
     return mode.trials.contains(size) && predicted_to_fit(mode, size);
 }
 
+bool PlanSpace::any_fits() const {
+    const auto any = [this](const Mode& mode) {
+        const auto& trials = mode.trials.all();
+        return std::any_of(trials.begin(), trials.end(), [&](const auto& one) { return fits(mode, one.first); });
+    };
+    return any(kept) || any(recomputed);
+}
+
+std::int64_t PlanSpace::update_peak() const {
+    if (!update) return 0;
+    return options.steps >= 2 ? std::max(update->first_peak_bytes, update->later_peak_bytes) : update->first_peak_bytes;
+}
+
+std::int64_t PlanSpace::least_peak() const {
+    std::int64_t least = std::numeric_limits<std::int64_t>::max();
+    for (const Mode* mode : {&kept, &recomputed}) {
+        for (const auto& [size, trial] : mode->trials.all()) {
+            if (const auto peaks = predict(*mode, size)) least = std::min(least, peaks->largest());
+        }
+    }
+    return least;
+}
+
 std::int64_t PlanSpace::largest_that_fits(const Mode& mode) const {
-    std::int64_t fitting = 0;
+    std::int64_t fitting = smallest - 1;
     std::int64_t end = options.batch;
     while (fitting + 1 < end) {
         const std::int64_t middle = fitting + (end - fitting) / 2;
         (predicted_to_fit(mode, middle) ? fitting : end) = middle;
     }
-    return fitting;
+    return fitting < smallest ? 0 : fitting;
 }
 
 std::int64_t PlanSpace::evened(std::int64_t size) const {
@@ -100,7 +123,7 @@ std::set<std::int64_t> PlanSpace::sizes(const Mode& mode) const {
     for (const auto& [size, trial] : mode.trials.all()) result.insert(size);
     if (options.micro_batch && allowed(mode)) result.insert(*options.micro_batch);
     if (options.micro_batch || mode.trials.empty()) return result;
-    for (std::int64_t size = 1; size < options.batch; size = doubled(size)) {
+    for (std::int64_t size = smallest; size < options.batch; size = doubled(size)) {
         if (!predict(mode, size)) continue;
         result.insert(size);
         if (!predicted_to_fit(mode, size)) break;

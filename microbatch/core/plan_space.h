@@ -26,6 +26,7 @@ struct PlanSpace {
     const PlannerOptions& options;
     Mode kept;  ///< all activations are kept
     Mode recomputed;
+    std::int64_t smallest = 1;  ///< micro-batch that the model can train on
     std::optional<UpdateTrial> update = {};
     bool update_failed = false;  ///< no room for it anywhere: the peaks are not known
 
@@ -35,7 +36,7 @@ struct PlanSpace {
     std::int64_t doubled(std::int64_t size) const;
     /// An optimizer step does not fit: nor does any plan.
     bool hopeless() const;
-    /// A trial of 1 that fitted but for the optimizer's state, or none: then nothing speaks against it.
+    /// A trial of the smallest that fitted but for the optimizer's state, or none: then nothing speaks against it.
     bool uncut_may_fit(const Mode& mode) const;
     /// Of the whole batch and the optimizer's step.
     double step_seconds(const Mode& mode, std::int64_t size) const;
@@ -48,12 +49,17 @@ struct PlanSpace {
     bool predicted_to_fit(const Mode& mode, std::int64_t size) const;
     /// Was tried, and does.
     bool fits(const Mode& mode, std::int64_t size) const;
+    bool any_fits() const;
+    /// Of the optimizer's steps: no plan needs less. 0 before they were tried.
+    std::int64_t update_peak() const;
+    /// The smallest peak that was measured; int64's largest if none was.
+    std::int64_t least_peak() const;
     /// Of the cut ones; 0 if none does.
     std::int64_t largest_that_fits(const Mode& mode) const;
     /// The smallest size that cuts the batch into as many micro-batches as this one: as fast, in less memory.
     std::int64_t evened(std::int64_t size) const;
-    /// The rows of the report: what was tried, the powers of two up to the first that does not fit, the fewest
-    /// micro-batches that do, the whole batch.
+    /// The rows of the report: what was tried, the smallest and its doubles up to the first that does not fit, the
+    /// fewest micro-batches that do, the whole batch.
     std::set<std::int64_t> sizes(const Mode& mode) const;
     Candidate candidate(const Mode& mode, std::int64_t size) const;
 };

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <set>
 #include <utility>
 #include <vector>
 
@@ -67,6 +68,7 @@ public:
             time_finalists();
             complete_table();
         }
+        if (!known_.any_fits()) find_least();
         finish();
         return report_;
     }
@@ -76,19 +78,18 @@ private:
         for (Mode* mode : {&known_.kept, &known_.recomputed}) {
             if (known_.allowed(*mode) && try_size(*mode, size)) return;
         }
-        try_beyond_budget(size);
     }
 
     void search() {
         for (Mode* mode : {&known_.kept, &known_.recomputed}) {
             if (known_.allowed(*mode) && !known_.hopeless() && !may_do_without(*mode)) begin(*mode);
         }
-        try_beyond_budget(1);
         try_all();
         // Larger sizes may tell another story of recompute than the first two.
         Mode& mode = known_.recomputed;
         const bool untried = known_.allowed(mode) && !known_.hopeless() && mode.trials.empty();
-        if (!untried || !known_.fits(known_.kept, 1) || may_do_without(mode) || !may_spend_on(mode, 2)) return;
+        if (!untried || !known_.fits(known_.kept, known_.smallest) || may_do_without(mode)) return;
+        if (!may_spend_on(mode, known_.smallest + 1)) return;
         begin(mode);
         try_all();
     }
@@ -116,7 +117,8 @@ private:
 
     void complete_table() {
         Mode& mode = known_.recomputed;
-        const bool needed = known_.fits(known_.kept, 1) && !known_.predicted_to_fit(known_.kept, options_.batch);
+        const bool needed =
+            known_.fits(known_.kept, known_.smallest) && !known_.predicted_to_fit(known_.kept, options_.batch);
         if (!options_.whole_table || !needed || !known_.allowed(mode) || !mode.trials.empty()) return;
         choose_recomputed_ = false;
         begin(mode);
@@ -155,7 +157,7 @@ private:
     bool may_do_without(const Mode& mode) const {
         if (!mode.recompute) return false;
         if (known_.predicted_to_fit(known_.kept, options_.batch)) return true;
-        if (!known_.fits(known_.kept, 2)) return false;
+        if (!known_.fits(known_.kept, known_.smallest + 1)) return false;
         double best = infinity;
         for (const std::int64_t size : known_.sizes(known_.kept)) {
             if (known_.predicted_to_fit(known_.kept, size)) best = std::min(best, known_.least_step(known_.kept, size));
@@ -168,9 +170,11 @@ private:
     // The two sizes that tell of all others. Without gradients in the forward pass the whole batch may fit where they
     // do not.
     void begin(Mode& mode) {
-        const bool both = try_size(mode, 1) && options_.batch > 1 && try_size(mode, 2);
+        const bool one = try_smallest(mode);
+        const std::int64_t next = known_.smallest + 1;
+        const bool both = one && options_.batch >= next && try_size(mode, next);
         // Some kernels take another way for a single sample. 3 then shows what 2 is like.
-        if (both && !mode.trials.matched() && options_.batch > 3) try_size(mode, 3);
+        if (both && !mode.trials.matched() && options_.batch > next + 1) try_size(mode, next + 1);
         if (options_.batch < small_batch) needed_seconds_ = spent_seconds();
         if (both) return;
         const std::int64_t batch = options_.batch;
@@ -188,7 +192,7 @@ private:
             share_ = search_share;
             target = most_promising();
         }
-        Mode& mode = known_.fits(known_.kept, 1) ? known_.kept : known_.recomputed;
+        Mode& mode = known_.fits(known_.kept, known_.smallest) ? known_.kept : known_.recomputed;
         if (!mode.trials.empty() && (mode.not_paying < 2 || mode.trials.largest() < telling)) {
             const std::int64_t twice = known_.doubled(mode.trials.largest());
             for (const std::int64_t stride : {known_.doubled(twice), twice}) {
@@ -229,6 +233,12 @@ private:
         return !mode.trials.contains(size) && known_.predicted_to_fit(mode, size);
     }
 
+    // What is the smallest may turn out as it is tried.
+    bool try_smallest(Mode& mode) {
+        const std::int64_t size = known_.smallest;
+        return try_size(mode, size) || (size < known_.smallest && try_size(mode, known_.smallest));
+    }
+
     // Runs one trial, after the first one the optimizer's too. False if it does not fit.
     bool try_size(Mode& mode, std::int64_t size) {
         const std::optional<PhasePeaks> expected = known_.predict(mode, size);
@@ -242,20 +252,31 @@ private:
             judge_pace(mode, size);
             return true;
         }
-        mode.trials.add_failure(size);
+        if (size >= known_.smallest) mode.trials.add_failure(size);
         return false;
     }
 
     bool run_trial(Mode& mode, std::int64_t size, std::int64_t allowed_bytes) {
         const Plan plan{.micro_batch = size, .recompute = mode.recompute};
         if (options_.on_trial) options_.on_trial(plan);
-        std::optional<MicroBatchTrial> trial = rehearsal_.micro_batch(plan, size < options_.batch, allowed_bytes);
+        std::optional<MicroBatchTrial> trial = rehearse(plan, allowed_bytes);
         if (!trial) return false;
         report_.spent_seconds += time_or(trial->spent_seconds, 0.0);
         trial->seconds = time_or(trial->seconds, infinity);
         mode.trials.add(size, std::move(*trial));
         if (!known_.update && !known_.update_failed) try_update(allowed_bytes);
         return true;
+    }
+
+    // None if it does not fit, or if no single sample can be trained on: two or more can, with none left over.
+    std::optional<MicroBatchTrial> rehearse(const Plan& plan, std::int64_t allowed_bytes) {
+        try {
+            return rehearsal_.micro_batch(plan, plan.micro_batch < options_.batch, allowed_bytes);
+        } catch (const TooFewSamples&) {
+            if (plan.micro_batch >= options_.batch || options_.micro_batch || known_.smallest > 1) throw;
+            known_.smallest = 2 + options_.batch % 2;
+            return std::nullopt;
+        }
     }
 
     void try_update(std::int64_t allowed_bytes) {
@@ -270,11 +291,27 @@ private:
         report_.update_seconds = known_.update->seconds;
     }
 
-    // Not one trial fits: what would the smallest need?
-    void try_beyond_budget(std::int64_t size) {
-        if (!known_.kept.trials.empty() || !known_.recomputed.trials.empty()) return;
-        if (options_.most_bytes <= options_.budget_bytes) return;
-        run_trial(known_.allowed(known_.recomputed) ? known_.recomputed : known_.kept, size, options_.most_bytes);
+    // What does the plan need that needs least? Memory grows with the micro-batch, but an uncut batch holds no
+    // gradients in its forward pass.
+    void find_least() {
+        const std::set<std::int64_t> sizes{options_.micro_batch.value_or(known_.smallest),
+                                           options_.micro_batch.value_or(options_.batch)};
+        for (Mode* mode : {&known_.recomputed, &known_.kept}) {
+            for (const std::int64_t size : sizes) {
+                if (known_.allowed(*mode) && !mode->trials.contains(size)) try_below_least(*mode, size);
+            }
+        }
+    }
+
+    // Stops a trial as soon as it needs more than the least known, and tries none where no plan can need less.
+    void try_below_least(Mode& mode, std::int64_t size) {
+        const std::int64_t least = known_.least_peak();
+        if (options_.most_bytes <= options_.budget_bytes || known_.update_failed) return;
+        if (least <= known_.update_peak()) return;
+        const std::int64_t allowed = std::min(options_.most_bytes, least - known_.later_state() - 1);
+        if (mode.trials.failed(size) && allowed <= options_.budget_bytes) return;
+        run_trial(mode, size, allowed);
+        if (size < known_.smallest) try_below_least(mode, known_.smallest);
     }
 
     // A trial takes two micro-batches; of a batch that is not cut, one.

@@ -25,6 +25,7 @@ public:
 
     /// Runs one micro-batch of the plan's size as the first of a batch and, if `cut`, as a later one. None if it does
     /// not fit in `allowed_bytes`.
+    /// Errors: TooFewSamples if the model cannot train on a single sample.
     virtual std::optional<MicroBatchTrial> micro_batch(const Plan& plan, bool cut, std::int64_t allowed_bytes) = 0;
 
     /// Seconds of a micro-batch of a plan that was tried and fitted, once more; infinity if it does not fit any longer.
@@ -71,13 +72,15 @@ struct PlannerOptions {
 /// the fastest few take turns, because one sample on a machine that others use, too, tells plans apart by chance. Only
 /// a plan that was tried and kept the budget is chosen: the smallest step time; a tie of 1 % goes to the smaller peak.
 ///
-/// An uncut batch never holds gradients during a forward pass, and can fit where a micro-batch of 1 does not.
+/// An uncut batch never holds gradients during a forward pass, and can fit where a micro-batch of 1 does not. Where the
+/// model cannot train on a single sample, no plan has one: micro-batches begin at 2, or at 3 if the batch is odd.
 ///
 /// Units:  bytes, samples, seconds.
 /// Errors: ErrorKind::usage if batch, budget, steps or micro_batch is below 1, micro_batch above the batch, or
-/// recompute
-///         is asked of a model that does not offer it. Nothing fits: no error, the report has none chosen. What the
-///         rehearsal or on_trial throws passes through.
+/// recompute is
+///         asked of a model that does not offer it. TooFewSamples if the batch or the micro_batch is 1 and the model
+///         cannot train on it. Nothing fits: no error, the report has none chosen. What the rehearsal or on_trial
+///         throws passes through.
 /// Cost:   most_steps steps' time at most, or least_seconds where that is more, as far as the time of a trial is known
 ///         before it; with a batch below 16 that beside the trials of 1 and 2. Those, and the optimizer's step, are
 ///         always tried.

@@ -52,6 +52,8 @@ void require_same_unit(std::string_view name, Interval interval, Interval length
 
 void validate_length(const Schedule& schedule) {
     const std::string_view name = to_string(schedule.shape);
+    const bool ends = schedule.length.count > 0 && schedule.length.unit == schedule.warmup.unit;
+    if (schedule.shape == ScheduleShape::constant && !ends) return;
     require(schedule.length.count > 0, str_cat("the ", name, " schedule has no length; state where its decay ends"));
     require_same_unit("warmup", schedule.warmup, schedule.length);
     std::int64_t room = schedule.length.count;
@@ -62,8 +64,9 @@ void validate_length(const Schedule& schedule) {
         room -= schedule.decay.count;
         taken += str_cat(" and decay (", to_string(schedule.decay), ")");
     }
-    require(schedule.warmup.count <= room, str_cat(taken, " do not fit the length of the ", name, " schedule (",
-                                                   to_string(schedule.length), "); shorten them"));
+    require(schedule.warmup.count <= room,
+            str_cat("the ", name, " schedule has no room for ", taken, ": its length is ", to_string(schedule.length),
+                    "; shorten them or lengthen the run"));
 }
 
 /// How much of [begin, end] lies before `at`, from 0 to 1; 1 at the end even if the stretch is empty.
@@ -74,11 +77,16 @@ double part_done(std::int64_t at, std::int64_t begin, std::int64_t end) {
 }
 
 // std::lerp is exact at both ends and monotone; peak + (floor - peak) * x is neither.
-double decayed(const Schedule& schedule, std::int64_t at) {
+double decayed(const Schedule& schedule, std::int64_t before, std::int64_t after) {
     const std::int64_t length = schedule.length.count;
-    const std::int64_t start =
-        schedule.shape == ScheduleShape::wsd ? length - schedule.decay.count : schedule.warmup.count;
-    const double x = part_done(at, start, length);
+    if (schedule.shape == ScheduleShape::wsd) {
+        if (before >= length) return schedule.floor;
+        // Below the peak in every batch that reaches into the decay, however short that is; at the floor in none.
+        const auto done = static_cast<double>(std::max<std::int64_t>(0, after - (length - schedule.decay.count)));
+        const double all = static_cast<double>(schedule.decay.count) + static_cast<double>(after - before);
+        return std::lerp(schedule.peak, schedule.floor, std::min(done / all, 1.0));
+    }
+    const double x = part_done(before, schedule.warmup.count, length);
     if (schedule.shape == ScheduleShape::cosine) {
         return std::lerp(schedule.floor, schedule.peak, (1 + std::cos(std::numbers::pi * x)) / 2);
     }
@@ -112,7 +120,7 @@ void validate(const Schedule& schedule) {
     require_not_negative("warmup", schedule.warmup);
     require_not_negative("length", schedule.length);
     require_not_negative("decay", schedule.decay);
-    if (schedule.shape != ScheduleShape::constant) validate_length(schedule);
+    validate_length(schedule);
 }
 
 double learning_rate(const Schedule& schedule, const Progress& before, const Progress& batch) {
@@ -128,7 +136,7 @@ double learning_rate(const Schedule& schedule, const Progress& before, const Pro
         return schedule.peak * (reached / static_cast<double>(warmup.count));
     }
     if (schedule.shape == ScheduleShape::constant) return schedule.peak;
-    return decayed(schedule, before.in(schedule.length.unit));
+    return decayed(schedule, before.in(schedule.length.unit), after.in(schedule.length.unit));
 }
 
 }  // namespace microbatch

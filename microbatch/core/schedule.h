@@ -24,14 +24,15 @@ struct Schedule {
     double peak = 1e-3;
     double floor = 0;   ///< the learning rate at the end, absolute
     Interval warmup{};  ///< 0: none
-    Interval length{};  ///< where the decay ends, counted from the start of the run; not used by constant
+    Interval length{};  ///< where the decay ends, counted from the start of the run; constant needs none
     Interval decay{};   ///< wsd only: length of the linear decay that ends at `length`
     double power = 2;   ///< polynomial only
 };
 
 /// Throws unless the schedule gives a finite learning rate everywhere.
 /// Errors: ErrorKind::usage naming the field: a rate that is not finite or negative, floor above peak, a negative
-///         interval, a missing length or decay, different units, warmup + decay longer than length, power not above 0.
+///         interval, a missing length or decay, different units, warmup + decay longer than length (constant: a
+///         warmup longer than a length in its unit), power not above 0.
 void validate(const Schedule& schedule);
 
 /// The learning rate of the step that takes the run from `before` to `before + batch`. It depends on nothing else:
@@ -43,7 +44,8 @@ void validate(const Schedule& schedule);
 ///   linear       peak + (floor - peak) x
 ///   cosine       floor + (peak - floor) (1 + cos(pi x)) / 2
 ///   polynomial   floor + (peak - floor) (1 - x)^power
-///   wsd          peak until n - d, then linear to floor at n (warmup, stable, decay)
+///   wsd          peak until n - d, then peak + (floor - peak) (p + batch - (n - d)) / (d + batch), and the floor from
+///                n on: the last of d steps is as far from the floor as the first is from the peak, 1 / (d + 1)
 ///
 /// Errors: ErrorKind::usage as for validate, and if progress is negative or leaves int64.
 /// Source: warmup: Goyal et al. 2017, arXiv:1706.02677; cosine: Loshchilov & Hutter 2017, arXiv:1608.03983;

@@ -34,12 +34,12 @@ at::Tensor differentiable_gradient(const at::Tensor& qkv, std::int64_t heads, co
     const at::Tensor scores = parts[0].matmul(parts[1].transpose(2, 3)).mul(scale);
     const at::Tensor later = at::full_like(scores, -std::numeric_limits<double>::infinity()).triu(1);
     const at::Tensor p = scores.tril().add(later).softmax(3);
-    const at::Tensor of_out = gradient.view({qkv.size(0), qkv.size(1), heads, parts[0].size(3)}).transpose(1, 2);
-    const at::Tensor of_p = of_out.matmul(parts[2].transpose(2, 3));
-    const at::Tensor of_scores = p.mul(of_p.sub(p.mul(of_p).sum(3, /*keepdim=*/true))).mul(scale);
+    const at::Tensor grad_out = gradient.view({qkv.size(0), qkv.size(1), heads, parts[0].size(3)}).transpose(1, 2);
+    const at::Tensor grad_p = grad_out.matmul(parts[2].transpose(2, 3));
+    const at::Tensor grad_scores = p.mul(grad_p.sub(p.mul(grad_p).sum(3, /*keepdim=*/true))).mul(scale);
     const auto by_token = [](const at::Tensor& one) { return one.transpose(1, 2); };
-    return at::stack({by_token(of_scores.matmul(parts[1])), by_token(of_scores.transpose(2, 3).matmul(parts[0])),
-                      by_token(p.transpose(2, 3).matmul(of_out))},
+    return at::stack({by_token(grad_scores.matmul(parts[1])), by_token(grad_scores.transpose(2, 3).matmul(parts[0])),
+                      by_token(p.transpose(2, 3).matmul(grad_out))},
                      2)
         .reshape(qkv.sizes());
 }

@@ -10,7 +10,7 @@ namespace microbatch {
 ///
 /// Formula:  softmax(Q K^T / sqrt(size), keys up to the query's own) V for every sample and head.
 /// Source:   Vaswani et al. 2017, arXiv:1706.03762; memory by Dao et al. 2022, arXiv:2205.14135: the probabilities are
-///           never kept, but computed again in backward.
+///           never saved, but computed again in backward.
 /// Shapes:   qkv [samples, tokens, 3 * heads * size]: queries of all heads, then keys, then values; result
 ///           [samples, tokens, heads * size].
 /// Errors:   ErrorKind::usage if qkv is not floating point of that shape.

@@ -90,8 +90,8 @@ public:
             std::move(found.begin(), found.end(), results.begin());
             return results;
         }
-        const bool of_added = saved[3].defined() && context->needs_input_grad(3);
-        backward_of(layer, saved, gradients[0].contiguous(channels_last), of_added, results);
+        const bool grad_added = saved[3].defined() && context->needs_input_grad(3);
+        backward_of(layer, saved, gradients[0].contiguous(channels_last), grad_added, results);
         return results;
     }
 
@@ -101,18 +101,18 @@ private:
         const at::Tensor &x = saved[0], &y = saved[4], &statistics = saved[5];
         const at::Tensor grad_x = at::empty_like(x);
         // Without ReLU the gradient goes on to what was added as it is.
-        const at::Tensor of_added = adds && y.defined() ? at::empty_like(x) : at::Tensor();
+        const at::Tensor grad_added = adds && y.defined() ? at::empty_like(x) : at::Tensor();
         const at::Tensor scratch = group_norm_scratch(layer);
         const std::int64_t channels = layer.channels();
         const at::Tensor sums = at::zeros({thread_places(), 2 * channels}, x.options());
         for_samples(x, [&](const Range& range) {
             group_norm_backward(layer, range.of(x), range.of(y), range.of(statistics), range.of(gradient),
-                                {range.of(grad_x), range.of(of_added), thread_row(sums)}, thread_row(scratch));
+                                {range.of(grad_x), range.of(grad_added), thread_row(sums)}, thread_row(scratch));
         });
         results[0] = grad_x;
         results[1] = sums.narrow(1, 0, channels).sum(0);
         results[2] = sums.narrow(1, channels, channels).sum(0);
-        if (adds) results[3] = of_added.defined() ? of_added : gradient;
+        if (adds) results[3] = grad_added.defined() ? grad_added : gradient;
     }
 };
 

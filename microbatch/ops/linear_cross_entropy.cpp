@@ -15,7 +15,7 @@
 #include "microbatch/core/error.h"
 #include "microbatch/core/str_cat.h"
 #include "microbatch/ops/checks.h"
-#include "microbatch/ops/softmax_row.h"
+#include "microbatch/ops/kernels/kernels.h"
 #include "microbatch/runtime/parallel.h"
 
 namespace microbatch {
@@ -34,9 +34,9 @@ std::int64_t ceiling(std::int64_t count, std::int64_t part) {
 }
 
 struct Wanted {
-    bool of_hidden, of_weight;
+    bool grad_hidden, grad_weight;
 
-    bool any() const { return of_hidden || of_weight; }
+    bool any() const { return grad_hidden || grad_weight; }
 };
 
 /// The logits of some rows at a time, always in the same memory, in the type of the sums.
@@ -108,10 +108,10 @@ void differentiate(const at::Tensor& logits, const Targets& targets, bool wanted
     const at::Tensor index = targets.classes.masked_fill(targets.skipped, 0).unsqueeze(1);
     const at::Tensor skipped = targets.skipped.unsqueeze(1);
     logits.sub_(logits.amax(1, /*keepdim=*/true));
-    const at::Tensor of_targets = logits.gather(1, index);
+    const at::Tensor target_logits = logits.gather(1, index);
     const at::Tensor sums = logits.exp_().sum(1, /*keepdim=*/true);
     // Not the logarithm plus the largest, less the target's: that would lose digits where logits are large.
-    losses.copy_(sums.log().sub_(of_targets).masked_fill_(skipped, 0).squeeze(1));
+    losses.copy_(sums.log().sub_(target_logits).masked_fill_(skipped, 0).squeeze(1));
     if (!wanted) return;
     logits.mul_(sums.reciprocal().masked_fill_(skipped, 0));
     logits.scatter_add_(1, index, skipped.logical_not().to(logits.scalar_type()).neg_());
@@ -119,11 +119,11 @@ void differentiate(const at::Tensor& logits, const Targets& targets, bool wanted
 
 /// The same for float32 on the CPU, while a row is in the cache.
 void differentiate_row(float* row, std::int64_t columns, std::int64_t target, bool wanted, double& loss) {
-    const float of_target = row[target];
-    const auto [largest, sum] = exponentiate_row(row, columns);
-    loss = std::log(sum) - static_cast<double>(of_target - largest);
+    const float target_logit = row[target];
+    const auto [largest, sum] = kernels().exact->exponentiate_row(row, columns);
+    loss = std::log(sum) - static_cast<double>(target_logit - largest);
     if (!wanted) return;
-    scale_row(row, columns, static_cast<float>(1.0 / sum));
+    kernels().exact->scale_row(row, columns, static_cast<float>(1.0 / sum));
     row[target] -= 1.0F;
 }
 
@@ -153,33 +153,33 @@ public:
     Gradients(const at::Tensor& hidden, const at::Tensor& weight, Wanted wanted)
         : weight_(weight), half_(at::toOpMathType(weight.scalar_type()) != weight.scalar_type()) {
         const bool empty = hidden.size(0) == 0;
-        if (wanted.of_hidden) of_hidden = at::empty_like(hidden, at::MemoryFormat::Contiguous);
-        if (!wanted.of_weight) return;
+        if (wanted.grad_hidden) grad_hidden = at::empty_like(hidden, at::MemoryFormat::Contiguous);
+        if (!wanted.grad_weight) return;
         const auto options = weight.options().dtype(at::toOpMathType(weight.scalar_type()));
-        of_weight = half_ || empty ? at::zeros(weight.sizes(), options) : at::empty(weight.sizes(), options);
+        grad_weight = half_ || empty ? at::zeros(weight.sizes(), options) : at::empty(weight.sizes(), options);
     }
 
-    void add(const at::Tensor& of_logits, const at::Tensor& hidden, std::int64_t first_row) {
-        if (of_weight.defined()) add_to_weight(of_logits, hidden, first_row == 0);
-        if (!of_hidden.defined()) return;
-        at::Tensor rows = of_hidden.narrow(0, first_row, of_logits.size(0));
-        at::mm_out(rows, of_logits, weight_);
+    void add(const at::Tensor& grad_logits, const at::Tensor& hidden, std::int64_t first_row) {
+        if (grad_weight.defined()) add_to_weight(grad_logits, hidden, first_row == 0);
+        if (!grad_hidden.defined()) return;
+        at::Tensor rows = grad_hidden.narrow(0, first_row, grad_logits.size(0));
+        at::mm_out(rows, grad_logits, weight_);
     }
 
-    at::Tensor of_hidden, of_weight;
+    at::Tensor grad_hidden, grad_weight;
 
 private:
-    void add_to_weight(const at::Tensor& of_logits, const at::Tensor& hidden, bool first) {
+    void add_to_weight(const at::Tensor& grad_logits, const at::Tensor& hidden, bool first) {
         if (half_) {
             // Half precision would keep two digits of a sum of many chunks.
-            for (std::int64_t column = 0; column < of_weight.size(0); column += tile_columns) {
-                const std::int64_t count = std::min(tile_columns, of_weight.size(0) - column);
-                of_weight.narrow(0, column, count).add_(of_logits.narrow(1, column, count).t().mm(hidden));
+            for (std::int64_t column = 0; column < grad_weight.size(0); column += tile_columns) {
+                const std::int64_t count = std::min(tile_columns, grad_weight.size(0) - column);
+                grad_weight.narrow(0, column, count).add_(grad_logits.narrow(1, column, count).t().mm(hidden));
             }
         } else if (first) {
-            at::mm_out(of_weight, of_logits.t(), hidden);
+            at::mm_out(grad_weight, grad_logits.t(), hidden);
         } else {
-            of_weight.addmm_(of_logits.t(), hidden);
+            grad_weight.addmm_(grad_logits.t(), hidden);
         }
     }
 
@@ -209,9 +209,9 @@ public:
                 if (wanted.any()) gradients.add(chunk.rounded(logits), rows, first);
             }
         }
-        if (wanted.of_weight) gradients.of_weight = gradients.of_weight.to(weight.scalar_type());
-        context->saved_data["of_hidden"] = gradients.of_hidden;
-        context->saved_data["of_weight"] = gradients.of_weight;
+        if (wanted.grad_weight) gradients.grad_weight = gradients.grad_weight.to(weight.scalar_type());
+        context->saved_data["grad_hidden"] = gradients.grad_hidden;
+        context->saved_data["grad_weight"] = gradients.grad_weight;
         return losses.sum(at::kDouble).to(sum_type);
     }
 
@@ -229,7 +229,7 @@ public:
                 "call it again for each");
         }
         // The only references: whatever takes the gradients can keep them without a copy.
-        variable_list results = {saved["of_hidden"].toTensor(), saved["of_weight"].toTensor(), {}, {}, {}, {}};
+        variable_list results = {saved["grad_hidden"].toTensor(), saved["grad_weight"].toTensor(), {}, {}, {}, {}};
         saved.clear();
         const at::Tensor& incoming = gradients[0];
         if (incoming.is_cpu() && incoming.item<double>() == 1.0) return results;

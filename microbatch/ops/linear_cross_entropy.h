@@ -18,7 +18,8 @@ namespace microbatch {
 ///         for the second time (retain_graph); on the CPU c10::IndexError for a target outside [0, vocabulary) that is
 ///         not `ignored`.
 /// State:  the gradients are those at the values that forward saw, whatever hidden and weight are at backward.
-/// Cost:   forward needs one chunk and, where they are wanted, the gradients of hidden and weight, which are kept until
+/// Cost:   forward needs one chunk and, where they are wanted, the gradients of hidden and weight, which are saved
+/// until
 ///         backward; for half precision that of the weight is summed in float32. The arithmetic is that of the plain
 ///         loss; a chunk reads and writes the weight's gradient once, so that smaller ones take longer.
 /// Source: Wijmans et al. 2024, arXiv:2411.09009; Hsu et al. 2024, arXiv:2410.10989, for gradients in the forward pass.

@@ -43,14 +43,14 @@ public:
         context->set_materialize_grads(false);
         variable_list inputs{x, w1, w2, w3, w4, w5, w6};
         if (w7) inputs.insert(inputs.end(), {*w7, *w8, *w9});
-        auto [out, kept] = residual_forward(x, weights_of(inputs), {stride, groups, epsilon});
+        auto [out, saved] = residual_forward(x, weights_of(inputs), {stride, groups, epsilon});
         context->saved_data["inputs"] = static_cast<std::int64_t>(inputs.size());
-        variable_list saved = std::move(inputs);
-        saved.push_back(out);
-        for (const ResidualKept& part : kept) {
-            saved.insert(saved.end(), {part.first, part.second, part.projected, part.statistics});
+        variable_list tensors = std::move(inputs);
+        tensors.push_back(out);
+        for (const ResidualSaved& part : saved) {
+            tensors.insert(tensors.end(), {part.first, part.second, part.projected, part.statistics});
         }
-        context->save_for_backward(std::move(saved));
+        context->save_for_backward(std::move(tensors));
         context->saved_data["stride"] = stride;
         context->saved_data["groups"] = groups;
         context->saved_data["epsilon"] = epsilon;
@@ -60,9 +60,9 @@ public:
     static variable_list backward(AutogradContext* context, const variable_list& gradients) {
         variable_list results(13);
         if (!gradients[0].defined()) return results;
-        const variable_list saved = context->get_saved_variables();
+        const variable_list tensors = context->get_saved_variables();
         const auto count = static_cast<std::size_t>(context->saved_data["inputs"].toInt());
-        const variable_list inputs(saved.begin(), saved.begin() + static_cast<std::ptrdiff_t>(count));
+        const variable_list inputs(tensors.begin(), tensors.begin() + static_cast<std::ptrdiff_t>(count));
         const ResidualOptions options{context->saved_data["stride"].toInt(), context->saved_data["groups"].toInt(),
                                       context->saved_data["epsilon"].toDouble()};
         if (at::GradMode::is_enabled()) {
@@ -73,15 +73,15 @@ public:
             std::move(found.begin(), found.end(), results.begin());
             return results;
         }
-        std::vector<ResidualKept> kept;
-        for (std::size_t i = count + 1; i < saved.size(); i += 4) {
-            kept.push_back({saved[i], saved[i + 1], saved[i + 2], saved[i + 3]});
+        std::vector<ResidualSaved> saved;
+        for (std::size_t i = count + 1; i < tensors.size(); i += 4) {
+            saved.push_back({tensors[i], tensors[i + 1], tensors[i + 2], tensors[i + 3]});
         }
         const ResidualWanted wanted{.x = context->needs_input_grad(0),
                                     .first = context->needs_input_grad(1),
                                     .second = context->needs_input_grad(4),
                                     .projection = count > 7 && context->needs_input_grad(7)};
-        variable_list found = residual_backward(inputs[0], weights_of(inputs), options, saved[count], kept,
+        variable_list found = residual_backward(inputs[0], weights_of(inputs), options, tensors[count], saved,
                                                 gradients[0].contiguous(channels_last), wanted);
         std::move(found.begin(), found.end(), results.begin());
         return results;

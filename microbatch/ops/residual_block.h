@@ -31,7 +31,7 @@ struct ResidualOptions {
 ///           autocast, it is one operation, whose samples stay with one thread from convolution to convolution.
 ///           Everything else by torch's operators: the same values to rounding.
 /// State:    x, the weights and the result must be unchanged when backward runs. Differentiable twice.
-/// Cost:     what the convolutions make and the result are kept for backward; operators one by one keep an image more
+/// Cost:     what the convolutions make and the result are saved for backward; operators one by one keep an image more
 ///           for each norm. Gradients of the weights: one set a thread.
 at::Tensor residual_block(const at::Tensor& x, const ResidualWeights& weights, const ResidualOptions& options);
 

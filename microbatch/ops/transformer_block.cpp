@@ -18,7 +18,7 @@
 #include "microbatch/ops/causal_attention.h"
 #include "microbatch/ops/fused/transformer.h"
 #include "microbatch/ops/gelu.h"
-#include "microbatch/runtime/product.h"
+#include "microbatch/runtime/gemm.h"
 
 namespace microbatch {
 
@@ -58,11 +58,11 @@ public:
                               const at::Tensor& w11, const at::Tensor& w12, std::int64_t heads) {
         context->set_materialize_grads(false);
         const variable_list inputs{x, w1, w2, w3, w4, w5, w6, w7, w8, w9, w10, w11, w12};
-        auto [out, kept] = transformer_forward(x, weights_of(inputs), heads);
-        variable_list saved = inputs;
-        saved.insert(saved.end(), {kept.qkv, kept.attended.out, kept.attended.log_sums, kept.middle, kept.expanded,
-                                   kept.statistics});
-        context->save_for_backward(std::move(saved));
+        auto [out, saved] = transformer_forward(x, weights_of(inputs), heads);
+        variable_list tensors = inputs;
+        tensors.insert(tensors.end(), {saved.qkv, saved.attended.out, saved.attended.log_sums, saved.middle,
+                                       saved.expanded, saved.statistics});
+        context->save_for_backward(std::move(tensors));
         context->saved_data["heads"] = heads;
         context->saved_data["in_place"] = InPlaceGradients::active();
         return out;
@@ -71,8 +71,8 @@ public:
     static variable_list backward(AutogradContext* context, const variable_list& gradients) {
         variable_list results(1 + weight_count + 1);
         if (!gradients[0].defined()) return results;
-        const variable_list saved = context->get_saved_variables();
-        const variable_list inputs(saved.begin(), saved.begin() + 1 + weight_count);
+        const variable_list tensors = context->get_saved_variables();
+        const variable_list inputs(tensors.begin(), tensors.begin() + 1 + weight_count);
         const std::int64_t heads = context->saved_data["heads"].toInt();
         const at::Tensor gradient = gradients[0].contiguous();
         if (at::GradMode::is_enabled()) {
@@ -85,16 +85,17 @@ public:
             std::move(found.begin(), found.end(), results.begin());
             return results;
         }
-        const auto* kept = saved.data() + 1 + weight_count;
+        const auto* saved = tensors.data() + 1 + weight_count;
         const bool in_place = context->saved_data["in_place"].toBool();
         const GradientSink sink = [&](std::size_t weight, const at::Tensor& left, const at::Tensor& right) {
             if (!context->needs_input_grad(1 + weight)) return;
             const at::Tensor& leaf = inputs[1 + weight];
             if (in_place && add_to_leaf(leaf, left, right)) return;
-            results[1 + weight] = right.defined() ? product(left.t(), right) : left.clone();
+            results[1 + weight] = right.defined() ? gemm(left.t(), right) : left.clone();
         };
-        results[0] = transformer_backward(inputs[0], weights_of(inputs), heads,
-                                          {kept[0], {kept[1], kept[2]}, kept[3], kept[4], kept[5]}, gradient, sink);
+        results[0] =
+            transformer_backward(inputs[0], weights_of(inputs), heads,
+                                 {saved[0], {saved[1], saved[2]}, saved[3], saved[4], saved[5]}, gradient, sink);
         return results;
     }
 

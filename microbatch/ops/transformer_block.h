@@ -34,7 +34,7 @@ struct TransformerDropout {
 ///           product), it is one operation, whose rows stay with one thread from product to
 ///           product; sums of gradients over rows in fp32, 32 rows at a time. The same values as torch's operators one
 ///           by one to rounding, which everything else gets.
-/// Cost:     for every token 9 widths and heads + 4 of numbers are kept for backward (inner being 4 widths); operators
+/// Cost:     for every token 9 widths and heads + 4 of numbers are saved for backward (inner being 4 widths); operators
 ///           one by one keep 15 widths. Weight gradients as by InPlaceGradients.
 at::Tensor transformer_block(const at::Tensor& x, const TransformerWeights& weights, std::int64_t heads,
                              TransformerDropout dropout = {});

@@ -3,46 +3,12 @@
 #include <ATen/ops/linalg_vector_norm.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 
-#include "microbatch/core/clones.h"
+#include "microbatch/ops/kernels/kernels.h"
 #include "microbatch/runtime/parallel.h"
 
 namespace microbatch {
-namespace squares {
-
-namespace {
-
-// Into as many sums as keep a core busy, added up in an order of their own.
-template <class Number>
-[[gnu::always_inline]] inline double sum(const Number* numbers, std::int64_t count) {
-    constexpr std::int64_t width = 16;
-    std::array<double, width> sums{};
-    std::int64_t i = 0;
-    for (; i + width <= count; i += width) {
-        for (std::int64_t j = 0; j < width; ++j) {
-            const double number = numbers[i + j];
-            sums[j] += number * number;
-        }
-    }
-    for (std::int64_t j = 0; i + j < count; ++j) sums[j] += static_cast<double>(numbers[i + j]) * numbers[i + j];
-    double all = 0.0;
-    for (const double each : sums) all += each;
-    return all;
-}
-
-}  // namespace
-
-MICROBATCH_CLONES double of(const float* numbers, std::int64_t count) {
-    return sum(numbers, count);
-}
-MICROBATCH_CLONES double of(const double* numbers, std::int64_t count) {
-    return sum(numbers, count);
-}
-
-}  // namespace squares
-
 namespace {
 
 /// A part of a tensor small enough for the threads to share the work evenly.
@@ -51,8 +17,10 @@ struct Stretch {
     std::int64_t begin, end;
 
     double sum_of_squares() const {
-        return tensor->scalar_type() == at::kFloat ? squares::of(tensor->const_data_ptr<float>() + begin, end - begin)
-                                                   : squares::of(tensor->const_data_ptr<double>() + begin, end - begin);
+        const ExactKernels& exact = *kernels().exact;
+        return tensor->scalar_type() == at::kFloat
+                   ? exact.sum_of_squares(tensor->const_data_ptr<float>() + begin, end - begin)
+                   : exact.sum_of_squares_double(tensor->const_data_ptr<double>() + begin, end - begin);
     }
 };
 

@@ -97,7 +97,7 @@ TrainerReport Trainer::step() {
 }
 
 void Trainer::begin_step(TrainerReport& report) {
-    report.samples = std::min(full_batch(), samples_left());
+    report.samples = next_cut(samples_left(), full_batch());
     const Interval tokens =
         convert({report.samples, Unit::samples}, Unit::tokens, report.samples, dataset_.tokens_per_sample());
     report.progress = at_.progress + Progress{1, report.samples, tokens.count};

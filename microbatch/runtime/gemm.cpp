@@ -1,9 +1,13 @@
 #include "microbatch/runtime/gemm.h"
 
 #include <ATen/Context.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
+
+#include <string_view>
 
 // MKL's, which torch's own builds carry; a torch without MKL may have another interface by this name, or none.
 extern "C" __attribute__((weak)) int MKL_Set_Num_Threads_Local(int threads);
@@ -15,6 +19,68 @@ extern "C" __attribute__((weak)) void sgemm_(const char* transpose_a, const char
 namespace microbatch {
 
 namespace {
+
+/// oneDNN's x weightᵀ + bias as torch has registered it: mkldnn::_linear_pointwise.
+using LinearSignature = at::Tensor(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                                   std::string_view then, c10::List<std::optional<at::Scalar>> then_scalars,
+                                   std::optional<std::string_view> then_algorithm);
+using Linear = c10::TypedOperatorHandle<LinearSignature>;
+
+/// Measured on Zen 4 alone, where MKL takes a kernel for AVX2 and oneDNN one for AVX-512.
+bool onednn_suits_the_processor() {
+#if defined(__x86_64__) && defined(__GNUC__)
+    __builtin_cpu_init();
+    return __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512f");
+#else
+    return false;
+#endif
+}
+
+std::optional<Linear> find_linear() {
+    if (!onednn_suits_the_processor()) return std::nullopt;
+    const auto found = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
+    if (!found || !found->hasKernelForDispatchKey(c10::DispatchKey::CPU)) return std::nullopt;
+    try {
+        return found->typed<LinearSignature>();
+    } catch (const c10::Error&) {
+        return std::nullopt;  // another torch, another signature
+    }
+}
+
+/// oneDNN's product; none where MKL's is as good.
+const Linear* onednn_linear() {
+    static const std::optional<Linear> linear = find_linear();
+    return linear && at::globalContext().userEnabledMkldnn() ? &*linear : nullptr;
+}
+
+bool is_float_matrix(const at::Tensor& tensor) {
+    return tensor.dim() == 2 && tensor.scalar_type() == at::kFloat && tensor.layout() == at::kStrided &&
+           tensor.is_cpu() && !tensor.is_neg();
+}
+
+constexpr std::int64_t enough_numbers = std::int64_t{48} << 10;
+
+/// Whether oneDNN gains more than the ten microseconds that it takes around the product: see
+/// docs/decisions/gradients-in-the-product.md. A bound on the multiplications would be closer, but planning matches the
+/// allocations of two small micro-batches, and oneDNN's scratch is one more: many a model would change sides between
+/// them.
+bool is_large(const at::Tensor& x, const at::Tensor& matrix) {
+    constexpr std::int64_t many_rows = 64, few_rows = 2, many_numbers = std::int64_t{512} << 10;
+    const std::int64_t rows = x.size(0);
+    return (rows >= many_rows && matrix.numel() >= enough_numbers) ||
+           (rows >= few_rows && matrix.numel() >= many_numbers);
+}
+
+bool suits_onednn(const at::Tensor& x, const at::Tensor& matrix, const std::optional<at::Tensor>& bias) {
+    return is_large(x, matrix) && x.size(1) == matrix.size(0) && x.is_contiguous() &&
+           (matrix.is_contiguous() || matrix.t().is_contiguous()) &&
+           (!bias || (bias->dim() == 1 && bias->size(0) == matrix.size(1) && bias->is_contiguous() &&
+                      bias->scalar_type() == at::kFloat));
+}
+
+at::Tensor mkl_product(const at::Tensor& x, const at::Tensor& matrix, const std::optional<at::Tensor>& bias) {
+    return bias ? at::addmm(*bias, x, matrix) : at::mm(x, matrix);
+}
 
 /// MKL with one thread, which spares small matrices a copy that it makes for several.
 class OneThreadOfMkl {
@@ -35,6 +101,20 @@ at::Tensor tensor_of(const MatrixView& matrix, std::int64_t rows, std::int64_t c
 }
 
 }  // namespace
+
+at::Tensor gemm(const at::Tensor& x, const at::Tensor& matrix, const std::optional<at::Tensor>& bias) {
+    const at::AutoDispatchBelowADInplaceOrView no_gradient;
+    if (!is_float_matrix(x) || !is_float_matrix(matrix) || !suits_onednn(x, matrix, bias)) {
+        return mkl_product(x, matrix, bias);
+    }
+    const Linear* linear = onednn_linear();
+    if (linear == nullptr) return mkl_product(x, matrix, bias);
+    return linear->call(x, matrix.t(), bias, "none", c10::List<std::optional<at::Scalar>>(), std::nullopt);
+}
+
+bool prefers_onednn(std::int64_t numbers) {
+    return numbers >= enough_numbers && onednn_linear() != nullptr;
+}
 
 void gemm(std::int64_t rows, std::int64_t columns, std::int64_t depth, MatrixView a, MatrixView b, float* c,
           std::int64_t c_row, bool add) {

@@ -64,8 +64,7 @@ std::int64_t Gatherer::add_next(const BatchSource& source, std::int64_t begin, c
                                 const GatherOptions& options) {
     Plan plan = options.plan;
     const auto fetch = [&] {
-        const std::int64_t room = source.size() - begin;
-        return source.fetch({begin, begin + std::min(room, plan.micro_batch)});
+        return source.fetch({begin, begin + next_cut(source.size() - begin, plan.micro_batch)});
     };
     Batch micro = fetch();
     const SampleShape shape = shape_of(micro);
@@ -77,7 +76,7 @@ std::int64_t Gatherer::add_next(const BatchSource& source, std::int64_t begin, c
     enter(plan);
     gathered_.plan.micro_batch = std::min(gathered_.plan.micro_batch, plan.micro_batch);
     gathered_.plan.recompute = gathered_.plan.recompute || plan.recompute;
-    add(loss(micro));
+    add(loss_of(loss, micro));
     return begin + micro.size();
 }
 

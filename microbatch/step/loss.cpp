@@ -1,7 +1,11 @@
 #include "microbatch/step/loss.h"
 
-#include <cmath>
+#include <c10/util/Exception.h>
 
+#include <cmath>
+#include <string_view>
+
+#include "microbatch/core/batch_plan.h"
 #include "microbatch/core/error.h"
 #include "microbatch/core/str_cat.h"
 
@@ -21,6 +25,19 @@ void validate(const WeightedLoss& loss) {
         throw Error(ErrorKind::usage, str_cat("the loss function returned a tensor of shape ", loss.sum.sizes(),
                                               "; return the sum over the micro-batch, one element"));
     }
+}
+
+WeightedLoss loss_of(const LossFunction& loss, const Batch& micro) {
+    try {
+        return loss(micro);
+    } catch (const c10::Error& error) {
+        const std::string_view what = error.what_without_backtrace();
+        if (what.find("Expected more than 1 value per channel") == std::string_view::npos) throw;
+    }
+    throw TooFewSamples(ErrorKind::usage,
+                        str_cat("a micro-batch of ", micro.size(), micro.size() == 1 ? " sample" : " samples",
+                                " leaves BatchNorm a single value per channel, which it cannot normalise: take a "
+                                "micro-batch of 2 or more, and of 3 or more if the batch is odd; or GroupNorm"));
 }
 
 }  // namespace microbatch

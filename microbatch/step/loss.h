@@ -22,4 +22,8 @@ void validate(const WeightedLoss& loss);
 /// The user's loss: a micro-batch in, its summed loss and weight out. Called once a micro-batch, in order.
 using LossFunction = std::function<WeightedLoss(const Batch&)>;
 
+/// Calls the loss function. Errors: TooFewSamples in place of torch's own where BatchNorm is left with a single value
+/// per channel; anything else that the function throws passes through.
+WeightedLoss loss_of(const LossFunction& loss, const Batch& micro);
+
 }  // namespace microbatch

@@ -243,7 +243,7 @@ private:
     // The micro-batch of this size and number, beginning again at the front where the batch ends.
     void add(std::int64_t size, std::int64_t number) {
         const std::int64_t begin = (number % (samples_ / size)) * size;
-        WeightedLoss loss = loss_(batch_.fetch({begin, begin + size}));
+        WeightedLoss loss = loss_of(loss_, batch_.fetch({begin, begin + size}));
         // Samples that count for nothing have no backward pass; others of their shape have.
         if (loss.weight == 0.0 && loss.sum.defined() && loss.sum.requires_grad()) loss.weight = 1.0;
         accumulator_.add(loss);

@@ -1,6 +1,10 @@
 """The three strategies side by side: the same samples, honest marks, the same gradient from both ways of a batch."""
 
 import json
+import os
+import pathlib
+import signal
+import time
 
 import pytest
 
@@ -100,7 +104,7 @@ def test_comparing_writes_nothing(run):
 
 @pytest.fixture(scope="module")
 def batches(shared_run):
-    return shared_run.text("compare", batches="4, 8,16", micro_batch=2, seeds=3, samples=64, json=True, run="kept",
+    return shared_run.text("compare", batches="4, 8,16", batch=None, micro_batch=2, seeds=3, samples=64, json=True, run="kept",
                            reference_batch=8).ok()
 
 
@@ -144,11 +148,29 @@ def test_a_run_that_diverges_is_told_as_such(run):
     assert any(each["diverged"] for each in document["strategies"])
 
 
+def test_a_batch_that_holds_a_sample_more_than_once_says_so(run):
+    few = run.folder / "few.txt"
+    few.write_bytes(run.data.text.read_bytes()[:600])
+    result = run.text("compare", data=few, batch=64, samples=64, micro_batch=16, seeds=1, json=True).ok()
+    data = result.document["data_samples"]
+    assert data < 64
+    assert f"holds each of the data's {data} samples {64 / data:.1f}".removesuffix(".0") in result.stderr
+
+
+def test_a_step_of_an_interval_is_one_of_the_largest_batch(run):
+    document = run.text("compare", batches="2, 8", batch=None, micro_batch=8, samples=None, steps=3, warmup="1 steps", seeds=1,
+                        json=True).ok().document
+    assert document["samples"] == 24
+    assert [each["micro_batch"] for each in document["strategies"]] == [2, 8]
+
+
 @pytest.mark.parametrize("flags, words", [
-    ({"batches": "4,,8"}, ["--batches"]), ({"batches": "0"}, ["--batches", "from 1"]), ({"batches": "8,4,8"}, ["--batches", "twice"]),
-    ({"batches": "3G"}, ["--batches", "2^31"]), ({"seeds": 2000}, ["--seeds"]), ({"seed": 2**63 - 1}, ["--seeds"]),
+    ({"batches": "4,,8", "batch": None}, ["--batches"]), ({"batches": "0", "batch": None}, ["--batches", "from 1"]),
+    ({"batches": "8,4,8", "batch": None}, ["--batches", "twice"]), ({"batches": "3G", "batch": None}, ["--batches", "2^31"]),
+    ({"batches": "8, 16"}, ["--batch 8 contradicts --batches", "8, 16"]),
+    ({"batches": "8, 1000", "batch": None}, ["batch of 1000", "64 samples"]), ({"batch": 65}, ["batch of 65", "64 samples"]), ({"seeds": 2000}, ["--seeds"]), ({"seed": 2**63 - 1}, ["--seeds"]),
     ({"run": "/proc/none"}, ["--run"]), ({"seeds": 0}, ["--seeds"]),
-    ({"batches": "8", "reference_batch": 0}, ["--reference-batch"]), ({"seeds": "many"}, ["many"]),
+    ({"batches": "8", "batch": None, "reference_batch": 0}, ["--reference-batch"]), ({"seeds": "many"}, ["many"]),
 ])
 def test_what_cannot_be_compared_is_refused(run, flags, words):
     run.text("compare", **flags).refused(2, *words)
@@ -157,3 +179,59 @@ def test_what_cannot_be_compared_is_refused(run, flags, words):
 def test_a_folder_that_is_there_is_not_written_into(run):
     (run.folder / "kept").mkdir()
     run.text("compare", run="kept").refused(2, "--run kept", "exists")
+
+
+# The child
+
+def processes_with(word):
+    """Process ids whose command line has the word in it."""
+    found = []
+    for entry in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found += [int(entry.parent.name)] if word.encode() in entry.read_bytes() else []
+        except OSError:
+            pass  # gone meanwhile
+    return found
+
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def comparing(run, monkeypatch):
+    """A comparison whose child is at work, the child's process id, and the word that its command line has in it."""
+    place = run.folder / "place"
+    place.mkdir()
+    monkeypatch.setenv("TMPDIR", str(place))
+    process = run.start("compare", samples="30M")
+    until(lambda: any(file.stat().st_size for file in place.glob("**/metrics.jsonl")))
+    (child,) = processes_with(str(place))
+    yield process, child, str(place)
+    process.kill()
+    process.communicate(timeout=60)
+
+
+def test_the_child_is_killed_with_its_parent(comparing):
+    process, child, word = comparing
+    process.kill()
+    until(lambda: processes_with(word) == [], seconds=10)
+
+
+def test_a_signal_ends_both_even_where_the_child_does_not_answer(comparing):
+    process, child, word = comparing
+    os.kill(child, signal.SIGSTOP)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == 130 and processes_with(word) == []
+    assert os.listdir(word) == []
+
+
+def test_sigterm_ends_both(comparing):
+    process, child, word = comparing
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == 130 and processes_with(word) == []

@@ -145,6 +145,7 @@ def test_unknown_names_are_refused_with_those_that_exist(refused):
     ({"norm": "group"}, ["--norm", "gpt"]), ({"decay": "1 steps"}, ["--decay", "cosine"]),
     ({"power": 3}, ["--power", "cosine"]), ({"schedule": "constant", "final_lr": 1e-4}, ["--final-lr", "constant"]),
     ({"warmup": "100 steps"}, ["warmup", "100 steps", "2 steps"]), ({"warmup": "1M tokens"}, ["warmup"]),
+    ({"schedule": "constant", "warmup": "3 steps"}, ["constant", "warmup (", "shorten"]),
     ({"schedule": "wsd", "decay": "3 steps"}, ["decay", "3 steps"]), ({"heads": 3}, ["width 32", "heads 3"]),
 ])
 def test_flags_that_contradict_one_another_are_refused(refused, flags, words):

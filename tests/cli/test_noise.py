@@ -106,5 +106,35 @@ def test_check_tries_larger_batches_and_says_which_is_as_good(run):
     assert [branch["learning_rate"] for branch in told["branches"]] == pytest.approx([0.003 * 2 ** (i / 2) for i in range(4)])
 
 
+@pytest.fixture
+def nine(run):
+    """Text of nine samples to train on."""
+    file = run.folder / "nine.txt"
+    file.write_bytes(run.data.text.read_bytes()[:170])
+    return file
+
+
+@pytest.mark.parametrize("batch, words", [(16, ["times"]), (4, ["%"])])
+def test_data_too_small_for_the_statement_is_refused(run, nine, batch, words):
+    run.text("advise", data=nine, batch=batch).refused(2, "too small to tell the noise", f"batch of {batch}", "samples", *words)
+
+
+def test_a_batch_larger_than_the_run_is_not_advised_on(run):
+    run.text("advise", steps=None, samples=10, batch=16).refused(2, "batch of 16", "10 samples")
+
+
+def test_no_batch_beyond_the_data_is_advised_or_tried(run, data):
+    small = run.folder / "small.txt"
+    small.write_bytes(data.text.read_bytes()[:2000])
+    result = run.text("advise", data=small, check=True, json=True, batch=4, micro_batch=1, steps=20).ok()
+    samples = result.document["data_samples"]
+    assert 64 < samples < 256
+    assert all(row["batch"] <= samples for row in result.document["batches"])
+    assert [branch["batch"] for branch in result.document["branches"]] == [4, 8]
+    again = run.text("advise", data=small, check=True, json=True, batch=samples // 10, micro_batch=1, steps=20).ok()
+    assert again.document["branches"] == [] and "critical" not in again.stderr
+    assert re.search(r"check +not made: 8 steps at twice the batch take \d+ samples, and the data has \d+", again.stderr)
+
+
 def test_a_batch_that_cannot_be_cut_is_refused(run):
     run.text("advise", batch=1).refused(2, "--batch 1", "two micro-batches")

@@ -193,7 +193,7 @@ def rates(run, **flags):
 @pytest.mark.parametrize("schedule, shape", [
     ("constant", lambda way: 1), ("linear", lambda way: 1 - way),
     ("cosine", lambda way: (1 + math.cos(math.pi * way)) / 2),
-    ("polynomial", lambda way: (1 - way) ** 2), ("wsd", lambda way: 1 - max(0, (way * 5 - 2) / 3)),
+    ("polynomial", lambda way: (1 - way) ** 2), ("wsd", lambda way: 1 - max(0, (way * 5 - 1) / 4)),
 ])
 def test_the_learning_rate_follows_the_schedule(run, schedule, shape):
     floor = 0 if schedule == "constant" else 0.001

@@ -76,6 +76,26 @@ TEST(PlannerSearch, IsWithinFivePercentOfTheBestOfAllPlans) {
     EXPECT_GT(std::min({cut, whole, recomputed}), 50) << "the jobs are all alike";
 }
 
+TEST(PlannerSearch, IsAsGoodWhereNoSingleSampleCanBeTrainedOn) {
+    std::mt19937_64 random(9);
+    int cut = 0, odd = 0;
+    for (int i = 0; i < 1500; ++i) {
+        auto [job, options] = draw_job(random);
+        if (job.batch == 1) continue;
+        job.fewest = 2;
+        const double best = best_of_all(job, options);
+        const PlanReport report = plan(job, options);
+        expect_sound(job, options, report);
+        EXPECT_EQ(report.chosen.has_value(), std::isfinite(best)) << i;
+        if (!report.chosen) continue;
+        // The first trials are of 2 and 3 samples, and leave less of a small batch's time for the others.
+        EXPECT_LE(job.step_seconds(report.choice().plan), 1.08 * best) << i << ": batch " << options.batch;
+        cut += report.choice().micro_batches > 1 ? 1 : 0;
+        odd += options.batch % 2;
+    }
+    EXPECT_GT(std::min(cut, odd), 100) << "the jobs are all alike";
+}
+
 TEST(PlannerSearch, TakesAtMostThreeStepsTimeBesidesTheTrialsThatAreAlwaysMade) {
     std::mt19937_64 random(2);
     for (int i = 0; i < 1500; ++i) {
@@ -88,6 +108,37 @@ TEST(PlannerSearch, TakesAtMostThreeStepsTimeBesidesTheTrialsThatAreAlwaysMade) 
         EXPECT_LE(job.optional_seconds, 3.0 * job.step_seconds(report.choice().plan) * 1.2)
             << i << ": batch " << options.batch << ", " << job.asked.size();
     }
+}
+
+TEST(PlannerSearch, NamesTheLeastMemoryThatAnyPlanNeedsWhereNothingFits) {
+    std::mt19937_64 random(8);
+    int uncut = 0, cut = 0, recomputed = 0;
+    for (int i = 0; i < 1500; ++i) {
+        auto [job, options] = draw_job(random);
+        if (i % 2 == 0) job.lines.push_back({.fixed_bytes = 0, .bytes_per_sample = 4});
+        if (i % 4 == 0 && job.batch > 1) job.fewest = 2;
+        std::int64_t least = largest_int64;
+        for (const bool recompute : {false, options.offers_recompute}) {
+            for (std::int64_t size = 1; size <= job.batch; ++size) {
+                if (!is_possible(job, size)) continue;
+                least = std::min(least, job.true_peak({.micro_batch = size, .recompute = recompute}));
+            }
+        }
+        options.most_bytes = largest_int64;
+        // Anything from where not even the parameters fit to one byte short.
+        options.budget_bytes = 1 + static_cast<std::int64_t>(random() % static_cast<std::uint64_t>(least - 1));
+        if (i % 3 == 0) options.budget_bytes = least - 1;
+        FakeJob again = job;
+        const PlanReport report = plan(job, options);
+        ASSERT_FALSE(report.chosen) << i;
+        ASSERT_NE(smallest(report), nullptr) << i;
+        EXPECT_EQ(smallest(report)->peak_bytes(), least) << i << ": batch " << options.batch;
+        (smallest(report)->micro_batches == 1 ? uncut : cut) += 1;
+        recomputed += smallest(report)->plan.recompute ? 1 : 0;
+        options.budget_bytes = least;
+        EXPECT_TRUE(plan(again, options).chosen) << i << ": the memory that was named is not enough";
+    }
+    EXPECT_GT(std::min({uncut, cut, recomputed}), 50) << "the jobs are all alike";
 }
 
 TEST(PlannerSearch, PredictsMatchedAllocationsExactlyAndAsksForNoneThatDoesNotFit) {

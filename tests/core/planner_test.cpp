@@ -177,10 +177,17 @@ TEST(Planner, StopsWhereTheOptimizerStepAloneDoesNotFit) {
     const PlanReport report =
         plan(job, {.batch = 64, .budget_bytes = 500'000, .offers_recompute = true, .most_bytes = 10'000'000});
     EXPECT_FALSE(report.chosen);
-    EXPECT_EQ(job.asked.size(), 1U) << "no other size can fit";
     EXPECT_EQ(job.updates, 2);
-    EXPECT_EQ(smallest(report)->peak_bytes(), 1000 + 1000 + 50 + 100 + 1'000'000);
+    EXPECT_EQ(smallest(report)->peak_bytes(), job.true_peak({.micro_batch = 1, .recompute = true}));
     EXPECT_EQ(report.fixed.optimizer_state, 1'000'000);
+
+    FakeJob largest_in_the_update;
+    largest_in_the_update.state = 1'000'000;
+    largest_in_the_update.update_extra = 10'000;
+    EXPECT_FALSE(plan(largest_in_the_update,
+                      {.batch = 64, .budget_bytes = 500'000, .offers_recompute = true, .most_bytes = 10'000'000})
+                     .chosen);
+    EXPECT_EQ(largest_in_the_update.asked.size(), 1U) << "no other plan can need less";
 
     FakeJob unknown;
     unknown.state = 1'000'000;
@@ -197,6 +204,71 @@ TEST(Planner, SaysWhatTheSmallestNeedsWhereThatIsKnownOnlyBeyondTheBudget) {
     ASSERT_NE(smallest(report), nullptr);
     EXPECT_EQ(parts_of(report, *smallest(report)),
               (MemoryParts{.parameters = 1000, .gradients = 1000, .optimizer_state = 2000, .activations = 150}));
+}
+
+// Gradients larger than all activations: an output layer over a large vocabulary.
+TEST(Planner, NamesTheUncutBatchAsTheLeastWhereGradientsAreLargerThanActivations) {
+    FakeJob job;
+    job.batch = 8;
+    job.gradients = job.state = 50'000;
+    job.update_extra = 0;
+    job.lines = one_line(40'000, 2000);
+    const Plan uncut{.micro_batch = 8, .recompute = true};
+    const std::int64_t needed = job.true_peak(uncut);
+    ASSERT_LT(needed, job.true_peak({.micro_batch = 1, .recompute = true}));
+    FakeJob enough = job;
+    const PlannerOptions options{
+        .batch = 8, .budget_bytes = needed - 1, .offers_recompute = true, .most_bytes = 1 << 20};
+    const PlanReport report = plan(job, options);
+    EXPECT_FALSE(report.chosen);
+    EXPECT_EQ(smallest(report)->plan, uncut);
+    EXPECT_EQ(smallest(report)->peak_bytes(), needed);
+    EXPECT_EQ(plan(enough, {.batch = 8, .budget_bytes = needed, .offers_recompute = true}).choice().plan, uncut);
+}
+
+TEST(Planner, ALeastThatIsNotKnownToFitInTheMachineIsNotNamed) {
+    FakeJob job;
+    const PlanReport report =
+        plan(job, {.batch = 64, .budget_bytes = 500, .offers_recompute = true, .most_bytes = 4000});
+    EXPECT_EQ(smallest(report), nullptr);
+    EXPECT_NE(explain_misfit(report).find("no room to measure"), std::string::npos) << explain_misfit(report);
+}
+
+TEST(Planner, NamesTheLeastOfAGivenMicroBatchWithRecomputeOrWithout) {
+    for (const double recompute_memory : {0.25, 2.0}) {
+        FakeJob job;
+        job.recompute_memory = recompute_memory;
+        const PlanReport report = plan(
+            job,
+            {.batch = 64, .budget_bytes = 500, .offers_recompute = true, .micro_batch = 12, .most_bytes = 1 << 20});
+        const Plan least{.micro_batch = 12, .recompute = recompute_memory < 1};
+        EXPECT_EQ(smallest(report)->plan, least);
+        EXPECT_EQ(smallest(report)->peak_bytes(), job.true_peak(least));
+    }
+}
+
+TEST(Planner, BeginsAtTheSmallestMicroBatchThatTheModelCanTrainOn) {
+    for (const auto& [batch, smallest] : {std::pair{64, 2}, {65, 3}, {4, 2}, {3, 3}, {2, 2}}) {
+        for (const std::int64_t budget : {std::int64_t{1} << 20, std::int64_t{4260}}) {
+            FakeJob job;
+            job.fewest = 2;
+            const PlannerOptions options{.batch = batch, .budget_bytes = budget, .most_bytes = 1 << 20};
+            const PlanReport report = plan(job, options);
+            expect_sound(job, options, report);
+            EXPECT_TRUE(report.chosen || budget < 5000) << batch;
+            for (const Candidate& one : report.candidates) EXPECT_GE(one.plan.micro_batch, smallest) << batch;
+            ASSERT_NE(microbatch::smallest(report), nullptr);
+        }
+    }
+}
+
+TEST(Planner, ABatchOrAGivenMicroBatchThatTheModelCannotTrainOnIsAnError) {
+    FakeJob of_one, in_ones, never;
+    of_one.fewest = in_ones.fewest = 2;
+    never.fewest = 100;
+    EXPECT_THROW(plan(of_one, {.batch = 1, .budget_bytes = 1 << 20}), TooFewSamples);
+    EXPECT_THROW(plan(in_ones, {.batch = 8, .budget_bytes = 1 << 20, .micro_batch = 1}), TooFewSamples);
+    EXPECT_THROW(plan(never, {.batch = 8, .budget_bytes = 1 << 20}), TooFewSamples);
 }
 
 TEST(Planner, ABatchAtTheEndOfInt64IsCutLikeAnyOther) {

@@ -57,7 +57,9 @@ TEST(Schedule, EveryShapeLeavesWarmupAtThePeakAndEndsAtTheFloor) {
         schedule.peak = 3e-4;
         schedule.floor = 7e-6;  // numbers for which peak + (floor - peak) is not floor
         EXPECT_EQ(at_step(schedule, 3), 3e-4);
-        EXPECT_EQ(at_step(schedule, 4), 3e-4);
+        if (shape != ScheduleShape::wsd) {
+            EXPECT_EQ(at_step(schedule, 4), 3e-4);
+        }
         const double end = shape == ScheduleShape::constant ? 3e-4 : 7e-6;
         for (const std::int64_t done : {std::int64_t{12}, std::int64_t{13}, largest - 1}) {
             EXPECT_EQ(at_step(schedule, done), end) << to_string(shape);
@@ -93,10 +95,32 @@ TEST(Schedule, PolynomialFallsByItsPower) {
 
 TEST(Schedule, WsdStaysAtThePeakAndThenFallsInAStraightLine) {
     const Schedule schedule = example(ScheduleShape::wsd);
-    for (const std::int64_t done : {4, 6, 8}) EXPECT_EQ(at_step(schedule, done), 1);
-    EXPECT_EQ(at_step(schedule, 9), 0.8125);
-    EXPECT_EQ(at_step(schedule, 10), 0.625);
-    EXPECT_EQ(at_step(schedule, 11), 0.4375);
+    for (const std::int64_t done : {4, 6, 7}) EXPECT_EQ(at_step(schedule, done), 1);
+    // A fifth of the way each.
+    EXPECT_DOUBLE_EQ(at_step(schedule, 8), 0.85);
+    EXPECT_DOUBLE_EQ(at_step(schedule, 9), 0.7);
+    EXPECT_DOUBLE_EQ(at_step(schedule, 10), 0.55);
+    EXPECT_DOUBLE_EQ(at_step(schedule, 11), 0.4);
+    EXPECT_EQ(at_step(schedule, 12), 0.25);
+}
+
+TEST(Schedule, WsdDecaysHoweverShortItsDecay) {
+    Schedule schedule = example(ScheduleShape::wsd);
+    schedule.decay = steps(1);
+    EXPECT_EQ(at_step(schedule, 10), 1);
+    EXPECT_EQ(at_step(schedule, 11), 0.625);
+    // Shorter than a batch, at the end of a batch or reaching into the next one.
+    for (const std::int64_t decay : {1, 10, 63, 64, 65, 70}) {
+        const Schedule in_samples{
+            .shape = ScheduleShape::wsd, .peak = 1, .length = {640, Unit::samples}, .decay = {decay, Unit::samples}};
+        const auto rate = [&](std::int64_t before) {
+            return learning_rate(in_samples, {.samples = before}, {.steps = 1, .samples = 64});
+        };
+        EXPECT_LT(rate(576), 1) << decay;
+        EXPECT_GT(rate(576), 0) << decay;
+        EXPECT_EQ(rate(512) < 1, decay > 64) << decay;
+        EXPECT_EQ(rate(448), 1) << decay;
+    }
 }
 
 TEST(Schedule, ConstantNeedsNoLengthAndStaysAtThePeak) {
@@ -189,8 +213,9 @@ TEST(Schedule, AWarmupAsLongAsTheScheduleIsNotANumberThatIsMissing) {
                        .warmup = steps(2),
                        .length = steps(4),
                        .decay = steps(2)};
-    EXPECT_EQ(at_step(wsd, 2), 1);
-    EXPECT_EQ(at_step(wsd, 3), 0.625);
+    EXPECT_EQ(at_step(wsd, 1), 1);
+    EXPECT_EQ(at_step(wsd, 2), 0.75);
+    EXPECT_EQ(at_step(wsd, 3), 0.5);
     EXPECT_EQ(at_step(wsd, 4), 0.25);
 }
 
@@ -231,22 +256,23 @@ TEST(Schedule, RefusesRatesThatMeanNothing) {
 TEST(Schedule, RefusesIntervalsThatDoNotMakeASchedule) {
     for (const ScheduleShape shape : all_shapes) {
         EXPECT_NO_THROW(validate(example(shape)));
-        if (shape == ScheduleShape::constant) continue;
         Schedule schedule = example(shape);
+        schedule.warmup = steps(13);
+        expect_usage_error({"warmup (13 steps)", "12 steps"}, [&] { validate(schedule); });
+        if (shape == ScheduleShape::constant) continue;
+        schedule = example(shape);
         schedule.length = steps(0);
         expect_usage_error({std::string(to_string(shape)) + " schedule has no length"}, [&] { validate(schedule); });
-        schedule = example(shape);
-        schedule.warmup = steps(13);
-        expect_usage_error({"warmup (13 steps)"}, [&] { validate(schedule); });
     }
     Schedule schedule = example(ScheduleShape::wsd);
     schedule.warmup = steps(8);
     EXPECT_NO_THROW(validate(schedule));
     schedule.warmup = steps(9);
-    expect_usage_error({"warmup (9 steps) and decay (4 steps) do not fit the length of the wsd schedule (12 steps)"},
-                       [&] { validate(schedule); });
+    expect_usage_error(
+        {"the wsd schedule has no room for warmup (9 steps) and decay (4 steps): its length is 12 steps"},
+        [&] { validate(schedule); });
     schedule.decay = steps(largest);
-    expect_usage_error({"do not fit"}, [&] { validate(schedule); });
+    expect_usage_error({"no room"}, [&] { validate(schedule); });
     schedule.decay = steps(0);
     expect_usage_error({"the wsd schedule has no decay"}, [&] { validate(schedule); });
     expect_usage_error({"the warmup of the schedule is -1 steps"}, [] { validate({.warmup = steps(-1)}); });

@@ -31,7 +31,7 @@ double slope_of(double x) {
 /// A head in memory of its own, its rows wider than it, with gaps that must stay as they are.
 struct Sample {
     std::int64_t tokens, size, row, out_row;
-    std::vector<float> inputs, out, gradient, of_inputs, log_sums;
+    std::vector<float> inputs, out, gradient, grad_inputs, log_sums;
 
     Sample(std::int64_t tokens_, std::int64_t size_, std::mt19937_64& random, float deviation = 1.0F)
         : tokens(tokens_), size(size_), row(3 * size_ + 2), out_row(size_ + 1) {
@@ -41,7 +41,7 @@ struct Sample {
         for (float& x : inputs) x = normal(random);
         for (float& x : gradient) x = normal(random);
         out.assign(count(out_row), gap);
-        of_inputs.assign(count(row), gap);
+        grad_inputs.assign(count(row), gap);
         log_sums.resize(count(1));
     }
 
@@ -57,9 +57,9 @@ struct Sample {
                 .out = out.data(),
                 .log_sums = log_sums.data(),
                 .gradient = gradient.data(),
-                .grad_q = of_inputs.data(),
-                .grad_k = of_inputs.data() + size,
-                .grad_v = of_inputs.data() + 2 * size};
+                .grad_q = grad_inputs.data(),
+                .grad_k = grad_inputs.data() + size,
+                .grad_v = grad_inputs.data() + 2 * size};
     }
 
     // Scratch holds anything: nothing may be read that was not written.
@@ -78,12 +78,12 @@ struct Sample {
 
 /// What a sample should give, in double.
 struct Expected {
-    std::vector<double> out, of_inputs;
+    std::vector<double> out, grad_inputs;
 
-    explicit Expected(const Sample& s) : out(s.count(s.out_row), Sample::gap), of_inputs(s.count(s.row), 0.0) {
+    explicit Expected(const Sample& s) : out(s.count(s.out_row), Sample::gap), grad_inputs(s.count(s.row), 0.0) {
         for (std::int64_t i = 0; i < s.tokens; ++i) add_query(s, i);
         for (std::int64_t i = 0; i < s.tokens; ++i) {
-            for (std::int64_t k = 3 * s.size; k < s.row; ++k) of_inputs[at(i, s.row, k)] = Sample::gap;
+            for (std::int64_t k = 3 * s.size; k < s.row; ++k) grad_inputs[at(i, s.row, k)] = Sample::gap;
         }
     }
 
@@ -116,9 +116,9 @@ private:
             for (std::int64_t k = 0; k < s.size; ++k) of_share += g(k) * q(j, 2 * s.size + k);
             const double of_score = share * (of_share - dot) * s.scale();
             for (std::int64_t k = 0; k < s.size; ++k) {
-                of_inputs[at(i, s.row, k)] += of_score * q(j, s.size + k);
-                of_inputs[at(j, s.row, s.size + k)] += of_score * q(i, k);
-                of_inputs[at(j, s.row, 2 * s.size + k)] += share * g(k);
+                grad_inputs[at(i, s.row, k)] += of_score * q(j, s.size + k);
+                grad_inputs[at(j, s.row, s.size + k)] += of_score * q(i, k);
+                grad_inputs[at(j, s.row, 2 * s.size + k)] += share * g(k);
             }
         }
     }
@@ -203,7 +203,7 @@ TEST(Kernels, AttentionAndItsGradientAreThoseOfTheFormulaForEverySize) {
                 // Sums of up to 300 products of numbers about 1, weighted to a sum of 1: fp32's 6e-8 times the square
                 // root of their number, and the exponential's two units in the last place, some times over.
                 expect_near(sample.out, expected.out, 4e-6, what);
-                expect_near(sample.of_inputs, expected.of_inputs, 2e-5, what);
+                expect_near(sample.grad_inputs, expected.grad_inputs, 2e-5, what);
             }
         }
     }
@@ -216,7 +216,7 @@ TEST(Kernels, AttentionOfLargeScoresPicksTheLargest) {
         sample.run(*table);
         const Expected expected(sample);
         expect_near(sample.out, expected.out, 0.2, table->name);  // a score of 4000 is known to 2e-4, e^it to as much
-        for (const float x : sample.of_inputs) EXPECT_TRUE(std::isfinite(x));
+        for (const float x : sample.grad_inputs) EXPECT_TRUE(std::isfinite(x));
     }
 }
 

@@ -132,10 +132,10 @@ TEST(LinearCrossEntropy, DifferentiatesOnlyWhatRequiresIt) {
     const auto sum = [&](const at::Tensor& hidden, const at::Tensor& weight) {
         return linear_cross_entropy_sum(hidden, weight, p.targets, -100, 500) * 1.5;
     };
-    const at::Tensor of_hidden = torch::autograd::grad({sum(p.hidden, p.weight.detach())}, {p.hidden})[0];
-    const at::Tensor of_weight = torch::autograd::grad({sum(p.hidden.detach(), p.weight)}, {p.weight})[0];
-    EXPECT_TRUE(at::equal(of_hidden, both.hidden_gradient));
-    EXPECT_TRUE(at::equal(of_weight, both.weight_gradient));
+    const at::Tensor grad_hidden = torch::autograd::grad({sum(p.hidden, p.weight.detach())}, {p.hidden})[0];
+    const at::Tensor grad_weight = torch::autograd::grad({sum(p.hidden.detach(), p.weight)}, {p.weight})[0];
+    EXPECT_TRUE(at::equal(grad_hidden, both.hidden_gradient));
+    EXPECT_TRUE(at::equal(grad_weight, both.weight_gradient));
     EXPECT_FALSE(sum(p.hidden.detach(), p.weight.detach()).requires_grad());
     const at::NoGradGuard no_grad;
     EXPECT_FALSE(sum(p.hidden, p.weight).requires_grad());

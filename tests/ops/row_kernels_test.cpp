@@ -122,7 +122,7 @@ TEST(RowKernels, TheGradientOfLayerNormIsThatOfTheFormulaAndYIsMadeAgain) {
             inverses.push_back(static_cast<float>(moments.inverse));
         }
         const Floats before = rows.vector();
-        Floats of_scale = before, of_shift = before, of_x_sums = before;
+        Floats grad_scale = before, grad_shift = before, grad_x_sums = before;
         table.norm_rows_backward({.rows = rows.count,
                                   .width = rows.width,
                                   .x = x.data(),
@@ -134,9 +134,9 @@ TEST(RowKernels, TheGradientOfLayerNormIsThatOfTheFormulaAndYIsMadeAgain) {
                                   .residual = residual.data(),
                                   .grad_x = grad_x.data(),
                                   .y = y.data(),
-                                  .of_scale = of_scale.data(),
-                                  .of_shift = of_shift.data(),
-                                  .of_x_sums = of_x_sums.data()});
+                                  .grad_scale = grad_scale.data(),
+                                  .grad_shift = grad_shift.data(),
+                                  .grad_x_sums = grad_x_sums.data()});
         std::vector<double> scales(before.begin(), before.end()), shifts = scales, sums = scales;
         for (std::int64_t row = 0; row < rows.count; ++row) {
             const double mean = means[static_cast<std::size_t>(row)], inverse = inverses[static_cast<std::size_t>(row)];
@@ -162,15 +162,15 @@ TEST(RowKernels, TheGradientOfLayerNormIsThatOfTheFormulaAndYIsMadeAgain) {
             }
         }
         for (std::size_t c = 0; c < static_cast<std::size_t>(rows.width); ++c) {
-            EXPECT_NEAR(of_scale[c], scales[c], tolerance(rows));
-            EXPECT_NEAR(of_shift[c], shifts[c], 1e-5);
-            EXPECT_NEAR(of_x_sums[c], sums[c], 2e-3);
+            EXPECT_NEAR(grad_scale[c], scales[c], tolerance(rows));
+            EXPECT_NEAR(grad_shift[c], shifts[c], 1e-5);
+            EXPECT_NEAR(grad_x_sums[c], sums[c], 2e-3);
         }
         EXPECT_EQ(grad_x.back(), Rows::guard);
         EXPECT_EQ(y.back(), Rows::guard);
-        EXPECT_EQ(of_scale.back(), Rows::guard);
-        EXPECT_EQ(of_shift.back(), Rows::guard);
-        EXPECT_EQ(of_x_sums.back(), Rows::guard);
+        EXPECT_EQ(grad_scale.back(), Rows::guard);
+        EXPECT_EQ(grad_shift.back(), Rows::guard);
+        EXPECT_EQ(grad_x_sums.back(), Rows::guard);
     });
 }
 

@@ -167,16 +167,15 @@ private:
 
 TEST_F(Prediction, PlansForTheLongestShapeThatTheDataHolds) {
     const Ragged data;
-    Batch longest = longest_batch(data, 4);
+    const DatasetBatch longest = DatasetBatch::longest(data, 4);
     EXPECT_EQ(longest.size(), 4);
-    EXPECT_EQ(longest.fields[0].size(1), 16);
+    EXPECT_EQ(longest.fetch({0, 4}).fields[0].size(1), 16);
     Job job = test::gpt_job(small_gpt());
-    const PlanReport report = plan_of(job, longest, {.budget_bytes = 2 * mebibyte});
-    longest = {};  // or two batches would be there at once
+    const PlanReport report = plan_batch(*job.accumulator, longest, job.loss, {.budget_bytes = 2 * mebibyte});
     const BudgetScope budget(report.choice().peak_bytes());
     job.accumulator->set_plan(report.choice().plan);
     for (std::int64_t i = 0; i + 4 <= data.size(); ++i) {
-        const Batch batch = data.get(std::vector<std::int64_t>{i, i + 1, i + 2, i + 3});
+        const DatasetBatch batch(data, {i, i + 1, i + 2, i + 3});
         EXPECT_EQ(job.accumulator->step(batch, job.loss).out_of_memory, 0);
     }
 }

@@ -2,6 +2,7 @@
 #include "microbatch/step/probe.h"
 
 #include <ATen/ATen.h>
+#include <torch/nn/modules/linear.h>
 #include <torch/optim/adamw.h>
 
 #include <chrono>
@@ -10,7 +11,7 @@
 #include <string>
 #include <thread>
 
-#include "microbatch/autograd/recompute.h"
+#include "microbatch/model/recomputable.h"
 #include "microbatch/optim/torch_optimizer.h"
 #include "support/errors.h"
 #include "support/gradients.h"
@@ -173,11 +174,18 @@ TEST_F(NoTrace, AHeadThatWasAddedInTheMiddleOfARunIsPlannedFor) {
 
 TEST_F(NoTrace, ParametersThatTheAccumulatorDoesNotKnowKeepTheirGradients) {
     Job job = test::mlp_job({.inputs = 8, .classes = 4});
-    const Parameters some(job.parameters.begin(), job.parameters.begin() + 2);
-    AdamW optimizer(split_by_decay(some, 0.1));
-    Accumulator accumulator(std::make_shared<SomeParameters>(job.model, some), optimizer);
-    EXPECT_TRUE(plan_batch(accumulator, job.make_batch(8), job.loss, {.budget_bytes = 1024 * mebibyte}).chosen);
+    const auto late = job.model->register_module("late", std::make_shared<torch::nn::LinearImpl>(4, 4));
+    const at::Tensor left = at::ones_like(late->bias);
+    late->bias.mutable_grad() = left;
+    const LossFunction loss = [&](const Batch& micro) -> WeightedLoss {
+        const WeightedLoss before = job.loss(micro);
+        return {before.sum + late->forward(at::ones({micro.size(), 4})).square().sum(), before.weight};
+    };
+    EXPECT_TRUE(plan_batch(*job.accumulator, job.make_batch(8), loss, {.budget_bytes = 1024 * mebibyte}).chosen);
     test::expect_no_gradients(job.parameters);
+    EXPECT_FALSE(late->weight.grad().defined());
+    EXPECT_TRUE(late->bias.grad().is_same(left));
+    EXPECT_TRUE(at::equal(left, at::ones({4})));
 }
 
 TEST_F(NoTrace, ABatchThatIsGatheredIsNotTouched) {

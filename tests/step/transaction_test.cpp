@@ -9,6 +9,7 @@
 
 #include "microbatch/core/error.h"
 #include "microbatch/memory/budget_allocator.h"
+#include "microbatch/model/recomputable.h"
 #include "support/errors.h"
 #include "support/gradients.h"
 #include "support/jobs.h"

@@ -37,11 +37,12 @@ struct FakeJob final : Rehearsal {
     double update_seconds = 2e-3;
     std::int64_t batch = 1;
     std::int64_t out_of_memory_from = largest_int64;  ///< micro-batch
+    std::int64_t fewest = 1;                          ///< samples that can be trained on
 
     std::vector<Plan> asked = {};
     int updates = 0;
     int timed_again = 0;
-    std::int64_t allowed_before = largest_int64;
+    std::vector<std::int64_t> allowed = {};  ///< bytes, of each that was asked
     double optional_seconds = 0;
 
     MemoryProfile activations(const Plan& plan) const {
@@ -89,10 +90,12 @@ struct FakeJob final : Rehearsal {
 
     std::optional<MicroBatchTrial> micro_batch(const Plan& plan, bool cut, std::int64_t allowed_bytes) override {
         EXPECT_EQ(cut, plan.micro_batch < batch);
-        EXPECT_EQ(std::count(asked.begin(), asked.end(), plan), allowed_bytes > allowed_before ? 1 : 0)
-            << plan.micro_batch << " was tried twice";
-        allowed_before = allowed_bytes;
+        for (std::size_t i = 0; i < asked.size(); ++i) {
+            EXPECT_TRUE(asked[i] != plan || allowed[i] < allowed_bytes) << plan.micro_batch << " was tried twice";
+        }
         asked.push_back(plan);
+        allowed.push_back(allowed_bytes);
+        if (plan.micro_batch < fewest) throw TooFewSamples(ErrorKind::usage, "too few samples");
         if (plan.micro_batch >= out_of_memory_from) return std::nullopt;
         const MicroBatchTrial result = trial(plan, cut);
         if (std::max(peak_of(result.first), peak_of(result.later)) > allowed_bytes) return std::nullopt;
@@ -131,6 +134,12 @@ inline PlanReport plan(FakeJob& job, PlannerOptions options) {
     return make_plan(options, job);
 }
 
+/// Whether the plan leaves no micro-batch of too few samples, by how a batch is cut.
+inline bool is_possible(const FakeJob& job, std::int64_t micro_batch) {
+    const std::int64_t count = micro_batch_count(job.batch, micro_batch);
+    return micro_batch >= job.fewest && micro_batch_slice(job.batch, micro_batch, count - 1).size() >= job.fewest;
+}
+
 /// The least step time of all plans that fit, each measured; infinity if none does.
 inline double best_of_all(FakeJob& job, const PlannerOptions& options) {
     double best = infinity;
@@ -138,6 +147,7 @@ inline double best_of_all(FakeJob& job, const PlannerOptions& options) {
         if (recompute ? !options.offers_recompute : options.recompute == Recompute::always) continue;
         for (std::int64_t size = 1; size <= options.batch; ++size) {
             const Plan one{.micro_batch = size, .recompute = recompute};
+            if (!is_possible(job, size)) continue;
             if (job.true_peak(one) <= options.budget_bytes) best = std::min(best, job.step_seconds(one));
         }
     }
@@ -152,6 +162,7 @@ inline void expect_sound(const FakeJob& job, const PlannerOptions& options, cons
     if (!report.chosen) return;
     const Candidate& chosen = report.choice();
     EXPECT_TRUE(chosen.fits);
+    EXPECT_TRUE(is_possible(job, chosen.plan.micro_batch)) << chosen.plan.micro_batch;
     ASSERT_TRUE(chosen.measured);
     EXPECT_LE(chosen.measured->largest(), options.budget_bytes);
     EXPECT_EQ(chosen.micro_batches, micro_batch_count(options.batch, chosen.plan.micro_batch));

@@ -23,7 +23,7 @@ public:
     std::int64_t size() const { return width_ / heads_; }
 
     AttentionHead operator()(std::int64_t number, const at::Tensor& out, const at::Tensor& log_sums) const {
-        const float* input = qkv_.const_data_ptr<float>() + of_input(number);
+        const float* input = qkv_.const_data_ptr<float>() + grad_input(number);
         return {.tokens = tokens_,
                 .size = size(),
                 .scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(size()))),
@@ -32,22 +32,23 @@ public:
                 .q = input,
                 .k = input + width_,
                 .v = input + 2 * width_,
-                .out = out.data_ptr<float>() + of_output(number),
+                .out = out.data_ptr<float>() + grad_output(number),
                 .log_sums = log_sums.data_ptr<float>() + number * tokens_};
     }
 
-    void add_gradients(AttentionHead& head, std::int64_t number, const at::Tensor& gradient, at::Tensor& of_qkv) const {
-        head.gradient = gradient.const_data_ptr<float>() + of_output(number);
-        head.grad_q = of_qkv.mutable_data_ptr<float>() + of_input(number);
+    void add_gradients(AttentionHead& head, std::int64_t number, const at::Tensor& gradient,
+                       at::Tensor& grad_qkv) const {
+        head.gradient = gradient.const_data_ptr<float>() + grad_output(number);
+        head.grad_q = grad_qkv.mutable_data_ptr<float>() + grad_input(number);
         head.grad_k = head.grad_q + width_;
         head.grad_v = head.grad_k + width_;
     }
 
 private:
-    std::int64_t of_input(std::int64_t number) const {
+    std::int64_t grad_input(std::int64_t number) const {
         return number / heads_ * tokens_ * 3 * width_ + number % heads_ * size();
     }
-    std::int64_t of_output(std::int64_t number) const {
+    std::int64_t grad_output(std::int64_t number) const {
         return number / heads_ * tokens_ * width_ + number % heads_ * size();
     }
 
@@ -83,14 +84,14 @@ Attended attend(const at::Tensor& qkv, std::int64_t heads) {
 at::Tensor attention_gradient(const at::Tensor& qkv, std::int64_t heads, const Attended& attended,
                               const at::Tensor& gradient) {
     const Heads all(qkv, heads);
-    at::Tensor of_qkv = at::empty_like(qkv);
+    at::Tensor grad_qkv = at::empty_like(qkv);
     for_each_head(all, kernels().attention_backward_scratch(all.tokens(), all.size()), qkv.options(),
                   [&](std::int64_t number, float* scratch) {
                       AttentionHead head = all(number, attended.out, attended.log_sums);
-                      all.add_gradients(head, number, gradient, of_qkv);
+                      all.add_gradients(head, number, gradient, grad_qkv);
                       kernels().attention_backward(head, scratch);
                   });
-    return of_qkv;
+    return grad_qkv;
 }
 
 }  // namespace microbatch

@@ -58,9 +58,9 @@ void group_norm_backward(const GroupNormLayer& layer, const at::Tensor& x, const
                                           .scale = values(layer.scale),
                                           .gradient = values(gradient),
                                           .grad_x = mutable_values(to.grad_x),
-                                          .of_added = mutable_values(to.of_added),
-                                          .of_scale = to.of_parameters,
-                                          .of_shift = to.of_parameters + x.size(1)},
+                                          .grad_added = mutable_values(to.grad_added),
+                                          .grad_scale = to.grad_parameters,
+                                          .grad_shift = to.grad_parameters + x.size(1)},
                                          scratch);
 }
 

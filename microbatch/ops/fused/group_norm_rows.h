@@ -33,8 +33,8 @@ void group_norm_forward(const GroupNormLayer& layer, const at::Tensor& x, const 
 /// Where its gradients go. Images are as x and none of the inputs.
 struct GroupNormGradients {
     at::Tensor grad_x;
-    at::Tensor of_added = {};        ///< undefined: not wanted
-    float* of_parameters = nullptr;  ///< [2, channels]: those of scale and shift are added
+    at::Tensor grad_added = {};        ///< undefined: not wanted
+    float* grad_parameters = nullptr;  ///< [2, channels]: those of scale and shift are added
 };
 
 /// Its gradient, from that of y; y is undefined where there was no ReLU.

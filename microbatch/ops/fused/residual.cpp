@@ -60,17 +60,17 @@ struct Layer {
     at::Tensor convolve(const at::Tensor& x) const { return convolution(x, weight, stride).contiguous(channels_last); }
 
     struct Gradients {
-        at::Tensor grad_x, of_weight;
+        at::Tensor grad_x, grad_weight;
     };
 
     /// What is not wanted is undefined.
     Gradients backward(const at::Tensor& gradient, const at::Tensor& x, bool wants_x, bool wants_weight) const {
         if (!wants_x && !wants_weight) return {};
         const std::int64_t padding = weight.size(2) / 2;
-        auto [grad_x, of_weight, of_bias] =
+        auto [grad_x, grad_weight, grad_bias] =
             at::convolution_backward(gradient, x, weight, at::nullopt, {stride, stride}, {padding, padding}, {1, 1},
                                      false, {0, 0}, 1, {wants_x, wants_weight, false});
-        return {grad_x, of_weight};
+        return {grad_x, grad_weight};
     }
 };
 
@@ -103,21 +103,21 @@ at::Tensor activated(const GroupNormLayer& norm, const at::Tensor& x, const at::
 }
 
 /// `out` is the part's place in the result.
-ResidualKept forward_of_part(const Layers& layers, const at::Tensor& x, const at::Tensor& out, float* scratch) {
-    ResidualKept kept;
-    kept.statistics = at::empty({3, x.size(0), 2, layers.first.norm.groups}, x.options());
+ResidualSaved forward_of_part(const Layers& layers, const at::Tensor& x, const at::Tensor& out, float* scratch) {
+    ResidualSaved saved;
+    saved.statistics = at::empty({3, x.size(0), 2, layers.first.norm.groups}, x.options());
     at::Tensor shortcut = x;
     if (layers.projects()) {
-        kept.projected = layers.projection.convolve(x);
-        shortcut = at::empty_like(kept.projected);
-        group_norm_forward(layers.projection.norm, kept.projected, {}, shortcut, kept.statistics[2], scratch);
+        saved.projected = layers.projection.convolve(x);
+        shortcut = at::empty_like(saved.projected);
+        group_norm_forward(layers.projection.norm, saved.projected, {}, shortcut, saved.statistics[2], scratch);
     }
-    kept.first = layers.first.convolve(x);
-    kept.second =
-        layers.second.convolve(activated(layers.first.norm, kept.first, kept.statistics[0], scratch, /*again=*/false));
-    group_norm_forward(layers.second.norm, kept.second, {.added = shortcut, .relu = true}, out, kept.statistics[1],
+    saved.first = layers.first.convolve(x);
+    saved.second = layers.second.convolve(
+        activated(layers.first.norm, saved.first, saved.statistics[0], scratch, /*again=*/false));
+    group_norm_forward(layers.second.norm, saved.second, {.added = shortcut, .relu = true}, out, saved.statistics[1],
                        scratch);
-    return kept;
+    return saved;
 }
 
 /// Sums of the gradients of a layer's weights over the parts of one thread.
@@ -127,7 +127,7 @@ struct LayerSums {
 
     /// What is left is the gradient of x.
     at::Tensor add(const Layer::Gradients& gradients) {
-        add(weight, gradients.of_weight);
+        add(weight, gradients.grad_weight);
         return gradients.grad_x;
     }
 
@@ -146,41 +146,42 @@ private:
 using Sums = std::array<LayerSums, 3>;
 
 /// grad_x is the part's place in the gradient of x, or undefined.
-void backward_of_part(const Layers& layers, const at::Tensor& x, const at::Tensor& out, const ResidualKept& kept,
+void backward_of_part(const Layers& layers, const at::Tensor& x, const at::Tensor& out, const ResidualSaved& saved,
                       const at::Tensor& gradient, const ResidualWanted& wanted, at::Tensor grad_x, Sums& sums,
                       float* scratch) {
-    at::Tensor of_shortcut = layers.projects() ? at::empty_like(out) : grad_x;
+    at::Tensor grad_shortcut = layers.projects() ? at::empty_like(out) : grad_x;
     const auto through_norm = [&](std::size_t layer, const GroupNormLayer& norm, const at::Tensor& made,
-                                  const at::Tensor& y, const at::Tensor& of_y, const at::Tensor& of_added) {
-        at::Tensor of_made = at::empty_like(made);
-        group_norm_backward(norm, made, y, kept.statistics[static_cast<std::int64_t>(layer)], of_y,
-                            {of_made, of_added, sums[layer].norm.mutable_data_ptr<float>()}, scratch);
-        return of_made;
+                                  const at::Tensor& y, const at::Tensor& grad_y, const at::Tensor& grad_added) {
+        at::Tensor grad_made = at::empty_like(made);
+        group_norm_backward(norm, made, y, saved.statistics[static_cast<std::int64_t>(layer)], grad_y,
+                            {grad_made, grad_added, sums[layer].norm.mutable_data_ptr<float>()}, scratch);
+        return grad_made;
     };
-    at::Tensor of_second = through_norm(1, layers.second.norm, kept.second, out, gradient, of_shortcut);
-    at::Tensor inner = activated(layers.first.norm, kept.first, kept.statistics[0], scratch, /*again=*/true);
-    at::Tensor of_inner = sums[1].add(layers.second.backward(of_second, inner, /*wants_x=*/true, wanted.second));
-    of_second.reset();
-    at::Tensor of_first = through_norm(0, layers.first.norm, kept.first, inner, of_inner.contiguous(channels_last), {});
+    at::Tensor grad_second = through_norm(1, layers.second.norm, saved.second, out, gradient, grad_shortcut);
+    at::Tensor inner = activated(layers.first.norm, saved.first, saved.statistics[0], scratch, /*again=*/true);
+    at::Tensor grad_inner = sums[1].add(layers.second.backward(grad_second, inner, /*wants_x=*/true, wanted.second));
+    grad_second.reset();
+    at::Tensor grad_first =
+        through_norm(0, layers.first.norm, saved.first, inner, grad_inner.contiguous(channels_last), {});
     inner.reset();
-    of_inner.reset();
-    const at::Tensor through_first = sums[0].add(layers.first.backward(of_first, x, wanted.x, wanted.first));
-    of_first.reset();
+    grad_inner.reset();
+    const at::Tensor through_first = sums[0].add(layers.first.backward(grad_first, x, wanted.x, wanted.first));
+    grad_first.reset();
     if (!layers.projects()) {
         if (wanted.x) grad_x.add_(through_first);
         return;
     }
-    const at::Tensor of_projected = through_norm(2, layers.projection.norm, kept.projected, {}, of_shortcut, {});
-    of_shortcut.reset();
+    const at::Tensor grad_projected = through_norm(2, layers.projection.norm, saved.projected, {}, grad_shortcut, {});
+    grad_shortcut.reset();
     const at::Tensor through_projection =
-        sums[2].add(layers.projection.backward(of_projected, x, wanted.x, wanted.projection));
+        sums[2].add(layers.projection.backward(grad_projected, x, wanted.x, wanted.projection));
     if (wanted.x) at::add_out(grad_x, through_first, through_projection);
 }
 
 /// What all parts can hold at once, however the threads meet: so many bytes a sample, and so many a thread even if
 /// there are fewer samples, so that it grows evenly with them.
-std::int64_t most_held(const at::Tensor& x, std::int64_t of_sample, std::int64_t of_thread) {
-    return static_cast<std::int64_t>(sizeof(float)) * (x.size(0) * of_sample + at::get_num_threads() * of_thread);
+std::int64_t most_held(const at::Tensor& x, std::int64_t per_sample, std::int64_t per_thread) {
+    return static_cast<std::int64_t>(sizeof(float)) * (x.size(0) * per_sample + at::get_num_threads() * per_thread);
 }
 
 // Beside its results a convolution holds, as oneDNN 3.12 does, a copy of its weight with the channels rounded up to
@@ -194,7 +195,7 @@ std::int64_t rounded_weight(const at::Tensor& weight) {
 
 void expect_forward(const Layers& layers, const at::Tensor& x, const at::Tensor& out) {
     const std::int64_t image = out[0].numel();
-    const std::int64_t images = layers.projects() ? 5 : 3;  // three or two that are kept, inner, and the shortcut's
+    const std::int64_t images = layers.projects() ? 5 : 3;  // three or two that are saved, inner, and the shortcut's
     const std::int64_t statistics = 6 * layers.first.norm.groups;
     expect_memory(
         most_held(x, images * image + statistics,
@@ -203,13 +204,13 @@ void expect_forward(const Layers& layers, const at::Tensor& x, const at::Tensor&
 
 void expect_backward(const Layers& layers, const at::Tensor& x, const at::Tensor& out) {
     const std::int64_t image = out[0].numel(), input = x[0].numel();
-    const std::int64_t of_sample =
+    const std::int64_t per_sample =
         layers.projects() ? std::max({4 * image, 2 * image + input, image + 2 * input}) : 3 * image;
     const std::int64_t first = rounded_weight(layers.first.weight), second = rounded_weight(layers.second.weight);
     // Sums of gradients, what the next one is added from, and what oneDNN holds.
-    const std::int64_t of_thread =
+    const std::int64_t per_thread =
         first + second + rounded_weight(layers.projection.weight) + 3 * std::max(first, second) + some_numbers;
-    expect_memory(most_held(x, of_sample, of_thread));
+    expect_memory(most_held(x, per_sample, per_thread));
 }
 
 }  // namespace
@@ -220,8 +221,8 @@ at::Tensor convolution(const at::Tensor& x, const at::Tensor& weight, std::int64
                            /*groups=*/1);
 }
 
-std::pair<at::Tensor, std::vector<ResidualKept>> residual_forward(const at::Tensor& x, const ResidualWeights& weights,
-                                                                  const ResidualOptions& options) {
+std::pair<at::Tensor, std::vector<ResidualSaved>> residual_forward(const at::Tensor& x, const ResidualWeights& weights,
+                                                                   const ResidualOptions& options) {
     const Layers layers(weights, options);
     const std::int64_t stride = options.stride;
     at::Tensor out =
@@ -230,17 +231,18 @@ std::pair<at::Tensor, std::vector<ResidualKept>> residual_forward(const at::Tens
     const at::Tensor scratch = group_norm_scratch(layers.first.norm);
     const std::int64_t parts = count_parts(x.size(0));
     expect_forward(layers, x, out);
-    std::vector<ResidualKept> kept(static_cast<std::size_t>(parts));
+    std::vector<ResidualSaved> saved(static_cast<std::size_t>(parts));
     for_each_part(parts, [&](std::int64_t number) {
         const Part part(x.size(0), number, parts);
-        kept[static_cast<std::size_t>(number)] = forward_of_part(layers, part.of(x), part.of(out), thread_row(scratch));
+        saved[static_cast<std::size_t>(number)] =
+            forward_of_part(layers, part.of(x), part.of(out), thread_row(scratch));
     });
-    return {out, kept};
+    return {out, saved};
 }
 
 std::vector<at::Tensor> residual_backward(const at::Tensor& x, const ResidualWeights& weights,
                                           const ResidualOptions& options, const at::Tensor& out,
-                                          const std::vector<ResidualKept>& kept, const at::Tensor& gradient,
+                                          const std::vector<ResidualSaved>& saved, const at::Tensor& gradient,
                                           const ResidualWanted& wanted) {
     const Layers layers(weights, options);
     const at::Tensor grad_x = wanted.x ? at::empty_like(x) : at::Tensor();
@@ -250,11 +252,11 @@ std::vector<at::Tensor> residual_backward(const at::Tensor& x, const ResidualWei
     for (Sums& own : sums) {
         for (LayerSums& layer : own) layer.norm = at::zeros({2, channels}, x.options());
     }
-    const auto parts = static_cast<std::int64_t>(kept.size());
+    const auto parts = static_cast<std::int64_t>(saved.size());
     expect_backward(layers, x, out);
     for_each_part(parts, [&](std::int64_t number) {
         const Part part(x.size(0), number, parts);
-        backward_of_part(layers, part.of(x), part.of(out), kept[static_cast<std::size_t>(number)], part.of(gradient),
+        backward_of_part(layers, part.of(x), part.of(out), saved[static_cast<std::size_t>(number)], part.of(gradient),
                          wanted, wanted.x ? part.of(grad_x) : grad_x,
                          sums[static_cast<std::size_t>(at::get_thread_num())], thread_row(scratch));
     });

@@ -14,16 +14,16 @@ namespace microbatch {
 at::Tensor convolution(const at::Tensor& x, const at::Tensor& weight, std::int64_t stride);
 
 /// What residual_forward keeps of some samples for backward.
-struct ResidualKept {
+struct ResidualSaved {
     at::Tensor first, second;  ///< what the convolutions made
     at::Tensor projected;      ///< undefined where there is no projection
     at::Tensor statistics;     ///< [3, samples, 2, groups]: of each norm the means and the inverse deviations
 };
 
 /// residual_block without autograd: everything fp32, on the CPU and of fitting shapes, images with the channels of a
-/// pixel side by side. What is kept of the batch is in parts, one behind the other.
-std::pair<at::Tensor, std::vector<ResidualKept>> residual_forward(const at::Tensor& x, const ResidualWeights& weights,
-                                                                  const ResidualOptions& options);
+/// pixel side by side. What is saved of the batch is in parts, one behind the other.
+std::pair<at::Tensor, std::vector<ResidualSaved>> residual_forward(const at::Tensor& x, const ResidualWeights& weights,
+                                                                   const ResidualOptions& options);
 
 /// Which gradients are wanted; those of the norms' scales and shifts cost next to nothing.
 struct ResidualWanted {
@@ -34,7 +34,7 @@ struct ResidualWanted {
 /// is undefined.
 std::vector<at::Tensor> residual_backward(const at::Tensor& x, const ResidualWeights& weights,
                                           const ResidualOptions& options, const at::Tensor& out,
-                                          const std::vector<ResidualKept>& kept, const at::Tensor& gradient,
+                                          const std::vector<ResidualSaved>& saved, const at::Tensor& gradient,
                                           const ResidualWanted& wanted);
 
 }  // namespace microbatch

@@ -85,7 +85,7 @@ struct Norm {
 
     /// In place of the gradient of y comes that of x, with the residual's; y is made again.
     void backward(Range rows, const at::Tensor& x, const at::Tensor& gradient, const at::Tensor& residual,
-                  const at::Tensor& y, float* of_scale, float* of_shift, float* of_x_sums) const {
+                  const at::Tensor& y, float* grad_scale, float* grad_shift, float* grad_x_sums) const {
         const std::int64_t width = scale.numel(), begin = rows.begin * width;
         kernels().norm_rows_backward({.rows = rows.count(),
                                       .width = width,
@@ -98,9 +98,9 @@ struct Norm {
                                       .residual = values(residual) + begin,
                                       .grad_x = target(gradient) + begin,
                                       .y = target(y) + begin,
-                                      .of_scale = of_scale,
-                                      .of_shift = of_shift,
-                                      .of_x_sums = of_x_sums});
+                                      .grad_scale = grad_scale,
+                                      .grad_shift = grad_shift,
+                                      .grad_x_sums = grad_x_sums});
     }
 };
 
@@ -182,62 +182,63 @@ enum Place : std::size_t {
 
 /// From the block's end to what attention gave: the gradient of the residual stream between, and that of attention.
 struct MlpGradients {
-    at::Tensor of_middle, of_attended;
+    at::Tensor grad_middle, grad_attended;
 };
 
-MlpGradients mlp_backward(const Rows& rows, const TransformerWeights& w, const TransformerKept& kept,
+MlpGradients mlp_backward(const Rows& rows, const TransformerWeights& w, const TransformerSaved& saved,
                           const at::Tensor& gradient, const GradientSink& sink) {
-    const std::int64_t width = rows.width, inner = kept.expanded.size(1);
-    const Norm norm(w.mlp_norm_scale, w.mlp_norm_shift, kept.statistics, 1);
-    MlpGradients result{at::empty_like(kept.middle), at::empty_like(kept.middle)};
-    const at::Tensor of_expanded = rows.matrix(inner), activated = rows.matrix(inner), normed = rows.matrix(width);
-    Sums of_vectors(inner + 4 * width);
+    const std::int64_t width = rows.width, inner = saved.expanded.size(1);
+    const Norm norm(w.mlp_norm_scale, w.mlp_norm_shift, saved.statistics, 1);
+    MlpGradients result{at::empty_like(saved.middle), at::empty_like(saved.middle)};
+    const at::Tensor grad_expanded = rows.matrix(inner), activated = rows.matrix(inner), normed = rows.matrix(width);
+    Sums grad_vectors(inner + 4 * width);
     rows.in_threads([&](Range mine) {
-        linear_gradient(mine, gradient, w.contraction_weight, of_expanded);
-        of_vectors.of(mine, [&](Range some, float* sums) {
+        linear_gradient(mine, gradient, w.contraction_weight, grad_expanded);
+        grad_vectors.of(mine, [&](Range some, float* sums) {
             const std::int64_t begin = some.begin * inner;
-            kernels().gelu_rows_backward(some.count(), inner, values(kept.expanded) + begin,
-                                         target(of_expanded) + begin, target(activated) + begin, sums);
+            kernels().gelu_rows_backward(some.count(), inner, values(saved.expanded) + begin,
+                                         target(grad_expanded) + begin, target(activated) + begin, sums);
             sum_rows(some, gradient, width, sums + inner);
         });
-        linear_gradient(mine, of_expanded, w.expansion_weight, result.of_middle);
-        of_vectors.of(mine, [&](Range some, float* sums) {
+        linear_gradient(mine, grad_expanded, w.expansion_weight, result.grad_middle);
+        grad_vectors.of(mine, [&](Range some, float* sums) {
             float* const own = sums + inner + width;
-            norm.backward(some, kept.middle, result.of_middle, gradient, normed, own, own + width, own + 2 * width);
+            norm.backward(some, saved.middle, result.grad_middle, gradient, normed, own, own + width, own + 2 * width);
         });
-        linear_gradient(mine, result.of_middle, w.projection_weight, result.of_attended);
+        linear_gradient(mine, result.grad_middle, w.projection_weight, result.grad_attended);
     });
-    const at::Tensor sums = of_vectors.total();
+    const at::Tensor sums = grad_vectors.total();
     const auto vector = [&](std::int64_t number) { return sums.narrow(0, inner + number * width, width); };
     sink(contraction_weight, gradient.view({rows.count, width}), activated);
     sink(contraction_bias, vector(0), {});
-    sink(expansion_weight, of_expanded, normed);
+    sink(expansion_weight, grad_expanded, normed);
     sink(expansion_bias, sums.narrow(0, 0, inner), {});
     sink(mlp_norm_scale, vector(1), {});
     sink(mlp_norm_shift, vector(2), {});
-    sink(projection_weight, result.of_middle.view({rows.count, width}), kept.attended.out.view({rows.count, width}));
+    sink(projection_weight, result.grad_middle.view({rows.count, width}), saved.attended.out.view({rows.count, width}));
     sink(projection_bias, vector(3), {});
     return result;
 }
 
 /// From the gradient of queries, keys and values to that of the block's input.
-at::Tensor qkv_backward(const Rows& rows, const at::Tensor& x, const TransformerWeights& w, const TransformerKept& kept,
-                        const at::Tensor& of_qkv, const at::Tensor& of_middle, const GradientSink& sink) {
+at::Tensor qkv_backward(const Rows& rows, const at::Tensor& x, const TransformerWeights& w,
+                        const TransformerSaved& saved, const at::Tensor& grad_qkv, const at::Tensor& grad_middle,
+                        const GradientSink& sink) {
     const std::int64_t width = rows.width;
-    const Norm norm(w.attention_norm_scale, w.attention_norm_shift, kept.statistics, 0);
+    const Norm norm(w.attention_norm_scale, w.attention_norm_shift, saved.statistics, 0);
     at::Tensor grad_x = at::empty_like(x);
     const at::Tensor normed = rows.matrix(width);
-    Sums of_vectors(6 * width);
+    Sums grad_vectors(6 * width);
     rows.in_threads([&](Range mine) {
-        linear_gradient(mine, of_qkv, w.qkv_weight, grad_x);
-        of_vectors.of(mine, [&](Range some, float* sums) {
-            sum_rows(some, of_qkv, 3 * width, sums);
+        linear_gradient(mine, grad_qkv, w.qkv_weight, grad_x);
+        grad_vectors.of(mine, [&](Range some, float* sums) {
+            sum_rows(some, grad_qkv, 3 * width, sums);
             float* const own = sums + 3 * width;
-            norm.backward(some, x, grad_x, of_middle, normed, own, own + width, own + 2 * width);
+            norm.backward(some, x, grad_x, grad_middle, normed, own, own + width, own + 2 * width);
         });
     });
-    const at::Tensor sums = of_vectors.total();
-    sink(qkv_weight, of_qkv.view({rows.count, 3 * width}), normed);
+    const at::Tensor sums = grad_vectors.total();
+    sink(qkv_weight, grad_qkv.view({rows.count, 3 * width}), normed);
     sink(qkv_bias, sums.narrow(0, 0, 3 * width), {});
     sink(attention_norm_scale, sums.narrow(0, 3 * width, width), {});
     sink(attention_norm_shift, sums.narrow(0, 4 * width, width), {});
@@ -246,56 +247,56 @@ at::Tensor qkv_backward(const Rows& rows, const at::Tensor& x, const Transformer
 
 }  // namespace
 
-std::pair<at::Tensor, TransformerKept> transformer_forward(const at::Tensor& x, const TransformerWeights& w,
-                                                           std::int64_t heads) {
+std::pair<at::Tensor, TransformerSaved> transformer_forward(const at::Tensor& x, const TransformerWeights& w,
+                                                            std::int64_t heads) {
     const Rows rows(x);
     const std::int64_t inner = w.expansion_bias.numel();
     at::Tensor out = at::empty_like(x);
-    TransformerKept kept{.qkv = at::empty({x.size(0), x.size(1), 3 * rows.width}, x.options()),
-                         .attended = {},
-                         .middle = at::empty_like(x),
-                         .expanded = rows.matrix(inner),
-                         .statistics = at::empty({4, rows.count}, x.options())};
-    const Norm first(w.attention_norm_scale, w.attention_norm_shift, kept.statistics, 0);
-    const Norm second(w.mlp_norm_scale, w.mlp_norm_shift, kept.statistics, 1);
+    TransformerSaved saved{.qkv = at::empty({x.size(0), x.size(1), 3 * rows.width}, x.options()),
+                           .attended = {},
+                           .middle = at::empty_like(x),
+                           .expanded = rows.matrix(inner),
+                           .statistics = at::empty({4, rows.count}, x.options())};
+    const Norm first(w.attention_norm_scale, w.attention_norm_shift, saved.statistics, 0);
+    const Norm second(w.mlp_norm_scale, w.mlp_norm_shift, saved.statistics, 1);
     const at::Tensor& normed = out;  // until it holds the result
     rows.in_threads([&](Range mine) {
         first.forward(mine, x, normed);
-        repeat_bias(mine, w.qkv_bias, kept.qkv);
-        linear(mine, normed, w.qkv_weight, kept.qkv, /*add=*/true);
+        repeat_bias(mine, w.qkv_bias, saved.qkv);
+        linear(mine, normed, w.qkv_weight, saved.qkv, /*add=*/true);
     });
-    kept.attended = attend(kept.qkv, heads);
+    saved.attended = attend(saved.qkv, heads);
     const at::Tensor activated = rows.matrix(inner);
     rows.in_threads([&](Range mine) {
-        linear(mine, kept.attended.out, w.projection_weight, kept.middle, /*add=*/false);
-        add_rows(mine, x, kept.middle, w.projection_bias, kept.middle);
-        second.forward(mine, kept.middle, normed);
-        linear(mine, normed, w.expansion_weight, kept.expanded, /*add=*/false);
+        linear(mine, saved.attended.out, w.projection_weight, saved.middle, /*add=*/false);
+        add_rows(mine, x, saved.middle, w.projection_bias, saved.middle);
+        second.forward(mine, saved.middle, normed);
+        linear(mine, normed, w.expansion_weight, saved.expanded, /*add=*/false);
         const std::int64_t begin = mine.begin * inner;
-        kernels().gelu_rows(mine.count(), inner, values(w.expansion_bias), target(kept.expanded) + begin,
+        kernels().gelu_rows(mine.count(), inner, values(w.expansion_bias), target(saved.expanded) + begin,
                             target(activated) + begin);
         linear(mine, activated, w.contraction_weight, out, /*add=*/false);
-        add_rows(mine, kept.middle, out, w.contraction_bias, out);
+        add_rows(mine, saved.middle, out, w.contraction_bias, out);
     });
-    return {out, kept};
+    return {out, saved};
 }
 
 at::Tensor transformer_backward(const at::Tensor& x, const TransformerWeights& w, std::int64_t heads,
-                                const TransformerKept& kept, const at::Tensor& gradient, const GradientSink& sink) {
+                                const TransformerSaved& saved, const at::Tensor& gradient, const GradientSink& sink) {
     const Rows rows(x);
-    auto [of_middle, of_attended] = mlp_backward(rows, w, kept, gradient, sink);
-    const at::Tensor of_qkv = attention_gradient(kept.qkv, heads, kept.attended, of_attended);
-    of_attended.reset();
-    return qkv_backward(rows, x, w, kept, of_qkv, of_middle, sink);
+    auto [grad_middle, grad_attended] = mlp_backward(rows, w, saved, gradient, sink);
+    const at::Tensor grad_qkv = attention_gradient(saved.qkv, heads, saved.attended, grad_attended);
+    grad_attended.reset();
+    return qkv_backward(rows, x, w, saved, grad_qkv, grad_middle, sink);
 }
 
 void add_product(const at::Tensor& left, const at::Tensor& right, at::Tensor& sum) {
     const std::int64_t rows = left.size(0), outputs = left.size(1), inputs = right.size(1);
-    const float *of_y = values(left), *x = values(right);
+    const float *grad_y = values(left), *x = values(right);
     float* const to = target(sum);
     in_parallel(outputs, worth_a_thread / (rows * inputs) + 1, [&](std::int64_t begin, std::int64_t end) {
-        gemm(end - begin, inputs, rows, {of_y + begin, outputs, /*transposed=*/true}, {x, inputs}, to + begin * inputs,
-             inputs, /*add=*/true);
+        gemm(end - begin, inputs, rows, {grad_y + begin, outputs, /*transposed=*/true}, {x, inputs},
+             to + begin * inputs, inputs, /*add=*/true);
     });
 }
 

@@ -15,7 +15,7 @@ namespace microbatch {
 constexpr double transformer_epsilon = 1e-5;  ///< of the layer norms
 
 /// What transformer_forward keeps for backward.
-struct TransformerKept {
+struct TransformerSaved {
     at::Tensor qkv;  ///< [samples, tokens, 3 width]
     Attended attended;
     at::Tensor middle;      ///< as x, after attention was added
@@ -28,13 +28,13 @@ struct TransformerKept {
 using GradientSink = std::function<void(std::size_t weight, const at::Tensor& left, const at::Tensor& right)>;
 
 /// transformer_block without autograd: everything fp32, contiguous, on the CPU and of fitting shapes.
-std::pair<at::Tensor, TransformerKept> transformer_forward(const at::Tensor& x, const TransformerWeights& weights,
-                                                           std::int64_t heads);
+std::pair<at::Tensor, TransformerSaved> transformer_forward(const at::Tensor& x, const TransformerWeights& weights,
+                                                            std::int64_t heads);
 
 /// The gradient of x, from that of the result. The weights' go into the sink, each when it is known, so that few are
 /// held at a time.
 at::Tensor transformer_backward(const at::Tensor& x, const TransformerWeights& weights, std::int64_t heads,
-                                const TransformerKept& kept, const at::Tensor& gradient, const GradientSink& sink);
+                                const TransformerSaved& saved, const at::Tensor& gradient, const GradientSink& sink);
 
 /// sum += left^T right, sum contiguous [left's columns, right's columns], the others as the sink is given them.
 void add_product(const at::Tensor& left, const at::Tensor& right, at::Tensor& sum);

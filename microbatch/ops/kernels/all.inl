@@ -9,8 +9,9 @@
 // After the tiles.
 #include "microbatch/ops/kernels/attention.inl"
 
-constexpr Kernels all_of_them(const char* name) {
+constexpr Kernels all_of_them(const char* name, const ExactKernels* exact) {
     return {.name = name,
+            .exact = exact,
             .gelu = gelu,
             .gelu_backward = gelu_backward,
             .gelu_rows = gelu_rows,

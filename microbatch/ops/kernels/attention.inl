@@ -144,9 +144,9 @@ struct Backward {
     Sizes sizes;
     int64_t row;  // of the scores
     float *queries, *keys, *gradients, *key_panels, *value_panels;
-    float *of_queries, *of_keys, *of_values;
+    float *grad_queries, *grad_keys, *grad_values;
     float* dots;  // of each token's output and its gradient
-    float *probabilities, *of_scores;
+    float *probabilities, *grad_scores;
 
     Backward(const AttentionHead& one, float* scratch)
         : head(one), sizes{one.tokens, one.size}, row(score_row(least(one.tokens, backward_keys))) {
@@ -159,13 +159,13 @@ struct Backward {
         queries = take(sizes.rows());
         keys = take(sizes.rows());
         gradients = take(sizes.rows());
-        of_queries = take(3 * sizes.rows());
-        of_keys = of_queries + sizes.rows();
-        of_values = of_keys + sizes.rows();
+        grad_queries = take(3 * sizes.rows());
+        grad_keys = grad_queries + sizes.rows();
+        grad_values = grad_keys + sizes.rows();
         key_panels = take(sizes.panels());
         value_panels = take(sizes.panels());
         probabilities = take(backward_queries * row);
-        of_scores = take(backward_queries * row);
+        grad_scores = take(backward_queries * row);
         dots = take(one.tokens);
     }
 };
@@ -177,7 +177,7 @@ void copy_inputs(const Backward& work) {
     copy_rows(head.gradient, head.out_row, work.sizes, work.gradients);
     copy_panels(head.k, head.row, work.sizes, work.key_panels);
     copy_panels(head.v, head.row, work.sizes, work.value_panels);
-    clear(work.of_queries, 0, 3 * work.sizes.rows());
+    clear(work.grad_queries, 0, 3 * work.sizes.rows());
     for (int64_t i = 0; i < head.tokens; ++i) {
         float dot = 0;
         for (int64_t k = 0; k < head.size; ++k)
@@ -205,7 +205,7 @@ void score_block(const Backward& work, int64_t i, int64_t queries_end, int64_t f
         const int64_t keys_end = least(end, i + rows);
         const int64_t count = keys_end - first;
         float* p = work.probabilities + (i - block) * row;
-        float* ds = work.of_scores + (i - block) * row;
+        float* ds = work.grad_scores + (i - block) * row;
         score_tile(rows, {work.queries + i * width, width, 1}, work.key_panels, work.sizes, first, keys_end, {p, row});
         score_tile(rows, {work.gradients + i * width, width, 1}, work.value_panels, work.sizes, first, keys_end,
                    {ds, row});
@@ -218,7 +218,7 @@ void score_block(const Backward& work, int64_t i, int64_t queries_end, int64_t f
             clear(p + r * row, own, reach);
             clear(ds + r * row, own, reach);
         }
-        sum_rows(rows, {ds, row, 1}, work.keys + first * width, work.sizes, {work.of_queries + i * width, width}, count,
+        sum_rows(rows, {ds, row, 1}, work.keys + first * width, work.sizes, {work.grad_queries + i * width, width}, count,
                  true);
     }
 }
@@ -232,10 +232,10 @@ void add_to_keys(const Backward& work, int64_t block, int64_t queries_end, int64
         if (from >= queries_end) break;
         const int64_t depth = queries_end - from;
         const int64_t offset = (from - block) * row + (j - first);
-        sum_rows(rows, {work.of_scores + offset, 1, row}, work.queries + from * width, work.sizes,
-                 {work.of_keys + j * width, width}, depth, true);
+        sum_rows(rows, {work.grad_scores + offset, 1, row}, work.queries + from * width, work.sizes,
+                 {work.grad_keys + j * width, width}, depth, true);
         sum_rows(rows, {work.probabilities + offset, 1, row}, work.gradients + from * width, work.sizes,
-                 {work.of_values + j * width, width}, depth, true);
+                 {work.grad_values + j * width, width}, depth, true);
     }
 }
 
@@ -256,7 +256,7 @@ void attention_backward(const AttentionHead& head, float* scratch) {
             add_to_keys(work, i, queries_end, first, end);
         }
     }
-    copy_back(work.of_queries, work.sizes, head.grad_q, head.row);
-    copy_back(work.of_keys, work.sizes, head.grad_k, head.row);
-    copy_back(work.of_values, work.sizes, head.grad_v, head.row);
+    copy_back(work.grad_queries, work.sizes, head.grad_q, head.row);
+    copy_back(work.grad_keys, work.sizes, head.grad_k, head.row);
+    copy_back(work.grad_values, work.sizes, head.grad_v, head.row);
 }

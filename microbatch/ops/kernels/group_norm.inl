@@ -155,8 +155,8 @@ inline void norm_sample_backward(const GroupNormImagesBackward& norm, int64_t sa
     for (int64_t c = 0; c < channels; ++c) rests[c] = means[c / size];
     sum_gradients<relu>(norm, first, rests, sums, products);
     for (int64_t c = 0; c < channels; ++c) {
-        norm.of_scale[c] += products[c] * inverses[c / size];
-        norm.of_shift[c] += sums[c];
+        norm.grad_scale[c] += products[c] * inverses[c / size];
+        norm.grad_shift[c] += sums[c];
     }
     spread_group_sums(channels, norm.groups, sums, norm.scale, -share, rests);
     spread_group_sums(channels, norm.groups, products, norm.scale, -share, slopes);
@@ -173,7 +173,7 @@ inline void norm_sample_backward(const GroupNormImagesBackward& norm, int64_t sa
         for (int64_t p = 0; p < norm.pixels; ++p) {
             const int64_t at = first + p * channels + c;
             const Vector gradient = gradient_before_relu<relu>(norm, at, some);
-            if (norm.of_added != nullptr) store_some(norm.of_added + at, gradient, some);
+            if (norm.grad_added != nullptr) store_some(norm.grad_added + at, gradient, some);
             store_some(norm.grad_x + at, gradient * factor + (load_some(norm.x + at, some) * slope + rest), some);
         }
     });

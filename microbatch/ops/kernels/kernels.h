@@ -47,7 +47,7 @@ struct NormRowsBackward {
     float* grad_x = nullptr;          ///< their sum; may be gradient
     float* y = nullptr;
     /// [width]; what these rows give is added.
-    float *of_scale = nullptr, *of_shift = nullptr, *of_x_sums = nullptr;
+    float *grad_scale = nullptr, *grad_shift = nullptr, *grad_x_sums = nullptr;
 };
 
 /// Group norm of images, all channels of a pixel side by side: y = (x - mean) inverse scale + shift, then, where they
@@ -72,8 +72,55 @@ struct GroupNormImagesBackward {
     const float* scale = nullptr;
     const float* gradient = nullptr;                 ///< of y
     float* grad_x = nullptr;                         ///< none of the inputs
-    float* of_added = nullptr;                       ///< none of the inputs, or nullptr
-    float *of_scale = nullptr, *of_shift = nullptr;  ///< [channels]; these samples' are added
+    float* grad_added = nullptr;                       ///< none of the inputs, or nullptr
+    float *grad_scale = nullptr, *grad_shift = nullptr;  ///< [channels]; these samples' are added
+};
+
+/// One stretch of a parameter and of what its optimizer keeps. Number: float or double.
+template <class Number>
+struct UpdateArrays {
+    Number* parameter;
+    const Number* gradient;
+    Number* first;   ///< moment, or velocity: nullptr without momentum
+    Number* second;  ///< AdamW alone
+    std::int64_t count;
+};
+
+struct AdamWUpdate {
+    double beta1, beta2, epsilon;
+    double kept;        ///< of the parameter: 1 - eta lambda
+    double length;      ///< of the step: eta / (1 - b1^t)
+    double correction;  ///< of the root: 1 / sqrt(1 - b2^t)
+    double divisor;     ///< of the gradient
+};
+
+struct SgdUpdate {
+    double learning_rate, momentum;
+    bool nesterov;
+    double kept;     ///< of the parameter, with decoupled decay: 1 - eta lambda
+    double decay;    ///< a coupled one's share of the parameter, which is added to the gradient
+    double divisor;  ///< of the gradient
+};
+
+/// Of a row of logits, which is overwritten with exp(x - max) of every element. Below -87 that is 0, as nothing is lost
+/// beside the largest, which is 1; elsewhere it is exact to two units in the last place. NaN anywhere, or an infinite
+/// maximum, makes the sum NaN.
+struct Exponentials {
+    float largest;  ///< of the logits
+    double sum;     ///< of the exponentials
+};
+
+/// The loops that give the same bits for every kind of vector: no multiplication is fused with an addition.
+struct ExactKernels {
+    void (*adamw)(const AdamWUpdate& how, const UpdateArrays<float>& arrays);
+    void (*adamw_double)(const AdamWUpdate& how, const UpdateArrays<double>& arrays);
+    void (*sgd)(const SgdUpdate& how, const UpdateArrays<float>& arrays);
+    void (*sgd_double)(const SgdUpdate& how, const UpdateArrays<double>& arrays);
+    /// In fp64.
+    double (*sum_of_squares)(const float* numbers, std::int64_t count);
+    double (*sum_of_squares_double)(const double* numbers, std::int64_t count);
+    Exponentials (*exponentiate_row)(float* row, std::int64_t count);
+    void (*scale_row)(float* row, std::int64_t count, float factor);
 };
 
 /// The loops that the compiler does not know how to make fast for a processor it does not know: one table for each kind
@@ -81,6 +128,7 @@ struct GroupNormImagesBackward {
 /// where they do in exact arithmetic.
 struct Kernels {
     const char* name;
+    const ExactKernels* exact;
     void (*gelu)(const float* x, float* y, std::int64_t count);
     /// result = gradient * gelu'(x).
     void (*gelu_backward)(const float* x, const float* gradient, float* result, std::int64_t count);

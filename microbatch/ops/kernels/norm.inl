@@ -55,8 +55,8 @@ inline void norm_row_backward(const NormRowsBackward& norm, int64_t r) {
         const Vector normed = (load_some(norm.x + row + i, some) - mean) * inverse;
         const Vector scale = load_some(norm.scale + i, some), gradient = load_some(norm.gradient + row + i, some);
         store_some(norm.y + row + i, normed * scale + load_some(norm.shift + i, some), some);
-        store_some(norm.of_scale + i, load_some(norm.of_scale + i, some) + gradient * normed, some);
-        store_some(norm.of_shift + i, load_some(norm.of_shift + i, some) + gradient, some);
+        store_some(norm.grad_scale + i, load_some(norm.grad_scale + i, some) + gradient * normed, some);
+        store_some(norm.grad_shift + i, load_some(norm.grad_shift + i, some) + gradient, some);
         const Vector scaled = gradient * scale;
         sum += scaled;
         product += scaled * normed;
@@ -68,7 +68,7 @@ inline void norm_row_backward(const NormRowsBackward& norm, int64_t r) {
         const Vector scaled = load_some(norm.gradient + row + i, some) * load_some(norm.scale + i, some);
         const Vector grad_x = load_some(norm.residual + row + i, some) + inverse * (scaled - mean_sum - normed * mean_product);
         store_some(norm.grad_x + row + i, grad_x, some);
-        store_some(norm.of_x_sums + i, load_some(norm.of_x_sums + i, some) + grad_x, some);
+        store_some(norm.grad_x_sums + i, load_some(norm.grad_x_sums + i, some) + grad_x, some);
     });
 }
 

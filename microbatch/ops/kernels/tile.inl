@@ -34,7 +34,10 @@ inline void tile_product(const Left& a, const float* b, int64_t b_row, Rows c, i
             for (int v = 0; v < vectors; ++v) sums[i][v] += left * right[v];
         }
     }
+    // In a loop that is not unrolled the sums would be an array in memory, from the beginning.
+#pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
+#pragma GCC unroll 8
         for (int v = 0; v < vectors; ++v) {
             float* to = c.values + i * c.row + v * lanes;
             store(to, add ? load(to) + sums[i][v] : sums[i][v]);

@@ -26,8 +26,9 @@ inline void store(float* to, Vector values) {
     *reinterpret_cast<Unaligned*>(to) = values;
 }
 
+// Minus 0 is nothing to compute, not even for -0; plus 0 would be.
 inline Vector splat(float value) {
-    return Vector{} + value;
+    return value - Vector{};
 }
 
 inline Vector smaller(Vector left, Vector right) {

@@ -1,4 +1,4 @@
-#include "microbatch/runtime/product.h"
+#include "microbatch/runtime/gemm.h"
 
 #include <ATen/ATen.h>
 
@@ -14,7 +14,7 @@ namespace {
 
 using namespace test;
 
-TEST(Product, IsThatOfMatricesOfAnyLayoutWithOrWithoutBias) {
+TEST(Gemm, IsThatOfMatricesOfAnyLayoutWithOrWithoutBias) {
     at::manual_seed(1);
     for (const auto& [rows, inputs, outputs] :
          {std::tuple{4, 3, 5}, {1, 768, 768}, {2, 768, 768}, {5, 768, 768}, {96, 512, 256}, {512, 128, 384}}) {
@@ -26,28 +26,28 @@ TEST(Product, IsThatOfMatricesOfAnyLayoutWithOrWithoutBias) {
         for (const at::Tensor& left : {x, x.t().contiguous().t(), wide.narrow(1, 1, inputs)}) {
             for (const at::Tensor& right : {matrix, columns}) {
                 const at::Tensor exact = left.to(at::kDouble).mm(right.to(at::kDouble));
-                EXPECT_LT(relative_difference(product(left, right), exact), tolerance);
+                EXPECT_LT(relative_difference(gemm(left, right), exact), tolerance);
                 for (const at::Tensor& b : {bias, bias.view({1, -1}), at::randn({rows, outputs}), at::randn({1})}) {
-                    EXPECT_LT(relative_difference(product(left, right, b), exact + b.to(at::kDouble)), tolerance);
+                    EXPECT_LT(relative_difference(gemm(left, right, b), exact + b.to(at::kDouble)), tolerance);
                 }
             }
         }
     }
 }
 
-TEST(Product, HasTheSameBitsEveryTime) {
+TEST(Gemm, HasTheSameBitsEveryTime) {
     const at::Tensor x = at::randn({512, 384}), weight = at::randn({1536, 384});
-    const at::Tensor first = product(x, weight.t());
-    for (int i = 0; i < 5; ++i) EXPECT_TRUE(same_bits(product(x, weight.t()), first));
+    const at::Tensor first = gemm(x, weight.t());
+    for (int i = 0; i < 5; ++i) EXPECT_TRUE(same_bits(gemm(x, weight.t()), first));
 }
 
-TEST(Product, AllocatesTheSameForAnyNumberOfRowsOnOneSideOfTheRule) {
+TEST(Gemm, AllocatesTheSameForAnyNumberOfRowsOnOneSideOfTheRule) {
     install_budget_allocator();
     const auto beside_the_result = [&](std::int64_t rows, std::int64_t inputs) {
         const at::Tensor x = at::randn({rows, inputs}), weight = at::randn({512, inputs}), bias = at::randn({512});
         const std::int64_t live = memory_use().live_bytes;
         MemoryTrace trace(at::kCPU);
-        { const at::Tensor y = product(x, weight.t(), bias); }
+        { const at::Tensor y = gemm(x, weight.t(), bias); }
         trace.stop();
         std::vector<std::int64_t> bytes = trace.live_bytes();
         for (std::int64_t& each : bytes) each -= live;
@@ -63,10 +63,10 @@ TEST(Product, AllocatesTheSameForAnyNumberOfRowsOnOneSideOfTheRule) {
     }
 }
 
-TEST(Product, RefusesWhatTorchRefuses) {
-    EXPECT_THROW(product(at::ones({512, 384}), at::ones({512, 384})), c10::Error);
-    EXPECT_THROW(product(at::ones({512, 384}), at::ones({384, 512}).to(at::kDouble)), c10::Error);
-    EXPECT_THROW(product(at::ones({512, 384}), at::ones({384, 512}), at::ones({511})), c10::Error);
+TEST(Gemm, RefusesWhatTorchRefuses) {
+    EXPECT_THROW(gemm(at::ones({512, 384}), at::ones({512, 384})), c10::Error);
+    EXPECT_THROW(gemm(at::ones({512, 384}), at::ones({384, 512}).to(at::kDouble)), c10::Error);
+    EXPECT_THROW(gemm(at::ones({512, 384}), at::ones({384, 512}), at::ones({511})), c10::Error);
 }
 
 }  // namespace

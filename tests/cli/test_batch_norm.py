@@ -1,0 +1,65 @@
+"""Images so small that BatchNorm has a single value per channel in a micro-batch of one sample."""
+
+import random
+import struct
+
+import pytest
+
+SENTENCE = ["BatchNorm", "single value per channel", "micro-batch of 2 or more"]
+
+
+def write_tiny(folder, split, count):
+    draw = random.Random(split)
+    (folder / f"{split}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 0x803, count, 4, 4) + draw.randbytes(16 * count))
+    (folder / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, count) + bytes(i % 3 for i in range(count)))
+
+
+@pytest.fixture
+def tiny(run):
+    """Runs a command on images of 4 x 4 and the default ResNet."""
+    folder = run.folder / "tiny"
+    folder.mkdir()
+    write_tiny(folder, "train", 200)
+    write_tiny(folder, "t10k", 40)
+    return lambda command, **flags: run.images(command, data=folder, **{"norm": None, "layers": None} | flags)
+
+
+@pytest.mark.parametrize("batch, smallest", [(64, 2), (33, 3), (2, 2), (3, 3)])
+def test_the_plan_begins_at_the_smallest_micro_batch_that_can_be_trained_on(tiny, batch, smallest):
+    document = tiny("plan", batch=batch, json=True).ok().document
+    sizes = [each["micro_batch"] for each in document["candidates"]]
+    assert min(sizes) == smallest and document["micro_batch"] >= smallest
+
+
+def test_it_trains_and_is_checked_in_two_and_two(tiny):
+    result = tiny("train", batch=32).ok()
+    assert "verify    warning: the gradient depends on the cut" in result.stdout and "BatchNorm" in result.stdout
+    assert set(result.column("applied")) == {True}
+
+
+@pytest.mark.parametrize("batch, micro_batch", [(33, 32), (33, 16), (9, 4), (33, 3)])
+def test_no_sample_is_left_over(tiny, batch, micro_batch):
+    result = tiny("train", batch=batch, micro_batch=micro_batch).ok()
+    assert set(result.column("micro_batches")) == {-(-batch // micro_batch)}
+
+
+def test_a_run_does_not_end_with_a_batch_of_one(tiny):
+    assert tiny("train", batch=32, steps=None, samples=65).ok().column("batch") == [32, 31, 2]
+
+
+@pytest.mark.parametrize("command", ["plan", "train"])
+@pytest.mark.parametrize("flags", [{"batch": 1}, {"micro_batch": 1}])
+def test_a_single_sample_is_refused_with_what_to_do(tiny, command, flags):
+    result = tiny(command, **flags)
+    assert result.returncode == 2 and all(words in result.stderr for words in SENTENCE), result.stderr
+    assert "Expected more than" not in result.stderr
+
+
+def test_memory_too_small_names_what_two_samples_need(tiny):
+    needed = tiny("plan", memory="1MiB", batch=64).misfit("micro-batch of")
+    assert sum(needed.values()) > 2**20
+
+
+def test_strategies_are_compared(tiny):
+    document = tiny("compare", batch=16, samples=64, seeds=1, json=True).ok().document
+    assert all(each["ran"] and each["micro_batch"] >= 2 for each in document["strategies"])
