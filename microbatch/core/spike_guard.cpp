@@ -60,19 +60,24 @@ SpikeGuard::SpikeGuard(const SpikeGuardOptions& options) : options_(options) {
     validate(options);
 }
 
-Judgement SpikeGuard::judge(double loss, double gradient_norm) {
-    if (const std::string reason = why_unusual(loss, gradient_norm); !reason.empty()) {
-        ++state_.refused_in_a_row;
-        return {state_.refused_in_a_row <= options_.most_refused ? Verdict::refuse : Verdict::diverged, reason};
+Judgement SpikeGuard::evaluate(double loss, double gradient_norm) const {
+    if (std::string reason = why_unusual(loss, gradient_norm); !reason.empty()) {
+        return {state_.refused_in_a_row < options_.most_refused ? Verdict::refuse : Verdict::diverged,
+                std::move(reason)};
     }
-    accept(loss, gradient_norm);
-    if (const std::string reason = why_climbing(); !reason.empty()) {
+    std::string reason = why_climbing(with(loss, gradient_norm));
+    return {reason.empty() ? Verdict::apply : Verdict::diverged, std::move(reason)};
+}
+
+void SpikeGuard::record(double loss, double gradient_norm, bool applied) {
+    if (!applied) ++state_.refused_in_a_row;
+    if (!why_unusual(loss, gradient_norm).empty()) return;
+    state_ = with(loss, gradient_norm);
+    if (applied) {
+        state_.refused_in_a_row = 0;
+    } else {
         state_.accepted.pop_back();
-        ++state_.refused_in_a_row;
-        return {Verdict::diverged, reason};
     }
-    state_.refused_in_a_row = 0;
-    return {};
 }
 
 void SpikeGuard::restore(SpikeGuardState state) {
@@ -113,25 +118,29 @@ std::string SpikeGuard::why_unusual(double loss, double gradient_norm) const {
     return {};
 }
 
-void SpikeGuard::accept(double loss, double gradient_norm) {
-    state_.accepted.push_back({loss, gradient_norm});
-    if (static_cast<std::int64_t>(state_.accepted.size()) > options_.window) state_.accepted.pop_front();
+// The state after this step, taken.
+SpikeGuardState SpikeGuard::with(double loss, double gradient_norm) const {
+    SpikeGuardState state = state_;
+    state.accepted.push_back({loss, gradient_norm});
+    if (static_cast<std::int64_t>(state.accepted.size()) > options_.window) state.accepted.pop_front();
+    if (static_cast<std::int64_t>(state.accepted.size()) < options_.least) return state;
+    Usual last = usual_of(state.accepted.end() - options_.least, state.accepted.end(),
+                          [](const Accepted& one) { return one.loss; });
+    if (!state.lowest_mean) state.scale = std::abs(last.mean);
+    last = widened(last, state.scale);
+    state.last_mean = last.mean;
+    if (!state.lowest_mean || last.mean < *state.lowest_mean) {
+        state.lowest_mean = last.mean;
+        state.lowest_deviation = last.deviation;
+    }
+    return state;
 }
 
-std::string SpikeGuard::why_climbing() {
-    if (static_cast<std::int64_t>(state_.accepted.size()) < options_.least) return {};
-    Usual last = usual_of(state_.accepted.end() - options_.least, state_.accepted.end(),
-                          [](const Accepted& one) { return one.loss; });
-    if (!state_.lowest_mean) state_.scale = std::abs(last.mean);
-    last = widened(last, state_.scale);
-    state_.last_mean = last.mean;
-    if (!state_.lowest_mean || last.mean < *state_.lowest_mean) {
-        state_.lowest_mean = last.mean;
-        state_.lowest_deviation = last.deviation;
-    }
-    if (last.mean <= *state_.lowest_mean + options_.sigmas * state_.lowest_deviation) return {};
-    return str_cat("mean loss of the last ", options_.least, " steps has climbed to ", last.mean, " from ",
-                   *state_.lowest_mean);
+std::string SpikeGuard::why_climbing(const SpikeGuardState& after) const {
+    if (static_cast<std::int64_t>(after.accepted.size()) < options_.least) return {};
+    if (after.last_mean <= *after.lowest_mean + options_.sigmas * after.lowest_deviation) return {};
+    return str_cat("mean loss of the last ", options_.least, " steps has climbed to ", after.last_mean, " from ",
+                   *after.lowest_mean);
 }
 
 }  // namespace microbatch

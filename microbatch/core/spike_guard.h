@@ -63,8 +63,12 @@ public:
     /// Errors: ErrorKind::usage unless 2 <= least <= window, sigmas is finite and above 0, most_refused at least 1.
     explicit SpikeGuard(const SpikeGuardOptions& options = {});
 
-    /// Judges the next batch, and takes it that the verdict is followed.
-    Judgement judge(double loss, double gradient_norm);
+    /// What to do with the next batch; changes nothing.
+    Judgement evaluate(double loss, double gradient_norm) const;
+
+    /// Learns what became of a batch that was evaluated. One that never came to an end is not recorded, so there is
+    /// nothing to take back.
+    void record(double loss, double gradient_norm, bool applied);
 
     /// True if the last step was applied and the mean loss is not far above its lowest: within a deviation of it, or,
     /// in the first `least` steps, the loss is not above the first. What the parameters are then is worth going back
@@ -86,8 +90,8 @@ private:
     using Accepted = SpikeGuardState::Accepted;
 
     std::string why_unusual(double loss, double gradient_norm) const;
-    std::string why_climbing();
-    void accept(double loss, double gradient_norm);
+    std::string why_climbing(const SpikeGuardState& after) const;
+    SpikeGuardState with(double loss, double gradient_norm) const;
 
     SpikeGuardOptions options_;
     SpikeGuardState state_;

@@ -65,52 +65,36 @@ std::int64_t Trainer::samples_left() const {
     return left / per_sample + (left % per_sample != 0);
 }
 
-struct Trainer::Before {
-    SamplerState position;
-    std::optional<SpikeGuard> guard;
-    std::int64_t last_batch, shrunk_at;
-
-    explicit Before(const Trainer& trainer)
-        : position(trainer.sampler_.state()),
-          guard(trainer.guard_),
-          last_batch(trainer.last_batch_),
-          shrunk_at(trainer.shrunk_at_) {}
-};
-
-void Trainer::put_back(const Before& before) {
-    sampler_.restore(before.position);
-    guard_ = before.guard;
-    last_batch_ = before.last_batch;
-    shrunk_at_ = before.shrunk_at;
-}
-
 TrainerReport Trainer::step() {
     if (done()) throw Error(ErrorKind::usage, str_cat("the run of ", to_string(options_.length), " is done"));
     const auto started = std::chrono::steady_clock::now();
     const auto seconds = [&] {
         return open_seconds_ + std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
     };
-    const Before before(*this);
+    const SamplerState position = sampler_.state();
     TrainerReport report;
     begin_step(report);
     const Progress batch{1, report.samples, report.progress.tokens - progress_.tokens};
+    std::optional<Evaluated> evaluated;
     try {
         const Batch samples = next_samples(report.samples);
         set_learning_rate(batch);
-        report.step = accumulator_.step(samples, loss_, step_options(report));
+        report.step = accumulator_.step(samples, loss_, step_options(report, evaluated));
     } catch (...) {
-        put_back(before);
+        sampler_.restore(position);
         open_seconds_ = 0.0;
         throw;
     }
     report.paused = report.step.paused;
     if (report.paused) {
-        put_back(before);
+        sampler_.restore(position);
         open_warning_ = report.warning;
         report.progress = progress_;
         report.seconds = open_seconds_ = seconds();
         return report;
     }
+    record(evaluated, report.step.applied);
+    report.diverged = evaluated && evaluated->judgement.verdict == Verdict::diverged;
     progress_ = report.progress;
     add_noise(report);
     if (report.diverged) go_back(report);
@@ -159,27 +143,31 @@ void Trainer::set_learning_rate(const Progress& batch) {
     }
 }
 
-StepOptions Trainer::step_options(TrainerReport& report) {
-    const std::int64_t full = full_batch();
-    // Smaller batches are noisier: what was usual says nothing of them.
-    if (guard_ && full < last_batch_) {
-        guard_.emplace(*options_.guard);
-        shrunk_at_ = progress_.steps;
-    }
-    last_batch_ = full;
+StepOptions Trainer::step_options(const TrainerReport& report, std::optional<Evaluated>& evaluated) {
     StepOptions how{.release_memory = options_.release_memory, .pause = options_.pause};
     if (recovery_) how.give_up_memory = [this] { return recovery_->give_up_memory(); };
     how.measure_noise = options_.noise_every > 0 && progress_.steps % options_.noise_every == 0;
-    if (guard_ && report.samples == full) {
-        how.judge = [this, &report](const Gathered& gathered) { return judge_by_guard(gathered, report.diverged); };
+    if (guard_ && report.samples == full_batch()) {
+        how.judge = [this, &evaluated](const Gathered& gathered) { return evaluate(gathered, evaluated); };
     }
     return how;
 }
 
-std::string Trainer::judge_by_guard(const Gathered& gathered, bool& diverged) {
-    Judgement judgement = guard_->judge(gathered.loss(), gathered.gradient_norm);
-    diverged = judgement.verdict == Verdict::diverged;
-    return std::move(judgement.reason);
+std::string Trainer::evaluate(const Gathered& gathered, std::optional<Evaluated>& evaluated) const {
+    // Smaller batches are noisier: what was usual says nothing of them.
+    const SpikeGuard fresh(*options_.guard);
+    const SpikeGuard& guard = batch_shrinks() ? fresh : *guard_;
+    evaluated = {gathered.loss(), gathered.gradient_norm, guard.evaluate(gathered.loss(), gathered.gradient_norm)};
+    return evaluated->judgement.reason;
+}
+
+void Trainer::record(const std::optional<Evaluated>& evaluated, bool applied) {
+    if (guard_ && batch_shrinks()) {
+        guard_.emplace(*options_.guard);
+        shrunk_at_ = progress_.steps;
+    }
+    last_batch_ = full_batch();
+    if (evaluated) guard_->record(evaluated->loss, evaluated->gradient_norm, applied);
 }
 
 void Trainer::add_noise(TrainerReport& report) {

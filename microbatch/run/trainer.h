@@ -91,8 +91,11 @@ public:
     const Progress& progress() const { return progress_; }
 
 private:
-    /// What a step changes of this before it is taken.
-    struct Before;
+    /// What the guard was asked about a batch, and said.
+    struct Evaluated {
+        double loss, gradient_norm;
+        Judgement judgement;
+    };
 
     void validate_options() const;
     void begin_step(TrainerReport& report);
@@ -102,13 +105,14 @@ private:
     void require_generators(const std::vector<at::Tensor>& states) const;
     void restore_optimizer(const TrainerState& state);
     void restore_open_batch(const OpenBatchState& open);
-    void put_back(const Before& before);
     std::int64_t full_batch() const;
     std::int64_t samples_left() const;
     Batch next_samples(std::int64_t count);
     void set_learning_rate(const Progress& batch);
-    StepOptions step_options(TrainerReport& report);
-    std::string judge_by_guard(const Gathered& gathered, bool& diverged);
+    bool batch_shrinks() const { return full_batch() < last_batch_; }
+    StepOptions step_options(const TrainerReport& report, std::optional<Evaluated>& evaluated);
+    std::string evaluate(const Gathered& gathered, std::optional<Evaluated>& evaluated) const;
+    void record(const std::optional<Evaluated>& evaluated, bool applied);
     void add_noise(TrainerReport& report);
     void go_back(TrainerReport& report);
 

@@ -20,6 +20,13 @@ using test::expect_usage_error;
 constexpr double nan_value = std::numeric_limits<double>::quiet_NaN();
 constexpr double infinity = std::numeric_limits<double>::infinity();
 
+/// Evaluates a step and does as the guard says.
+Judgement judge(SpikeGuard& guard, double loss, double norm) {
+    Judgement judgement = guard.evaluate(loss, norm);
+    guard.record(loss, norm, judgement.verdict == Verdict::apply);
+    return judgement;
+}
+
 /// A run whose loss falls from 5 towards 3, noisy, with gradient norms that vary by factors.
 class Trace {
 public:
@@ -30,7 +37,7 @@ public:
         const double loss = 3.0 + 2.0 * std::exp(-steps_ / 300.0) + 0.05 * normal_(random_);
         const double norm = 0.8 * std::exp(0.3 * normal_(random_));
         ++steps_;
-        judgement_ = guard_.judge(loss * of_loss, norm * of_norm);
+        judgement_ = judge(guard_, loss * of_loss, norm * of_norm);
         return judgement_.verdict;
     }
 
@@ -151,20 +158,20 @@ TEST(SpikeGuard, WhatIsRefusedDoesNotChangeWhatIsUsual) {
     Trace with, without;
     with.quiet(150);
     without.quiet(150);
-    for (int i = 0; i < 8; ++i) with.guard().judge(1000.0, 1.0);
+    for (int i = 0; i < 8; ++i) judge(with.guard(), 1000.0, 1.0);
     for (const double loss : {3.9, 4.2, 4.5, 4.7, 4.8, 4.9, 5.0, 5.2, 6.0}) {
         SpikeGuard one = with.guard(), other = without.guard();
-        EXPECT_EQ(one.judge(loss, 1.0).verdict == Verdict::apply, other.judge(loss, 1.0).verdict == Verdict::apply)
+        EXPECT_EQ(judge(one, loss, 1.0).verdict == Verdict::apply, judge(other, loss, 1.0).verdict == Verdict::apply)
             << loss;
     }
 }
 
 TEST(SpikeGuard, LossesThatAreAllTheSameLeaveRoomForARounding) {
     SpikeGuard guard;
-    for (int i = 0; i < 200; ++i) EXPECT_EQ(guard.judge(2.0, 1.0).verdict, Verdict::apply);
-    EXPECT_EQ(guard.judge(2.001, 1.001).verdict, Verdict::apply);
-    EXPECT_EQ(guard.judge(2.1, 1.0).verdict, Verdict::refuse);
-    EXPECT_EQ(guard.judge(2.0, 1.1).verdict, Verdict::refuse);
+    for (int i = 0; i < 200; ++i) EXPECT_EQ(judge(guard, 2.0, 1.0).verdict, Verdict::apply);
+    EXPECT_EQ(judge(guard, 2.001, 1.001).verdict, Verdict::apply);
+    EXPECT_EQ(judge(guard, 2.1, 1.0).verdict, Verdict::refuse);
+    EXPECT_EQ(judge(guard, 2.0, 1.1).verdict, Verdict::refuse);
 }
 
 TEST(SpikeGuard, LossesNearZeroLeaveRoomForWhatIsSmallAgainstTheFirst) {
@@ -174,9 +181,9 @@ TEST(SpikeGuard, LossesNearZeroLeaveRoomForWhatIsSmallAgainstTheFirst) {
     for (int i = 0; i < 1000; ++i) {
         // Down to a millionth, with bumps of a hundred times that.
         const double loss = 5.0 * std::exp(-i / 40.0) + 1e-6 * (i % 100 == 99 ? 100.0 : 1.0 + 0.1 * normal(random));
-        EXPECT_EQ(guard.judge(loss, 1e-3 * std::exp(0.3 * normal(random))).verdict, Verdict::apply) << i;
+        EXPECT_EQ(judge(guard, loss, 1e-3 * std::exp(0.3 * normal(random))).verdict, Verdict::apply) << i;
     }
-    EXPECT_EQ(guard.judge(0.5, 1e-3).verdict, Verdict::refuse);
+    EXPECT_EQ(judge(guard, 0.5, 1e-3).verdict, Verdict::refuse);
 }
 
 TEST(SpikeGuard, WhatIsDivergedStaysSoUntilOneGoesBackToACopy) {
@@ -195,7 +202,7 @@ TEST(SpikeGuard, WhatIsDivergedStaysSoUntilOneGoesBackToACopy) {
 
 TEST(SpikeGuard, TakesGradientsOfZeros) {
     SpikeGuard guard;
-    for (int i = 0; i < 300; ++i) EXPECT_EQ(guard.judge(1.0, 0.0).verdict, Verdict::apply);
+    for (int i = 0; i < 300; ++i) EXPECT_EQ(judge(guard, 1.0, 0.0).verdict, Verdict::apply);
 }
 
 TEST(SpikeGuard, ACopyGoesOnFromWhereItWasMade) {
@@ -205,7 +212,17 @@ TEST(SpikeGuard, ACopyGoesOnFromWhereItWasMade) {
     for (int i = 0; i < 9; ++i) trace.step(3.0);
     EXPECT_EQ(trace.guard().refused_in_a_row(), 9);
     EXPECT_EQ(copy.refused_in_a_row(), 0);
-    EXPECT_EQ(copy.judge(9.0, 1.0).verdict, Verdict::refuse);
+    EXPECT_EQ(judge(copy, 9.0, 1.0).verdict, Verdict::refuse);
+}
+
+TEST(SpikeGuard, EvaluatingChangesNothing) {
+    Trace trace;
+    for (int i = 0; i < 400; ++i) {
+        const SpikeGuardState before = trace.guard().state();
+        for (const double loss : {3.0, 100.0, nan_value}) trace.guard().evaluate(loss, 1.0);
+        ASSERT_EQ(trace.guard().state(), before) << "step " << i;
+        trace.step(i % 50 == 49 ? 3.0 : 1.0);
+    }
 }
 
 TEST(SpikeGuard, RefusesSettingsThatHaveNoMeaning) {
@@ -222,7 +239,7 @@ TEST(SpikeGuard, IsCalmWhileTheLossIsNearItsLowest) {
     EXPECT_TRUE(guard.is_calm());
     // At the start: not above where it began.
     for (const auto& [loss, calm] : {std::pair{5.0, true}, {4.9, true}, {5.1, false}, {4.8, true}}) {
-        guard.judge(loss, 1.0);
+        judge(guard, loss, 1.0);
         EXPECT_EQ(guard.is_calm(), calm) << loss;
     }
     Trace trace;
@@ -252,7 +269,7 @@ TEST(SpikeGuard, GoesOnFromItsStateToTheSameVerdicts) {
             // Now and then up to eight bad steps in a row, so that verdicts of every kind are among them.
             const double of_loss = i % 50 > 41 && i % 50 < 42 + i / 50 ? 3.0 : i % 37 == 30 ? nan_value : 1.0;
             SpikeGuard fresh(options);
-            fresh.judge(1e6, 1e6);
+            judge(fresh, 1e6, 1e6);
             fresh.restore(trace.guard().state());
             trace.guard() = fresh;
             EXPECT_EQ(trace.guard().is_calm(), twin.guard().is_calm());
