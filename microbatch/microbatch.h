@@ -28,7 +28,7 @@
 #include "microbatch/optim/sgd.h"
 #include "microbatch/optim/torch_optimizer.h"
 #include "microbatch/io/checkpoint_store.h"
-#include "microbatch/run/run_log.h"
+#include "microbatch/run/run.h"
 #include "microbatch/run/trainer.h"
 #include "microbatch/step/accumulator.h"
 #include "microbatch/step/probe.h"

@@ -51,9 +51,19 @@ StoredTensors tensors_in(const StateDict& state, const std::string& section) {
     return tensors;
 }
 
+// What could not be read again is refused: a section names a file.
 std::set<std::string> sections_of(const StateDict& state) {
     std::set<std::string> sections;
-    for (const auto& [name, tensor] : state.tensors()) sections.insert(name.substr(0, name.find('/')));
+    for (const auto& [name, tensor] : state.tensors()) {
+        const std::string section = name.substr(0, name.find('/'));
+        const bool sound = section.size() < std::min<std::size_t>(name.size(), 80) && !section.empty() &&
+                           section.find_first_not_of("abcdefghijklmnopqrstuvwxyz0123456789_") == std::string::npos;
+        if (!sound) {
+            throw Error(ErrorKind::usage, str_cat("a checkpoint cannot hold a tensor named ", name,
+                                                  ": name it SECTION/NAME, the section in lower-case letters"));
+        }
+        sections.insert(section);
+    }
     return sections;
 }
 

@@ -53,6 +53,9 @@ std::string make_header(const StoredTensors& tensors) {
     std::uint64_t offset = 0;
     for (const auto& [name, tensor] : tensors) {
         if (!names.insert(name).second) throw Error(ErrorKind::usage, str_cat("two tensors are named ", name));
+        if (name == "__metadata__") {
+            throw Error(ErrorKind::usage, "a tensor cannot be named __metadata__, a name that safetensors reserves");
+        }
         const at::Tensor& shape = tensor.shape();
         const std::uint64_t end = offset + shape.nbytes();
         const std::vector<std::int64_t> sizes = shape.sizes().vec();

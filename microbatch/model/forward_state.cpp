@@ -40,13 +40,14 @@ Commit prepare_generators(const Model& model, const StateReader& reader) {
             reader.refuse(device.str(), "it is not a state of this generator");
         }
     }
+    if (reader.tensors().size() != states.size()) reader.refuse("", "it has generators of other devices");
     return [states = std::move(states)] {
         for (const auto& [device, state] : states) set_generator_state(device, state);
     };
 }
 
 Commit prepare_forward_state(Model& model, const StateReader& reader) {
-    Commit buffers = prepare_tensors(reader.section("model"), model.buffers(), "buffer", Fit::resize);
+    Commit buffers = prepare_tensors(reader.section("model"), model.buffers(), "buffer");
     Commit generators = prepare_generators(model, reader.section("rng"));
     std::vector<std::int64_t> flags = reader.counts("training_flags");
     if (flags.size() != model.training_flags().size()) reader.refuse("training_flags", "they are of another model");

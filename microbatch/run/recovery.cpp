@@ -34,7 +34,9 @@ StateDict training_snapshot(const Accumulator& accumulator) {
     const StateWriter writer(state);
     writer.section("model").put(accumulator.parameters());
     writer.section("model").put(accumulator.model().buffers());
-    accumulator.optimizer().save(writer.section("optimizer"));
+    const StateWriter optimizer = writer.section("optimizer");
+    accumulator.optimizer().save(optimizer);
+    optimizer.put("tensors", StateReader(state).section("optimizer").tensors().size());
     return state;
 }
 
@@ -42,7 +44,11 @@ Commit prepare_snapshot(Accumulator& accumulator, const StateReader& reader) {
     NamedTensors live = accumulator.parameters();
     for (NamedTensor& buffer : accumulator.model().buffers()) live.push_back(std::move(buffer));
     Commit model = prepare_tensors(reader.section("model"), live, "parameter");
-    Commit optimizer = accumulator.optimizer().prepare(reader.section("optimizer"));
+    // Without one that is missing an optimizer would go on as if it had not made it yet.
+    const StateReader saved = reader.section("optimizer");
+    const auto tensors = static_cast<std::int64_t>(saved.tensors().size());
+    if (saved.count("tensors") != tensors) saved.refuse("tensors", str_cat("the state has ", tensors));
+    Commit optimizer = accumulator.optimizer().prepare(saved);
     return [model = std::move(model), optimizer = std::move(optimizer)] {
         model();
         optimizer();

@@ -29,10 +29,9 @@ RunFolder::RunFolder(std::filesystem::path path, bool resume) : path_(std::move(
         return;
     }
     if (find_state(/*healthy=*/false) || !is_there(path_ / "model.safetensors")) return;
-    throw Error(ErrorKind::usage, str_cat("--run ", path_.string(),
-                                          " --resume: there is no checkpoint to resume from, and a new run would "
-                                          "overwrite model.safetensors; name a new folder for this run, or move that "
-                                          "file away"));
+    throw Error(ErrorKind::usage, str_cat(path_.string(),
+                                          ": there is no checkpoint to resume from, and a new run would overwrite "
+                                          "model.safetensors; name a new folder for this run, or move that file away"));
 }
 
 void RunFolder::lock() {
@@ -45,9 +44,9 @@ void RunFolder::lock() {
 void RunFolder::refuse_used() const {
     for (const char* name : {"config.toml", "metrics.jsonl", "model.safetensors", "report.html"}) {
         if (!is_there(path_ / name)) continue;
-        throw Error(ErrorKind::usage, str_cat("--run ", path_.string(), ": ", name,
-                                              " exists already; resume that run with --resume, or name a new folder "
-                                              "for this one"));
+        throw Error(ErrorKind::usage, str_cat(path_.string(), ": ", name,
+                                              " exists already; resume that run (--resume), or name a new folder for "
+                                              "this one"));
     }
 }
 

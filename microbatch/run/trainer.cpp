@@ -30,6 +30,9 @@ Trainer::Trainer(Accumulator& accumulator, const Dataset& dataset, LossFunction 
       options_(std::move(options)),
       at_{Sampler(dataset.size(), options_.seed), NoiseAverage(decay_of_noise(options_.noise_every))} {
     validate_options();
+    for (const auto& [name, tensor] : accumulator_.model().buffers()) {
+        first_buffers_.push_back({name, tensor.detach().to(at::kMeta)});
+    }
     if (options_.guard) gate_.emplace(*options_.guard);
     if (options_.recovery) recovery_.emplace(accumulator_, *options_.recovery);
 }
@@ -74,6 +77,7 @@ TrainerReport Trainer::step() {
     begin_step(report);
     Sampler sampler = at_.sampler;
     const DatasetBatch batch(dataset_, sampler.next(report.samples));
+    drop_partial_of_another(batch);
     set_learning_rate({1, report.samples, report.progress.tokens - at_.progress.tokens});
     report.step = accumulator_.step(batch, loss_, step_options(report));
     report.paused = report.step.partial.has_value();
@@ -132,7 +136,7 @@ StepOptions Trainer::step_options(const TrainerReport& report) {
                     .before_noise = options_.reclaimers,
                     .stop = options_.stop,
                     .partial = std::exchange(partial_, std::nullopt)};
-    if (recovery_) how.before_plan = {{[this] { return recovery_->reclaim_memory(); }}};
+    if (recovery_) how.before_plan = {{[this] { return recovery_->reclaim_memory(); }, /*counts=*/false}};
     if (gate_ && report.samples == full) how.gate = &*gate_;
     return how;
 }
@@ -160,6 +164,14 @@ void Trainer::roll_back(TrainerReport& report) {
     // The gate of a larger batch would refuse the noise of this one.
     if (*report.went_back_to < at_.shrunk_at) gate_->reset();
     report.diverged = !recovery_->may_go_on();
+}
+
+// The run was resumed with options that make it another batch: it is begun anew.
+void Trainer::drop_partial_of_another(const BatchSource& batch) {
+    if (!partial_) return;
+    if (partial_->fingerprint == batch.fingerprint() && partial_->samples < batch.size()) return;
+    restore_forward_state(accumulator_.model(), partial_->before, /*generators=*/true);
+    partial_.reset();
 }
 
 void Trainer::discard_partial() {

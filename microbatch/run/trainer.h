@@ -89,6 +89,8 @@ public:
     /// 64 bits. On any exception the position in the data and the gate are as before.
     TrainerReport step();
 
+    /// Errors: ErrorKind::usage if a buffer of the model has another name or shape than when this was made: what is
+    ///         saved could not be loaded.
     void save(const StateWriter& writer) const override;
     Commit prepare(const StateReader& reader) override;
 
@@ -110,7 +112,9 @@ private:
     void set_learning_rate(const Progress& batch);
     void add_noise(TrainerReport& report);
     void roll_back(TrainerReport& report);
+    void drop_partial_of_another(const BatchSource& batch);
     bool is_healthy() const;
+    void require_first_buffers(const StateReader& buffers) const;
 
     /// Where the run is.
     struct Position {
@@ -128,6 +132,7 @@ private:
     LossFunction loss_;
     TrainerOptions options_;
     Position at_;
+    NamedTensors first_buffers_;  // the model's when this was made, without values
     std::optional<SpikeGate> gate_;
     std::optional<Recovery> recovery_;
     std::optional<PartialBatch> partial_;

@@ -80,7 +80,20 @@ bool Trainer::is_healthy() const {
            (!recovery_ || !recovery_->is_recovering(at_.progress.steps));
 }
 
+void Trainer::require_first_buffers(const StateReader& buffers) const {
+    try {
+        prepare_tensors(buffers, first_buffers_, "buffer");
+    } catch (const Error& error) {
+        throw Error(ErrorKind::usage, str_cat("what is saved now could not be loaded: ", error.what(),
+                                              "; a buffer must keep the shape that it had when the trainer was made"));
+    }
+}
+
 void Trainer::save(const StateWriter& writer) const {
+    StateDict buffers;
+    StateWriter(buffers).put(accumulator_.model().buffers());
+    require_first_buffers(StateReader(buffers));
+    if (partial_) require_first_buffers(StateReader(partial_->before).section("model"));
     const StateWriter data = writer.section("data"), run = writer.section("run"), noise = writer.section("noise");
     data.put("steps", at_.progress.steps);
     data.put("samples", at_.progress.samples);
@@ -135,6 +148,11 @@ Commit Trainer::prepare(const StateReader& reader) {
     if (recovery_ && recovery.exists()) {
         recovery.count("times", 0, steps);
         recovery.count("rolled_back_at", 0, steps);
+        const std::int64_t points = recovery.count("points");
+        for (std::int64_t i = 0; i < points; ++i) {
+            const StateReader point = recovery.section(std::to_string(i));
+            point.section("gate").count("refused_in_a_row", 0, point.count("steps", 0, steps));
+        }
         commits.push_back(recovery_->prepare(recovery));
     }
     std::optional<PartialBatch> partial;

@@ -140,7 +140,10 @@ bool StateReader::flag(std::string_view name) const {
 }
 
 std::int64_t StateReader::count(std::string_view name, std::int64_t least, std::int64_t most) const {
-    const std::int64_t value = get<std::int64_t>(name, "a whole number");
+    // What was put as unsigned, such as a size, reads back from a file as signed.
+    const auto* size = std::get_if<std::uint64_t>(&scalar(name));
+    const bool fits = size != nullptr && *size <= static_cast<std::uint64_t>(most);
+    const std::int64_t value = fits ? static_cast<std::int64_t>(*size) : get<std::int64_t>(name, "a whole number");
     if (value < least || value > most) refuse(name, str_cat("it is ", value, ", outside ", least, " to ", most));
     return value;
 }

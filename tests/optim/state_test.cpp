@@ -1,4 +1,4 @@
-// An optimizer goes back to what it was, and goes on from there with the same bits.
+// An optimizer is loaded with what it was, and continues with the same bits.
 #include <ATen/ATen.h>
 #include <torch/optim/adagrad.h>
 #include <torch/optim/adam.h>
@@ -59,54 +59,68 @@ struct Case {
         clear_gradients(parameters);
     }
 
-    OptimizerState copy() const {
-        OptimizerState state = optimizer->state();
-        for (auto& tensors : state) {
-            for (at::Tensor& tensor : tensors) tensor = tensor.clone();
-        }
+    StateDict copy() const {
+        StateDict state = state_of(*optimizer);
+        state.own();
         return state;
     }
 
-    void put_back(const Named& values, const OptimizerState& state) const {
+    void restore(const Named& values, const StateDict& state) const {
         const at::NoGradGuard no_grad;
         for (std::size_t i = 0; i < values.size(); ++i) at::Tensor(parameters[i].tensor).copy_(values[i].tensor);
-        optimizer->restore(state);
+        load(*optimizer, StateReader(state));
     }
 };
 
+void expect_same_state(const StateDict& left, const StateDict& right) {
+    EXPECT_EQ(left.scalars(), right.scalars());
+    ASSERT_EQ(left.tensors().size(), right.tensors().size());
+    for (const auto& [name, tensor] : left.tensors()) {
+        ASSERT_TRUE(right.tensors().contains(name)) << name;
+        EXPECT_TRUE(same_bits(tensor.get(), right.tensors().at(name).get())) << name;
+    }
+}
+
+/// A copy of the state in which `name` is another tensor; undefined: none.
+StateDict with(StateDict state, const std::string& name, const at::Tensor& tensor) {
+    state.erase(name);
+    if (tensor.defined()) state.put(name, StoredTensor(tensor));
+    return state;
+}
+
 class OptimizerStates : public testing::TestWithParam<const char*> {};
 
-TEST_P(OptimizerStates, GoesOnWithTheSameBitsFromWhereItWas) {
+TEST_P(OptimizerStates, ContinueWithTheSameBitsFromWhereTheyWere) {
     for (const int from : {0, 1, 2, 5}) {
         Case run(GetParam());
         for (int i = 0; i < from; ++i) run.step(i);
         const Named values = values_of(run.parameters);
-        const OptimizerState state = run.copy();
+        const StateDict state = run.copy();
         for (int i = from; i < 8; ++i) run.step(i);
         const Named wanted = values_of(run.parameters);
         for (int again = 0; again < 2; ++again) {
-            run.put_back(values, state);
+            run.restore(values, state);
             for (int i = from; i < 8; ++i) run.step(i);
             expect_same_bits(values_of(run.parameters), wanted);
         }
     }
 }
 
-TEST_P(OptimizerStates, AnotherOneMadeAlikeGoesOnWithIt) {
+TEST_P(OptimizerStates, ContinueInAnotherOptimizerOfTheSameConfiguration) {
     Case run(GetParam()), other(GetParam());
     for (int i = 0; i < 5; ++i) run.step(i);
-    other.put_back(values_of(run.parameters), run.copy());
+    other.restore(values_of(run.parameters), run.copy());
     run.step(5);
     other.step(5);
     expect_same_bits(values_of(other.parameters), values_of(run.parameters));
 }
 
-TEST_P(OptimizerStates, TheLearningRateStays) {
+TEST_P(OptimizerStates, LeaveTheLearningRateAlone) {
     Case run(GetParam());
     for (int i = 0; i < 5; ++i) run.step(i);
-    const OptimizerState state = run.copy();
+    const StateDict state = run.copy();
     run.optimizer->set_learning_rate(0.25);
-    run.optimizer->restore(state);
+    load(*run.optimizer, StateReader(state));
     EXPECT_EQ(run.optimizer->learning_rate(), 0.25);
 }
 
@@ -114,51 +128,62 @@ INSTANTIATE_TEST_SUITE_P(All, OptimizerStates,
                          testing::Values("AdamW", "Sgd", "Sgd without momentum", "torch AdamW", "torch Adam",
                                          "torch SGD", "torch RMSprop", "torch Adagrad"));
 
-TEST(OptimizerState, OfOtherParametersIsRefusedAndNothingHasChanged) {
+TEST(OptimizerState, OfOtherParametersIsRefusedAndChangesNothing) {
     Case run("AdamW");
     for (int i = 0; i < 5; ++i) run.step(i);
-    const OptimizerState before = run.copy();
-    const auto refused = [&](const std::vector<std::string>& words,
-                             const std::function<void(OptimizerState&)>& change) {
-        OptimizerState state = before;
-        change(state);
-        expect_usage_error(words, [&] { run.optimizer->restore(state); });
-        const OptimizerState after = run.optimizer->state();
-        for (std::size_t i = 0; i < before.size(); ++i) {
-            for (std::size_t j = 0; j < before[i].size(); ++j) EXPECT_TRUE(at::equal(after[i][j], before[i][j]));
-        }
+    const StateDict before = run.copy();
+    const auto refused = [&](const std::vector<std::string>& words, const StateDict& state) {
+        expect_error(ErrorKind::bad_data, words, [&] { run.optimizer->prepare(StateReader(state)); });
+        expect_same_state(state_of(*run.optimizer), before);
     };
-    refused({"2", "3"}, [](OptimizerState& state) { state.pop_back(); });
-    refused({"late", "3", "2"}, [](OptimizerState& state) { state.back().pop_back(); });
-    refused({"late", "shape"}, [](OptimizerState& state) { state.back()[0] = at::zeros({3, 4}); });
-    refused({"late"}, [](OptimizerState& state) { state.back()[0] = at::zeros({4, 3}, at::kDouble); });
+    refused({"10", "9"}, with(before, "other/0", at::zeros({4, 3})));
+    refused({"late/1", "missing"}, with(before, "late/1", {}));
+    refused({"late", "shape"}, with(before, "late/0", at::zeros({3, 4})));
+    refused({"late"}, with(before, "late/0", at::zeros({4, 3}, at::kDouble)));
+    refused({"late"}, with(before, "late/0", at::zeros({3, 4}).t()));  // laid out in another way
 }
 
-TEST(OptimizerState, WhatATorchOptimizerCannotHaveIsRefused) {
+TEST(OptimizerState, OfParametersWithoutAGradientSoFarIsNone) {
+    Case run("AdamW"), other("AdamW");
+    EXPECT_TRUE(run.copy().tensors().empty());
+    run.step(0);
+    EXPECT_FALSE(run.copy().has("late/"));
+    for (int i = 0; i < 5; ++i) other.step(i);
+    load(*other.optimizer, StateReader(run.copy()));
+    expect_same_state(state_of(*other.optimizer), run.copy());
+}
+
+TEST(OptimizerState, OfATorchOptimizerThatItCannotHaveIsRefused) {
     Case run("torch AdamW");
     for (int i = 0; i < 5; ++i) run.step(i);
-    const OptimizerState before = run.copy();
-    for (const std::size_t i : {0, 1, 2}) {
-        OptimizerState state = before;
-        state[0][i] = at::empty({0}, at::kByte);  // as one that torch has none of
-        expect_usage_error({"torch"}, [&] { run.optimizer->restore(state); });
-        state[0][i] = at::zeros({3, 4});
-        expect_usage_error({"torch"}, [&] { run.optimizer->restore(state); });
+    const StateDict before = run.copy();
+    const auto refused = [&](const std::vector<std::string>& words, const StateDict& state) {
+        expect_error(ErrorKind::bad_data, words, [&] { run.optimizer->prepare(StateReader(state)); });
+        expect_same_state(state_of(*run.optimizer), before);
+    };
+    for (const char* name : {"0/exp_avg", "0/exp_avg_sq"}) {
+        refused({name, "missing"}, with(before, name, {}));
+        refused({name, "shape"}, with(before, name, at::zeros({3, 4})));
+        refused({name, "dtype"}, with(before, name, at::zeros({4, 3}, at::kDouble)));
     }
-    expect_usage_error({"torch"}, [&] { run.optimizer->restore({{at::zeros({64}, at::kByte)}}); });
-    expect_usage_error({"torch"}, [&] { run.optimizer->restore({{}}); });
-    expect_usage_error({"torch"}, [&] { run.optimizer->restore({}); });
-    const OptimizerState after = run.optimizer->state();
-    for (std::size_t i = 0; i < before.size(); ++i) {
-        for (std::size_t j = 0; j < before[i].size(); ++j) EXPECT_TRUE(at::equal(after[i][j], before[i][j]));
-    }
+    refused({"0/max_exp_avg_sq", "shape"}, with(before, "0/max_exp_avg_sq", at::zeros({3, 4})));
+    refused({"0/", "does not keep"}, with(before, "0/momentum_buffer", at::zeros({4, 3})));
+    refused({"torch"}, with(before, "3/exp_avg", at::zeros({4, 3})));
+    StateDict state = before;
+    state.erase("0/step");
+    refused({"0/step", "missing"}, state);
+    state.put("0/step", std::int64_t{-1});
+    refused({"0/step", "-1"}, state);
     // What the optimizer's settings need must be there.
+    StateDict first = StateReader(before).section("0").copy();
+    first.move("", "0/");
     torch::optim::AdamW largest({run.parameters[0].tensor}, torch::optim::AdamWOptions().amsgrad(true));
-    expect_usage_error({"torch"}, [&] { TorchOptimizer(largest).require_state({before[0]}); });
+    expect_error(ErrorKind::bad_data, {"0/max_exp_avg_sq"},
+                 [&] { TorchOptimizer(largest).prepare(StateReader(first)); });
     torch::optim::Adagrad adagrad(std::vector<at::Tensor>{run.parameters[0].tensor});
-    expect_usage_error({"torch"}, [&] { TorchOptimizer(adagrad).require_state({{}}); });
+    expect_error(ErrorKind::bad_data, {"0/step"}, [&] { TorchOptimizer(adagrad).prepare(StateReader(StateDict())); });
     torch::optim::LBFGS unknown({run.parameters[0].tensor});
-    expect_usage_error({"AdamW", "Adagrad"}, [&] { TorchOptimizer(unknown).require_state({{}}); });
+    expect_usage_error({"AdamW", "Adagrad"}, [&] { TorchOptimizer(unknown).prepare(StateReader(StateDict())); });
 }
 
 }  // namespace

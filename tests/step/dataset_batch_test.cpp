@@ -1,12 +1,11 @@
-#include "microbatch/step/lazy_batch.h"
-
+// Steps on samples that are fetched when their turn comes.
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
 #include <vector>
 
+#include "microbatch/data/batch_source.h"
 #include "microbatch/memory/budget_allocator.h"
-#include "microbatch/optim/sgd.h"
 #include "microbatch/run/trainer.h"
 #include "support/errors.h"
 #include "support/gradients.h"
@@ -43,20 +42,20 @@ GptConfig small_gpt() {
     return {.layers = 1, .heads = 2, .width = 16, .length = 16, .vocabulary = 64};
 }
 
-TEST(LazyBatch, GivesTheUpdateOfTheBatchThatIsThere) {
+TEST(DatasetBatchSteps, GivesTheUpdateOfTheBatchThatIsThere) {
     const Tokens data(16);
     const std::vector<std::int64_t> indices{7, 3, 3, 499, 0};
     test::Job there = test::gpt_job(small_gpt(), {.micro_batch = 2});
-    test::Job lazy = test::gpt_job(small_gpt(), {.micro_batch = 2});
+    test::Job fetched = test::gpt_job(small_gpt(), {.micro_batch = 2});
     const StepReport expected = there.accumulator->step(data.get(indices), there.loss);
-    const StepReport report = lazy.accumulator->step(lazy_batch(indices), loss_on(data, lazy.loss));
+    const StepReport report = fetched.accumulator->step(DatasetBatch(data, indices), fetched.loss);
     EXPECT_EQ(report.loss, expected.loss);
     EXPECT_EQ(report.gradient_norm, expected.gradient_norm);
     EXPECT_EQ(report.micro_batches, 3);
-    test::expect_same_bits(test::values_of(lazy.parameters), test::values_of(there.parameters));
+    test::expect_same_bits(test::values_of(fetched.parameters), test::values_of(there.parameters));
 }
 
-TEST(LazyBatch, FetchesAMicroBatchAtATime) {
+TEST(DatasetBatchSteps, FetchesAMicroBatchAtATime) {
     const Tokens data(16);
     test::Job job = test::gpt_job(small_gpt(), {.micro_batch = 3});
     Trainer trainer(*job.accumulator, data, job.loss, {.batch = 20, .length = {2, Unit::steps}});
@@ -64,7 +63,7 @@ TEST(LazyBatch, FetchesAMicroBatchAtATime) {
     EXPECT_EQ(data.largest_fetch, 3);
 }
 
-TEST(LazyBatch, AFetchThatFailsUndoesTheStep) {
+TEST(DatasetBatchSteps, AFetchThatFailsUndoesTheStep) {
     const Tokens data(16);
     test::Job job = test::gpt_job(small_gpt(), {.micro_batch = 3}),
               other = test::gpt_job(small_gpt(), {.micro_batch = 3});
@@ -79,7 +78,7 @@ TEST(LazyBatch, AFetchThatFailsUndoesTheStep) {
 }
 
 // Issue 4's bar: within 1 % from 2 micro-batches to 64, the batch's own samples included.
-TEST(LazyBatch, ThePeakOfARunDoesNotGrowWithTheNumberOfMicroBatches) {
+TEST(DatasetBatchSteps, ThePeakOfARunDoesNotGrowWithTheNumberOfMicroBatches) {
     install_budget_allocator();
     const Tokens data(16);
     double of_two = 0.0;
@@ -94,15 +93,16 @@ TEST(LazyBatch, ThePeakOfARunDoesNotGrowWithTheNumberOfMicroBatches) {
     }
 }
 
-TEST(LazyBatch, PlansWithTheLongestSample) {
+TEST(DatasetBatchSteps, PlansWithTheLongestSample) {
     const Tokens data(16);
-    const Batch batch = longest_lazy_batch(data, 3);
+    const DatasetBatch batch = DatasetBatch::longest(data, 3);
     EXPECT_EQ(batch.size(), 3);
-    EXPECT_TRUE(batch.fields[0].eq(3).all().item<bool>());
-    EXPECT_TRUE(at::equal(longest_batch(data, 3).fields[0], data.get(std::vector<std::int64_t>{3, 3, 3}).fields[0]));
-    test::expect_usage_error({"0"}, [&] { longest_lazy_batch(data, 0); });
-    test::expect_usage_error({"-1"}, [&] { longest_batch(data, -1); });
-    EXPECT_EQ(lazy_batch({}).size(), 0);
+    const Batch wanted = data.get(std::vector<std::int64_t>{3, 3, 3});
+    EXPECT_TRUE(at::equal(batch.fetch({0, 3}).fields[0], wanted.fields[0]));
+    EXPECT_TRUE(at::equal(batch.fetch({1, 2}).fields[1], wanted.fields[1].narrow(0, 0, 1)));
+    test::expect_usage_error({"0"}, [&] { DatasetBatch::longest(data, 0); });
+    test::expect_usage_error({"-1"}, [&] { DatasetBatch::longest(data, -1); });
+    EXPECT_EQ(DatasetBatch(data, {}).size(), 0);
 }
 
 }  // namespace
