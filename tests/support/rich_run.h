@@ -1,5 +1,6 @@
 #pragma once
 
+#include <map>
 #include <memory>
 #include <string>
 
@@ -12,23 +13,31 @@ inline TrainingOptions rich(const std::string& optimizer = "adamw") {
     TrainingOptions how{.model = "norm", .optimizer = optimizer};
     how.trainer.batch = 8;  // in 3, 3 and 2, as batch norm wants more than one
     how.trainer.guard = SpikeGuardOptions{.window = 6, .least = 3, .most_refused = 1};
-    how.trainer.recovery = RecoveryOptions{.every = 2, .margin = 1, .warmup = 2, .mend = 2};
+    how.trainer.recovery = RecoveryOptions{.every = 2, .margin = 1, .warmup = 2, .rate_recovery = 2};
     how.trainer.noise_every = 1;
     how.spikes = {6, 7};
     return how;
 }
 
-/// Ten steps of it, in which it went back once, and a batch that was left open.
+/// Ten steps of it, in which it was rolled back once, and a batch that was left half-way.
 inline std::unique_ptr<Training> rich_run(TrainingOptions how = rich()) {
-    const auto pause = std::make_shared<bool>(false);
-    how.trainer.pause = [pause] { return *pause; };
+    const auto stop = std::make_shared<bool>(false);
+    how.trainer.stop = [stop] { return *stop; };
     auto run = std::make_unique<Training>(how);
+    run->accumulator().caps().remember({{1000}, {}}, {.micro_batch = 2});  // of no sample that there is
     for (int i = 0; i < 10; ++i) run->step();
-    EXPECT_EQ(run->trainer().state().recovery->times, 1);
-    *pause = true;
+    EXPECT_EQ(StateReader(state_of(run->trainer())).section("recovery").count("times"), 1);
+    *stop = true;
     EXPECT_TRUE(run->step().paused);
-    *pause = false;
+    *stop = false;
     return run;
+}
+
+/// What such a run goes on from; made once.
+inline const StateDict& rich_state(const std::string& optimizer = "adamw") {
+    static std::map<std::string, StateDict> states;
+    if (!states.contains(optimizer)) states.emplace(optimizer, rich_run(rich(optimizer))->taken_apart());
+    return states.at(optimizer);
 }
 
 }  // namespace microbatch::test

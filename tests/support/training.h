@@ -11,17 +11,16 @@
 #include <cstdint>
 #include <filesystem>
 #include <memory>
-#include <nlohmann/json.hpp>
 #include <optional>
 #include <set>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "microbatch/io/state_json.h"
 #include "microbatch/memory/budget_allocator.h"
 #include "microbatch/optim/torch_optimizer.h"
 #include "microbatch/run/trainer.h"
-#include "microbatch/run/trainer_json.h"
 #include "support/jobs.h"
 #include "support/models.h"
 
@@ -56,7 +55,7 @@ public:
     }
     Training(const Training&) = delete;
 
-    /// One that has nothing in common with another run of these options, until it is restored.
+    /// One that has nothing in common with another run of these options, until a state is loaded.
     static std::unique_ptr<Training> strange(const TrainingOptions& options) {
         auto run = std::make_unique<Training>(options);
         at::manual_seed(99);
@@ -66,10 +65,10 @@ public:
         return run;
     }
 
-    /// Goes on from where another run was.
-    static std::unique_ptr<Training> from(const TrainingOptions& options, const TrainerState& state) {
+    /// Resumes another run.
+    static std::unique_ptr<Training> from(const TrainingOptions& options, const StateDict& state) {
         std::unique_ptr<Training> run = strange(options);
-        run->trainer().restore(state);
+        load(run->trainer(), StateReader(state));
         return run;
     }
 
@@ -87,21 +86,17 @@ public:
     }
 
     /// A copy of its state.
-    TrainerState taken_apart() const {
-        TrainerState state = trainer_->state();
-        own_tensors(state);
-        if (!state.recovery) return state;
-        for (auto& point : state.recovery->points) {  // which are only lent
-            for (StoredTensor& one : point.tensors) one = stored(one.name, one.get().clone());
-        }
+    StateDict taken_apart() const {
+        StateDict state = state_of(*trainer_);
+        state.own();
         return state;
     }
 
     /// All that a step changes, copied: parameters, buffers, the generator and the optimizer's state.
     Named state() const {
         Named result = job_.state();
-        for (const auto& tensors : job_.optimizer->state()) {
-            for (const at::Tensor& tensor : tensors) result.push_back({"optimizer", tensor.clone()});
+        for (const auto& [name, tensor] : state_of(*job_.optimizer).tensors()) {
+            result.push_back({name, tensor.get().clone()});
         }
         return result;
     }
@@ -147,8 +142,7 @@ private:
         job_.accumulator.reset();
         job_.optimizer = std::make_unique<TorchOptimizer>(*torch_);
         job_.accumulator = std::make_unique<Accumulator>(
-            job_.parameters, *job_.optimizer,
-            AccumulatorOptions{.plan = options_.plan, .clip_norm = 1.0, .model = job_.model.get()});
+            job_.model, *job_.optimizer, AccumulatorOptions{.plan = options_.plan, .clip_norm = 1.0});
     }
 
     LossFunction loss() {
@@ -171,13 +165,13 @@ private:
 struct Seen {
     TrainerReport report;
     Named state;
-    std::string numbers;  ///< all else that the next step depends on
+    std::string scalars;  ///< all else that the next step depends on
 };
 
 inline Seen see_step(Training& run) {
     Seen seen{run.step(), {}, {}};
     seen.state = run.state();
-    seen.numbers = to_json(run.trainer().state()).dump();
+    seen.scalars = scalars_to_json(state_of(run.trainer()));
     return seen;
 }
 
@@ -214,7 +208,7 @@ inline void expect_same(const TrainerReport& left, const TrainerReport& right) {
 inline void expect_same(const Seen& left, const Seen& right) {
     expect_same(left.report, right.report);
     expect_same_bits(left.state, right.state);
-    EXPECT_EQ(left.numbers, right.numbers);
+    EXPECT_EQ(left.scalars, right.scalars);
 }
 
 }  // namespace microbatch::test
