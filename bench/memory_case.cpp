@@ -90,8 +90,7 @@ Job make_job(const std::string& name, const std::string& optimizer) {
     } else {
         job.optimizer = std::make_unique<AdamW>(groups, AdamWOptions{.learning_rate = 1e-4});
     }
-    job.accumulator = std::make_unique<Accumulator>(job.parameters, *job.optimizer,
-                                                    AccumulatorOptions{.clip_norm = 1.0, .model = job.model.get()});
+    job.accumulator = std::make_unique<Accumulator>(job.model, *job.optimizer, AccumulatorOptions{.clip_norm = 1.0});
     return job;
 }
 

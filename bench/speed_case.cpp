@@ -20,6 +20,7 @@
 #include <string>
 #include <vector>
 
+#include "microbatch/data/batch_source.h"
 #include "microbatch/data/open.h"
 #include "microbatch/data/sampler.h"
 #include "microbatch/data/token_windows.h"
@@ -30,7 +31,6 @@
 #include "microbatch/ops/linear_cross_entropy.h"
 #include "microbatch/optim/adamw.h"
 #include "microbatch/run/trainer.h"
-#include "microbatch/step/lazy_batch.h"
 #include "microbatch/step/probe.h"
 
 namespace {
@@ -88,8 +88,7 @@ Job make_job(const std::string& name) {
     job.parameters = parameters_of(*job.model);
     job.optimizer = std::make_unique<AdamW>(split_by_decay(job.parameters, 0.1),
                                             AdamWOptions{.learning_rate = name == "gpt2" ? 3e-4 : 1e-3});
-    job.accumulator = std::make_unique<Accumulator>(job.parameters, *job.optimizer,
-                                                    AccumulatorOptions{.clip_norm = 1.0, .model = job.model.get()});
+    job.accumulator = std::make_unique<Accumulator>(job.model, *job.optimizer, AccumulatorOptions{.clip_norm = 1.0});
     return job;
 }
 
@@ -130,7 +129,7 @@ Json measure_steps(const std::string& model, std::int64_t batch, const Plan& pla
 
 Json measure_plan(const std::string& model, std::int64_t samples) {
     const Job job = make_job(model);
-    const PlanReport report = plan_batch(*job.accumulator, longest_batch(*job.dataset, samples), job.loss,
+    const PlanReport report = plan_batch(*job.accumulator, DatasetBatch::longest(*job.dataset, samples), job.loss,
                                          {.budget_bytes = std::int64_t{16} << 30});
     const Candidate& choice = report.choice();
     return {{"micro_batch", choice.plan.micro_batch},
@@ -238,10 +237,9 @@ Json measure_optimizer(const std::string& model) {
 Json measure_scaling(const std::string& model, std::int64_t micro_batch, int rounds) {
     const Job job = make_job(model);
     job.accumulator->set_plan({.micro_batch = micro_batch});
-    const LossFunction loss = loss_on(*job.dataset, job.loss);
     Sampler sampler(job.dataset->size(), 1);
     const auto step = [&](std::int64_t samples) {
-        return seconds_of([&] { job.accumulator->step(lazy_batch(sampler.next(samples)), loss); });
+        return seconds_of([&] { job.accumulator->step(DatasetBatch(*job.dataset, sampler.next(samples)), job.loss); });
     };
     const std::vector<std::int64_t> sizes = {1, 2, 4, 8, 16, 32, 64};
     std::vector<std::vector<double>> seconds(sizes.size());

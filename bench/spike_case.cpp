@@ -18,9 +18,11 @@
 #include <limits>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <span>
 #include <string>
 #include <vector>
 
+#include "microbatch/data/batch_source.h"
 #include "microbatch/data/open.h"
 #include "microbatch/io/json_number.h"
 #include "microbatch/models/gpt.h"
@@ -29,7 +31,6 @@
 #include "microbatch/optim/adamw.h"
 #include "microbatch/optim/sgd.h"
 #include "microbatch/run/trainer.h"
-#include "microbatch/step/lazy_batch.h"
 
 namespace {
 
@@ -51,18 +52,19 @@ class SpikedOptimizer final : public Optimizer {
 public:
     SpikedOptimizer(Optimizer& inner, const Spike& spike) : inner_(inner), spike_(spike) {}
 
-    void step(double divisor) override {
+    void step(std::span<const GradientView> gradients, double divisor) override {
         const double rate = inner_.learning_rate();
         if (spike_.is("rate")) inner_.set_learning_rate(100.0 * rate);
-        inner_.step(divisor);
+        inner_.step(gradients, divisor);
         inner_.set_learning_rate(rate);
     }
-    void dry_run(double divisor) override { inner_.dry_run(divisor); }
+    void dry_run(std::span<const GradientView> gradients, double divisor) override {
+        inner_.dry_run(gradients, divisor);
+    }
     void end_dry_run() override { inner_.end_dry_run(); }
     bool has_state() const override { return inner_.has_state(); }
-    OptimizerState state() const override { return inner_.state(); }
-    void restore(const OptimizerState& state) override { inner_.restore(state); }
-    void require_state(const OptimizerState& state) const override { inner_.require_state(state); }
+    void save(const StateWriter& writer) const override { inner_.save(writer); }
+    Commit prepare(const StateReader& reader) override { return inner_.prepare(reader); }
     double learning_rate() const override { return inner_.learning_rate(); }
     void set_learning_rate(double rate) override { inner_.set_learning_rate(rate); }
     std::vector<at::Tensor> parameters() const override { return inner_.parameters(); }
@@ -137,9 +139,8 @@ void make(Job& job, const std::string& name, std::uint64_t seed, const Spike& sp
         job.batch = mini ? 16 : 64;
     }
     job.optimizer = std::make_unique<SpikedOptimizer>(*job.inner, spike);
-    job.accumulator = std::make_unique<Accumulator>(
-        job.parameters, *job.optimizer,
-        AccumulatorOptions{.plan = {.micro_batch = job.batch / 2}, .model = job.model.get()});
+    job.accumulator = std::make_unique<Accumulator>(job.model, *job.optimizer,
+                                                    AccumulatorOptions{.plan = {.micro_batch = job.batch / 2}});
 }
 
 Schedule schedule_of(const Job& job, std::int64_t steps) {
@@ -174,12 +175,11 @@ Json train_guarded(Job& job, Spike& spike, const LossFunction& loss, std::int64_
 
 void train_unguarded(Job& job, Spike& spike, const LossFunction& loss, std::int64_t steps, std::uint64_t seed) {
     Sampler sampler(job.data.train->size(), seed);
-    const LossFunction fetched = loss_on(*job.data.train, loss);
     const Schedule schedule = schedule_of(job, steps);
     for (; spike.now < steps; ++spike.now) {
         spike.micro_batch = 0;
         job.optimizer->set_learning_rate(learning_rate(schedule, {.steps = spike.now}, {.steps = 1}));
-        job.accumulator->gather(lazy_batch(sampler.next(job.batch)), fetched);
+        job.accumulator->gather(DatasetBatch(*job.data.train, sampler.next(job.batch)), loss, {});
         job.accumulator->apply();
     }
 }

@@ -1,4 +1,4 @@
-// A run that may be ended at any instant: checkpoints beside the training, and the same bits when it goes on.
+// A run that may be ended at any instant: checkpoints are written beside the training, and it resumes bit-for-bit.
 #include <torch/nn/modules/container/sequential.h>
 #include <torch/nn/modules/dropout.h>
 #include <torch/nn/modules/linear.h>
@@ -22,7 +22,7 @@ private:
     at::Tensor inputs_ = (at::manual_seed(1), at::randn({300, 16}));
 };
 
-// Trains until `most` more steps are made, or to the end: then it returns the last loss. Called again, it goes on.
+// Trains until `most` more steps are made, or to the end: then it returns the last loss. Called again, it resumes.
 std::optional<double> train(const std::filesystem::path& folder, std::int64_t most) {
     const Squares data;
     torch::nn::Sequential model(torch::nn::Linear(16, 64), torch::nn::Dropout(0.1), torch::nn::Linear(64, 1));
@@ -31,16 +31,16 @@ std::optional<double> train(const std::filesystem::path& folder, std::int64_t mo
     };
     const auto parameters = microbatch::parameters_of(model);
     microbatch::AdamW optimizer(microbatch::split_by_decay(parameters, 0.01), {.learning_rate = 1e-2});
-    microbatch::Accumulator accumulator(parameters, optimizer, {.plan = {.micro_batch = 6}, .model = model.get()});
+    microbatch::Accumulator accumulator(model, optimizer, {.plan = {.micro_batch = 6}});
     microbatch::Trainer trainer(accumulator, data, loss, {.batch = 32, .length = {60, microbatch::Unit::steps}});
 
     microbatch::CheckpointStore store(folder);  // the newest three stay
-    if (const auto newest = store.newest()) trainer.restore(newest->trainer);
+    if (const auto newest = store.newest()) load(trainer, microbatch::StateReader(*newest));
     double last = 0.0;
     for (std::int64_t step = 0; step < most && !trainer.done(); ++step) {
         last = trainer.step().step.loss;
         // Copied here, written by a thread; one that is not finished yet is not waited for.
-        if (trainer.progress().steps % 10 == 0 && !store.is_busy()) store.save({trainer.state()});
+        if (trainer.progress().steps % 10 == 0 && !store.is_busy()) store.save(state_of(trainer));
         for (const std::string& warning : store.warnings()) std::fprintf(stderr, "%s\n", warning.c_str());
     }
     return trainer.done() ? std::optional(last) : std::nullopt;

@@ -1,4 +1,4 @@
-// A model of your own within a memory budget: planned on the job itself, then kept. Its blocks offer recompute.
+// A model of your own within a memory budget: planned on the job itself, then kept. Its blocks can be recomputed.
 #include <torch/nn/modules/container/modulelist.h>
 #include <torch/nn/modules/linear.h>
 
@@ -43,8 +43,7 @@ int main() {
     };
     const auto parameters = microbatch::parameters_of(model);
     microbatch::AdamW optimizer(microbatch::split_by_decay(parameters, 0.01), {.learning_rate = 1e-3});
-    // The model lets its buffers be put back when a step is undone, and its blocks be recomputed.
-    microbatch::Accumulator accumulator(parameters, optimizer, {.clip_norm = 10.0, .model = model.get()});
+    microbatch::Accumulator accumulator(model, optimizer, {.clip_norm = 10.0});
 
     const std::int64_t budget = microbatch::parse_bytes("1200KiB");
     const auto report = microbatch::plan_batch(accumulator, batch, loss, {.budget_bytes = budget});

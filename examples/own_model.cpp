@@ -27,7 +27,7 @@ int main() {
 
     const auto parameters = microbatch::parameters_of(model);
     microbatch::AdamW optimizer(microbatch::split_by_decay(parameters, 0.01), {.learning_rate = 1e-2});
-    microbatch::Accumulator accumulator(parameters, optimizer, {.plan = {.micro_batch = 16}, .clip_norm = 10.0});
+    microbatch::Accumulator accumulator(model, optimizer, {.plan = {.micro_batch = 16}, .clip_norm = 10.0});
     const double first = accumulator.step(batch, loss).loss;  // six micro-batches of 16 and one of 4
     double last = first;
     for (int step = 1; step < 200; ++step) last = accumulator.step(batch, loss).loss;

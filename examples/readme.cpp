@@ -15,7 +15,7 @@ int main() {
     microbatch::Mlp model(microbatch::MlpConfig{.inputs = 784, .classes = 10});  // or any torch::nn module
     const auto parameters = microbatch::parameters_of(model);
     microbatch::AdamW optimizer(microbatch::split_by_decay(parameters, 0.1), {.learning_rate = 1e-3});
-    microbatch::Accumulator accumulator(parameters, optimizer, {.plan = {.micro_batch = 16}, .clip_norm = 1.0});
+    microbatch::Accumulator accumulator(model, optimizer, {.plan = {.micro_batch = 16}, .clip_norm = 1.0});
 
     auto loss = [&](const microbatch::Batch& micro) -> microbatch::WeightedLoss {
         const at::Tensor logits = model->forward(micro.fields[0]);

@@ -1,4 +1,3 @@
-#include <ATen/Parallel.h>
 #include <c10/util/Exception.h>
 #include <fmt/format.h>
 
@@ -10,12 +9,9 @@
 
 #include "cli/commands/commands.h"
 #include "cli/commands/interrupt.h"
-#include "cli/commands/outcome.h"
+#include "microbatch/run/outcome.h"
 #include "cli/commands/plan_job.h"
 #include "cli/commands/watch.h"
-#include "cli/options/config.h"
-#include "cli/options/config_file.h"
-#include "cli/options/flags.h"
 #include "cli/print/output.h"
 #include "cli/print/progress.h"
 #include "microbatch/analysis/batch_size_sweep.h"
@@ -30,11 +26,6 @@ namespace {
 
 // Batches of the base that a branch trains on, and steps that a branch of larger batches takes at least.
 constexpr std::int64_t branch_batches = 64, branch_steps = 8;
-
-struct AdviseSettings {
-    Settings job;
-    bool check = false;
-};
 
 struct Noise {
     std::optional<double> batch;  // in samples; none where it is undefined
@@ -71,7 +62,7 @@ Noise measure_noise_of_run(std::FILE* out, const JobPlan& plan, const Job& job, 
                     {.batch = plan.settings.batch,
                      .length = length,
                      .schedule = schedule_of(constant, length, plan.data.train->tokens_per_sample(), constant.batch),
-                     .seed = static_cast<std::uint64_t>(plan.settings.seed),
+                     .seed = plan.settings.seed,
                      .guard = SpikeGuardOptions{.most_refused = most_refused_in_a_row - 1},
                      .noise_every = 1});
     ProgressLine progress(out, length, speed_unit(plan), budget);
@@ -177,12 +168,12 @@ void print_costs(std::FILE* out, const Settings& settings, const BatchAdvice& ad
         rows.push_back(row);
     }
     print_table(out, rows);
-    fmt::print(out, "steps, samples and time to the same loss, over the least of each\n\n");
-    fmt::print(out, "time to the same loss by batch\n");
+    print(out, "steps, samples and time to the same loss, over the least of each\n\n");
+    print(out, "time to the same loss by batch\n");
     double most = 1.0;
     for (const BatchCost& cost : advice.table) most = std::max(most, cost.time);
     for (const BatchCost& cost : advice.table) {
-        fmt::print(out, "{:>8}  {:<30}  {:.2f} x\n", cost.batch, bar(cost.time / most), cost.time);
+        print(out, "{:>8}  {:<30}  {:.2f} x\n", cost.batch, bar(cost.time / most), cost.time);
     }
 }
 
@@ -209,20 +200,20 @@ std::string beyond_data(std::int64_t batch, const BatchAdvice& advice) {
 }
 
 void print_advice(std::FILE* out, const Settings& settings, const Noise& noise, const BatchAdvice& advice) {
-    fmt::print(out, "noise     as large as the gradient at a batch of {} samples ({} measures at a batch of {})\n",
-               format_count(std::llround(advice.noise_batch)), noise.measures, settings.batch);
-    fmt::print(out, "          a proxy: language models may use several times as much; --check tries it\n\n");
+    print(out, "noise     as large as the gradient at a batch of {} samples ({} measures at a batch of {})\n",
+          format_count(std::llround(advice.noise_batch)), noise.measures, settings.batch);
+    print(out, "          a proxy: language models may use several times as much; --check tries it\n\n");
     print_costs(out, settings, advice);
     const std::int64_t few_steps = batch_of_few_steps(advice.noise_batch);
     const std::int64_t knee = std::max<std::int64_t>(1, std::llround(advice.noise_batch));
-    fmt::print(out, "\nfewest steps     a batch of {} or more: within 10 % of the fewest that any batch needs{}\n",
+    print(out, "\nfewest steps     a batch of {} or more: within 10 % of the fewest that any batch needs{}\n",
                format_count(few_steps), beyond_data(few_steps, advice));
-    fmt::print(out, "fewest samples   a batch of {} or less: within 10 % of the fewest\n",
+    print(out, "fewest samples   a batch of {} or less: within 10 % of the fewest\n",
                format_count(batch_of_few_samples(advice.noise_batch)));
-    fmt::print(out, "knee             {}: twice the fewest of both{}\n", format_count(knee), beyond_data(knee, advice));
-    fmt::print(out, "soonest          {}, by the time of a step on this machine\n",
+    print(out, "knee             {}: twice the fewest of both{}\n", format_count(knee), beyond_data(knee, advice));
+    print(out, "soonest          {}, by the time of a step on this machine\n",
                format_count(advice.table[advice.soonest].batch));
-    fmt::print(out, "accumulation     {}\n", describe_accumulation(advice));
+    print(out, "accumulation     {}\n", describe_accumulation(advice));
 }
 
 // The user's, where there is one that changes the rate alone.
@@ -237,7 +228,7 @@ std::vector<Branch> check_branches(std::FILE* out, const JobPlan& plan, const Jo
     BranchOptions options{.batch = plan.settings.batch,
                           .samples = std::min(branch_batches * plan.settings.batch, plan.data.train->size()),
                           .rule = rule_of_branches(plan.settings),
-                          .seed = static_cast<std::uint64_t>(plan.settings.seed) + 1};
+                          .seed = plan.settings.seed + 1};
     // No branch sees a sample twice: what it would learn by heart says nothing of new ones.
     std::erase_if(options.factors, [&](std::int64_t factor) {
         return factor > 1 && factor * plan.settings.batch > options.samples / branch_steps;
@@ -248,7 +239,7 @@ std::vector<Branch> check_branches(std::FILE* out, const JobPlan& plan, const Jo
         if (interrupted()) throw Interrupted();
         if (batch == shown) return;
         shown = batch;
-        fmt::print(out, "check     a branch at a batch of {}\n", batch);
+        print(out, "check     a branch at a batch of {}\n", batch);
     };
     return branch_by_batch(*job.accumulator, *plan.data.train, job.loss, options);
 }
@@ -264,15 +255,15 @@ void print_branches(std::FILE* out, const std::vector<Branch>& branches) {
     }
     print_table(out, rows);
     if (critical == 0) {
-        fmt::print(out, "critical         undefined: the loss of the first is not finite\n");
+        print(out, "critical         undefined: the loss of the first is not finite\n");
         return;
     }
-    fmt::print(out, "critical         {}{}: the largest that loses at most 0.01\n",
-               critical == branches.back().batch ? "at least " : "", critical);
+    print(out, "critical         {}{}: the largest that loses at most 0.01\n",
+          critical == branches.back().batch ? "at least " : "", critical);
 }
 
 void print_too_few(std::FILE* out, const JobPlan& plan) {
-    fmt::print(out, "check            not made: {} steps at twice the batch take {} samples, and the data has {}\n",
+    print(out, "check            not made: {} steps at twice the batch take {} samples, and the data has {}\n",
                branch_steps, format_count(2 * branch_steps * plan.settings.batch),
                format_count(plan.data.train->size()));
 }
@@ -311,19 +302,19 @@ void print_json(const JobPlan& plan, const Noise& noise, const std::optional<Bat
                                         {"loss", json_number(branch.loss)},
                                         {"as_good", branch.as_good}});
     }
-    fmt::print("{}\n", document.dump(2));
+    print(stdout, "{}\n", document.dump(2));
 }
 
-int advise(const AdviseSettings& advise_settings) {
-    const Settings& settings = advise_settings.job;
+int advise_on_batch(const Arguments& arguments) {
+    const Settings& settings = arguments.settings;
     validate(settings);
     if (settings.batch < 2) {
         throw Error(ErrorKind::usage, "--batch 1 says nothing of noise: it takes two micro-batches; raise --batch");
     }
-    const Interval length = length_of(settings, {100, Unit::steps});
+    const Interval length = length_of(settings, default_length);
     const std::int64_t budget = memory_budget_of(settings);
     std::FILE* out = settings.json ? stderr : stdout;
-    if (settings.threads > 0) at::set_num_threads(static_cast<int>(settings.threads));
+    use_threads(settings);
     install_budget_allocator();
     watch_interrupts();
     const JobPlan plan = open_job(settings, length);
@@ -331,12 +322,12 @@ int advise(const AdviseSettings& advise_settings) {
     require_enough_data(settings.batch, plan.data.train->size());
     const Job job = make_job_to_plan(plan, budget);
     const PlanReport report = plan_job(plan, job, budget, out);
-    job.accumulator->set_plan(settings.micro_batch == "auto" ? cut_to_measure(report) : report.choice().plan);
+    job.accumulator->set_plan(settings.micro_batch ? report.choice().plan : cut_to_measure(report));
     set_memory_budget(budget);
-    fmt::print(out, "model     {}\n", plan.model_description);
-    fmt::print(out, "data      {}\n", plan.data.description);
-    fmt::print(out, "measuring noise: {} at a batch of {} in micro-batches of {}\n", to_string(length), settings.batch,
-               job.accumulator->plan().micro_batch);
+    print(out, "model     {}\n", plan.model_description);
+    print(out, "data      {}\n", plan.data.description);
+    print(out, "measuring noise: {} at a batch of {} in micro-batches of {}\n", to_string(length), settings.batch,
+          job.accumulator->plan().micro_batch);
     const Noise noise = measure_noise_of_run(out, plan, job, length, budget);
     std::optional<BatchAdvice> advice;
     if (noise.batch) {
@@ -344,17 +335,17 @@ int advise(const AdviseSettings& advise_settings) {
                               largest_of_table(*noise.batch, settings.batch), plan.data.train->size());
         print_advice(out, settings, noise, *advice);
     } else {
-        fmt::print(out, "noise     undefined after {} measures: {}\n", noise.measures,
-                   noise.measures == 0 ? "the batch was not cut, or a copy of the gradients did not fit the memory"
-                                       : "it hides the gradient; measure longer (--steps) or at a larger --batch");
+        print(out, "noise     undefined after {} measures: {}\n", noise.measures,
+              noise.measures == 0 ? "the batch was not cut, or a copy of the gradients did not fit the memory"
+                                  : "it hides the gradient; measure longer (--steps) or at a larger --batch");
     }
     std::vector<Branch> branches;
-    if (advise_settings.check) {
+    if (settings.check) {
         try {
             branches = check_branches(out, plan, job);
             branches.empty() ? print_too_few(out, plan) : print_branches(out, branches);
         } catch (const c10::OutOfMemoryError&) {
-            fmt::print(out, "check     not made: a copy of parameters and optimizer state does not fit the memory\n");
+            print(out, "check     not made: a copy of parameters and optimizer state does not fit the memory\n");
         }
     }
     if (settings.json) print_json(plan, noise, advice, branches);
@@ -363,30 +354,17 @@ int advise(const AdviseSettings& advise_settings) {
 
 }  // namespace
 
-void add_advise(CLI::App& application, Action& action) {
-    CLI::App* command = application.add_subcommand(
-        "advise", "Measure the gradient's noise, and say which batch and rate, and whether accumulation is worth it");
-    auto settings = std::make_shared<AdviseSettings>();
-    add_job_options(*command, settings->job);
-    add_length_options(*command, settings->job, "100 steps");
-    command
-        ->add_flag("--check", settings->check,
-                   "Also train on from there at 1, 2, 4 and 8 times the batch, and see which does as well")
-        ->group("Run");
-    command->footer(
-        "Example:\n"
-        "  microbatch advise --data /usr/share/games/fortunes --batch 64 --memory 100MiB --check\n"
-        "Trains a little, at a constant rate, and measures at every step how much the gradients of its micro-batches\n"
-        "differ.\n"
-        "Noise falls as a model trains: ask again later, or read noise_batch in a run's metrics.jsonl.\n"
-        "The rates are those that --lr, right for --reference-batch or else for --batch, becomes by each rule.");
-    command->callback([command, settings, &action] {
-        action = [command, settings] {
-            refuse_empty_values(*command);
-            apply_config_file(*command, settings->job.config);
-            return advise(*settings);
-        };
-    });
+CommandSpec advise_command() {
+    return {.command = command::advise,
+            .name = "advise",
+            .summary = "Measure the gradient noise; recommend a batch and a rate, and say whether accumulation pays",
+            .footer = R"(Example:
+  microbatch advise --data /usr/share/games/fortunes --batch 64 --memory 100MiB --check
+Trains briefly at a constant rate, and measures at every step how much the gradients of its micro-batches differ.
+The noise scale usually grows as a model trains: measure again later, or read noise_batch in a run's metrics.jsonl.
+The rates are what each rule makes of --lr, which is tuned for --reference-batch, or else for --batch.)",
+            .length = to_string(default_length),
+            .run = advise_on_batch};
 }
 
 }  // namespace microbatch::cli

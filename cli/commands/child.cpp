@@ -17,6 +17,7 @@
 
 #include "cli/commands/interrupt.h"
 #include "cli/commands/job.h"
+#include "cli/print/output.h"
 #include "microbatch/core/error.h"
 
 namespace microbatch::cli {
@@ -58,10 +59,9 @@ void pass_on(std::string& text, std::FILE* out, std::string& error) {
         if (line.starts_with("microbatch: ")) {
             error = line;
         } else {
-            fmt::print(out, "{}\n", line);
+            print(out, "{}\n", line);
         }
     }
-    std::fflush(out);
 }
 
 // Between fork and exec: only what POSIX allows there.
@@ -99,10 +99,11 @@ public:
     void look() {
         const auto now = std::chrono::steady_clock::now();
         if (!interrupted() || killed_) return;
-        if (!told_) {
+        if (!is_told_) {
             ::kill(child_, SIGINT);
+            is_told_ = true;
             told_ = now;
-        } else if (now - *told_ > std::chrono::seconds(5)) {
+        } else if (now - told_ > std::chrono::seconds(5)) {
             ::kill(child_, SIGKILL);
             killed_ = true;
         }
@@ -110,7 +111,8 @@ public:
 
 private:
     pid_t child_;
-    std::optional<std::chrono::steady_clock::time_point> told_;
+    bool is_told_ = false;
+    std::chrono::steady_clock::time_point told_ = {};
     bool killed_ = false;
 };
 

@@ -1,4 +1,3 @@
-#include <ATen/Parallel.h>
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -13,9 +12,6 @@
 #include "cli/commands/plan_job.h"
 #include "cli/commands/report.h"
 #include "cli/commands/strategy.h"
-#include "cli/options/config.h"
-#include "cli/options/config_file.h"
-#include "cli/options/flags.h"
 #include "cli/print/output.h"
 #include "microbatch/core/batch_advice.h"
 #include "microbatch/core/error.h"
@@ -27,11 +23,7 @@
 namespace microbatch::cli {
 namespace {
 
-struct CompareSettings {
-    Settings job;
-    std::string batches;  ///< empty: small, accumulated, native
-    std::int64_t seeds = 2;
-};
+constexpr std::int64_t default_batches = 16;  // of --batch samples, that every strategy trains on
 
 /// A folder of its own, gone at the end; or the one that --run names, which stays.
 class WorkFolder {
@@ -102,8 +94,8 @@ PlannedCuts plan_cuts(std::FILE* out, const JobPlan& plan, std::int64_t budget) 
     }
     if (cuts.cut.micro_batch == plan.batch && plan.batch > 1) {
         cuts.cut.micro_batch = std::max<std::int64_t>(1, plan.batch / 4);
-        fmt::print(out, "the whole batch of {} is the plan; to compare, it is also accumulated by {}\n", plan.batch,
-                   cuts.cut.micro_batch);
+        print(out, "the whole batch of {} is the plan; to compare, it is also accumulated by {}\n", plan.batch,
+              cuts.cut.micro_batch);
     }
     return cuts;
 }
@@ -134,17 +126,18 @@ std::vector<std::int64_t> parse_batches(const std::string& list) {
 }
 
 // The largest of the --batches is planned for, and counts as a step in intervals.
-void resolve_batches(CompareSettings& settings, bool batch_given) {
+void resolve_batches(Arguments& arguments) {
+    Settings& settings = arguments.settings;
     if (settings.batches.empty()) return;
     const std::vector<std::int64_t> batches = parse_batches(settings.batches);
-    if (batch_given) {
+    if (arguments.flags.contains("batch")) {
         throw Error(ErrorKind::usage, fmt::format("--batch {} contradicts --batches \"{}\", which names every batch",
-                                                  settings.job.batch, settings.batches));
+                                                  settings.batch, settings.batches));
     }
-    settings.job.batch = *std::max_element(batches.begin(), batches.end());
+    settings.batch = *std::max_element(batches.begin(), batches.end());
 }
 
-std::vector<Strategy> strategies_of(const CompareSettings& settings, const PlannedCuts& cuts, std::int64_t budget) {
+std::vector<Strategy> strategies_of(const Settings& settings, const PlannedCuts& cuts, std::int64_t budget) {
     std::vector<Strategy> strategies;
     if (!settings.batches.empty()) {
         for (const std::int64_t batch : parse_batches(settings.batches)) {
@@ -155,7 +148,7 @@ std::vector<Strategy> strategies_of(const CompareSettings& settings, const Plann
         }
         return strategies;
     }
-    const std::int64_t batch = settings.job.batch, machine = std::max(budget, available_memory_bytes() / 10 * 9);
+    const std::int64_t batch = settings.batch, machine = std::max(budget, available_memory_bytes() / 10 * 9);
     strategies = {{.name = "small batch", .batch = cuts.cut.micro_batch, .plan = cuts.cut, .memory_bytes = budget},
                   {.name = "accumulated", .batch = batch, .plan = cuts.cut, .memory_bytes = budget},
                   {.name = "native", .batch = batch, .plan = {.micro_batch = batch}, .memory_bytes = machine}};
@@ -201,14 +194,14 @@ const char* const what_stands_there =
 
 void print_strategies(std::FILE* out, const std::string& title, const std::vector<Strategy>& strategies,
                       const std::vector<std::vector<std::string>>& rows, std::int64_t data_samples) {
-    fmt::print(out, "\n{}\n\n", title);
+    print(out, "\n{}\n\n", title);
     print_table(out, rows);
     for (const Strategy& each : strategies) {
         if (!each.can_run) {
-            fmt::print(out, "\n{} was not run: its predicted peak is more than this machine has free\n", each.name);
+            print(out, "\n{} was not run: its predicted peak is more than this machine has free\n", each.name);
         }
         const std::string repetition = describe_repetition(each.batch, data_samples);
-        if (!repetition.empty()) fmt::print(out, "\n{}: {}\n", each.name, repetition);
+        if (!repetition.empty()) print(out, "\n{}: {}\n", each.name, repetition);
     }
 }
 
@@ -249,7 +242,7 @@ void print_json(const JobPlan& plan, const std::vector<Strategy>& strategies, st
     document["budget_bytes"] = budget;
     document["distances"] = distances();
     for (const Strategy& s : strategies) document["strategies"].push_back(to_json(plan, s, samples, budget));
-    fmt::print("{}\n", document.dump(2));
+    print(stdout, "{}\n", document.dump(2));
 }
 
 ReportCurves curves_of(const std::vector<Strategy>& strategies) {
@@ -266,7 +259,7 @@ ReportCurves curves_of(const std::vector<Strategy>& strategies) {
 }
 
 // The comparison into the page of every run.
-void write_comparison(std::FILE* out, const std::filesystem::path& folder, const std::string& title, std::int64_t seed,
+void write_comparison(std::FILE* out, const std::filesystem::path& folder, const std::string& title, std::uint64_t seed,
                       std::int64_t seeds, const std::vector<Strategy>& strategies,
                       std::vector<std::vector<std::string>> rows) {
     ReportTable table{
@@ -275,26 +268,27 @@ void write_comparison(std::FILE* out, const std::filesystem::path& folder, const
     table.rows = std::move(rows);
     for (const Strategy& each : strategies) {
         for (std::int64_t run = 0; run < static_cast<std::int64_t>(each.held_out.size()) && run < seeds; ++run) {
-            const std::filesystem::path of_run = folder_of(folder, each, seed + run);
+            const std::filesystem::path of_run = folder_of(folder, each, seed + static_cast<std::uint64_t>(run));
             write_run_report(of_run, {.tables = {table}, .curves = {curves_of(strategies)}});
-            fmt::print(out, "written   {}\n", (of_run / "report.html").string());
+            print(out, "written   {}\n", (of_run / "report.html").string());
         }
     }
 }
 
-int compare(const CompareSettings& compare_settings) {
-    const Settings& settings = compare_settings.job;
+int compare_strategies(Arguments& arguments) {
+    resolve_batches(arguments);
+    const Settings& settings = arguments.settings;
     validate(settings);
     refuse_used_folder(settings.run);
     const WorkFolder folder(settings.run);
-    if (settings.seed > std::numeric_limits<std::int64_t>::max() - compare_settings.seeds) {
+    if (settings.seed > std::numeric_limits<std::uint64_t>::max() - static_cast<std::uint64_t>(settings.seeds)) {
         throw Error(ErrorKind::usage,
-                    fmt::format("--seed {} leaves no room for --seeds {}", settings.seed, compare_settings.seeds));
+                    fmt::format("--seed {} leaves no room for --seeds {}", settings.seed, settings.seeds));
     }
     const std::int64_t budget = memory_budget_of(settings);
-    const Interval asked = length_of(settings, {16 * settings.batch, Unit::samples});
+    const Interval asked = length_of(settings, {default_batches * settings.batch, Unit::samples});
     std::FILE* out = settings.json ? stderr : stdout;
-    if (settings.threads > 0) at::set_num_threads(static_cast<int>(settings.threads));
+    use_threads(settings);
     install_budget_allocator();
     watch_interrupts();
     const JobPlan plan = open_job(settings, asked);
@@ -302,10 +296,10 @@ int compare(const CompareSettings& compare_settings) {
     const std::int64_t tokens_per_sample = plan.data.train->tokens_per_sample();
     const std::int64_t samples = convert(asked, Unit::samples, settings.batch, tokens_per_sample).count;
     schedule_of(settings, {samples, Unit::samples}, tokens_per_sample, settings.batch);
-    std::vector<Strategy> strategies = strategies_of(compare_settings, plan_cuts(out, plan, budget), budget);
+    std::vector<Strategy> strategies = strategies_of(settings, plan_cuts(out, plan, budget), budget);
     for (const Strategy& each : strategies) constants_of(settings, each.batch);  // a rule may have no answer
-    for (std::int64_t run = 0; run < compare_settings.seeds; ++run) {
-        const std::int64_t seed = settings.seed + run;
+    for (std::int64_t run = 0; run < settings.seeds; ++run) {
+        const std::uint64_t seed = settings.seed + static_cast<std::uint64_t>(run);
         for (Strategy& each : strategies) {
             if (each.can_run && each.failure.empty()) train_in_child(out, plan, samples, seed, folder.path(), each);
         }
@@ -313,64 +307,28 @@ int compare(const CompareSettings& compare_settings) {
     measure_at_the_end(out, plan, folder.path(), strategies[std::min<std::size_t>(1, strategies.size() - 1)],
                        strategies);
     const auto rows = rows_of(plan, strategies, samples, budget);
-    const std::string title = describe_comparison(plan, samples, compare_settings.seeds, budget);
+    const std::string title = describe_comparison(plan, samples, settings.seeds, budget);
     print_strategies(out, title, strategies, rows, plan.data.train->size());
-    if (folder.is_kept())
-        write_comparison(out, folder.path(), title, settings.seed, compare_settings.seeds, strategies, rows);
-    if (settings.json) print_json(plan, strategies, samples, compare_settings.seeds, budget);
+    if (folder.is_kept()) write_comparison(out, folder.path(), title, settings.seed, settings.seeds, strategies, rows);
+    if (settings.json) print_json(plan, strategies, samples, settings.seeds, budget);
     return 0;
 }
 
 }  // namespace
 
-void add_compare(CLI::App& application, Action& action) {
-    CLI::App* command = application.add_subcommand(
-        "compare", "Train with a small batch, the batch accumulated and the batch at once, and compare");
-    auto settings = std::make_shared<CompareSettings>();
-    add_job_options(*command, settings->job);
-    add_length_options(*command, settings->job, "16 batches");
-    command
-        ->add_option(
-            "--batches", settings->batches,
-            "Compare these batches instead, such as \"16, 64, 256\", all cut by the micro-batch planned for the "
-            "largest, which is also what a step means in an interval")
-        ->type_name("LIST")
-        ->group("Run");
-    command
-        ->add_option_function<std::string>(
-            "--seeds",
-            [settings](const std::string& text) {
-                settings->seeds = parse_count(text);
-                if (settings->seeds < 1 || settings->seeds > 1000) {
-                    throw Error(ErrorKind::usage,
-                                fmt::format("--seeds is {}; it must be from 1 to 1000", settings->seeds));
-                }
-            },
-            "Runs of each, with seeds from --seed on (default 2)")
-        ->type_name("N")
-        ->group("Run");
-    command
-        ->add_option("--run", settings->job.run,
-                     "Keep every run in this folder, each with a report.html that has the comparison in it")
-        ->type_name("DIR")
-        ->group("Run");
-    command->footer(
-        "Examples:\n"
-        "  microbatch compare --data /usr/share/games/fortunes --batch 64 --memory 64MiB --samples 1280\n"
-        "  microbatch compare --data notes.txt --batches \"8, 64, 512\" --reference-batch 64 --run runs/sizes\n"
-        "Every strategy sees the same samples (default 16 batches), in a process of its own. What is beyond the\n"
-        "budget is run all the same where the machine has the memory, and marked as not fitting. Gradient variance:\n"
-        "trace of the covariance of the batch's mean gradient, all strategies at the same parameters. Sharpness: the\n"
-        "largest eigenvalue of the Hessian at the end of each.");
-    command->callback([command, settings, &action] {
-        action = [command, settings] {
-            refuse_empty_values(*command);
-            const bool batch_given = command->get_option("--batch")->count() > 0;
-            apply_config_file(*command, settings->job.config);
-            resolve_batches(*settings, batch_given);
-            return compare(*settings);
-        };
-    });
+CommandSpec compare_command() {
+    return {.command = command::compare,
+            .name = "compare",
+            .summary = "Train with a small batch, the batch accumulated and the batch at once, and compare",
+            .footer = R"(Examples:
+  microbatch compare --data /usr/share/games/fortunes --batch 64 --memory 64MiB --samples 1280
+  microbatch compare --data notes.txt --batches "8, 64, 512" --reference-batch 64 --run runs/sizes
+Every strategy trains on the same samples in a process of its own. One that is beyond the budget runs too if the
+machine has the memory, and is marked as not fitting. Gradient variance: trace of the covariance of the batch's
+mean gradient, all strategies at the same parameters. Sharpness: the largest eigenvalue of the Hessian at the
+end of each.)",
+            .length = fmt::format("{} batches", default_batches),
+            .run = compare_strategies};
 }
 
 }  // namespace microbatch::cli

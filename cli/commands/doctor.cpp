@@ -14,6 +14,7 @@
 #include "cli/commands/commands.h"
 #include "cli/print/output.h"
 #include "microbatch/analysis/verify.h"
+#include "microbatch/core/error.h"
 #include "microbatch/core/units.h"
 #include "microbatch/memory/budget_allocator.h"
 #include "microbatch/memory/machine.h"
@@ -23,10 +24,9 @@
 namespace microbatch::cli {
 namespace {
 
-// good: as it should be; odd: slower or poorer than it could be; broken: nothing here can be trusted.
+// odd: slower or less than it could be; broken: no result on this machine can be trusted.
 enum class State { good, odd, broken };
 
-// One line of the report: what was looked at, and what was found.
 struct Finding {
     std::string name, value;
     State state = State::good;
@@ -42,7 +42,7 @@ Finding check_budget() {
         refused = true;
     }
     const bool good = refused && memory_use().live_bytes == before;
-    return {"memory budget", good ? "holds: an allocation beyond it is refused" : "does not hold",
+    return {"memory budget", good ? "holds: an allocation beyond it fails" : "does not hold",
             good ? State::good : State::broken};
 }
 
@@ -81,7 +81,7 @@ Finding check_load() {
     const bool busy = load > 0.75 * cores;
     return {"load",
             fmt::format("{:.1f} on {} cores{}", load, cores,
-                        busy ? ": others are using them; expect steps several times slower" : ""),
+                        busy ? ": other processes use them; expect steps to be several times slower" : ""),
             busy ? State::odd : State::good};
 }
 
@@ -104,7 +104,7 @@ std::vector<Finding> examine() {
             check_data("sample images", "/usr/share/datasets/fashion-mnist")};
 }
 
-int doctor(bool json) {
+int examine_machine(const Arguments& arguments) {
     install_budget_allocator();
     const std::vector<Finding> findings = examine();
     bool broken = false;
@@ -112,21 +112,22 @@ int doctor(bool json) {
     for (const Finding& finding : findings) {
         broken = broken || finding.state == State::broken;
         document[finding.name] = {{"value", finding.value}, {"good", finding.state == State::good}};
-        if (!json)
-            fmt::print("{}  {:<22} {}\n", finding.state == State::good ? "ok" : "!!", finding.name, finding.value);
+        if (arguments.settings.json) continue;
+        print(stdout, "{}  {:<22} {}\n", finding.state == State::good ? "ok" : "!!", finding.name, finding.value);
     }
-    if (json) fmt::print("{}\n", document.dump(2));
-    return broken ? 1 : 0;
+    if (arguments.settings.json) print(stdout, "{}\n", document.dump(2));
+    return broken ? static_cast<int>(ErrorKind::usage) : 0;
 }
 
 }  // namespace
 
-void add_doctor(CLI::App& application, Action& action) {
-    CLI::App* command =
-        application.add_subcommand("doctor", "Look at this machine and check that Microbatch works on it");
-    auto json = std::make_shared<bool>(false);
-    command->add_flag("--json", *json, "Print one JSON document");
-    command->callback([json, &action] { action = [json] { return doctor(*json); }; });
+CommandSpec doctor_command() {
+    return {.command = command::doctor,
+            .name = "doctor",
+            .summary = "Examine this machine and check that Microbatch works on it",
+            .footer = R"(Exit code 2 if Microbatch does not work here: the memory budget does not hold, or accumulated
+gradients differ from those of the whole batch.)",
+            .run = examine_machine};
 }
 
 }  // namespace microbatch::cli

@@ -1,6 +1,7 @@
 #include "cli/commands/job.h"
 
 #include <ATen/Context.h>
+#include <ATen/Parallel.h>
 #include <fmt/format.h>
 #include <torch/nn/module.h>
 
@@ -8,6 +9,7 @@
 #include <vector>
 
 #include "cli/commands/interrupt.h"
+#include "cli/options/options.h"
 #include "microbatch/core/error.h"
 #include "microbatch/core/units.h"
 #include "microbatch/models/gpt.h"
@@ -30,8 +32,8 @@ GptConfig gpt_config(const std::string& model, const Settings& settings, std::in
     config.layers = settings.layers.value_or(config.layers);
     config.heads = settings.heads.value_or(config.heads);
     config.width = settings.width.value_or(config.width);
-    if (settings.length > 0) config.length = settings.length;
-    config.dropout = settings.dropout;
+    config.length = settings.length.value_or(config.length);
+    config.dropout = settings.dropout.value_or(0.0);
     // Token files may hold fewer tokens than the preset's vocabulary; text needs exactly 256.
     config.vocabulary = model == "gpt2" ? std::max(config.vocabulary, vocabulary) : vocabulary;
     return config;
@@ -53,30 +55,6 @@ MlpConfig mlp_config(const JobPlan& plan) {
     config.width = plan.settings.width.value_or(config.width);
     config.layers = plan.settings.layers.value_or(config.layers);
     return config;
-}
-
-void require_known(const std::string& model) {
-    if (model == "resnet" || model == "mlp") return;
-    try {
-        gpt_preset(model);
-    } catch (const Error&) {
-        throw Error(
-            ErrorKind::usage,
-            fmt::format("--model {}: there is no such model; choose gpt-tiny, gpt-small, gpt2, resnet or mlp", model));
-    }
-}
-
-void require_flags_of(const std::string& model, const Settings& settings) {
-    auto refuse = [&model](const char* flag, const char* owner) {
-        throw Error(ErrorKind::usage,
-                    fmt::format("{} contradicts --model {}: it is a setting of {}", flag, model, owner));
-    };
-    if (!is_gpt(model)) {
-        if (settings.heads) refuse("--heads", "a gpt");
-        if (settings.length > 0) refuse("--length", "a gpt");
-        if (settings.dropout > 0.0) refuse("--dropout", "a gpt");
-    }
-    if (model != "resnet" && !settings.norm.empty()) refuse("--norm", "a resnet");
 }
 
 void require_match(const std::string& model, const OpenedData& data, const std::string& path) {
@@ -200,17 +178,14 @@ JobPlan open_job(const Settings& settings, Interval length) {
     JobPlan plan;
     plan.settings = settings;
     plan.model = settings.model;
-    if (!plan.model.empty()) {
-        require_known(plan.model);
-        require_flags_of(plan.model, settings);
-    }
     const bool needs_length = plan.model.empty() || is_gpt(plan.model);
     const std::int64_t tokens =
         needs_length ? gpt_config(plan.model.empty() ? "gpt-tiny" : plan.model, settings, 256).length : 1;
     plan.data = open_data(settings.data, tokens);
     if (plan.model.empty()) {
         plan.model = plan.data.kind == DataKind::images ? "resnet" : "gpt-tiny";
-        require_flags_of(plan.model, settings);
+        plan.settings.model = plan.model;
+        require_options_apply(plan.settings);
     }
     require_match(plan.model, plan.data, settings.data);
     resolve_sizes(plan);
@@ -237,9 +212,12 @@ Job make_job(const JobPlan& plan, const Plan& cut, std::optional<std::int64_t> b
     }
     use_optimizer(job, plan.settings, batch.value_or(plan.settings.batch));
     job.accumulator = std::make_unique<Accumulator>(
-        job.parameters, *job.optimizer,
-        AccumulatorOptions{.plan = cut, .clip_norm = plan.settings.clip, .model = job.model.get()});
+        *job.model, *job.optimizer, AccumulatorOptions{.plan = cut, .clip_norm = plan.settings.clip});
     return job;
+}
+
+void use_threads(const Settings& settings) {
+    if (settings.threads) at::set_num_threads(static_cast<int>(*settings.threads));
 }
 
 Parameters weights_of(const Job& job) {

@@ -44,6 +44,9 @@ JobPlan open_job(const Settings& settings, Interval length);
 /// one, of the settings' batch.
 Job make_job(const JobPlan& plan, const Plan& cut = {}, std::optional<std::int64_t> batch = {});
 
+/// Sets torch's threads to --threads, if it was given.
+void use_threads(const Settings& settings);
+
 /// What a trained model is: its parameters and buffers, by name.
 Parameters weights_of(const Job& job);
 

@@ -1,15 +1,16 @@
-#include <ATen/Parallel.h>
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "cli/commands/commands.h"
 #include "cli/commands/interrupt.h"
 #include "cli/commands/plan_job.h"
 #include "cli/commands/run_check.h"
-#include "cli/options/config.h"
-#include "cli/options/config_file.h"
-#include "cli/options/flags.h"
 #include "cli/print/output.h"
 #include "microbatch/core/units.h"
 #include "microbatch/memory/budget_allocator.h"
@@ -40,73 +41,62 @@ void print_candidates(const PlanReport& report) {
     print_table(stdout, rows);
 }
 
-void print_phases(const PhasePeaks& peaks) {
-    const auto row = [](const char* phase, std::int64_t bytes) {
-        if (bytes > 0) fmt::print("  {:<22} {}\n", phase, format_bytes(bytes));
-    };
-    fmt::print("\npredicted peak by phase\n");
-    row("first micro-batch", peaks.first_micro_batch);
-    row("later micro-batches", peaks.later_micro_batches);
-    row("first optimizer step", peaks.first_update);
-    row("later optimizer steps", peaks.later_updates);
+using Named = std::vector<std::pair<std::string, std::int64_t>>;
+
+Named phases_of(const PhasePeaks& peaks) {
+    return {{"first micro-batch", peaks.first_micro_batch},
+            {"later micro-batches", peaks.later_micro_batches},
+            {"first update", peaks.first_update},
+            {"later updates", peaks.later_updates}};
 }
 
-void print_parts(const MemoryParts& parts) {
-    fmt::print("\npredicted peak by part\n");
-    fmt::print("  {:<22} {}\n", "parameters", format_bytes(parts.parameters));
-    fmt::print("  {:<22} {}\n", "gradients", format_bytes(parts.gradients));
-    fmt::print("  {:<22} {}\n", "optimizer state", format_bytes(parts.optimizer_state));
-    fmt::print("  {:<22} {}\n", "activations", format_bytes(parts.activations));
-    fmt::print("  {:<22} {}\n", "other (the batch, ...)", format_bytes(parts.other));
+void print_bytes(const char* title, const Named& rows) {
+    print(stdout, "\n{}\n", title);
+    for (const auto& [name, bytes] : rows) {
+        if (bytes > 0) print(stdout, "  {:<22} {}\n", name, format_bytes(bytes));
+    }
 }
 
 void print_report(const JobPlan& plan, const PlanReport& report) {
-    fmt::print("model   {}\n", plan.model_description);
-    fmt::print("data    {}\n", plan.data.description);
-    fmt::print("batch   {} samples per step, memory budget {}\n\n", report.batch, format_bytes(report.budget_bytes));
+    print(stdout, "model   {}\n", plan.model_description);
+    print(stdout, "data    {}\n", plan.data.description);
+    print(stdout, "batch   {} samples per step, memory budget {}\n\n", report.batch, format_bytes(report.budget_bytes));
     print_candidates(report);
     if (report.chosen) {
         const Candidate& chosen = report.choice();
-        fmt::print("\nchosen  {}: {}\n", describe_cut(chosen), report.why);
-        print_phases(chosen.measured ? *chosen.measured : *chosen.predicted);
-        print_parts(parts_of(report, chosen));
+        print(stdout, "\nchosen  {}: {}\n", describe_cut(chosen), report.why);
+        print_bytes("predicted peak by phase", phases_of(chosen.measured ? *chosen.measured : *chosen.predicted));
+        print_bytes("predicted peak by part", named(parts_of(report, chosen)));
     }
-    fmt::print("\npredictions were within {:.1f} % of the peaks then measured{}; measuring took {:.1f} s\n",
-               100.0 * report.worst_relative_error,
-               report.affine ? "" : ": the model allocates in another way from one size to the next",
-               report.spent_seconds);
+    print(stdout, "\npredictions were within {:.1f} % of the peaks then measured{}; measuring took {:.1f} s\n",
+          100.0 * report.worst_relative_error,
+          report.affine ? "" : ": the model allocates differently from one size to the next", report.spent_seconds);
 }
 
-nlohmann::ordered_json to_json(const MemoryParts& parts) {
-    return {{"parameters", parts.parameters},
-            {"gradients", parts.gradients},
-            {"optimizer_state", parts.optimizer_state},
-            {"activations", parts.activations},
-            {"other", parts.other}};
-}
-
-nlohmann::ordered_json to_json(const std::optional<PhasePeaks>& peaks) {
-    if (!peaks) return nullptr;
-    return {{"first_micro_batch", peaks->first_micro_batch},
-            {"later_micro_batches", peaks->later_micro_batches},
-            {"first_update", peaks->first_update},
-            {"later_updates", peaks->later_updates}};
+nlohmann::ordered_json to_json(const Named& rows) {
+    nlohmann::ordered_json json;
+    for (auto [name, bytes] : rows) {
+        std::replace(name.begin(), name.end(), ' ', '_');
+        std::replace(name.begin(), name.end(), '-', '_');
+        json[name] = bytes;
+    }
+    return json;
 }
 
 nlohmann::ordered_json to_json(const PlanReport& report, const Candidate& candidate) {
+    const auto bytes = [](const std::optional<PhasePeaks>& peaks) {
+        return peaks ? nlohmann::ordered_json(peaks->largest()) : nullptr;
+    };
+    const std::optional<PhasePeaks>& peaks = candidate.measured ? candidate.measured : candidate.predicted;
     nlohmann::ordered_json row;
     row["micro_batch"] = candidate.plan.micro_batch;
     row["micro_batches"] = candidate.micro_batches;
     row["recompute"] = candidate.plan.recompute;
-    row["predicted_peak_bytes"] = nullptr;
-    row["measured_peak_bytes"] = nullptr;
-    if (candidate.predicted) row["predicted_peak_bytes"] = candidate.predicted->largest();
-    if (candidate.measured) row["measured_peak_bytes"] = candidate.measured->largest();
-    row["phases"] = to_json(candidate.measured ? candidate.measured : candidate.predicted);
-    row["parts"] = nullptr;
-    if (candidate.predicted || candidate.measured) row["parts"] = to_json(parts_of(report, candidate));
-    row["step_seconds"] = nullptr;
-    if (candidate.step_seconds > 0.0) row["step_seconds"] = candidate.step_seconds;
+    row["predicted_peak_bytes"] = bytes(candidate.predicted);
+    row["measured_peak_bytes"] = bytes(candidate.measured);
+    row["phases"] = peaks ? to_json(phases_of(*peaks)) : nullptr;
+    row["parts"] = peaks ? to_json(named(parts_of(report, candidate))) : nullptr;
+    row["step_seconds"] = candidate.step_seconds > 0.0 ? nlohmann::ordered_json(candidate.step_seconds) : nullptr;
     row["time_measured"] = candidate.time_measured;
     row["fits"] = candidate.fits;
     return row;
@@ -118,28 +108,25 @@ void print_json(const JobPlan& plan, const PlanReport& report) {
     document["batch"] = report.batch;
     document["budget_bytes"] = report.budget_bytes;
     document["fits"] = report.chosen.has_value();
-    document["micro_batch"] = nullptr;
-    document["micro_batches"] = nullptr;
-    document["recompute"] = nullptr;
-    if (report.chosen) {
-        const Candidate& chosen = report.choice();
-        document["micro_batch"] = chosen.plan.micro_batch;
-        document["micro_batches"] = chosen.micro_batches;
-        document["recompute"] = chosen.plan.recompute;
-    }
+    const Candidate* chosen = report.chosen ? &report.choice() : nullptr;
+    document["micro_batch"] = chosen ? nlohmann::ordered_json(chosen->plan.micro_batch) : nullptr;
+    document["micro_batches"] = chosen ? nlohmann::ordered_json(chosen->micro_batches) : nullptr;
+    document["recompute"] = chosen ? nlohmann::ordered_json(chosen->plan.recompute) : nullptr;
     document["why"] = report.why;
     document["affine"] = report.affine;
     document["worst_relative_error"] = report.worst_relative_error;
     document["update_seconds"] = report.update_seconds;
     document["measuring_seconds"] = report.spent_seconds;
     for (const Candidate& candidate : report.candidates) document["candidates"].push_back(to_json(report, candidate));
-    fmt::print("{}\n", document.dump(2));
+    print(stdout, "{}\n", document.dump(2));
 }
 
-int plan_batch_of(const Settings& settings) {
+int plan_or_check(const Arguments& arguments) {
+    const Settings& settings = arguments.settings;
+    if (!settings.run.empty()) return check_run(settings.run, settings.json);
     validate(settings);
     const std::int64_t budget = memory_budget_of(settings);
-    if (settings.threads > 0) at::set_num_threads(static_cast<int>(settings.threads));
+    use_threads(settings);
     install_budget_allocator();
     const JobPlan plan = open_job(settings, {2, Unit::steps});
     watch_interrupts();
@@ -152,29 +139,16 @@ int plan_batch_of(const Settings& settings) {
 
 }  // namespace
 
-void add_plan(CLI::App& application, Action& action) {
-    CLI::App* command = application.add_subcommand("plan", "Show how a batch can be cut to fit a memory budget");
-    auto settings = std::make_shared<Settings>();
-    add_job_options(*command, *settings);
-    command
-        ->add_option("--run", settings->run,
-                     "Folder of a run: show what was predicted for it against what it measured, and plan nothing")
-        ->type_name("DIR")
-        ->group("Run");
-    command->footer(
-        "Examples:\n"
-        "  microbatch plan --data /usr/share/games/fortunes --model gpt-tiny --batch 256 --memory 100MiB\n"
-        "  microbatch plan --run runs/gpt-tiny-20261124-120000\n"
-        "Tries a few micro-batch sizes on the job itself, predicts the others, and marks the one `train` would take.\n"
-        "Exit code 3 if nothing fits: then it says what the smallest plan needs, of what it is made, and what would\n"
-        "help.");
-    command->callback([command, settings, &action] {
-        action = [command, settings] {
-            refuse_empty_values(*command);
-            apply_config_file(*command, settings->config);
-            return settings->run.empty() ? plan_batch_of(*settings) : check_run(settings->run, settings->json);
-        };
-    });
+CommandSpec plan_command() {
+    return {.command = command::plan,
+            .name = "plan",
+            .summary = "Show how a batch can be cut to fit a memory budget",
+            .footer = R"(Examples:
+  microbatch plan --data /usr/share/games/fortunes --model gpt-tiny --batch 256 --memory 100MiB
+  microbatch plan --run runs/gpt-tiny-20261124-120000
+Measures a few micro-batch sizes on the job itself, predicts the others, and marks the one that `train` would take.
+Exit code 3 if nothing fits; the message says how much the smallest plan needs, for what, and what would help.)",
+            .run = plan_or_check};
 }
 
 }  // namespace microbatch::cli

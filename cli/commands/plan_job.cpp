@@ -22,8 +22,7 @@ public:
     TrialLine(const TrialLine&) = delete;
     TrialLine& operator=(const TrialLine&) = delete;
     ~TrialLine() {
-        if (terminal_ && drawn_) fmt::print(stream_, "\r\x1b[K");
-        std::fflush(stream_);
+        if (terminal_ && drawn_) print(stream_, "\r\x1b[K");
     }
 
     void show(const Plan& plan) {
@@ -31,11 +30,10 @@ public:
             fmt::format("measuring a micro-batch of {}{}", plan.micro_batch, plan.recompute ? " with recompute" : "");
         const auto now = std::chrono::steady_clock::now();
         if (terminal_) {
-            fmt::print(stream_, "\r{}\x1b[K", text.substr(0, terminal_columns(stream_) - 1));
-            std::fflush(stream_);
+            print(stream_, "\r{}\x1b[K", text.substr(0, terminal_columns(stream_) - 1));
             drawn_ = true;
         } else if (now - last_ > std::chrono::seconds(5)) {
-            fmt::print(stream_, "{}\n", text);
+            print(stream_, "{}\n", text);
             last_ = now;
         }
     }
@@ -50,7 +48,7 @@ private:
 Recompute recompute_of(const JobPlan& plan, const Job& job) {
     if (plan.settings.recompute == "never") return Recompute::never;
     if (plan.settings.recompute == "auto") return Recompute::automatic;
-    if (job.accumulator->recomputable() != nullptr) return Recompute::always;
+    if (job.accumulator->model().offers_checkpointing()) return Recompute::always;
     throw Error(ErrorKind::usage,
                 fmt::format("--recompute always: {} has no blocks to recompute; gpt and resnet have", plan.model));
 }
@@ -75,7 +73,7 @@ PlanReport make_report(const JobPlan& plan, const Job& job, const PlannerOptions
     require_room_for_numbers(plan.batch, options.budget_bytes);
     const Dataset& data = *plan.data.train;
     const PlanReport report =
-        plan_batch(*job.accumulator, longest_lazy_batch(data, plan.batch), loss_on(data, job.loss), options);
+        plan_batch(*job.accumulator, DatasetBatch::longest(data, plan.batch), job.loss, options);
     if (interrupted()) throw Interrupted();
     return report;
 }
@@ -100,7 +98,7 @@ PlanReport plan_job(const JobPlan& plan, const Job& job, std::int64_t budget_byt
     PlannerOptions options{.budget_bytes = budget_bytes,
                            .steps = plan.steps,
                            .recompute = recompute_of(plan, job),
-                           .micro_batch = micro_batch_of(plan.settings),
+                           .micro_batch = plan.settings.micro_batch,
                            .most_bytes = most_bytes(budget_bytes),
                            .whole_table = whole_table};
     if (options.micro_batch) options.micro_batch = std::min(*options.micro_batch, plan.batch);

@@ -4,264 +4,165 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
-#include <map>
 #include <utility>
 
-#include "cli/options/config_file.h"
+#include "cli/options/config.h"
+#include "cli/options/differences.h"
 #include "cli/options/refuse.h"
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
 #include "microbatch/core/units.h"
-#include "microbatch/io/checkpoint_store.h"
+#include "microbatch/run/recovery.h"
 
 namespace microbatch::cli {
 namespace {
 
-using Values = std::map<std::string, std::string>;
-
-// Another one is another run.
-const std::vector<std::string> identity = {"model",   "layers", "heads",          "width",     "length", "norm",
-                                           "dropout", "batch",  "batch-schedule", "optimizer", "seed"};
-// Of a model: they say nothing of another one.
-const std::vector<std::string> sizes = {"layers", "heads", "width", "length", "norm", "dropout"};
-// Others keep the batch and its update, but not every bit.
-const std::vector<std::string> how_it_is_run = {"micro-batch", "recompute", "memory"};
-// Of no meaning for what is trained; data is told by its content, threads by their number.
-const std::vector<std::string> of_no_matter = {"data", "threads",    "no-verify",     "checkpoint-every",
-                                               "keep", "keep-every", "no-checkpoints"};
-
-bool is_in(const std::vector<std::string>& keys, const std::string& key) {
-    return std::find(keys.begin(), keys.end(), key) != keys.end();
-}
-
-const std::string& value_in(const Values& values, const std::string& key) {
-    static const std::string none = "not given";
-    const auto found = values.find(key);
-    return found == values.end() ? none : found->second;
-}
-
-struct Differences {
-    std::vector<std::string> identity, cut, others;
-};
-
 Differences compare(const RunNotes& before, const RunNotes& now) {
     const Values was = config_values(before.config, "the checkpoint's configuration");
     const Values is = config_values(now.config, "config.toml");
-    Values all = was;
-    all.insert(is.begin(), is.end());
-    Differences differences;
-    for (const auto& [key, ignored] : all) {
-        const std::string &old = value_in(was, key), &given = value_in(is, key);
-        if (old == given || is_in(of_no_matter, key)) continue;
-        const std::string line = fmt::format("{} was {}, is {}", key, old, given);
-        (is_in(identity, key)        ? differences.identity
-         : is_in(how_it_is_run, key) ? differences.cut
-                                     : differences.others)
-            .push_back(line);
-    }
+    Differences found = differences(was, is);
     if (before.data != now.data) {
-        differences.identity.push_back(
+        found.another_run.push_back(
             fmt::format("the data was that of {}, is that of {}", value_in(was, "data"), value_in(is, "data")));
     }
     const auto machine = [&](const char* what, const auto& old, const auto& given) {
-        if (old != given) differences.cut.push_back(fmt::format("{} was {}, is {}", what, old, given));
+        if (old != given) found.another_cut.push_back(fmt::format("{} was {}, is {}", what, old, given));
     };
     machine("threads", before.threads, now.threads);
-    machine("the processor's kind", before.processor, now.processor);
+    machine("the kind of processor", before.processor, now.processor);
     machine("the version of microbatch", before.version, now.version);
-    return differences;
+    return found;
 }
 
-std::string with_note(const std::string& line, const char* note) {
-    return line + note;
-}
-
-// The recorded cut, where auto was asked for and the budget is what it was.
-void keep_cut(Settings& settings, const Values& was, bool micro_batch_given, bool recompute_given) {
+// Keeps the recorded cut where auto was asked for and the budget is the same.
+void keep_cut(Settings& settings, const Values& was, const Values& given) {
     const auto budget = was.find("memory");
     const bool same_budget =
-        budget != was.end() && settings.memory && parse_bytes(*settings.memory) == parse_bytes(budget->second);
-    const auto decide = [&](std::string& setting, const char* key, bool given) {
-        if (given && setting != "auto") return;
-        const auto found = was.find(key);
-        setting = same_budget && found != was.end() ? found->second : "auto";
-    };
-    decide(settings.micro_batch, "micro-batch", micro_batch_given);
-    decide(settings.recompute, "recompute", recompute_given);
+        budget != was.end() && !settings.memory.empty() && memory_budget_of(settings) == parse_bytes(budget->second);
+    for (const char* name : {"micro-batch", "recompute"}) {
+        if (given.contains(name) && given.at(name) != "auto") continue;
+        read(*find_option(name), same_budget && was.contains(name) ? was.at(name) : "auto", settings);
+    }
 }
 
 void refuse_another_run(const std::vector<std::string>& differences, std::int64_t steps, const Settings& settings) {
     if (differences.empty() || settings.resume_changed) return;
     refuse(fmt::format(
-        "--resume: this is not the run of the checkpoint of step {}: {}; give what it was, name another --run, "
-        "or go on all the same with --resume-changed",
+        "--resume: the checkpoint of step {} is of another run: {}; restore these settings, name another --run, or "
+        "continue anyway with --resume-changed",
         steps, fmt::join(differences, "; ")));
 }
 
-// "1k" is 1000.
-bool is_same(const std::string& one, const std::string& other) {
-    if (one == other) return true;
-    try {
-        return parse_count(one) == parse_count(other);
-    } catch (const Error&) {
-        return false;
-    }
-}
-
-// Of flags that were given, before what was recorded is mixed with them. The sizes of one model say nothing of another.
-std::vector<std::string> differences_of_flags(const CLI::App& command, const Values& was) {
-    std::vector<std::string> differences;
-    for (const std::string& key : identity) {
-        const CLI::Option* option = command.get_option("--" + key);
-        if (option->count() == 0 || is_same(option->results().back(), value_in(was, key))) continue;
-        differences.push_back(fmt::format("{} was {}, is {}", key, value_in(was, key), option->results().back()));
-    }
-    return differences;
-}
-
-// Keys of the configuration that mean something only beside the value that another key had.
-std::vector<std::string> outdated(const CLI::App& command, const Values& was) {
-    std::vector<std::string> keys;
-    const auto given = [&](const char* flag) -> const std::string* {
-        const CLI::Option* option = command.get_option(std::string("--") + flag);
-        if (option->count() == 0 || is_same(option->results().back(), value_in(was, flag))) return nullptr;
-        return &option->results().back();
-    };
-    const auto leave_out = [&keys](const std::vector<std::string>& more) {
-        keys.insert(keys.end(), more.begin(), more.end());
-    };
-    if (given("model")) leave_out(sizes);
-    if (const std::string* shape = given("schedule")) {
-        if (*shape == "constant") leave_out({"final-lr"});
-        if (*shape != "wsd") leave_out({"decay"});
-        if (*shape != "polynomial") leave_out({"power"});
-    }
-    if (given("optimizer")) leave_out({"lr", "weight-decay", "momentum", "nesterov"});
-    if (given("batch")) leave_out({"batch-schedule", "micro-batch", "recompute"});
-    if (given("batch-schedule")) leave_out({"batch", "micro-batch", "recompute"});
-    return keys;
+std::int64_t steps_of(const StateDict& state) {
+    return StateReader(state).section("data").count("steps");
 }
 
 std::string value_of(const RunNotes& notes, const std::string& key) {
     return value_in(config_values(notes.config, "the configuration"), key);
 }
 
-// What was usual, and what is half done, says nothing of another run.
-void begin_anew(TrainerState& state) {
-    drop_open_batch(state);
-    state.guard.reset();
-    state.noise = {};
-    if (!state.recovery) return;
-    for (RecoveryState::Point& point : state.recovery->points) point.guard = SpikeGuard().state();
+// The model and the generators as they were before it.
+void drop_partial_batch(StateDict& state) {
+    state.move("batch/before/model/", "model/");
+    state.move("batch/before/rng/", "rng/");
+    state.erase("batch/");
 }
 
-void begin_optimizer_anew(TrainerState& state) {
-    state.optimizer.clear();
-    std::fill(state.optimizer_counts.begin(), state.optimizer_counts.end(), std::size_t{0});
-    if (state.recovery) state.recovery->points.clear();
+void set_numbers(StateDict& state, const std::vector<const char*>& names, const StateScalar& value) {
+    for (const char* name : names) state.set(name, value);
+}
+
+// What was usual, and what is half done, says nothing of another run.
+void begin_anew(StateDict& state) {
+    drop_partial_batch(state);
+    for (const char* section : {"gate/", "recovery/0/gate/", "recovery/1/gate/"}) state.erase(section);
+    set_numbers(state, {"noise/weight", "noise/variance", "noise/squared_gradient"}, 0.0);
+}
+
+void begin_optimizer_anew(StateDict& state) {
+    for (const char* section : {"optimizer/", "recovery/0/", "recovery/1/"}) state.erase(section);
+    if (state.has("recovery/")) state.set("recovery/points", std::int64_t{0});
+}
+
+void begin_data_anew(StateDict& state, std::int64_t dataset_size) {
+    const std::int64_t epoch = StateReader(state).section("data").count("epoch");
+    state.set("data/epoch", epoch < INT64_MAX ? epoch + 1 : epoch);
+    state.set("data/position", std::int64_t{0});
+    state.set("data/size", dataset_size);
 }
 
 // Why the optimizer does not take its state; empty if it does.
-std::string misfit_of(const TrainerState& state, const Optimizer& optimizer) {
+std::string misfit_of(const StateDict& state, Optimizer& optimizer) {
     try {
-        optimizer.require_state(
-            lists_of(state.optimizer_counts, state.optimizer, [](const StoredTensor& one) { return one.shape; }));
+        optimizer.prepare(StateReader(state).section("optimizer"));
         return {};
     } catch (const Error& error) {
         return error.what();
     }
 }
 
-void reset_data(TrainerState& state, std::int64_t dataset_size) {
-    if (state.sampler.epoch < INT64_MAX) state.sampler.epoch += 1;
-    state.sampler.position = 0;
-    state.dataset_size = dataset_size;
+bool is_healthy(const StateDict& state) {
+    const StateReader data = StateReader(state).section("data");
+    return !data.has("healthy") || data.flag("healthy");
 }
 
 }  // namespace
 
-std::filesystem::path checkpoints_of(const std::filesystem::path& run) {
-    return run / "checkpoints";
-}
-
-std::optional<ResumePoint> find_resume_point(CLI::App& command, Settings& settings) {
-    if (settings.run.empty()) refuse("--resume needs --run: the folder of the run that is to go on");
-    CheckpointStore store(checkpoints_of(settings.run));
-    std::optional<Checkpoint> newest = store.newest();
-    if (!newest) return std::nullopt;
-    RunNotes notes = run_notes_from(newest->notes, store.folder().string());
-    const std::string source =
-        fmt::format("the configuration of the checkpoint of step {}", newest->trainer.progress.steps);
+void fill_from_checkpoint(Arguments& arguments, RunFolder& folder) {
+    Settings& settings = arguments.settings;
+    RunNotes notes = RunNotes::from(*folder.state());
+    const Values given = arguments.given;
+    const Values now = overridden(config_values(notes.config, "the checkpoint's configuration"), given);
+    const auto changes = [&] {
+        const Differences found = differences(config_values(notes.config, "the checkpoint's configuration"), now);
+        return !found.noted.empty();
+    };
+    if (!is_healthy(*folder.state()) && changes() && folder.use_healthy()) notes = RunNotes::from(*folder.state());
+    const std::int64_t steps = steps_of(*folder.state());
+    const std::string source = fmt::format("the configuration of the checkpoint of step {}", steps);
     const Values was = config_values(notes.config, source);
-    const bool micro_batch_given = command.get_option("--micro-batch")->count() > 0;
-    const bool recompute_given = command.get_option("--recompute")->count() > 0;
-    const CLI::Option* model = command.get_option("--model");
-    const bool same_model = model->count() == 0 || model->results().back() == value_in(was, "model");
-    // Of another kind of model the data, or a flag, would be refused before all differences are known.
-    if (!same_model) refuse_another_run(differences_of_flags(command, was), newest->trainer.progress.steps, settings);
-    const std::vector<std::string> without = outdated(command, was);
+    const std::set<std::string> without = outdated(was, overridden(was, given));
+    // With another model, its data or an option would be refused before all differences are known.
+    if (value_in(was, "model") != value_in(now, "model"))
+        refuse_another_run(differences(was, now).another_run, steps, settings);
     try {
-        apply_config(command, notes.config, source, without);
+        apply_config(arguments, notes.config, source, without);
     } catch (const Error& error) {
         throw Error(ErrorKind::bad_data, error.what());
     }
-    const bool same_batch = !is_in(without, "micro-batch");
-    keep_cut(settings, same_batch ? was : Values(), micro_batch_given, recompute_given);
-    return ResumePoint{std::move(*newest), std::move(notes), store.warnings(), store.damaged()};
+    keep_cut(settings, without.contains("micro-batch") ? Values() : was, given);
 }
 
-void require_same_run(const ResumePoint& point, const RunNotes& now, const Settings& settings) {
-    refuse_another_run(compare(point.notes, now).identity, point.steps(), settings);
+void require_same_run(const StateDict& state, const RunNotes& now, const Settings& settings) {
+    refuse_another_run(compare(RunNotes::from(state), now).another_run, steps_of(state), settings);
 }
 
-void require_same_weights(const ResumePoint& point, const Parameters& weights_of_model) {
-    const TrainerState& state = point.checkpoint.trainer;
-    std::map<std::string, at::Tensor> weights;
-    for (const StoredTensors* list : {&state.parameters, &state.buffers}) {
-        for (const StoredTensor& one : *list) weights.emplace(one.name, one.shape);
-    }
-    for (const Parameter& one : weights_of_model) {
-        const auto found = weights.find(one.name);
-        if (found == weights.end()) {
-            throw Error(ErrorKind::bad_data, fmt::format("the checkpoint of step {} has no {}: it is of another model",
-                                                         point.steps(), one.name));
-        }
-        if (found->second.sizes() == one.tensor.sizes()) continue;
-        throw Error(ErrorKind::bad_data,
-                    str_cat("parameter ", one.name, " is of shape ", found->second.sizes(),
-                            " in the checkpoint of step ", point.steps(), ", in this model of ", one.tensor.sizes()));
-    }
-    for (const Parameter& one : weights_of_model) weights.erase(one.name);
-    if (weights.empty()) return;
-    throw Error(ErrorKind::bad_data, fmt::format("the checkpoint of step {} has {}, which this model has not: it is of "
-                                                 "another model",
-                                                 point.steps(), weights.begin()->first));
-}
-
-std::vector<std::string> reconcile(ResumePoint& point, const RunNotes& now, const Settings& settings,
-                                   std::int64_t dataset_size, const Optimizer& optimizer) {
-    const Differences found = compare(point.notes, now);
-    refuse_another_run(found.identity, point.steps(), settings);
-    TrainerState& state = point.checkpoint.trainer;
-    if (!found.identity.empty()) {
+std::vector<std::string> reconcile(StateDict& state, const RunNotes& now, const Settings& settings,
+                                   std::int64_t dataset_size, Accumulator& accumulator) {
+    const RunNotes before = RunNotes::from(state);
+    const Differences found = compare(before, now);
+    refuse_another_run(found.another_run, steps_of(state), settings);
+    if (!found.another_run.empty()) {
         begin_anew(state);
-        state.sampler.seed = static_cast<std::uint64_t>(settings.seed);
-        if (state.dataset_size != dataset_size) reset_data(state, dataset_size);
+        state.set("data/seed", settings.seed);
+        if (StateReader(state).section("data").count("size") != dataset_size) begin_data_anew(state, dataset_size);
     }
-    if (!found.cut.empty()) state.limits.clear();
-    const std::string misfit = misfit_of(state, optimizer);
-    if (!misfit.empty() && found.identity.empty() && found.others.empty()) {
-        throw Error(ErrorKind::bad_data, fmt::format("the checkpoint of step {}: {}", point.steps(), misfit));
+    if (!found.another_cut.empty()) {
+        state.erase("caps/");
+        state.set("caps/caps", std::int64_t{0});
     }
-    const bool another = value_of(point.notes, "optimizer") != value_of(now, "optimizer");
+    const std::string misfit = misfit_of(state, accumulator.optimizer());
+    if (!misfit.empty() && found.another_run.empty() && found.noted.empty()) {
+        throw Error(ErrorKind::bad_data, fmt::format("the checkpoint of step {}: {}", steps_of(state), misfit));
+    }
     std::vector<std::string> lines;
-    if (another || !misfit.empty()) {
+    if (!misfit.empty() || value_of(before, "optimizer") != value_of(now, "optimizer")) {
         begin_optimizer_anew(state);
-        lines.emplace_back("the optimizer's state is begun anew, and there is nothing to go back to yet");
+        lines.emplace_back("the optimizer starts afresh, and there is no snapshot to return to yet");
     }
-    for (const std::string& line : found.identity) lines.push_back(with_note(line, ": another run from here on"));
-    for (const std::string& line : found.cut) lines.push_back(with_note(line, ": the same batch; bits may differ"));
-    for (const std::string& line : found.others) lines.push_back(line);
+    prepare_snapshot(accumulator, StateReader(state));  // before anything is written
+    for (const std::string& line : found.another_run) lines.push_back(line + ": another run from here on");
+    for (const std::string& line : found.another_cut) lines.push_back(line + ": the same batches; bits may differ");
+    for (const std::string& line : found.noted) lines.push_back(line);
     return lines;
 }
 

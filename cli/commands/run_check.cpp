@@ -24,7 +24,7 @@ struct Steps {
     std::int64_t out_of_memory = 0;
     std::int64_t peak_bytes = 0;
     std::optional<std::int64_t> predicted_peak_bytes;
-    std::vector<double> seconds, foretold_seconds;  // of all, and of those whose time was predicted
+    std::vector<double> seconds, predicted_for;  // of all steps, and of those whose time was predicted
     std::optional<double> predicted_seconds;
 
     void add(const Steps& more) {
@@ -37,31 +37,31 @@ struct Steps {
         }
         if (!predicted_seconds) predicted_seconds = more.predicted_seconds;
         seconds.insert(seconds.end(), more.seconds.begin(), more.seconds.end());
-        foretold_seconds.insert(foretold_seconds.end(), more.foretold_seconds.begin(), more.foretold_seconds.end());
+        predicted_for.insert(predicted_for.end(), more.predicted_for.begin(), more.predicted_for.end());
     }
 
-    double median_seconds() const { return median(foretold_seconds.empty() ? seconds : foretold_seconds); }
+    double median_seconds() const { return median(predicted_for.empty() ? seconds : predicted_for); }
 };
 
-Steps steps_of(const LoggedStep& step) {
-    return {.plan = step.plan,
+Steps steps_of(const StepRecord& step) {
+    return {.plan = {step.micro_batch, step.recompute},
             .count = 1,
             .out_of_memory = step.out_of_memory,
             .peak_bytes = step.peak_bytes,
             .predicted_peak_bytes = step.predicted_peak_bytes,
-            .seconds = {step.seconds},
-            .foretold_seconds = step.predicted_seconds ? std::vector{step.seconds} : std::vector<double>{},
-            .predicted_seconds = step.predicted_seconds};
+            .seconds = {step.step_seconds},
+            .predicted_for = step.predicted_step_seconds ? std::vector{step.step_seconds} : std::vector<double>{},
+            .predicted_seconds = step.predicted_step_seconds};
 }
 
 std::vector<Steps> read_run(const std::string& folder) {
     const LoggedRun run = read_run_log(folder);
     if (run.cut) {
         throw Error(ErrorKind::bad_data,
-                    fmt::format("--run {}: metrics.jsonl line {} ends in its midst", folder, run.steps.size() + 1));
+                    fmt::format("--run {}: metrics.jsonl ends in the middle of line {}", folder, run.steps.size() + 1));
     }
     std::map<std::pair<std::int64_t, bool>, Steps> by_plan;
-    for (const LoggedStep& one : run.steps) {
+    for (const StepRecord& one : run.steps) {
         const Steps step = steps_of(one);
         const auto [found, is_new] = by_plan.try_emplace({step.plan.micro_batch, step.plan.recompute}, step);
         if (!is_new) found->second.add(step);
@@ -95,16 +95,16 @@ void print_json(const std::vector<Steps>& run) {
         row["steps"] = steps.count;
         row["micro_batch"] = steps.plan.micro_batch;
         row["recompute"] = steps.plan.recompute;
-        row["predicted_peak_bytes"] = nullptr;
-        if (steps.predicted_peak_bytes) row["predicted_peak_bytes"] = *steps.predicted_peak_bytes;
+        row["predicted_peak_bytes"] =
+            steps.predicted_peak_bytes ? nlohmann::ordered_json(*steps.predicted_peak_bytes) : nullptr;
         row["measured_peak_bytes"] = steps.peak_bytes;
-        row["predicted_step_seconds"] = nullptr;
-        if (steps.predicted_seconds) row["predicted_step_seconds"] = *steps.predicted_seconds;
+        row["predicted_step_seconds"] =
+            steps.predicted_seconds ? nlohmann::ordered_json(*steps.predicted_seconds) : nullptr;
         row["measured_step_seconds"] = steps.median_seconds();
         row["out_of_memory"] = steps.out_of_memory;
         document.push_back(row);
     }
-    fmt::print("{}\n", document.dump(2));
+    print(stdout, "{}\n", document.dump(2));
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 #include "cli/commands/child.h"
 #include "cli/commands/interrupt.h"
 #include "cli/options/config.h"
+#include "cli/print/output.h"
 #include "microbatch/analysis/curvature.h"
 #include "microbatch/analysis/gradient_variance.h"
 #include "microbatch/core/error.h"
@@ -30,7 +31,7 @@ double number_of(const nlohmann::json& value) {
 }
 
 // Intervals as the user's batch has them: a warmup of "5 steps" is as many samples for every strategy.
-Settings settings_of(const JobPlan& plan, std::int64_t samples, std::int64_t seed, const Strategy& strategy) {
+Settings settings_of(const JobPlan& plan, std::int64_t samples, std::uint64_t seed, const Strategy& strategy) {
     Settings settings = plan.settings;
     const Schedule schedule =
         schedule_of(settings, {samples, Unit::samples}, plan.data.train->tokens_per_sample(), settings.batch);
@@ -53,13 +54,13 @@ void load_weights(const std::filesystem::path& folder, const Job& job) {
 LossFunction watched(const Job& job) {
     return [&job, threads = std::make_shared<SpinThrottle>()](const Batch& micro) {
         if (interrupted()) throw Interrupted();
-        threads->look();
+        threads->poll();
         return job.loss(micro);
     };
 }
 
 void measure_variance(const JobPlan& plan, const Job& job, Strategy& strategy) {
-    Sampler sampler(plan.data.train->size(), static_cast<std::uint64_t>(plan.settings.seed) + 1);
+    Sampler sampler(plan.data.train->size(), plan.settings.seed + 1);
     strategy.variance =
         gradient_variance(
             job.parameters, variance_batches, [&] { return plan.data.train->get(sampler.next(strategy.batch)); },
@@ -69,7 +70,7 @@ void measure_variance(const JobPlan& plan, const Job& job, Strategy& strategy) {
 
 // The same samples for every strategy, in a quarter of its micro-batch: two backward passes hold more than one.
 void measure_curvature(const JobPlan& plan, const Job& job, Strategy& strategy) {
-    Sampler sampler(plan.data.train->size(), static_cast<std::uint64_t>(plan.settings.seed) + 2);
+    Sampler sampler(plan.data.train->size(), plan.settings.seed + 2);
     const Batch batch =
         plan.data.train->get(sampler.next(std::min<std::int64_t>(curvature_samples, plan.data.train->size())));
     const std::int64_t micro_batch = std::clamp<std::int64_t>(strategy.plan.micro_batch / 4, 1, batch.size());
@@ -131,36 +132,35 @@ const std::vector<double>& distances() {
     return all;
 }
 
-std::filesystem::path folder_of(const std::filesystem::path& folder, const Strategy& strategy, std::int64_t seed) {
+std::filesystem::path folder_of(const std::filesystem::path& folder, const Strategy& strategy, std::uint64_t seed) {
     std::string name = fmt::format("{}-{}", strategy.name, seed);
     std::replace(name.begin(), name.end(), ' ', '-');
     return folder / name;
 }
 
-void train_in_child(std::FILE* out, const JobPlan& plan, std::int64_t samples, std::int64_t seed,
+void train_in_child(std::FILE* out, const JobPlan& plan, std::int64_t samples, std::uint64_t seed,
                     const std::filesystem::path& folder, Strategy& strategy) {
-    fmt::print(out, "{}: batch {} in micro-batches of {}, seed {}\n", strategy.name, strategy.batch,
-               std::min(strategy.plan.micro_batch, strategy.batch), seed);
-    std::fflush(out);
+    print(out, "{}: batch {} in micro-batches of {}, seed {}\n", strategy.name, strategy.batch,
+          std::min(strategy.plan.micro_batch, strategy.batch), seed);
     const std::filesystem::path run = folder_of(folder, strategy, seed);
     const Scratch config(folder / "given");
-    RunConfig given = config_of(plan, strategy.plan, {samples, Unit::samples}, strategy.memory_bytes);
-    given.settings = settings_of(plan, samples, seed, strategy);
-    given.cut.micro_batch = std::min(given.cut.micro_batch, strategy.batch);
-    write_config(config.path, given);
+    Plan cut = strategy.plan;
+    cut.micro_batch = std::min(cut.micro_batch, strategy.batch);
+    write_config(config.path, resolved(settings_of(plan, samples, seed, strategy), cut, {samples, Unit::samples},
+                                       plan.data.train->tokens_per_sample(), strategy.memory_bytes));
     add_result(run_child({"train", "--config", (config.path / "config.toml").string(), "--run", run.string(), "--json",
                           "--quiet", "--no-checkpoints"},
                          out),
                strategy);
-    if (!strategy.failure.empty()) fmt::print(out, "{} did not finish: {}\n", strategy.name, strategy.failure);
+    if (!strategy.failure.empty()) print(out, "{} did not finish: {}\n", strategy.name, strategy.failure);
 }
 
 void measure_at_the_end(std::FILE* out, const JobPlan& plan, const std::filesystem::path& folder, const Strategy& at,
                         std::vector<Strategy>& strategies) {
     const BudgetScope lifted(no_budget);
     const Job job = make_job(plan);
-    fmt::print(out, "gradient variance over {} batches of each, curvature over {} samples\n", variance_batches,
-               curvature_samples);
+    print(out, "gradient variance over {} batches of each, curvature over {} samples\n", variance_batches,
+          curvature_samples);
     if (at.ran) load_weights(folder_of(folder, at, plan.settings.seed), job);
     for (Strategy& each : strategies) {
         if (each.ran) measure_variance(plan, job, each);

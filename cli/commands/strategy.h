@@ -38,11 +38,11 @@ const std::vector<double>& distances();
 /// Trains it in a process of its own, in folder/NAME-SEED, so that its peak is its own. Where that fails, the strategy
 /// says why.
 /// Errors: Interrupted; ErrorKind::usage if there can be no process.
-void train_in_child(std::FILE* out, const JobPlan& plan, std::int64_t samples, std::int64_t seed,
+void train_in_child(std::FILE* out, const JobPlan& plan, std::int64_t samples, std::uint64_t seed,
                     const std::filesystem::path& folder, Strategy& strategy);
 
 /// The folder of that run.
-std::filesystem::path folder_of(const std::filesystem::path& folder, const Strategy& strategy, std::int64_t seed);
+std::filesystem::path folder_of(const std::filesystem::path& folder, const Strategy& strategy, std::uint64_t seed);
 
 /// Gradient variance of every strategy, at the parameters that the first of `at` ended with; curvature and losses along
 /// a direction at those that each ended with.

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "cli/commands/outcome.h"
+#include "microbatch/run/outcome.h"
 #include "microbatch/core/units.h"
 
 namespace microbatch::cli {

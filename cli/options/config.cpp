@@ -3,70 +3,122 @@
 #include <fmt/format.h>
 
 #include <toml++/toml.h>
-#include <sstream>
+#include <algorithm>
+#include <nlohmann/json.hpp>
 
+#include "cli/options/refuse.h"
 #include "microbatch/io/file_system.h"
+#include "microbatch/io/input_file.h"
 
 namespace microbatch::cli {
+namespace {
 
-RunConfig config_of(const JobPlan& plan, const Plan& cut, Interval length, std::int64_t budget_bytes) {
-    return {plan.settings, plan.model, plan.data.train->tokens_per_sample(), cut, length, budget_bytes};
+constexpr std::uint64_t most_bytes = std::uint64_t{1} << 20U;
+
+std::string as_text(const toml::node& node, const std::string& key) {
+    if (const auto text = node.value_exact<std::string>()) return *text;
+    if (const auto whole = node.value_exact<std::int64_t>()) return fmt::format("{}", *whole);
+    if (const auto real = node.value_exact<double>()) return fmt::format("{}", *real);
+    if (const auto flag = node.value_exact<bool>()) return *flag ? "true" : "false";
+    refuse(fmt::format("the key {} must be a string, a number or a boolean", key));
 }
 
-std::string config_text(const RunConfig& config) {
-    const Settings& s = config.settings;
-    toml::table table;
-    table.insert("data", std::filesystem::absolute(s.data).string());
-    table.insert("model", config.model);
-    if (s.layers) table.insert("layers", *s.layers);
-    if (s.heads) table.insert("heads", *s.heads);
-    if (s.width) table.insert("width", *s.width);
-    if (s.length > 0) table.insert("length", s.length);
-    if (!s.norm.empty()) table.insert("norm", s.norm);
-    if (s.dropout > 0.0) table.insert("dropout", s.dropout);
-    table.insert("batch", s.batch);
-    if (!s.batch_schedule.empty()) table.insert("batch-schedule", s.batch_schedule);
-    table.insert("micro-batch", config.cut.micro_batch);
-    table.insert("recompute", config.cut.recompute ? "always" : "never");
-    table.insert("memory", fmt::format("{}B", config.budget_bytes));
-    table.insert(to_string(config.length.unit), config.length.count);
-    const Schedule schedule = schedule_of(s, config.length, config.tokens_per_sample, s.batch);
-    table.insert("optimizer", s.optimizer);
-    table.insert("lr", learning_rate_of(s));
-    if (schedule.shape != ScheduleShape::constant) table.insert("final-lr", s.final_lr.value_or(0.0));
-    // A batch that changes has the first as its reference; written, the rule holds for other commands, too.
-    const bool grows = !s.batch_schedule.empty();
-    if (s.reference_batch || grows) {
-        table.insert("lr-rule", to_string(rate_rule_of(s)));
-        table.insert("reference-batch", s.reference_batch.value_or(s.batch));
-    }
-    table.insert("schedule", s.schedule);
-    table.insert("warmup", s.warmup);
-    if (schedule.shape == ScheduleShape::wsd) table.insert("decay", to_string(schedule.decay));
-    if (schedule.shape == ScheduleShape::polynomial) table.insert("power", schedule.power);
-    table.insert("clip", s.clip);
-    table.insert("weight-decay", weight_decay_of(s));
-    if (s.optimizer == "sgd") {
-        table.insert("momentum", momentum_of(s));
-        table.insert("nesterov", s.nesterov);
-    }
-    table.insert("seed", s.seed);
-    if (s.threads > 0) table.insert("threads", s.threads);
-    table.insert("no-verify", s.no_verify);
-    table.insert("no-guard", s.no_guard);
-    table.insert("restores", s.restores);
-    table.insert("noise-every", s.noise_every);
-    table.insert("checkpoint-every", s.checkpoint_every);
-    table.insert("keep", s.keep);
-    if (!s.keep_every.empty()) table.insert("keep-every", s.keep_every);
-    table.insert("no-checkpoints", s.no_checkpoints);
-    std::ostringstream text;
-    text << table << '\n';
-    return text.str();
+// A number stands bare, unless it is beyond TOML's integers.
+std::string as_toml(const Option& option, const std::string& text) {
+    const bool too_long = text.size() > 18 && text.find_first_not_of("0123456789") == std::string::npos;
+    if (!option.is_text() && !too_long) return text;
+    // A JSON string is a TOML string, too.
+    return nlohmann::json(text).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
 }
 
-void write_config(const std::filesystem::path& folder, const RunConfig& config) {
-    write_whole(folder / "config.toml", config_text(config));
+void apply_key(Arguments& arguments, const std::string& key, const toml::node& node) {
+    const Option* option = find_option(key, arguments.command);
+    if (key == "config" || (option == nullptr && find_option(key) == nullptr)) {
+        const std::string near = did_you_mean(key, names_of(arguments.command));
+        refuse(fmt::format("the key '{}' does not exist{}", key, near.empty() ? "; --help lists those that do" : near));
+    }
+    if (option == nullptr || arguments.has(key)) return;
+    if (option->is_switch() && !node.is_boolean()) refuse(fmt::format("the key {} must be true or false", key));
+    if (option->is_text() && !node.is_string()) refuse(fmt::format("the key {} must be a string", key));
+    arguments.set(*option, as_text(node, key));
+}
+
+toml::table parse(const std::string& text, const std::string& source, ErrorKind kind) {
+    try {
+        return toml::parse(text, source);
+    } catch (const toml::parse_error& error) {
+        throw Error(kind, fmt::format("{} line {}: {}", source, error.source().begin.line, error.description()));
+    }
+}
+
+bool has_length(const Arguments& arguments) {
+    return std::any_of(options().begin(), options().end(), [&](const Option& option) {
+        return option.group == length_group && arguments.has(option.name);
+    });
+}
+
+}  // namespace
+
+std::string config_text(const Settings& settings) {
+    std::string result;
+    for (const Option& option : options()) {
+        const std::string text = text_of(option, settings);
+        if (option.traits.at_resume == AtResume::not_recorded || text.empty() || !applies(option, settings)) continue;
+        result += fmt::format("{} = {}\n", option.name, as_toml(option, text));
+    }
+    return result;
+}
+
+void write_config(const std::filesystem::path& folder, const Settings& settings) {
+    write_whole(folder / "config.toml", config_text(settings));
+}
+
+void apply_config_file(Arguments& arguments) {
+    const std::string& file = arguments.settings.config;
+    if (file.empty()) return;
+    const std::string text = [&file] {
+        try {
+            return InputFile(file).read_all(most_bytes);
+        } catch (const Error& error) {
+            refuse(fmt::format("--config: {} is missing or cannot be read: {}", file, error.what()));
+        }
+    }();
+    apply_config(arguments, text, file);
+}
+
+void apply_config(Arguments& arguments, const std::string& text, const std::string& source,
+                  const std::set<std::string>& without) {
+    // A length on the command line overrides a length of another unit in the file.
+    const bool length_is_given = has_length(arguments);
+    for (const auto& [key, node] : parse(text, source, ErrorKind::usage)) {
+        const std::string name(key.str());
+        const Option* option = find_option(name);
+        if (without.contains(name)) continue;
+        if (option != nullptr && option->group == length_group && length_is_given) continue;
+        try {
+            apply_key(arguments, name, node);
+        } catch (const Error& error) {
+            refuse(fmt::format("{} line {}: {}", source, node.source().begin.line, error.what()));
+        }
+    }
+}
+
+Values config_values(const std::string& text, const std::string& source) {
+    Values values;
+    for (const auto& [key, node] : parse(text, source, ErrorKind::bad_data)) {
+        try {
+            values.emplace(key.str(), as_text(node, std::string(key.str())));
+        } catch (const Error& error) {
+            throw Error(ErrorKind::bad_data, fmt::format("{}: {}", source, error.what()));
+        }
+    }
+    return values;
+}
+
+Values read_config(const std::filesystem::path& folder) {
+    const std::filesystem::path file = folder / "config.toml";
+    if (!std::filesystem::exists(file)) return {};
+    return config_values(InputFile(file).read_all(most_bytes), file.string());
 }
 
 }  // namespace microbatch::cli

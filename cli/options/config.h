@@ -1,30 +1,33 @@
 #pragma once
 
-#include <cstdint>
 #include <filesystem>
+#include <set>
 #include <string>
 
-#include "cli/commands/job.h"
-#include "cli/options/settings.h"
+#include "cli/options/options.h"
 
 namespace microbatch::cli {
 
-/// A run as it was resolved.
-struct RunConfig {
-    Settings settings;
-    std::string model;
-    std::int64_t tokens_per_sample = 1;
-    Plan cut;
-    Interval length;
-    std::int64_t budget_bytes = 0;
-};
+/// What config.toml holds: `--config` with it gives the same run again. Requires: resolved() settings.
+std::string config_text(const Settings& settings);
 
-RunConfig config_of(const JobPlan& plan, const Plan& cut, Interval length, std::int64_t budget_bytes);
+/// Writes config.toml. Errors: as write_whole().
+void write_config(const std::filesystem::path& folder, const Settings& settings);
 
-/// What config.toml holds: `--config` with it gives the same run again.
-std::string config_text(const RunConfig& config);
+/// Fills what the flags left open from the --config, a TOML file of up to 1 MiB. A key is an option's name; keys of
+/// other commands are ignored. Without a --config nothing changes.
+/// Errors: ErrorKind::usage if the file cannot be read or parsed, or a key is not an option of any command: the message
+///         names the nearest one that is.
+void apply_config_file(Arguments& arguments);
 
-/// Writes config.toml. Errors: ErrorKind::usage if it cannot be written.
-void write_config(const std::filesystem::path& folder, const RunConfig& config);
+/// Does the same with a text that comes from `source`, except for some keys.
+void apply_config(Arguments& arguments, const std::string& text, const std::string& source,
+                  const std::set<std::string>& without = {});
+
+/// The keys of such a text with their values. Errors: ErrorKind::bad_data if it is not one.
+Values config_values(const std::string& text, const std::string& source);
+
+/// The same of a run's config.toml; empty if there is none.
+Values read_config(const std::filesystem::path& folder);
 
 }  // namespace microbatch::cli

@@ -3,9 +3,9 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <cmath>
-#include <vector>
+#include <filesystem>
 
+#include "cli/options/options.h"
 #include "cli/options/refuse.h"
 #include "microbatch/core/error.h"
 #include "microbatch/memory/machine.h"
@@ -13,34 +13,8 @@
 namespace microbatch::cli {
 namespace {
 
-void require(bool holds, const char* flag, const auto& value, const char* allowed) {
-    if (!holds) refuse(fmt::format("{} is {}; it must be {}", flag, value, allowed));
-}
-
-const std::string& length_text(const Settings& settings, Unit unit) {
-    if (unit == Unit::steps) return settings.steps;
-    return unit == Unit::samples ? settings.samples : settings.tokens;
-}
-
-void validate_optimizer(const Settings& settings) {
-    require(settings.optimizer == "adamw" || settings.optimizer == "sgd", "--optimizer", settings.optimizer,
-            "adamw or sgd");
-    if (settings.optimizer == "adamw" && settings.nesterov) {
-        refuse("--nesterov contradicts --optimizer adamw: it is a setting of sgd");
-    }
-    if (settings.optimizer == "adamw" && settings.momentum) {
-        refuse("--momentum contradicts --optimizer adamw: it is a setting of sgd");
-    }
-    if (settings.nesterov && momentum_of(settings) == 0.0) refuse("--nesterov contradicts --momentum 0");
-    if (settings.lr)
-        require(std::isfinite(*settings.lr) && *settings.lr >= 0.0, "--lr", *settings.lr, "finite and 0 or more");
-    require(settings.clip > 0.0, "--clip", settings.clip, "above 0 (inf: no clipping)");
-    if (settings.weight_decay) {
-        require(std::isfinite(*settings.weight_decay) && *settings.weight_decay >= 0.0, "--weight-decay",
-                *settings.weight_decay, "finite and 0 or more");
-    }
-    const double momentum = momentum_of(settings);
-    require(momentum >= 0.0 && momentum < 1.0, "--momentum", momentum, "from 0 to below 1");
+const OptimizerDefaults& defaults_of(const Settings& settings) {
+    return settings.optimizer == "sgd" ? sgd_defaults : adamw_defaults;
 }
 
 bool is_seesaw(const Settings& settings) {
@@ -71,14 +45,29 @@ void validate_batch_schedule(const Settings& settings) {
 }
 
 void validate_rate_rule(const Settings& settings) {
-    if (settings.reference_batch) {
-        require(*settings.reference_batch >= 1, "--reference-batch", *settings.reference_batch, "at least 1");
-    } else if (settings.batch_schedule.empty() && rate_rule_of(settings) != RateRule::none) {
+    if (!settings.reference_batch && settings.batch_schedule.empty() && rate_rule_of(settings) != RateRule::none) {
         refuse(fmt::format(
-            "--lr-rule {} has nothing to start from; say with --reference-batch for which batch --lr is right",
+            "--lr-rule {} has nothing to start from: say with --reference-batch for which batch --lr is tuned",
             settings.lr_rule));
     }
     constants_of(settings, settings.batch);
+}
+
+void validate_micro_batch(const Settings& settings) {
+    if (!settings.micro_batch) return;
+    const std::int64_t size = *settings.micro_batch;
+    if (!settings.batch_schedule.empty() && !is_seesaw(settings)) {
+        const std::int64_t smallest = smallest_batch(parse_batch_schedule(settings.batch_schedule));
+        if (size > smallest) {
+            refuse(
+                fmt::format("--batch-schedule \"{}\" goes down to {} samples, below --micro-batch {}: choose a smaller "
+                            "--micro-batch",
+                            settings.batch_schedule, smallest, size));
+        }
+    }
+    if (size > settings.batch) {
+        refuse(fmt::format("--micro-batch {} is larger than --batch {}: choose a smaller one", size, settings.batch));
+    }
 }
 
 }  // namespace
@@ -91,43 +80,24 @@ void resolve_batch(Settings& settings, bool batch_given) {
     if (batch_given && settings.batch != first) {
         refuse(fmt::format("--batch {} contradicts --batch-schedule, which begins with {}", settings.batch, first));
     }
-    settings.batch = first;
+    read(*find_option("batch"), fmt::format("{}", first), settings);
 }
 
 std::int64_t memory_budget_of(const Settings& settings) {
-    if (!settings.memory) return available_memory_bytes() / 5 * 4;
-    return read_flag("--memory", [&] { return parse_bytes(*settings.memory); });
-}
-
-std::optional<std::int64_t> micro_batch_of(const Settings& settings) {
-    if (settings.micro_batch == "auto") return std::nullopt;
-    const std::int64_t size = read_flag("--micro-batch", [&] { return parse_count(settings.micro_batch); });
-    require(size >= 1, "--micro-batch", size, "at least 1, or auto");
-    if (!settings.batch_schedule.empty() && !is_seesaw(settings)) {
-        const std::int64_t smallest = smallest_batch(parse_batch_schedule(settings.batch_schedule));
-        if (size > smallest) {
-            refuse(
-                fmt::format("--batch-schedule \"{}\" goes down to {} samples, below --micro-batch {}: a batch is cut "
-                            "into micro-batches",
-                            settings.batch_schedule, smallest, size));
-        }
-    }
-    if (size > settings.batch) {
-        refuse(fmt::format("--micro-batch {} is larger than --batch {}: a batch is cut into micro-batches", size,
-                           settings.batch));
-    }
-    return size;
+    if (settings.memory.empty()) return available_memory_bytes() / 5 * 4;
+    return read_flag("--memory", [&] { return parse_bytes(settings.memory); });
 }
 
 Interval length_of(const Settings& settings, Interval fallback) {
     std::optional<Interval> found;
-    for (const Unit unit : {Unit::steps, Unit::samples, Unit::tokens}) {
-        const std::string& text = length_text(settings, unit);
-        if (text.empty()) continue;
-        const std::string flag = fmt::format("--{}", to_string(unit));
-        if (found) refuse(fmt::format("{} contradicts --{}: say once how long", flag, to_string(found->unit)));
-        found = Interval{read_flag(flag.c_str(), [&] { return parse_count(text); }), unit};
-        require(found->count > 0, flag.c_str(), found->count, "above 0");
+    for (const Interval& each :
+         {Interval{settings.steps.value_or(0), Unit::steps}, Interval{settings.samples.value_or(0), Unit::samples},
+          Interval{settings.tokens.value_or(0), Unit::tokens}}) {
+        if (each.count == 0) continue;
+        if (found) {
+            refuse(fmt::format("--{} contradicts --{}: give one length", to_string(each.unit), to_string(found->unit)));
+        }
+        found = each;
     }
     return found.value_or(fallback);
 }
@@ -150,19 +120,11 @@ Schedule schedule_of(const Settings& settings, Interval length, std::int64_t tok
     const double reference = learning_rate_of(settings);
     schedule.peak = constants_of(settings, batch).learning_rate;
     schedule.floor = settings.final_lr.value_or(0.0) * (reference > 0.0 ? schedule.peak / reference : 1.0);
-    if (settings.final_lr && schedule.shape == ScheduleShape::constant) {
-        refuse("--final-lr contradicts --schedule constant: its rate does not change");
-    }
-    if (settings.power && schedule.shape != ScheduleShape::polynomial) {
-        refuse(fmt::format("--power contradicts --schedule {}: it is a setting of polynomial", settings.schedule));
-    }
     schedule.warmup = in_lengths_unit("--warmup", settings.warmup);
     schedule.length = length;
     if (schedule.shape == ScheduleShape::wsd) {
         schedule.decay = settings.decay.empty() ? Interval{std::max<std::int64_t>(1, length.count / 5), length.unit}
                                                 : in_lengths_unit("--decay", settings.decay);
-    } else if (!settings.decay.empty()) {
-        refuse(fmt::format("--decay contradicts --schedule {}: it is a setting of wsd", settings.schedule));
     }
     schedule.power = settings.power.value_or(schedule.power);
     read_flag("--schedule", [&] {
@@ -201,34 +163,52 @@ RateConstants constants_of(const Settings& settings, std::int64_t batch) {
 }
 
 double momentum_of(const Settings& settings) {
-    return settings.momentum.value_or(0.9);
+    return settings.momentum.value_or(default_momentum);
 }
 
 double learning_rate_of(const Settings& settings) {
-    return settings.lr.value_or(settings.optimizer == "sgd" ? 0.05 : 1e-3);
+    return settings.lr.value_or(defaults_of(settings).lr);
 }
 
 double weight_decay_of(const Settings& settings) {
-    return settings.weight_decay.value_or(settings.optimizer == "sgd" ? 5e-4 : 0.1);
+    return settings.weight_decay.value_or(defaults_of(settings).weight_decay);
 }
 
 void validate(const Settings& settings) {
     if (settings.data.empty()) refuse("--data is missing: name a text file, a .bin of tokens or a folder with images");
-    constexpr std::int64_t largest_batch = std::int64_t{1} << 31;
-    require(settings.batch >= 1 && settings.batch <= largest_batch, "--batch", settings.batch, "from 1 to 2^31");
-    require(settings.threads <= 1024, "--threads", settings.threads, "from 1 to 1024");
-    require(settings.dropout >= 0.0 && settings.dropout < 1.0, "--dropout", settings.dropout, "from 0 to below 1");
-    if (!settings.norm.empty()) {
-        require(settings.norm == "batch" || settings.norm == "group", "--norm", settings.norm, "batch or group");
-    }
-    validate_optimizer(settings);
+    require_options_apply(settings);
+    if (settings.nesterov && momentum_of(settings) == 0.0) refuse("--nesterov contradicts --momentum 0");
     validate_rate_rule(settings);
     validate_batch_schedule(settings);
-    micro_batch_of(settings);
-    if (settings.recompute != "auto" && settings.recompute != "never" && settings.recompute != "always") {
-        refuse(fmt::format("--recompute {}: choose auto, never or always", settings.recompute));
-    }
+    validate_micro_batch(settings);
     memory_budget_of(settings);
+}
+
+Settings resolved(Settings settings, const Plan& cut, Interval length, std::int64_t tokens_per_sample,
+                  std::int64_t budget_bytes) {
+    const Schedule schedule = schedule_of(settings, length, tokens_per_sample, settings.batch);
+    const bool follows_batch = settings.reference_batch || !settings.batch_schedule.empty();
+    // A batch that changes starts from its first; written down, the rule holds for other commands too.
+    const std::int64_t reference = settings.reference_batch.value_or(settings.batch);
+    settings.lr_rule = follows_batch ? to_string(rate_rule_of(settings)) : "";
+    if (follows_batch) settings.reference_batch = reference;
+    settings.data = std::filesystem::absolute(settings.data).string();
+    settings.micro_batch = cut.micro_batch;
+    settings.recompute = cut.recompute ? "always" : "never";
+    settings.memory = fmt::format("{}B", budget_bytes);
+    settings.steps = settings.samples = settings.tokens = std::nullopt;
+    auto& count = length.unit == Unit::steps     ? settings.steps
+                  : length.unit == Unit::samples ? settings.samples
+                                                 : settings.tokens;
+    count = length.count;
+    settings.lr = learning_rate_of(settings);
+    settings.final_lr = settings.final_lr.value_or(0.0);
+    settings.weight_decay = weight_decay_of(settings);
+    settings.momentum = momentum_of(settings);
+    settings.decay = to_string(schedule.decay);
+    settings.power = schedule.power;
+    if (settings.dropout == 0.0) settings.dropout.reset();
+    return settings;
 }
 
 }  // namespace microbatch::cli

@@ -4,6 +4,7 @@
 #include <optional>
 #include <string>
 
+#include "microbatch/core/batch_plan.h"
 #include "microbatch/core/batch_schedule.h"
 #include "microbatch/core/learning_rate.h"
 #include "microbatch/core/schedule.h"
@@ -11,68 +12,70 @@
 
 namespace microbatch::cli {
 
-/// What the flags say, as they were written. The names are the flags' own.
+/// What the options say. A field has the name of its option; its initializer is the default, which --help shows too.
 struct Settings {
-    std::string model, data;
-    std::optional<std::int64_t> layers, heads, width;
-    std::int64_t length = 0;  ///< tokens a sample; 0: the model's own
+    std::string data, model;                                   ///< no model: by the data
+    std::optional<std::int64_t> layers, heads, width, length;  ///< none: the model's own
     std::string norm;
-    double dropout = 0.0;
+    std::optional<double> dropout;
 
     std::int64_t batch = 64;
-    std::string batch_schedule;  ///< empty: the batch stays
-    std::string micro_batch = "auto";
+    std::string batch_schedule;               ///< empty: the batch is constant
+    std::optional<std::int64_t> micro_batch;  ///< none: auto
     std::string recompute = "auto";
-    std::optional<std::string> memory;
-    std::string steps, samples, tokens;
+    std::string memory;  ///< empty: four fifths of the free memory
 
     std::string optimizer = "adamw";
-    std::optional<double> lr;
-    std::optional<double> final_lr;
-    std::string lr_rule;  ///< empty: what goes with the optimizer, where there is a reference batch
+    std::optional<double> lr, final_lr;
+    std::string lr_rule;  ///< empty: the optimizer's usual rule, where there is a reference batch
     std::optional<std::int64_t> reference_batch;
-    std::string schedule = "cosine";
-    std::string warmup = "0 steps";
-    std::string decay;
-    std::optional<double> power;
     double clip = 1.0;
-    std::optional<double> weight_decay;
-    std::optional<double> momentum;
+    std::optional<double> weight_decay, momentum;
     bool nesterov = false;
+    std::string schedule = "cosine", warmup = "0 steps", decay;
+    std::optional<double> power;
 
-    std::int64_t seed = 1;
-    std::int64_t threads = 0;  ///< 0: torch's own choice
-    bool no_verify = false;
+    std::optional<std::int64_t> steps, samples, tokens;  ///< at most one of them
+
     bool no_guard = false;
     std::int64_t restores = 3;
     std::int64_t noise_every = 20;  ///< steps; 0: never
-    std::string checkpoint_every = "100 steps";
+
+    std::string checkpoint_every = "100 steps", keep_every;
     std::int64_t keep = 3;
-    std::string keep_every;  ///< empty: none
-    bool no_checkpoints = false;
-    bool resume = false;
-    bool resume_changed = false;
+    bool no_checkpoints = false, resume = false, resume_changed = false;
+
     std::string run, config;
-    bool json = false;
-    bool quiet = false;
+    std::string batches;  ///< of compare; empty: small, accumulated, native
+    std::int64_t seeds = 2;
+    std::uint64_t seed = 1;
+    std::optional<std::int64_t> threads;  ///< none: torch's own choice
+    bool check = false, no_verify = false, quiet = false, json = false;
 };
 
-/// The --batch is that of the schedule's first stage.
-/// Errors: ErrorKind::usage if the command line had a --batch that differs, or the schedule cannot be read.
+/// What --lr and --weight-decay are without the flags.
+struct OptimizerDefaults {
+    double lr, weight_decay;
+};
+inline constexpr OptimizerDefaults adamw_defaults{.lr = 1e-3, .weight_decay = 0.1};
+inline constexpr OptimizerDefaults sgd_defaults{.lr = 0.05, .weight_decay = 5e-4};
+inline constexpr double default_momentum = 0.9;
+
+/// How long `train` and `advise` run without a length.
+inline constexpr Interval default_length{100, Unit::steps};
+
+/// Sets --batch to the first batch of the --batch-schedule.
+/// Errors: ErrorKind::usage if the command line has a --batch that differs, or the schedule cannot be read.
 void resolve_batch(Settings& settings, bool batch_given);
 
 /// The --memory budget in bytes; without the flag four fifths of what the machine has available now.
 std::int64_t memory_budget_of(const Settings& settings);
 
-/// The --micro-batch, or none for auto. Errors: ErrorKind::usage unless it is from 1 to the batch.
-std::optional<std::int64_t> micro_batch_of(const Settings& settings);
-
-/// How long to train; `fallback` if no flag says.
-/// Errors: ErrorKind::usage if more than one of --steps, --samples and --tokens is given, or it is not above 0.
+/// Without a length flag: `fallback`. Errors: ErrorKind::usage if more than one of the flags is given.
 Interval length_of(const Settings& settings, Interval fallback);
 
-/// The schedule over `length` for steps of `batch` samples: intervals in length's unit, a step of theirs being one of
-/// the --batch; rates by the --lr-rule.
+/// The schedule over `length` for steps of `batch` samples. Its intervals have length's unit; a step in them is one of
+/// --batch samples; rates follow the --lr-rule.
 /// Errors: ErrorKind::usage, naming the flag.
 Schedule schedule_of(const Settings& settings, Interval length, std::int64_t tokens_per_sample, std::int64_t batch);
 
@@ -80,8 +83,8 @@ Schedule schedule_of(const Settings& settings, Interval length, std::int64_t tok
 /// Errors: ErrorKind::usage, naming the flag.
 BatchSchedule batches_of(const Settings& settings, Interval length, std::int64_t tokens_per_sample);
 
-/// The --lr-rule, or the optimizer's usual one where there is a --reference-batch or the batch changes: sqrt for adamw,
-/// linear for sgd.
+/// The --lr-rule; without it, where there is a --reference-batch or the batch changes, sqrt for adamw and linear for
+/// sgd.
 RateRule rate_rule_of(const Settings& settings);
 
 /// The optimizer's constants before the rule, and by the rule for steps of `batch` samples.
@@ -89,12 +92,17 @@ RateRule rate_rule_of(const Settings& settings);
 RateConstants constants_of(const Settings& settings);
 RateConstants constants_of(const Settings& settings, std::int64_t batch);
 
-/// The --momentum, --lr and --weight-decay, or what the optimizer starts from without them.
+/// The --momentum, --lr and --weight-decay, or the optimizer's defaults.
 double momentum_of(const Settings& settings);
 double learning_rate_of(const Settings& settings);
 double weight_decay_of(const Settings& settings);
 
-/// Throws ErrorKind::usage for flags that are out of range or contradict each other.
+/// Throws ErrorKind::usage for options that contradict each other. Each alone is in its range: see read().
 void validate(const Settings& settings);
+
+/// The settings of a run with everything decided: what config.toml holds.
+/// Requires: settings.model is known.
+Settings resolved(Settings settings, const Plan& cut, Interval length, std::int64_t tokens_per_sample,
+                  std::int64_t budget_bytes);
 
 }  // namespace microbatch::cli

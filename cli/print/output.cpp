@@ -1,17 +1,31 @@
 #include "cli/print/output.h"
 
-#include <fmt/format.h>
+#include <fcntl.h>
 #include <sys/ioctl.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
+#include <csignal>
 #include <cstdlib>
 #include <string_view>
 
 #include "microbatch/core/units.h"
 
 namespace microbatch::cli {
+
+void prepare_output() {
+    std::signal(SIGPIPE, SIG_IGN);
+    // A file that is opened gets the lowest free descriptor.
+    int opened = 0;
+    while (opened >= 0 && opened <= STDERR_FILENO) opened = ::open("/dev/null", O_RDWR);
+    if (opened >= 0) ::close(opened);
+}
+
+void write(std::FILE* stream, std::string_view text) {
+    std::fwrite(text.data(), 1, text.size(), stream);
+    std::fflush(stream);
+}
 
 void print_table(std::FILE* stream, const std::vector<std::vector<std::string>>& rows) {
     std::vector<std::size_t> widths;
@@ -25,7 +39,7 @@ void print_table(std::FILE* stream, const std::vector<std::vector<std::string>>&
             line += i == 0 ? fmt::format("{:<{}}", row[i], widths[i]) : fmt::format("  {:>{}}", row[i], widths[i]);
         }
         line.erase(line.find_last_not_of(' ') + 1);
-        fmt::print(stream, "{}\n", line);
+        print(stream, "{}\n", line);
     }
 }
 
@@ -49,21 +63,24 @@ std::size_t terminal_columns(std::FILE* stream) {
     return size.ws_col;
 }
 
+std::vector<std::pair<std::string, std::int64_t>> named(const MemoryParts& parts) {
+    return {{"parameters", parts.parameters},
+            {"gradients", parts.gradients},
+            {"optimizer state", parts.optimizer_state},
+            {"activations", parts.activations},
+            {"other", parts.other}};
+}
+
 std::string describe_parts(const MemoryParts& parts) {
-    return fmt::format("parameters {}, gradients {}, optimizer state {}, activations {}, other {}",
-                       format_bytes(parts.parameters), format_bytes(parts.gradients),
-                       format_bytes(parts.optimizer_state), format_bytes(parts.activations), format_bytes(parts.other));
+    std::string text;
+    for (const auto& [name, bytes] : named(parts)) {
+        text += fmt::format("{}{} {}", text.empty() ? "" : ", ", name, format_bytes(bytes));
+    }
+    return text;
 }
 
 std::string percent_off(double predicted, double measured) {
     return fmt::format("{:+.1f} %", 100.0 * (predicted / measured - 1.0));
-}
-
-double median(std::vector<double> values) {
-    if (values.empty()) return 0.0;
-    const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
-    std::nth_element(values.begin(), middle, values.end());
-    return *middle;
 }
 
 }  // namespace microbatch::cli

@@ -1,13 +1,32 @@
 #pragma once
 
+#include <fmt/format.h>
+
 #include <cstdint>
 #include <cstdio>
 #include <string>
+#include <string_view>
+#include <utility>
 #include <vector>
 
+#include "microbatch/core/median.h"
 #include "microbatch/core/plan_report.h"
 
 namespace microbatch::cli {
+
+/// Prepares stdout and stderr: a reader that goes away ends nothing, and a closed stream becomes /dev/null, so that no
+/// file of the run takes its place.
+void prepare_output();
+
+/// Writes to stdout or stderr at once. A failure (disk full, reader gone) is ignored: output never decides how a
+/// command ends.
+void write(std::FILE* stream, std::string_view text);
+
+/// Formats and writes; the only way in which the command prints.
+template <class... Args>
+void print(std::FILE* stream, fmt::format_string<Args...> format, Args&&... args) {
+    write(stream, fmt::format(format, std::forward<Args>(args)...));
+}
 
 /// Prints rows in aligned columns; the first row is the heading, the first column goes left and the others right.
 void print_table(std::FILE* stream, const std::vector<std::vector<std::string>>& rows);
@@ -21,13 +40,13 @@ bool is_terminal(std::FILE* stream);
 /// How wide it is; 100 where that is not known.
 std::size_t terminal_columns(std::FILE* stream);
 
+/// Each part's name and bytes.
+std::vector<std::pair<std::string, std::int64_t>> named(const MemoryParts& parts);
+
 /// "parameters 3.18 MiB, gradients 3.18 MiB, optimizer state 6.37 MiB, activations 36.1 MiB, other 64 KiB".
 std::string describe_parts(const MemoryParts& parts);
 
 /// How far a prediction is off, of what was measured: "+1.5 %".
 std::string percent_off(double predicted, double measured);
-
-/// Requires: at least one value.
-double median(std::vector<double> values);
 
 }  // namespace microbatch::cli

@@ -57,13 +57,12 @@ void ProgressLine::update(const TrainerReport& report, std::int64_t peak_bytes) 
 }
 
 void ProgressLine::note(const std::string& text) {
-    fmt::print(stream_, "{}{}\n", terminal_ && drawn_once_ ? "\r\x1b[K" : "", text);
-    std::fflush(stream_);
+    print(stream_, "{}{}\n", terminal_ && drawn_once_ ? "\r\x1b[K" : "", text);
 }
 
 void ProgressLine::finish() {
     if (pending_) draw(line());
-    if (terminal_ && drawn_once_) fmt::print(stream_, "\n");
+    if (terminal_ && drawn_once_) print(stream_, "\n");
     drawn_once_ = false;
 }
 
@@ -88,11 +87,10 @@ void ProgressLine::draw(const std::string& line) {
     drawn_once_ = true;
     if (terminal_) {
         // Cut to the window: a line that wraps could not be drawn over.
-        fmt::print(stream_, "\r{}\x1b[K", line.substr(0, terminal_columns(stream_) - 1));
+        print(stream_, "\r{}\x1b[K", line.substr(0, terminal_columns(stream_) - 1));
     } else {
-        fmt::print(stream_, "{}\n", line);
+        print(stream_, "{}\n", line);
     }
-    std::fflush(stream_);
 }
 
 }  // namespace microbatch::cli

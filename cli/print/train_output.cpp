@@ -7,7 +7,7 @@
 #include <cmath>
 #include <nlohmann/json.hpp>
 
-#include "cli/commands/checkpoints.h"
+#include "cli/options/checkpoints.h"
 #include "cli/commands/plan_job.h"
 #include "cli/print/output.h"
 #include "microbatch/core/error.h"
@@ -18,20 +18,20 @@ namespace microbatch::cli {
 namespace {
 
 void print_batch_schedule(std::FILE* out, const JobPlan& plan) {
-    if (plan.batches.size() > 1) fmt::print(out, "batches   {}\n", to_string(plan.batches));
+    if (plan.batches.size() > 1) print(out, "batches   {}\n", to_string(plan.batches));
 }
 
 void print_rate_rule(std::FILE* out, const Settings& settings) {
     const RateRule rule = rate_rule_of(settings);
     if (!settings.reference_batch) {
         if (!settings.batch_schedule.empty())
-            fmt::print(out, "rule      the rate follows the batch by {}\n", to_string(rule));
+            print(out, "rule      the rate follows the batch by {}\n", to_string(rule));
         return;
     }
     if (rule == RateRule::none) return;
-    fmt::print(out, "rule      {}\n",
-               describe_scaling(constants_of(settings), constants_of(settings, settings.batch), rule,
-                                *settings.reference_batch, settings.batch));
+    print(out, "rule      {}\n",
+          describe_scaling(constants_of(settings), constants_of(settings, settings.batch), rule,
+                           *settings.reference_batch, settings.batch));
 }
 
 double speed(const Outcome& outcome) {
@@ -58,23 +58,23 @@ std::string describe_divergence(const Outcome& outcome, const Settings& settings
 void print_header(std::FILE* out, const JobPlan& plan, const PlanReport& report, const Watch& watch, Interval length,
                   const std::filesystem::path& folder) {
     const Candidate& chosen = report.choice();
-    fmt::print(out, "model     {}\n", plan.model_description);
-    fmt::print(out, "data      {}\n", plan.data.description);
+    print(out, "model     {}\n", plan.model_description);
+    print(out, "data      {}\n", plan.data.description);
     const std::string batch = plan.batches.size() == 1 ? fmt::format("{} samples per step", plan.settings.batch)
                                                        : fmt::format("{} samples per step at first, {} at most",
                                                                      plan.settings.batch, plan.batch);
-    fmt::print(out, "batch     {}, {} ({})\n", batch, describe_cut(chosen), report.why);
-    fmt::print(out, "memory    budget {}, predicted peak {}: {}\n", format_bytes(report.budget_bytes),
-               format_bytes(chosen.peak_bytes()), describe_parts(parts_of(report, chosen)));
-    fmt::print(out, "optimizer {}, learning rate {:g}, schedule {}, {}, clip {:g}\n", plan.settings.optimizer,
-               constants_of(plan.settings, plan.settings.batch).learning_rate, plan.settings.schedule,
-               to_string(length), plan.settings.clip);
+    print(out, "batch     {}, {} ({})\n", batch, describe_cut(chosen), report.why);
+    print(out, "memory    budget {}, predicted peak {}: {}\n", format_bytes(report.budget_bytes),
+          format_bytes(chosen.peak_bytes()), describe_parts(parts_of(report, chosen)));
+    print(out, "optimizer {}, learning rate {:g}, schedule {}, {}, clip {:g}\n", plan.settings.optimizer,
+          constants_of(plan.settings, plan.settings.batch).learning_rate, plan.settings.schedule, to_string(length),
+          plan.settings.clip);
     print_batch_schedule(out, plan);
     print_rate_rule(out, plan.settings);
-    fmt::print(out, "guard     {}\n", watch.guard_line);
-    fmt::print(out, "noise     {}\n", watch.noise_line);
-    fmt::print(out, "saved     {}\n", describe_checkpoints(plan.settings));
-    fmt::print(out, "run       {}, seed {}, {} threads\n", folder.string(), plan.settings.seed, at::get_num_threads());
+    print(out, "guard     {}\n", watch.guard_line);
+    print(out, "noise     {}\n", watch.noise_line);
+    print(out, "saved     {}\n", describe_checkpoints(plan.settings));
+    print(out, "run       {}, seed {}, {} threads\n", folder.string(), plan.settings.seed, at::get_num_threads());
 }
 
 void note_out_of_memory(ProgressLine& progress, const TrainerReport& report) {
@@ -92,11 +92,11 @@ void note_refusal(ProgressLine& progress, const TrainerReport& report) {
 void note_going_back(ProgressLine& progress, const TrainerReport& report, const RecoveryOptions& recovery,
                      std::int64_t times) {
     if (!report.went_back_to) return;
-    const double before = std::pow(recovery.cut, static_cast<double>(times - 1));
+    const double before = std::pow(recovery.rate_factor, static_cast<double>(times - 1));
     progress.note(fmt::format(
         "step {}: diverged; back to the weights of step {}; the learning rate goes on at {:g} times the "
         "schedule's and comes back to {:g} times within {} steps; the data since then is left out",
-        report.progress.steps, *report.went_back_to, before * recovery.cut, before, recovery.warmup + recovery.mend));
+        report.progress.steps, *report.went_back_to, before * recovery.rate_factor, before, recovery.warmup + recovery.rate_recovery));
 }
 
 void print_summary(std::FILE* out, const JobPlan& plan, const PlanReport& report, const Watch& watch,
@@ -104,53 +104,50 @@ void print_summary(std::FILE* out, const JobPlan& plan, const PlanReport& report
     const Progress& progress = outcome.last.progress;
     const Candidate& chosen = report.choice();
     const std::int64_t predicted = std::max(outcome.predicted_peak_bytes, chosen.peak_bytes());
-    fmt::print(out, "{}{} steps, {} samples in {}: {} {}/s\n",
-               outcome.interrupted || outcome.diverged() ? "stopped   " : "done      ", format_count(progress.steps),
-               format_count(progress.samples), clock_time(outcome.seconds), format_count(std::llround(speed(outcome))),
-               speed_unit(plan));
-    fmt::print(out, "loss      {:.4f} at the first step, {:.4f} at the last", outcome.first_loss,
-               outcome.last.step.loss);
-    fmt::print(out, "{}\n", outcome.held_out ? fmt::format(", {:.4f} held out", *outcome.held_out) : std::string());
-    fmt::print(out, "memory    peak {} measured, {} predicted ({}), budget {}\n", format_bytes(outcome.peak_bytes),
-               format_bytes(predicted),
-               percent_off(static_cast<double>(predicted), static_cast<double>(outcome.peak_bytes)),
-               format_bytes(report.budget_bytes));
+    print(out, "{}{} steps, {} samples in {}: {} {}/s\n",
+          outcome.interrupted || outcome.diverged() ? "stopped   " : "done      ", format_count(progress.steps),
+          format_count(progress.samples), clock_time(outcome.seconds), format_count(std::llround(speed(outcome))),
+          speed_unit(plan));
+    print(out, "loss      {:.4f} at the first step, {:.4f} at the last", outcome.first_loss, outcome.last.step.loss);
+    print(out, "{}\n", outcome.held_out ? fmt::format(", {:.4f} held out", *outcome.held_out) : std::string());
+    print(out, "memory    peak {} measured, {} predicted ({}), budget {}\n", format_bytes(outcome.peak_bytes),
+          format_bytes(predicted), percent_off(static_cast<double>(predicted), static_cast<double>(outcome.peak_bytes)),
+          format_bytes(report.budget_bytes));
     if (watch.noise_every > 0) {
-        fmt::print(out, "noise     {}\n",
-                   outcome.last.noise_batch ? fmt::format("as large as the gradient at a batch of {} (a proxy)",
-                                                          format_count(std::llround(*outcome.last.noise_batch)))
-                                            : "undefined: too few measures, or the noise hides the gradient");
+        print(out, "noise     {}\n",
+              outcome.last.noise_batch ? fmt::format("as large as the gradient at a batch of {} (a proxy)",
+                                                     format_count(std::llround(*outcome.last.noise_batch)))
+                                       : "undefined: too few measures, or the noise hides the gradient");
     }
     const double seconds = outcome.median_step_seconds();
     if (seconds > 0.0) {  // a run that was done already made no step
-        fmt::print(out, "time      {:.3f} s a step measured, {:.3f} s predicted ({})\n", seconds, chosen.step_seconds,
-                   percent_off(chosen.step_seconds, seconds));
+        print(out, "time      {:.3f} s a step measured, {:.3f} s predicted ({})\n", seconds, chosen.step_seconds,
+              percent_off(chosen.step_seconds, seconds));
     }
     if (outcome.out_of_memory > 0) {
-        fmt::print(
-            out,
-            "undone    {} times a step ran out of memory and was made again, in the end in micro-batches of {}{}\n",
-            outcome.out_of_memory, outcome.plan.micro_batch, outcome.plan.recompute ? " with recompute" : "");
+        print(out,
+              "undone    {} times a step ran out of memory and was made again, in the end in micro-batches of {}{}\n",
+              outcome.out_of_memory, outcome.plan.micro_batch, outcome.plan.recompute ? " with recompute" : "");
     }
     if (outcome.restores > 0) {
-        fmt::print(out, "restores  {} times the run diverged and went back to weights from before, at a smaller rate\n",
-                   outcome.restores);
+        print(out, "restores  {} times the run diverged and went back to weights from before, at a smaller rate\n",
+              outcome.restores);
     }
     if (outcome.refused > 0) {
-        fmt::print(out, "refused   {} steps were not applied; the reasons are in metrics.jsonl\n", outcome.refused);
+        print(out, "refused   {} steps were not applied; the reasons are in metrics.jsonl\n", outcome.refused);
     }
     if (outcome.checkpoint_seconds > 0.0) {
-        fmt::print(out, "saved     {} times; training waited {:.3f} s for it on the way\n", outcome.checkpoints,
-                   outcome.checkpoint_seconds);
+        print(out, "saved     {} times; training waited {:.3f} s for it on the way\n", outcome.checkpoints,
+              outcome.checkpoint_seconds);
     }
-    fmt::print(out, "written   {}: config.toml, metrics.jsonl, model.safetensors, report.html, summary.json{}\n",
-               folder.string(), outcome.checkpointed ? ", checkpoints" : "");
+    print(out, "written   {}: config.toml, metrics.jsonl, model.safetensors, report.html, summary.json{}\n",
+          folder.string(), outcome.checkpointed ? ", checkpoints" : "");
     if (outcome.interrupted) print_way_on(out, outcome, folder);
 }
 
 void print_way_on(std::FILE* out, const Outcome& outcome, const std::filesystem::path& folder) {
     if (!outcome.checkpointed) return;
-    fmt::print(out, "go on     microbatch train --run {} --resume\n", folder.string());
+    print(out, "go on     microbatch train --run {} --resume\n", folder.string());
 }
 
 void print_json(const JobPlan& plan, const PlanReport& report, const Outcome& outcome,
@@ -189,7 +186,7 @@ void print_json(const JobPlan& plan, const PlanReport& report, const Outcome& ou
     if (outcome.resumed_from) document["resumed_from"] = *outcome.resumed_from;
     document["run"] = nullptr;  // a run that came to nothing leaves no folder
     if (std::filesystem::exists(folder)) document["run"] = folder.string();
-    fmt::print("{}\n", document.dump(2));
+    print(stdout, "{}\n", document.dump(2));
 }
 
 void report_divergence(const Outcome& outcome, const Settings& settings) {

@@ -3,7 +3,7 @@
 #include <cstdio>
 #include <filesystem>
 
-#include "cli/commands/outcome.h"
+#include "microbatch/run/outcome.h"
 #include "cli/commands/watch.h"
 #include "cli/print/progress.h"
 

@@ -11,6 +11,7 @@ enum class ErrorKind {
     does_not_fit = 3,  ///< the memory budget is too small for the smallest micro-batch
     stopped = 4,       ///< the run was stopped because its steps went bad
     bad_data = 5,      ///< a file is missing, truncated or not what it says it is
+    not_written = 6,   ///< a file could not be written: disk full, no permission
 };
 
 /// The one exception of this library. The text says what was wrong, where, and what to do.

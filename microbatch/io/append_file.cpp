@@ -36,7 +36,7 @@ AppendFile::AppendFile(std::filesystem::path path, std::uint64_t bytes) : path_(
     ::close(descriptor_);
     if (shorter)
         throw Error(ErrorKind::bad_data, str_cat(path_.string(), " is shorter than the ", bytes, " bytes to keep"));
-    throw Error(ErrorKind::usage, str_cat("cannot write ", path_.string(), ": ", why));
+    throw Error(ErrorKind::not_written, str_cat("cannot write ", path_.string(), ": ", why));
 }
 
 AppendFile::~AppendFile() {
@@ -46,7 +46,7 @@ AppendFile::~AppendFile() {
 void AppendFile::open(int flags) {
     // O_NONBLOCK: a pipe that nobody reads from is refused, not waited for.
     descriptor_ = ::open(path_.c_str(), O_WRONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK | flags, 0666);
-    if (descriptor_ < 0) throw Error(ErrorKind::usage, str_cat("cannot write ", path_.string(), ": ", last_error()));
+    if (descriptor_ < 0) throw Error(ErrorKind::not_written, str_cat("cannot write ", path_.string(), ": ", last_error()));
 }
 
 std::string AppendFile::append(std::string_view record) {

@@ -16,10 +16,10 @@ namespace microbatch {
 /// Threads: no two calls at the same time.
 class AppendFile {
 public:
-    /// A new file. Errors: ErrorKind::usage if it cannot be made, or there is a file, or a link, of that name.
+    /// A new file. Errors: ErrorKind::not_written if it cannot be made, or there is a file, or a link, of that name.
     explicit AppendFile(std::filesystem::path path);
 
-    /// One that is there, of which the first `bytes` stay. Errors: ErrorKind::usage if it cannot be opened or cut, or
+    /// One that is there, of which the first `bytes` stay. Errors: ErrorKind::not_written if it cannot be opened or cut, or
     /// is no regular file; ErrorKind::bad_data if it is shorter.
     AppendFile(std::filesystem::path path, std::uint64_t bytes);
 

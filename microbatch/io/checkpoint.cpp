@@ -166,7 +166,12 @@ StateDict read_checkpoint(const std::filesystem::path& folder) {
             for (auto& [name, tensor] : open_safetensors(path)) state.put(section + "/" + name, std::move(tensor));
         }
     }
-    CheckpointManifest found = manifest_of(state);
+    CheckpointManifest found;
+    try {
+        found = manifest_of(state);
+    } catch (const Error& error) {
+        throw Error(ErrorKind::bad_data, str_cat((folder / state_name).string(), ": ", error.what()));
+    }
     if (found.progress != manifest.progress || found.open_samples != manifest.open_samples) {
         throw Error(ErrorKind::bad_data, str_cat(folder.string(), ": the manifest is of another state"));
     }

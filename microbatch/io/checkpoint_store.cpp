@@ -19,6 +19,7 @@ namespace {
 
 constexpr const char* unfinished = ".part";
 constexpr const char* removed = ".old";
+constexpr std::int64_t checkpoint_overhead = std::int64_t{1} << 20U;  // headers, scalars and the manifest
 
 std::optional<std::int64_t> number_in(std::string_view digits) {
     std::int64_t number = 0;
@@ -175,8 +176,47 @@ bool CheckpointStore::is_kept(const Progress& progress) const {
     return multiple(progress) > multiple(saved_.value_or(Progress{}));
 }
 
-// Throws if it is not on the disk in the end; returns what else went wrong.
+// Throws if it is not on the disk in the end; returns what else went wrong. On a full disk older ones give way.
 std::string CheckpointStore::write(const StateDict& state) const {
+    while (true) {
+        try {
+            return write_once(state);
+        } catch (const Error& error) {
+            std::error_code unknown;
+            const std::filesystem::space_info space = std::filesystem::space(folder_, unknown);
+            const std::int64_t needed = state.bytes() + checkpoint_overhead;
+            if (error.kind() != ErrorKind::not_written || unknown ||
+                space.available >= static_cast<std::uintmax_t>(needed)) {
+                throw;
+            }
+            if (remove_oldest()) continue;
+            throw Error(ErrorKind::not_written,
+                        str_cat(error.what(), "; it needs ", format_bytes(needed), ", and ",
+                                format_bytes(static_cast<std::int64_t>(space.available)), " are free"));
+        }
+    }
+}
+
+// Not the only one, nor the only healthy one, nor one that is kept. False if there is none to give up.
+bool CheckpointStore::remove_oldest() const {
+    const std::vector<Place> all = places();
+    if (all.size() < 2) return false;
+    std::int64_t healthy = 0;
+    const auto manifest = [](const Place& place) {
+        std::optional<CheckpointManifest> found;
+        failure_of([&] { found = read_checkpoint_manifest(place.path); });
+        return found;
+    };
+    for (const Place& place : all) healthy += manifest(place) && manifest(place)->healthy ? 1 : 0;
+    for (const Place& place : all) {
+        const auto found = manifest(place);
+        if (!found || found->kept || (found->healthy && healthy < 2)) continue;
+        return failure_of([&] { remove(place.path); }).empty();
+    }
+    return false;
+}
+
+std::string CheckpointStore::write_once(const StateDict& state) const {
     const CheckpointManifest what = manifest_of(state);
     const Progress& progress = what.progress;
     const Place place{progress.steps, what.open_samples, folder_ / name_of(progress.steps, what.open_samples)};
@@ -199,7 +239,7 @@ std::string CheckpointStore::write(const StateDict& state) const {
     });
     if (!failure.empty()) {
         failure_of([&] { files_.remove_all(beside); });  // what it takes of a full disk
-        throw Error(ErrorKind::usage, failure);
+        throw Error(ErrorKind::not_written, failure);
     }
     files_.sync(folder_);
     const std::string left = failure_of([&] { remove_old(place); });
@@ -211,15 +251,16 @@ void CheckpointStore::remove_old(const Place& newest) const {
     std::vector<Place> all = places();
     std::erase_if(all, [&newest](const Place& place) { return newest < place; });
     // None that is damaged takes the place of one that is whole.
-    const auto damaged = std::stable_partition(all.begin(), all.end(), [&](const Place& place) {
+    const auto is_whole = [&](const Place& place) {
         return place.path == newest.path || std::find(damaged_.begin(), damaged_.end(), place.path) == damaged_.end();
-    });
+    };
+    const auto damaged = std::stable_partition(all.begin(), all.end(), is_whole);
     const auto passing = all.begin() + std::max<std::ptrdiff_t>(0, damaged - all.begin() - options_.keep);
     std::vector<Place> old(all.begin(), passing);
     old.insert(old.end(), damaged, all.end());
-    const auto is_healthy = [](const Place& place) {
+    const auto is_healthy = [&is_whole](const Place& place) {
         bool healthy = false;
-        failure_of([&] { healthy = read_checkpoint_manifest(place.path).healthy; });
+        failure_of([&] { healthy = is_whole(place) && read_checkpoint_manifest(place.path).healthy; });
         return healthy;
     };
     bool one_is_healthy = std::any_of(passing, damaged, is_healthy);

@@ -38,7 +38,7 @@ struct CheckpointOptions {
 ///     }
 ///
 /// Faults:  whatever goes wrong while one is written is a warning: those before it are untouched, and the next save()
-///          tries anew.
+///          tries anew. On a full disk the oldest gives way to the new one.
 /// Threads: no two calls at the same time; one thread of its own, while it writes.
 class CheckpointStore {
 public:
@@ -98,6 +98,8 @@ private:
     bool is_saved(const CheckpointManifest& what) const;
     bool is_kept(const Progress& progress) const;
     std::string write(const StateDict& state) const;
+    std::string write_once(const StateDict& state) const;
+    bool remove_oldest() const;
     void remove_old(const Place& newest) const;
     void remove(const std::filesystem::path& checkpoint) const;
     void start(StateDict state);

@@ -26,7 +26,7 @@ struct Scalar {
 class EventFile {
 public:
     /// Makes a new file in the folder, named after now and this process.
-    /// Errors: ErrorKind::usage if it cannot be written.
+    /// Errors: ErrorKind::not_written if it cannot be written.
     explicit EventFile(const std::filesystem::path& folder);
 
     /// Tells TensorBoard that a run goes on after so many steps: what other files of the folder have of later ones is

@@ -15,7 +15,7 @@ namespace microbatch {
 namespace {
 
 [[noreturn]] void refuse(const char* what, const std::filesystem::path& path, const std::error_code& why) {
-    throw Error(ErrorKind::usage, str_cat("cannot ", what, " ", path.string(), ": ", why.message()));
+    throw Error(ErrorKind::not_written, str_cat("cannot ", what, " ", path.string(), ": ", why.message()));
 }
 
 std::error_code last_error() {

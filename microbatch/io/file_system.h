@@ -10,7 +10,7 @@ namespace microbatch {
 
 /// A new file that is being written.
 ///
-/// Errors: every call throws ErrorKind::usage, naming the file and the system's reason, where it cannot be done (disk
+/// Errors: every call throws ErrorKind::not_written, naming the file and the system's reason, where it cannot be done (disk
 ///         full, short write); what the file holds then is not said.
 class OutputFile {
 public:
@@ -30,7 +30,7 @@ public:
 
 /// What is done to files where a fault must lose nothing: behind an interface, so that tests can make each call fail.
 ///
-/// Errors:  ErrorKind::usage, naming the file and the system's reason; a call that throws has changed nothing, but for
+/// Errors:  ErrorKind::not_written, naming the file and the system's reason; a call that throws has changed nothing, but for
 ///          remove_all, which may have removed a part.
 /// Threads: calls may overlap.
 class FileSystem {
@@ -64,7 +64,7 @@ FileSystem& system_files();
 void make_folders_to_the_disk(FileSystem& files, const std::filesystem::path& folder);
 
 /// Writes a file, whole or not at all, and to the disk: under another name beside it first, then renamed.
-/// Errors: ErrorKind::usage if it cannot be written, naming it and why, and what `write` throws; what was there before
+/// Errors: ErrorKind::not_written if it cannot be written, naming it and why, and what `write` throws; what was there before
 ///         stays then, unless it is only the folder that could not be brought to the disk.
 void write_whole(const std::filesystem::path& file, const std::function<void(OutputFile&)>& write,
                  FileSystem& files = system_files());

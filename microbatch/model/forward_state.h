@@ -5,8 +5,9 @@
 
 namespace microbatch {
 
-/// A copy of what a forward pass may change beside gradients: buffers and training flags in `model/`, torch's generators
-/// (the CPU's and those of the parameters' devices) in `rng/`.
+/// A copy of what a forward pass may change beside gradients: buffers and training flags in `model/`, torch's
+/// generators (the CPU's and those of the parameters' devices) in `rng/`.
+///
 /// Cost: one copy of the buffers, 5 KB a generator.
 StateDict forward_state(const Model& model);
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <concepts>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -51,14 +52,15 @@ class AnyModel {
 public:
     AnyModel(const Parameters& parameters) : model_(make_model(parameters)) {}  // NOLINT: implicit by design
     AnyModel(torch::nn::Module& module) : model_(make_model(module)) {}         // NOLINT
-    AnyModel(std::shared_ptr<Model> model) : model_(std::move(model)) {}        // NOLINT
+
+    template <std::derived_from<Model> Own>
+    AnyModel(std::shared_ptr<Own> model) : model_(std::move(model)) {}  // NOLINT
 
     template <class Holder>
-    requires requires(const Holder& holder) {
-        holder->named_parameters();
-    }
-    AnyModel(const Holder& holder) : AnyModel(const_cast<torch::nn::Module&>(  // NOLINT
-                                         static_cast<const torch::nn::Module&>(*holder))) {}
+    requires requires(const Holder& holder) { holder->named_parameters(); }
+    AnyModel(const Holder& holder)
+        : AnyModel(const_cast<torch::nn::Module&>(  // NOLINT
+              static_cast<const torch::nn::Module&>(*holder))) {}
 
     const std::shared_ptr<Model>& get() const { return model_; }
 

@@ -44,10 +44,10 @@ Commit prepare_snapshot(Accumulator& accumulator, const StateReader& reader) {
     NamedTensors live = accumulator.parameters();
     for (NamedTensor& buffer : accumulator.model().buffers()) live.push_back(std::move(buffer));
     Commit model = prepare_tensors(reader.section("model"), live, "parameter");
-    // Without one that is missing an optimizer would go on as if it had not made it yet.
+    // An optimizer that lacks some of its tensors would go on as if it had not made them yet.
     const StateReader saved = reader.section("optimizer");
     const auto tensors = static_cast<std::int64_t>(saved.tensors().size());
-    if (saved.count("tensors") != tensors) saved.refuse("tensors", str_cat("the state has ", tensors));
+    if (saved.exists() && saved.count("tensors") != tensors) saved.refuse("tensors", str_cat("there are ", tensors));
     Commit optimizer = accumulator.optimizer().prepare(saved);
     return [model = std::move(model), optimizer = std::move(optimizer)] {
         model();
@@ -113,9 +113,10 @@ std::optional<std::int64_t> Recovery::roll_back(std::int64_t steps, SpikeGate& g
     const StateReader reader(point->state);
     point->state.require_readable();
     const Commit weights = prepare_snapshot(*accumulator_, reader);
-    const Commit memory = gate.prepare(reader.section("gate"));
+    const StateReader memory = reader.section("gate");
+    const Commit gate_as_it_was = memory.exists() ? gate.prepare(memory) : [&gate] { gate.reset(); };
     weights();
-    memory();
+    gate_as_it_was();
     points_.erase(point.base(), points_.end());
     ++times_;
     rolled_back_at_ = steps;
@@ -188,7 +189,7 @@ Commit Recovery::prepare(const StateReader& reader) {
     for (std::int64_t i = 0; i < points; ++i) {
         const StateReader one = reader.section(std::to_string(i));
         prepare_snapshot(*accumulator_, one);
-        SpikeGate({}).prepare(one.section("gate"));
+        if (one.section("gate").exists()) SpikeGate({}).prepare(one.section("gate"));
         Point point{one.count("steps"), one.copy()};
         point.state.erase("steps");
         restored.points_.push_back(std::move(point));
@@ -214,7 +215,7 @@ void Recovery::take_over(Point point) {
         }
         add(std::move(point));
     } catch (const Error& error) {
-        if (error.kind() != ErrorKind::usage) throw;
+        if (error.kind() == ErrorKind::bad_data) throw;
         fail(error.what());
     }
 }

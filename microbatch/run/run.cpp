@@ -71,6 +71,19 @@ Run::Run(RunFolder& folder, Accumulator& accumulator, const Dataset& dataset, Lo
     // What a process before drew of steps that are made again is not drawn.
     if (folder_.resumes()) events_.go_on(trainer_.progress().steps);
     outcome_.plan = options_.plan;
+    compare_with_disk();
+}
+
+// The checkpoints that stay, one more while it is written, and the weights.
+void Run::compare_with_disk() const {
+    std::error_code unknown;
+    const std::filesystem::space_info space = std::filesystem::space(folder_.path(), unknown);
+    std::int64_t needed = options_.state_bytes;
+    if (options_.checkpoints.enabled) needed += (options_.checkpoints.store.keep + 1) * options_.state_bytes;
+    if (unknown || static_cast<std::uintmax_t>(needed) <= space.available) return;
+    note(str_cat("warning: checkpoints and weights need ", format_bytes(needed), ", and ",
+                 format_bytes(static_cast<std::int64_t>(space.available)), " are free in ", folder_.path().string(),
+                 ": when the disk is full, older checkpoints give way to new ones"));
 }
 
 StateDict Run::state() const {

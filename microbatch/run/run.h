@@ -35,6 +35,7 @@ struct RunOptions {
     StateDict notes = {};     ///< kept in every checkpoint under `notes/`
     /// What is logged of a step beside the trainer's report; without it the CPU allocator's peak, if it is installed.
     std::function<StepMeasures(const TrainerReport&, std::int64_t copy_bytes)> measures = {};
+    std::int64_t state_bytes = 0;    ///< of parameters and optimizer state, to compare with the space on the disk
     std::int64_t planned_batch = 0;  ///< samples of a full batch, for its median time
     Plan plan = {};                  ///< by which full batches are planned to run
     RunObserver* observer = nullptr;
@@ -84,6 +85,7 @@ private:
     bool step();
     void save_where_due();
     void end(bool left_half_way);
+    void compare_with_disk() const;
     void note(const std::string& text) const;
     void note_once(bool& failing, const std::string& failure, const char* consequence);
     void note_checkpoints();

@@ -1,5 +1,6 @@
 #include "microbatch/run/run_folder.h"
 
+#include <string_view>
 #include <system_error>
 #include <utility>
 
@@ -28,10 +29,18 @@ RunFolder::RunFolder(std::filesystem::path path, bool resume) : path_(std::move(
         refuse_used();
         return;
     }
-    if (find_state(/*healthy=*/false) || !is_there(path_ / "model.safetensors")) return;
-    throw Error(ErrorKind::usage, str_cat(path_.string(),
-                                          ": there is no checkpoint to resume from, and a new run would overwrite "
-                                          "model.safetensors; name a new folder for this run, or move that file away"));
+    if (!find_state(/*healthy=*/false)) refuse_files_without_checkpoint();
+}
+
+// The weights of a finished run, or a page that is not this run's, are not overwritten.
+void RunFolder::refuse_files_without_checkpoint() const {
+    for (const char* name : {"model.safetensors", "report.html", "summary.json"}) {
+        const bool own_page = is_there(path_ / "metrics.jsonl") && std::string_view(name) != "model.safetensors";
+        if (!is_there(path_ / name) || own_page) continue;
+        throw Error(ErrorKind::usage, str_cat(path_.string(),
+                                              ": there is no checkpoint to resume from, and a new run would overwrite ",
+                                              name, "; name a new folder for this run, or move that file away"));
+    }
 }
 
 void RunFolder::lock() {
@@ -42,7 +51,7 @@ void RunFolder::lock() {
 }
 
 void RunFolder::refuse_used() const {
-    for (const char* name : {"config.toml", "metrics.jsonl", "model.safetensors", "report.html"}) {
+    for (const char* name : {"config.toml", "metrics.jsonl", "model.safetensors", "report.html", "summary.json"}) {
         if (!is_there(path_ / name)) continue;
         throw Error(ErrorKind::usage, str_cat(path_.string(), ": ", name,
                                               " exists already; resume that run (--resume), or name a new folder for "

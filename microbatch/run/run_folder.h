@@ -50,6 +50,7 @@ public:
 
 private:
     void refuse_used() const;
+    void refuse_files_without_checkpoint() const;
     bool find_state(bool healthy);
 
     std::filesystem::path path_;

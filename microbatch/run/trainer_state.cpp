@@ -151,7 +151,8 @@ Commit Trainer::prepare(const StateReader& reader) {
         const std::int64_t points = recovery.count("points");
         for (std::int64_t i = 0; i < points; ++i) {
             const StateReader point = recovery.section(std::to_string(i));
-            point.section("gate").count("refused_in_a_row", 0, point.count("steps", 0, steps));
+            point.count("steps", 0, steps);
+            if (point.section("gate").exists()) point.section("gate").count("refused_in_a_row", 0, steps);
         }
         commits.push_back(recovery_->prepare(recovery));
     }

@@ -30,6 +30,9 @@ public:
     void put(std::string name, StoredTensor tensor);
     void put(std::string name, StateScalar scalar);
 
+    /// Puts a scalar in the place of one of that name, if there is one.
+    void set(std::string name, StateScalar scalar) { scalars_.insert_or_assign(std::move(name), std::move(scalar)); }
+
     const Tensors& tensors() const { return tensors_; }
     const Scalars& scalars() const { return scalars_; }
 

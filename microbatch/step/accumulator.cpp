@@ -122,6 +122,7 @@ StepReport Accumulator::step(const BatchSource& batch, const LossFunction& loss,
                                 message));
         });
     report.out_of_memory += lost;
+    if (report.partial) report.partial->out_of_memory = report.out_of_memory;
     // Not in the attempt: a gate that runs out of memory here must not make the update again.
     if (decided) gates.record(decided->first, decided->second);
     return report;
@@ -177,7 +178,8 @@ std::variant<Gathered, PartialBatch> Accumulator::gather_batch(const BatchSource
 Accumulator::Attempt Accumulator::first_attempt(const BatchSource& batch, StepOptions& options) const {
     const std::int64_t samples = batch.size();
     Attempt attempt{.plan = options_.plan, .caps = caps_, .partial = std::exchange(options.partial, std::nullopt)};
-    attempt.plan.micro_batch = std::clamp<std::int64_t>(attempt.plan.micro_batch, 1, std::max<std::int64_t>(samples, 1));
+    attempt.plan.micro_batch =
+        std::clamp<std::int64_t>(attempt.plan.micro_batch, 1, std::max<std::int64_t>(samples, 1));
     // One micro-batch alone says nothing of noise.
     attempt.measure_noise = options.measure_noise && (attempt.plan.micro_batch < samples || !caps_.empty());
     if (const auto& partial = attempt.partial) {

@@ -56,9 +56,9 @@ struct StepOptions {
     /// MicroBatchGradientNorms. The update has the same bits. Memory: a copy of the gradients; where it runs out, the
     /// batch is begun again without.
     bool measure_noise = false;
-    Reclaimers before_noise = {};  ///< what can give memory back before the noise measure is given up
-    Reclaimers before_plan = {};   ///< and what can before the micro-batch is made smaller
-    StopToken stop = {};           ///< asked after every micro-batch but the last: see StepReport::partial
+    Reclaimers before_noise = {};              ///< what can give memory back before the noise measure is given up
+    Reclaimers before_plan = {};               ///< and what can before the micro-batch is made smaller
+    StopToken stop = {};                       ///< asked after every micro-batch but the last: see StepReport::partial
     std::optional<PartialBatch> partial = {};  ///< resume this batch where it was left
 };
 
@@ -163,9 +163,9 @@ private:
     AccumulatorOptions options_;
     std::vector<at::Tensor> known_;  // what the optimizer updated when it was last checked
     MicroBatchCaps caps_;
-    std::optional<StateDict> before_;     // the model before the batch that is gathered
-    std::optional<Gathered> gathered_;    // and neither applied nor discarded
-    std::int64_t out_of_memory_ = 0;      // in that batch
+    std::optional<StateDict> before_;   // the model before the batch that is gathered
+    std::optional<Gathered> gathered_;  // and neither applied nor discarded
+    std::int64_t out_of_memory_ = 0;    // in that batch
 };
 
 }  // namespace microbatch

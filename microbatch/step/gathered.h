@@ -15,9 +15,9 @@ struct Gathered {
     double weight = 0.0;         ///< W, what the loss is averaged over
     double gradient_norm = 0.0;  ///< Euclidean norm of the mean gradient, before clipping; 0 if W is 0
     std::int64_t micro_batches = 0;
-    NoiseSums parts = {};      ///< of those with weight, where they were to be measured
-    GradientViews sums = {};   ///< gradients of the summed loss, of the parameters that have one
-    Plan plan = {};            ///< how it was run; the smallest, where samples of some shapes needed a smaller one
+    NoiseSums parts = {};     ///< of those with weight, where they were to be measured
+    GradientViews sums = {};  ///< gradients of the summed loss, of the parameters that have one
+    Plan plan = {};           ///< how it was run; the smallest, where samples of some shapes needed a smaller one
 
     /// Mean loss of the batch; 0 if the weight is 0.
     double loss() const { return weight > 0.0 ? loss_sum / weight : 0.0; }

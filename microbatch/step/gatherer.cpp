@@ -63,9 +63,7 @@ Gathered Gatherer::gather(const Batch& batch, const Plan& plan, const LossFuncti
 std::int64_t Gatherer::add_next(const BatchSource& source, std::int64_t begin, const LossFunction& loss,
                                 const GatherOptions& options) {
     Plan plan = options.plan;
-    const auto fetch = [&] {
-        return source.fetch({begin, begin + next_cut(source.size() - begin, plan.micro_batch)});
-    };
+    const auto fetch = [&] { return source.fetch({begin, begin + next_cut(source.size() - begin, plan.micro_batch)}); };
     Batch micro = fetch();
     const SampleShape shape = shape_of(micro);
     if (options.caps != nullptr) {
@@ -230,7 +228,8 @@ PartialBatch Gatherer::leave(const BatchSource& source, std::int64_t samples, bo
 
 void Gatherer::require_partial(const BatchSource& source, const PartialBatch& partial) const {
     if (partial.fingerprint != source.fingerprint() || partial.samples < 1 || partial.samples >= source.size()) {
-        throw Error(ErrorKind::usage, "the partial batch is of another batch: give gather() the one that it was left in");
+        throw Error(ErrorKind::usage,
+                    "the partial batch is of another batch: give gather() the one that it was left in");
     }
     for (const GradientView& view : partial.so_far.sums) {
         const auto is_owner = [&view](const Parameter& one) { return one.tensor.is_same(view.parameter); };

@@ -24,8 +24,8 @@ using StopToken = std::function<bool()>;
 /// How gather() runs a batch.
 struct GatherOptions {
     Plan plan = {};
-    bool measure_noise = false;         ///< of the micro-batches' gradients: see MicroBatchGradientNorms
-    StopToken stop = {};                ///< asked after every micro-batch but the last
+    bool measure_noise = false;            ///< of the micro-batches' gradients: see MicroBatchGradientNorms
+    StopToken stop = {};                   ///< asked after every micro-batch but the last
     const MicroBatchCaps* caps = nullptr;  ///< smaller plans that samples of some shapes need
     /// Told the shape of a micro-batch before its loss is computed.
     std::function<void(const SampleShape&, const Plan&)> on_micro_batch = {};
@@ -55,8 +55,7 @@ public:
     /// Errors: as those; ErrorKind::usage if the batch is empty, the micro-batch is below 1, or `partial` is of another
     ///         batch or of other parameters.
     std::variant<Gathered, PartialBatch> gather(const BatchSource& source, const LossFunction& loss,
-                                                const GatherOptions& options,
-                                                std::optional<PartialBatch> partial = {});
+                                                const GatherOptions& options, std::optional<PartialBatch> partial = {});
     Gathered gather(const Batch& batch, const Plan& plan, const LossFunction& loss, bool measure_noise = false);
 
     /// Opens a window for micro-batches run by this plan. Errors: ErrorKind::usage if one is open, the gradients
@@ -73,8 +72,8 @@ public:
     /// Adds the gradients of one micro-batch: backward of the sum, then the graph is freed. A micro-batch of weight 0
     /// adds nothing and its loss is ignored, so that a 0/0 in it does no harm.
     /// Errors: ErrorKind::usage if no window is open, the loss is not valid (see validate), it depends on nothing that
-    /// requires a gradient, a gradient is sparse, the sum of the weights is not finite, or somebody else changed a .grad
-    /// meanwhile.
+    /// requires a gradient, a gradient is sparse, the sum of the weights is not finite, or somebody else changed a
+    /// .grad meanwhile.
     void add(const WeightedLoss& loss);
 
     /// Closes the window and says what was gathered. With weight 0 there are no gradients.

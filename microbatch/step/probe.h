@@ -9,7 +9,8 @@ namespace microbatch {
 /// parameters, gradients, optimizer state, the model's buffers and the generators are bit for bit as before. The
 /// accumulator's plan is not changed; give the result to set_plan().
 ///
-///     const PlanReport report = plan_batch(accumulator, DatasetBatch::longest(dataset, 64), loss, {.budget_bytes = 2 << 30});
+///     const DatasetBatch batch = DatasetBatch::longest(dataset, 64);
+///     const PlanReport report = plan_batch(accumulator, batch, loss, {.budget_bytes = 2 << 30});
 ///     accumulator.set_plan(report.choice().plan);
 ///
 /// The loss function is called with slices of the batch, in training as it stands; a loss of NaN is planned like any
@@ -23,7 +24,8 @@ namespace microbatch {
 ///          none chosen.
 /// Threads: none may use the job meanwhile.
 /// Cost:    see make_plan().
-PlanReport plan_batch(Accumulator& accumulator, const BatchSource& batch, const LossFunction& loss, PlannerOptions options);
+PlanReport plan_batch(Accumulator& accumulator, const BatchSource& batch, const LossFunction& loss,
+                      PlannerOptions options);
 inline PlanReport plan_batch(Accumulator& accumulator, const Batch& batch, const LossFunction& loss,
                              PlannerOptions options) {
     return plan_batch(accumulator, TensorBatch(batch), loss, options);

@@ -59,6 +59,23 @@ def test_the_config_that_a_run_wrote_gives_the_same_run_again(run, job, flags):
     assert (first.folder / "model.safetensors").read_bytes() == (again.folder / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("seed", [0, 2**63 - 1, 2**63, 2**64 - 1])
+def test_a_seed_has_64_bits_in_the_config_in_checkpoints_and_in_the_run(run, seed):
+    first = run.text("train", run="first", seed=seed, steps=4, dropout=0.1).ok()
+    again = run("train", "--config", "first/config.toml", "--run", "run").ok()
+    assert first.column("loss") == again.column("loss")
+    text = tomllib.loads((first.folder / "config.toml").read_text())["seed"]
+    assert int(text) == seed and isinstance(text, int if seed < 2**63 else str)
+    resumed = run("train", "--run", "run", "--resume", "--steps", "6").ok()
+    assert len(resumed.metrics) == 6
+    run("train", "--run", "run", "--resume", "--seed", (seed + 1) % 2**64).refused(2, f"seed was {seed}, is ")
+
+
+def test_seeds_beyond_63_bits_differ(run):
+    losses = [run.text("train", run=f"s{seed}", seed=seed).ok().column("loss") for seed in (2**63, 2**63 + 1, 1)]
+    assert losses[0] != losses[1] != losses[2]
+
+
 def test_the_config_that_a_run_wrote_is_resolved(run, data):
     result = run.text("train", schedule="linear", warmup="1 step").ok()
     written = tomllib.loads((result.folder / "config.toml").read_text())

@@ -46,3 +46,8 @@ def test_the_plain_form_has_a_line_for_each(run, document):
 def test_it_writes_nothing(run):
     run("doctor").ok()
     assert list(run.folder.iterdir()) == []
+
+
+def test_what_is_broken_is_told_by_exit_code_2(run):
+    text = " ".join(run("doctor", "--help").ok().stdout.split())
+    assert "Exit code 2 if Microbatch does not work here" in text

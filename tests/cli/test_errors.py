@@ -58,6 +58,19 @@ def test_a_flag_with_an_empty_value_is_refused(run, flag):
     run.text("train", **flags).refused(2, f"--{flag}")
 
 
+@pytest.mark.parametrize("words, said", [
+    (["--josn"], "unknown global option --josn"), (["trian"], "unknown command 'trian'"),
+    (["train", "--bach", "8"], "train has no option --bach; did you mean '--batch'?"),
+    (["doctor", "--seed", "1"], "doctor has no option --seed; it is an option of train, compare, advise or plan"),
+])
+def test_a_mistyped_word_is_explained_in_one_sentence(run, words, said):
+    assert run(*words).refused(2).stderr.splitlines()[0] == f"microbatch: {said}"
+
+
+def test_a_batch_that_is_listed_twice_is_named(run):
+    run.text("compare", batches="8, 16, 8").refused(2, "--batches", "8 is listed twice")
+
+
 # Numbers
 
 @pytest.mark.parametrize("value", ["0", "-1", "abc", "1.5", "9223372036854775807", "9223372036854775808", "1e3", "nan",
@@ -96,13 +109,21 @@ def test_the_length_of_a_run_must_be_a_count(refused):
 @pytest.mark.parametrize("flag, values", [
     ("lr", ["nan", "-1", "inf", "abc", "1e400"]), ("clip", ["0", "nan", "-1", "abc"]),
     ("weight_decay", ["nan", "-1", "inf", "x"]), ("final_lr", ["nan", "-1", "2", "x"]),
-    ("dropout", ["nan", "-0.1", "1", "x"]), ("seed", ["-1", "x", "1.5"]),
+    ("dropout", ["nan", "-0.1", "1", "x"]), ("seed", ["-1", "x", "1.5", "18446744073709551616"]),
 ])
 def test_numbers_outside_their_range_are_refused(run, flag, values):
     named = {"final_lr": "learning rate at the end"}
     for value in values:
         name = "" if value in ("x", "abc") else named.get(flag, "")
         run.text("train", **{flag: value}).refused(2, name or f"--{flag.replace('_', '-')}")
+
+
+def test_a_number_outside_its_range_is_told_what_it_must_be(run):
+    for flags, said in [({"batch": 0}, "--batch 0: must be from 1 to 2^31"), ({"clip": -1}, "--clip -1: must be above 0"),
+                        ({"reference_batch": 0}, "--reference-batch 0: must be at least 1"),
+                        ({"optimizer": "adam"}, "--optimizer adam: must be adamw or sgd"),
+                        ({"lr": "fast"}, '--lr: "fast" is not a number')]:
+        assert run.text("train", **flags).refused(2).stderr.splitlines()[0] == f"microbatch: {said}"
 
 
 def test_settings_of_one_optimizer_or_schedule_have_ranges_too(refused):
@@ -220,12 +241,26 @@ def test_an_existing_run_is_not_written_over(run):
     assert {file: file.read_bytes() for file in before.folder.rglob("*") if file.is_file()} == old
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.toml", "metrics.jsonl"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.toml", "metrics.jsonl", "report.html", "summary.json"])
 def test_a_folder_with_any_file_of_a_run_is_not_written_over(run, name):
     (run.folder / "run").mkdir()
     (run.folder / "run" / name).write_text("mine")
     run.text("train").refused(2, "run", "already")
     assert [(file.name, file.read_text()) for file in (run.folder / "run").iterdir()] == [(name, "mine")]
+
+
+@pytest.mark.parametrize("name", ["report.html", "summary.json", "model.safetensors"])
+def test_a_first_launch_with_resume_overwrites_no_file_of_another(run, name):
+    (run.folder / "run").mkdir()
+    (run.folder / "run" / name).write_text("mine")
+    run.text("train", resume=True).refused(2, "--resume", name)
+    assert [(file.name, file.read_text()) for file in (run.folder / "run").iterdir()] == [(name, "mine")]
+
+
+def test_a_page_of_a_run_that_was_killed_before_its_first_checkpoint_is_its_own(run):
+    first = run.text("train", no_checkpoints=True).ok()
+    (first.folder / "model.safetensors").unlink()
+    assert run.text("train", resume=True).ok().column("step") == [1, 2]
 
 
 def test_a_folder_that_cannot_be_made_is_named(run):

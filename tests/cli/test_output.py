@@ -6,14 +6,18 @@ import os
 import pty
 import re
 import select
+import shutil
+import signal
 import struct
 import subprocess
 import termios
 import time
+import tomllib
 
 import pytest
 
-from conftest import COMMAND, OF_COMMAND, TEXT, words_of
+from conftest import COMMAND, FILES, OF_COMMAND, ROOT, TEXT, Result, words_of
+from test_interrupt import lines_of, wait_for
 
 JOB = ["data", "model", "layers", "heads", "width", "length", "norm", "dropout", "batch", "micro-batch",
        "recompute", "memory",
@@ -47,8 +51,41 @@ def test_help_explains_every_flag(run, command):
 def test_help_names_commands_exit_codes_and_an_example(run):
     text = run("--help").ok().stdout
     assert [name for name in FLAGS if not re.search(rf"^  {name} +[A-Z]", text, re.MULTILINE)] == []
-    assert all(code in text for code in ("0 done", "2 bad usage", "3 does not fit", "4 stopped", "5 bad data", "130 "))
+    codes = dict(re.findall(r"^  (\d+) (\w+ \w*)", text, re.MULTILINE))
+    assert list(codes) == ["0", "2", "3", "4", "5", "6", "130"]
+    assert (codes["3"], codes["4"], codes["5"], codes["6"]) == ("does not", "stopped by", "bad data", "a file")
     assert "microbatch train --data" in text
+
+
+def told_defaults(text):
+    """{option: default} of a --help, its lines joined again."""
+    told = re.split(r"^  (?:-\w,)?--([\w-]+)", text, flags=re.MULTILINE)
+    found = {name: re.search(r"\(default: (.*?)\)", " ".join(help_.split())) for name, help_ in zip(told[1::2], told[2::2])}
+    return {name: match[1] for name, match in found.items() if match}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_the_defaults_that_help_tells_are_those_of_a_run(run, optimizer):
+    told = told_defaults(run("train", "--help").ok().stdout)
+    run("train", "--data", run.data.text, "--steps", "1", "--run", "run", "--optimizer", optimizer, "--memory", "1GiB",
+        "--micro-batch", "16", "--no-verify").ok()
+    written = tomllib.loads((run.folder / "run" / "config.toml").read_text())
+    expected = {name: str(written[name]) for name in ("batch", "clip", "schedule", "warmup", "restores", "noise-every",
+                                                      "checkpoint-every", "keep", "seed", "final-lr")}
+    assert {name: told[name] for name in expected} == expected
+    for name in ("lr", "weight-decay"):
+        assert f"{written[name]} for {optimizer}" in told[name]
+    if optimizer == "sgd":
+        assert told["momentum"] == str(written["momentum"])
+
+
+def test_every_key_that_a_run_records_is_an_option(run):
+    run.text("train").ok()
+    assert set(tomllib.loads((run.folder / "run" / "config.toml").read_text())) <= set(FLAGS["train"])
+
+
+def test_help_says_that_the_head_of_a_gpt_is_its_embedding(run):
+    assert "tied weights" in run("train", "--help").ok().stdout
 
 
 def test_help_tells_how_long_a_run_is_by_itself(run):
@@ -95,12 +132,86 @@ def test_the_first_lines_reach_a_pipe_before_the_first_step_ends(run):
     assert ready and still
 
 
-def test_an_output_that_cannot_be_written_is_an_error(run):
+# Streams that cannot be written
+
+def command(name, run, **flags):
+    return [COMMAND, name, *words_of({"data": run.data.text} | TEXT | OF_COMMAND[name] | flags)]
+
+
+CASES = [("plan", {}, 0), ("plan", {"json": True}, 0), ("plan", {"data": "nosuch"}, 5), ("plan", {"batch": 0}, 2),
+         ("plan", {"memory": "5KiB"}, 3), ("train", {"json": True}, 0), ("train", {}, 0),
+         ("compare", {"samples": 16, "seeds": 1}, 0), ("advise", {}, 0)]
+
+
+@pytest.mark.parametrize("name, flags, code", CASES, ids=[f"{name} {flags}" for name, flags, _ in CASES])
+def test_a_full_stdout_or_stderr_changes_no_exit_code(run, name, flags, code):
     with open("/dev/full", "w") as full:
-        for words in (["plan", "--json"], ["train", "--json", "--steps", "1", "--run", "run"], ["doctor", "--json"]):
-            job = [] if words[0] == "doctor" else words_of({"data": run.data.text} | TEXT)
-            result = run(*words, *job, stdout=full, stderr=subprocess.PIPE, capture_output=False)
-            assert result.returncode != 0, words
+        for streams in ({"stdout": full}, {"stderr": full}, {"stdout": full, "stderr": full}):
+            shutil.rmtree(run.folder / "run", ignore_errors=True)
+            streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
+            done = subprocess.run(command(name, run, **flags), cwd=run.folder, timeout=60, **streams)
+            assert done.returncode == code, (streams, done)
+
+
+@pytest.mark.parametrize("words, code", [(["--help"], 0), (["train", "--help"], 0), (["--version"], 0), (["doctor"], 0),
+                                         (["bogus"], 2), (["report", "nosuch"], 5)], ids=lambda words: str(words))
+def test_a_full_stream_changes_no_exit_code_of_the_other_commands(run, words, code):
+    with open("/dev/full", "w") as full:
+        assert run(*words, stdout=full, stderr=full, capture_output=False).returncode == code
+
+
+@pytest.mark.parametrize("closed", [[1], [2], [0, 1, 2]], ids=str)
+def test_a_closed_stream_changes_nothing_and_gets_no_file_of_the_run(run, closed):
+    def close():
+        for descriptor in closed:
+            os.close(descriptor)
+
+    done = subprocess.run(command("train", run, steps=3), cwd=run.folder, timeout=60, preexec_fn=close)
+    assert done.returncode == 0
+    result = Result(0, "", "", run.folder / "run")
+    assert result.column("step") == [1, 2, 3] and result.files == FILES
+    for file in ("config.toml", "metrics.jsonl", "summary.json"):
+        text = (result.folder / file).read_text()
+        assert "samples per step" not in text and "done   " not in text
+
+
+def piped(run, **flags):
+    """A long run whose reader has read one line and gone away."""
+    process = subprocess.Popen(command("train", run, micro_batch=8, **flags), cwd=run.folder, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("model ")
+    process.stdout.close()
+    return process
+
+
+def test_a_reader_that_goes_away_does_not_end_a_run(run):
+    process = piped(run, steps=300)
+    assert process.wait(60) == 0 and process.stderr.read() == ""
+    result = Result(0, "", "", run.folder / "run")
+    assert len(result.metrics) == 300 and "model.safetensors" in result.files
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_without_a_reader_can_be_interrupted_and_saves_a_checkpoint(run, sent):
+    process = piped(run, steps="30M", schedule="constant")
+    wait_for(lambda: lines_of(run) >= 3, process)
+    process.send_signal(sent)
+    assert process.wait(60) == 130
+    assert len(list((run.folder / "run" / "checkpoints").iterdir())) == 1
+
+
+def test_a_comparison_whose_reader_goes_away_ends_as_ever(run):
+    process = subprocess.Popen(command("compare", run, samples=32, seeds=1), cwd=run.folder, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(120) == 0
+
+
+def test_everything_is_printed_through_one_function():
+    forbidden = re.compile(r"fmt::print|std::(cout|cerr|clog|puts|f?printf|fwrite|fputs)\b|(?<![\w:.])(puts|f?printf)\(")
+    sources = [file for file in (ROOT / "cli").rglob("*.[ch]*") if file.name != "output.cpp"]
+    assert len(sources) > 30 and [file for file in sources if forbidden.search(file.read_text())] == []
 
 
 # A terminal

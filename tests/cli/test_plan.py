@@ -1,8 +1,11 @@
 """What `plan` shows is measured, consistent, and what `train` does."""
 
 import math
+import re
 
 import pytest
+
+from conftest import chosen_of
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +98,15 @@ def test_without_a_budget_the_free_memory_of_the_machine_is_taken(run):
 def test_planning_writes_nothing(run):
     run.text("plan").ok()
     assert list(run.folder.iterdir()) == []
+
+
+def test_the_peak_is_told_by_phase_and_by_part(run):
+    document = run.text("plan", json=True).ok().document
+    chosen = chosen_of(document)
+    assert list(chosen["parts"]) == ["parameters", "gradients", "optimizer_state", "activations", "other"]
+    assert list(chosen["phases"]) == ["first_micro_batch", "later_micro_batches", "first_update", "later_updates"]
+    assert max(chosen["phases"].values()) == peak_of(chosen)
+    told = run.text("plan").ok().stdout
+    for name in [*chosen["parts"], *chosen["phases"]]:
+        if chosen["parts"].get(name, chosen["phases"].get(name)) > 0:
+            assert re.search(rf"^  {name.replace('_', '[ -]')} +[\d.]+ [KM]?i?B$", told, re.MULTILINE), name

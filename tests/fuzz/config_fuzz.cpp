@@ -2,8 +2,7 @@
 #include <cstdio>
 #include <string>
 
-#include "cli/options/config_file.h"
-#include "cli/options/flags.h"
+#include "cli/options/config.h"
 #include "fuzz/fuzz.h"
 
 namespace microbatch::cli {
@@ -11,29 +10,15 @@ namespace {
 
 using fuzz::require;
 
-/// The command line, made once: making it takes longer than all else.
-struct CommandLine {
-    Settings settings, others;
-    CLI::App application;
-    CLI::App* train = application.add_subcommand("train");
-
-    CommandLine() {
-        add_job_options(*train, settings);
-        add_length_options(*train, settings, "100 steps");
-        add_job_options(*application.add_subcommand("plan"), others);
-    }
-};
-
 void apply(const std::string& text) {
-    static CommandLine line;
-    line.settings = {};
-    line.train->clear();
+    Arguments arguments;
     const auto applied = fuzz::accepted(ErrorKind::usage, [&] {
-        apply_config(*line.train, text, "config.toml");
+        apply_config(arguments, text, "config.toml");
         return true;
     });
-    const Settings& s = line.settings;
-    require(!applied || (s.batch >= 0 && s.length >= 0 && s.seed >= 0 && s.threads >= 0), "a count is not negative");
+    const Settings& s = arguments.settings;
+    require(!applied || (s.batch >= 1 && s.length.value_or(1) >= 1 && s.keep >= 1 && s.threads.value_or(1) >= 1),
+            "a number is in its range");
 }
 
 /// As TOML, by its rules for basic strings.

@@ -97,36 +97,37 @@ def safetensors():
 
 def manifest():
     files = {
-        "weights.safetensors": {"bytes": 1234, "crc32c": "0123abcd"},
+        "model.safetensors": {"bytes": 1234, "crc32c": "0123abcd"},
         "state.json": {"bytes": 99, "crc32c": "ffffffff"},
     }
-    whole = {"version": 1, "steps": 10, "samples": 640, "tokens": 640, "open_samples": 0, "kept": False, "files": files}
+    whole = {
+        "version": 2, "steps": 10, "samples": 640, "tokens": 640, "open_samples": 0, "healthy": True, "kept": False,
+        "files": files,
+    }  # fmt: skip
     # The target adds the checksum, and the end of the object.
     write("manifest", "before_the_checksum", json.dumps(whole, indent=2)[:-2])
+    write("manifest", "another_version", json.dumps({**whole, "version": 1}, indent=2)[:-2])
 
 
 def state():
-    guard = {
-        "accepted": [[2.5, 1.5], [2.25, "inf"]], "refused_in_a_row": 1, "lowest_mean": 2.25, "lowest_deviation": 0.5,
-        "last_mean": 2.375, "scale": 2.5,
-    }  # fmt: skip
-    point = {"steps": 5, "guard": guard, "tensors": 3, "optimizer_counts": [2]}
-    plan = {"micro_batch": 16, "recompute": True}
-    open_batch = {
-        "samples": 64, "loss_sum": 80.5, "weight": 32.0, "micro_batches": 2, "parts": {"count": 2, "weight": 32.0, "squares": 12.0},
-        "measure_parts": True, "plan": plan, "out_of_memory": 1, "seconds": 0.5, "gradients": 1, "buffers": 0,
-        "generators": 1,
-    }  # fmt: skip
+    def gate(section):
+        return {
+            f"{section}gate/losses": [2.5, "inf"], f"{section}gate/gradient_norms": [1.5, 1],
+            f"{section}gate/refused_in_a_row": 1, f"{section}gate/lowest_mean": 2.25, f"{section}gate/scale": "nan",
+        }  # fmt: skip
+
+    data = {"data/steps": 10, "data/samples": 640, "data/tokens": 640, "data/seed": 2**64 - 1, "data/healthy": True}
     whole = {
-        "steps": 10, "samples": 640, "tokens": 640, "sampler": {"seed": 1, "epoch": 2, "position": 40},
-        "dataset_size": 300, "learning_rate": 0.1, "own_rate": 0.1, "last_batch": 64, "shrunk_at": 0, "guard": guard,
-        "noise": {"weight": 0.5, "variance": 1.5, "squared_gradient": "nan"},
-        "recovery": {"points": [point], "times": 1, "gone_back_at": 7, "in_files": False, "failed": False},
-        "limits": [{"shape": [[1, 28, 28], []], "plan": plan}], "open_batch": open_batch, "parameters": 1,
-        "buffers": 0, "optimizer_counts": [2], "generators": 1,
+        **data, **gate(""), **gate("recovery/0/"), "recovery/0/steps": 5, "recovery/points": 1, "caps/caps": 1,
+        "caps/0/fields": 2, "caps/0/0": [1, 28, 28], "caps/0/1": [], "noise/squared_gradient": -0.0,
+        "run/learning_rate": 1e-3, "batch/before/training_flags": [1, 0], "notes/config": "data = 'é'\n",
     }  # fmt: skip
     write("state", "whole", json.dumps(whole))
-    write("state", "bare", json.dumps({**whole, "guard": None, "recovery": None, "limits": [], "open_batch": None}))
+    write("state", "bare", json.dumps(data))
+    write("state", "list_beyond_int64", json.dumps({"caps/0/0": [2**63, 1], "gate/losses": [1.5, 2**63]}))
+    write("state", "count_beyond_int64", json.dumps({"data/steps": 2**64, "data/seed": -(2**63)}))
+    write("state", "named_twice", '{"a": 1, "a": [1, "x"]}')
+    write("state", "nested", json.dumps({"data": {"steps": 1}, "list": [[1], None]}))
 
 
 def config():

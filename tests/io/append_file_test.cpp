@@ -82,10 +82,10 @@ TEST(AppendFile, WhatAFullDiskDoesNotTakeComesWithTheNextRecord) {
 TEST(AppendFile, LeavesAloneWhatHasItsNameAlready) {
     const TempFolder folder;
     const fs::path file = folder.write("file", "text"), link = folder.path() / "link";
-    expect_usage_error({file.string()}, [&] { AppendFile{file}; });
+    expect_write_error({file.string()}, [&] { AppendFile{file}; });
     fs::create_symlink(folder.path() / "elsewhere", link);
-    expect_usage_error({link.string()}, [&] { AppendFile{link}; });
-    expect_usage_error({folder.path().string()}, [&] { AppendFile{folder.path()}; });
+    expect_write_error({link.string()}, [&] { AppendFile{link}; });
+    expect_write_error({folder.path().string()}, [&] { AppendFile{folder.path()}; });
     EXPECT_EQ(read_file(file), "text");
     EXPECT_FALSE(fs::exists(folder.path() / "elsewhere"));
 }
@@ -96,11 +96,11 @@ TEST(AppendFile, GoesOnWithAPlainFileAlone) {
     fs::create_symlink(file, link);
     ASSERT_EQ(::mkfifo(pipe.c_str(), 0600), 0);
     for (const fs::path& path : {link, pipe, folder.path(), folder.path() / "nowhere", fs::path("/dev/null")}) {
-        expect_usage_error({path.string()}, [&] { AppendFile(path, 0); });
+        expect_write_error({path.string()}, [&] { AppendFile(path, 0); });
     }
     // One that somebody reads from can be opened, and is none all the same.
     const int reader = ::open(pipe.c_str(), O_RDONLY | O_NONBLOCK);
-    expect_usage_error({pipe.string(), "not a regular file"}, [&] { AppendFile(pipe, 0); });
+    expect_write_error({pipe.string(), "not a regular file"}, [&] { AppendFile(pipe, 0); });
     ::close(reader);
     expect_error(ErrorKind::bad_data, {file.string(), "5 bytes"}, [&] { AppendFile(file, 5); });
     EXPECT_EQ(read_file(file), "text");

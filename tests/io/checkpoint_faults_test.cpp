@@ -14,10 +14,10 @@ namespace {
 using namespace test;
 namespace fs = std::filesystem;
 
-/// What a run is made of after each of its steps.
-const std::vector<TrainerState>& states() {
-    static const std::vector<TrainerState> all = [] {
-        std::vector<TrainerState> made;
+/// The state of a run after each of its steps.
+const std::vector<StateDict>& states() {
+    static const std::vector<StateDict> all = [] {
+        std::vector<StateDict> made;
         TrainingOptions how = rich();
         how.spikes.clear();
         Training run(how);
@@ -30,8 +30,8 @@ const std::vector<TrainerState>& states() {
     return all;
 }
 
-Checkpoint of_step(std::int64_t steps) {
-    return {states()[static_cast<std::size_t>(steps)]};
+const StateDict& of_step(std::int64_t steps) {
+    return states()[static_cast<std::size_t>(steps)];
 }
 
 /// A folder with the checkpoints of steps 1 and 2; where asked for, a damaged one of step 3, too.
@@ -61,10 +61,10 @@ public:
     /// The step of the checkpoint that a new process finds, which is as it was written, and the run can go on from.
     std::int64_t found() const {
         CheckpointStore store(checkpoints(), options());
-        const std::optional<Checkpoint> newest = store.newest();
+        const std::optional<StateDict> newest = store.newest();
         if (!newest) return -1;
-        const std::int64_t steps = newest->trainer.progress.steps;
-        expect_same(newest->trainer, of_step(steps).trainer);
+        const std::int64_t steps = StateReader(*newest).section("data").count("steps");
+        expect_same(*newest, of_step(steps));
         return steps;
     }
 
@@ -78,7 +78,7 @@ public:
 
     /// And saves again.
     void expect_goes_on() const {
-        const auto run = Training::from(rich(), CheckpointStore(checkpoints()).newest()->trainer);
+        const auto run = Training::from(rich(), *CheckpointStore(checkpoints()).newest());
         FaultyFiles files(attic());  // none of which is struck; they do not wait for the disk
         CheckpointStore store(checkpoints(), options(), files);
         store.newest();
@@ -211,7 +211,7 @@ TEST(CheckpointFaults, NotEvenTheFirstOfARunWhoseFoldersAreNew) {
         CheckpointStore other(store.folder());
         const auto newest = other.newest();
         ASSERT_TRUE(newest);
-        expect_same(newest->trainer, of_step(1).trainer);
+        expect_same(*newest, of_step(1));
     }
 }
 
@@ -222,7 +222,7 @@ TEST(CheckpointFaults, WhatGoesWrongWhileLeftoversAreRemovedIsNoHarm) {
     for (const int n : {1, 2}) {
         FaultyFiles files(disk.attic(), n);
         CheckpointStore store(disk.checkpoints(), disk.options(), files);
-        EXPECT_EQ(store.newest()->trainer.progress.steps, 2);
+        EXPECT_EQ(manifest_of(*store.newest()).progress.steps, 2);
     }
     FaultyFiles files(disk.attic(), 1);
     fs::copy(disk.checkpoints() / "step-00000001", disk.checkpoints() / "step-00000003.part");
@@ -247,7 +247,7 @@ std::string found_after(int n, Fault fault, Loss loss, int* operations = nullptr
         EXPECT_TRUE(n == 0 || files.operations() < n);
     } catch (const Crash&) {
     } catch (const Error& error) {
-        EXPECT_EQ(error.kind(), ErrorKind::usage);
+        EXPECT_EQ(error.kind(), ErrorKind::not_written);
         EXPECT_FALSE(fs::exists(temp.path() / "disk" / "file.part")) << n;
     }
     if (operations != nullptr) *operations = files.operations();

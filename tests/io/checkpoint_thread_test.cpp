@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <functional>
 #include <future>
 #include <stdexcept>
 #include <thread>
@@ -25,8 +26,8 @@ TEST_F(CheckpointThread, AThreadWritesTheBytesThatWouldBeWrittenAtOnceAlthoughTh
         Training run(how);
         for (int i = 0; i < 10; ++i) run.step();
         CheckpointStore at_once(now.path()), in_thread(later.path());
-        EXPECT_TRUE(at_once.save_now({run.trainer().state(), R"({"a":1})"}));
-        in_thread.save({run.trainer().state(), R"({"a":1})"});
+        EXPECT_TRUE(at_once.save_now(state_of(run.trainer())));
+        in_thread.save(state_of(run.trainer()));
         EXPECT_GT(in_thread.memory_bytes(), 0);
         do run.step();
         while (in_thread.is_busy());
@@ -36,42 +37,44 @@ TEST_F(CheckpointThread, AThreadWritesTheBytesThatWouldBeWrittenAtOnceAlthoughTh
     }
 }
 
-/// A state whose first tensor is only given when the gate opens, and what then happens to it.
-struct Gated {
-    std::promise<void> gate;
-    Checkpoint checkpoint;
+/// The system's files, of which none is made before the gate opens; and what then happens.
+class GatedFiles final : public FileSystem {
+public:
+    explicit GatedFiles(std::function<void()> then = [] {}) : then_(std::move(then)) {}
 
-    explicit Gated(
-        Checkpoint of, const std::function<void()>& then = [] {})
-        : checkpoint(std::move(of)) {
-        // In a snapshot, which own_tensors() leaves as it is: it is asked for in the thread.
-        checkpoint.trainer.recovery.emplace();
-        checkpoint.trainer.recovery->points.resize(1);
-        const at::Tensor tensor = at::ones({3});
-        checkpoint.trainer.recovery->points[0].tensors.push_back(
-            {"gated", tensor, [tensor, then, open = gate.get_future().share()] {
-                 open.wait();
-                 then();
-                 return tensor;
-             }});
+    void open() { gate_.set_value(); }
+
+    std::unique_ptr<OutputFile> create(const fs::path& file) override {
+        opened_.wait();
+        then_();
+        return system_files().create(file);
     }
+    void make_folder(const fs::path& folder) override { system_files().make_folder(folder); }
+    void rename(const fs::path& from, const fs::path& to) override { system_files().rename(from, to); }
+    void remove_all(const fs::path& path) override { system_files().remove_all(path); }
+    void sync(const fs::path& path) override { system_files().sync(path); }
+
+private:
+    std::promise<void> gate_;
+    std::shared_future<void> opened_ = gate_.get_future().share();
+    std::function<void()> then_;
 };
 
 TEST_F(CheckpointThread, IsBusyAndHoldsItsCopyUntilItIsWritten) {
-    CheckpointStore store(folder());
-    Gated gated(after(1));
-    const std::int64_t bytes = bytes_to_own(gated.checkpoint.trainer);
+    GatedFiles files;
+    CheckpointStore store(folder(), {}, files);
+    const StateDict state = after(1);
     EXPECT_FALSE(store.is_busy());
     EXPECT_EQ(store.memory_bytes(), 0);
     EXPECT_FALSE(store.release());
-    store.save(gated.checkpoint);
+    store.save(state);
     EXPECT_TRUE(store.is_busy());
-    EXPECT_EQ(store.memory_bytes(), bytes);
+    EXPECT_EQ(store.memory_bytes(), state.bytes());
     EXPECT_TRUE(store.warnings().empty());
     EXPECT_TRUE(store.is_busy());
     while (names_in(folder()).empty()) std::this_thread::yield();
     EXPECT_EQ(names_in(folder()), (Names{"step-00000001.part"}));
-    gated.gate.set_value();
+    files.open();
     EXPECT_TRUE(store.release());
     EXPECT_FALSE(store.is_busy());
     EXPECT_EQ(store.memory_bytes(), 0);
@@ -93,9 +96,9 @@ TEST_F(CheckpointThread, TheMemoryOfTheCopyIsThatOfTheTensorsAndComesBack) {
     Training run({});
     for (int i = 0; i < 3; ++i) run.step();
     CheckpointStore store(folder());
-    const Checkpoint checkpoint{run.trainer().state()};
+    const StateDict state = state_of(run.trainer());
     const std::int64_t before = memory_use().live_bytes;
-    store.save(checkpoint);
+    store.save(state);
     EXPECT_EQ(memory_use().live_bytes - before, store.memory_bytes());
     EXPECT_TRUE(store.release());
     EXPECT_EQ(memory_use().live_bytes, before);
@@ -109,14 +112,14 @@ TEST_F(CheckpointThread, WithoutRoomForACopyItIsWrittenAtOnce) {
     EXPECT_EQ(names_in(folder()), (Names{"step-00000001"}));
     install_budget_allocator();
     CheckpointStore tight(folder());
-    Checkpoint next = after(1);
+    const StateDict next = after(1);
     fail_allocation(3);
     tight.save(next);
     fail_allocation(0);
     EXPECT_EQ(tight.memory_bytes(), 0);
     EXPECT_EQ(names_in(folder()), (Names{"step-00000001", "step-00000002"}));
     EXPECT_TRUE(tight.warnings().empty());
-    EXPECT_EQ(CheckpointStore(folder()).newest()->trainer.progress.steps, 2);
+    EXPECT_EQ(steps_in(*CheckpointStore(folder()).newest()), 2);
 }
 
 TEST_F(CheckpointThread, SnapshotsInFilesAreReadWhileNoStepIsTaken) {
@@ -125,21 +128,21 @@ TEST_F(CheckpointThread, SnapshotsInFilesAreReadWhileNoStepIsTaken) {
     how.snapshots = temp_.path() / "snapshots";
     const auto run = rich_run(how);
     CheckpointStore store(folder());
-    store.save({run->trainer().state()});
+    store.save(state_of(run->trainer()));
     EXPECT_FALSE(store.is_busy());
     EXPECT_EQ(store.memory_bytes(), 0);
     EXPECT_EQ(names_in(folder()), (Names{"step-00000010-3"}));
 }
 
 TEST_F(CheckpointThread, ASecondSaveWaitsForTheFirst) {
-    CheckpointStore store(folder());
-    Gated gated(after(1));
-    store.save(gated.checkpoint);
+    GatedFiles files;
+    CheckpointStore store(folder(), {}, files);
+    store.save(after(1));
     std::atomic<bool> opened = false;
     std::thread opens([&] {
         std::this_thread::sleep_for(std::chrono::milliseconds(20));
         opened = true;
-        gated.gate.set_value();
+        files.open();
     });
     store.save(after(1));
     EXPECT_TRUE(opened);
@@ -149,14 +152,14 @@ TEST_F(CheckpointThread, ASecondSaveWaitsForTheFirst) {
 }
 
 TEST_F(CheckpointThread, ItsEndWaitsForWhatIsBeingWritten) {
+    GatedFiles files;
     std::thread opens;
     {
-        CheckpointStore store(folder());
-        auto gated = std::make_shared<Gated>(after(1));
-        store.save(gated->checkpoint);
-        opens = std::thread([gated] {
+        CheckpointStore store(folder(), {}, files);
+        store.save(after(1));
+        opens = std::thread([&files] {
             std::this_thread::sleep_for(std::chrono::milliseconds(20));
-            gated->gate.set_value();
+            files.open();
         });
     }
     EXPECT_EQ(names_in(folder()), (Names{"step-00000001"}));
@@ -171,30 +174,40 @@ TEST_F(CheckpointThread, AThreadThatDiesIsAWarningAndTheNextSaveWorks) {
         [] { throw 5; },
         [] { throw std::bad_alloc(); },
     };
-    CheckpointStore store(folder());
+    std::function<void()> death = [] {};
+    GatedFiles files([&death] { death(); });
+    files.open();
+    CheckpointStore store(folder(), {}, files);
     EXPECT_TRUE(store.save_now(after(1)));
     const auto before = contents_of(folder());
-    for (const bool in_thread : {true, false}) {
-        for (const auto& death : deaths) {
-            Gated gated(after(1), death);
-            gated.gate.set_value();
-            if (in_thread) {
-                store.save(gated.checkpoint);
-                EXPECT_TRUE(store.release());
-            } else {
-                EXPECT_FALSE(store.save_now(gated.checkpoint));
-            }
-            const std::vector<std::string> warnings = store.warnings();
-            ASSERT_EQ(warnings.size(), 1U);
-            EXPECT_NE(warnings[0].find("step " + std::to_string(run_.steps())), std::string::npos) << warnings[0];
-            EXPECT_EQ(contents_of(folder()), before);
-            EXPECT_EQ(names_in(folder()), (Names{"step-00000001"}));  // no half of one
-        }
+    const auto expect_warning = [&] {
+        const std::vector<std::string> warnings = store.warnings();
+        ASSERT_EQ(warnings.size(), 1U);
+        EXPECT_NE(warnings[0].find("step " + std::to_string(run_.steps())), std::string::npos) << warnings[0];
+        EXPECT_EQ(contents_of(folder()), before);
+        EXPECT_EQ(names_in(folder()), (Names{"step-00000001"}));  // no half of one
+    };
+    for (const auto& each : deaths) {
+        death = each;
+        store.save(after(1));
+        EXPECT_TRUE(store.release());
+        expect_warning();
+        EXPECT_FALSE(store.save_now(after(1)));
+        expect_warning();
+        // Or where a tensor is read.
+        death = [] {};
+        StateDict state = after(1);
+        state.put("recovery/tensor", StoredTensor(at::ones({3}), [&each] {
+                      each();
+                      return at::ones({3});
+                  }));
+        EXPECT_FALSE(store.save_now(state));
+        expect_warning();
     }
     const std::int64_t steps = run_.steps();
-    EXPECT_TRUE(store.save_now({run_.trainer().state()}));
+    EXPECT_TRUE(store.save_now(state_of(run_.trainer())));
     EXPECT_TRUE(store.warnings().empty());
-    EXPECT_EQ(CheckpointStore(folder()).newest()->trainer.progress.steps, steps);
+    EXPECT_EQ(steps_in(*CheckpointStore(folder()).newest()), steps);
 }
 
 TEST_F(CheckpointThread, AFolderThatCannotBeWrittenIsAWarning) {

@@ -59,7 +59,7 @@ TEST(EventFile, IsRecordsWithChecksumsTheFirstOfWhichNamesTheVersion) {
 
 TEST(EventFile, WhatCannotBeWrittenIsAnError) {
     const TempFolder folder;
-    expect_usage_error({"nowhere"}, [&] { EventFile(folder.path() / "nowhere"); });
+    expect_write_error({"nowhere"}, [&] { EventFile(folder.path() / "nowhere"); });
 }
 
 TEST(EventFile, GoingOnTellsWhichStepsOfOtherFilesAreNotDrawn) {

@@ -34,7 +34,7 @@ TEST(FileSystem, CreatesNoFileOverAnother) {
     const fs::path file = folder.write("file", "text"), link = folder.path() / "link";
     fs::create_symlink(folder.path() / "elsewhere", link);
     for (const fs::path& path : {file, link, folder.path(), folder.path() / "nowhere" / "file"}) {
-        expect_usage_error({path.string()}, [&] { system_files().create(path); });
+        expect_write_error({path.string()}, [&] { system_files().create(path); });
     }
     EXPECT_EQ(read_file(file), "text");
     EXPECT_FALSE(fs::exists(folder.path() / "elsewhere"));
@@ -45,7 +45,7 @@ TEST(FileSystem, AFullDiskIsAnErrorThatSaysSo) {
     const auto file = system_files().create(folder.path() / "file");
     const FullDisk disk(10);
     file->write("eight...");
-    expect_usage_error({(folder.path() / "file").string(), "File too large"}, [&] { file->write("three"); });
+    expect_write_error({(folder.path() / "file").string(), "File too large"}, [&] { file->write("three"); });
 }
 
 TEST(FileSystem, MakesFoldersThatAreMissing) {
@@ -55,8 +55,8 @@ TEST(FileSystem, MakesFoldersThatAreMissing) {
     EXPECT_TRUE(fs::is_directory(deep));
     system_files().make_folder(deep);
     const fs::path file = folder.write("file", "text");
-    expect_usage_error({file.string()}, [&] { system_files().make_folder(file); });
-    expect_usage_error({file.string()}, [&] { system_files().make_folder(file / "a"); });
+    expect_write_error({file.string()}, [&] { system_files().make_folder(file); });
+    expect_write_error({file.string()}, [&] { system_files().make_folder(file / "a"); });
 }
 
 TEST(FileSystem, RenamesOverAFileOrAnEmptyFolderAndNothingElse) {
@@ -70,10 +70,10 @@ TEST(FileSystem, RenamesOverAFileOrAnEmptyFolderAndNothingElse) {
     fs::create_directory(folder.path() / "empty");
     system_files().rename(full("one"), folder.path() / "empty");
     EXPECT_EQ(read_file(folder.path() / "empty" / "inside"), "one");
-    expect_usage_error({"three"}, [&] { system_files().rename(full("two"), full("three")); });
+    expect_write_error({"three"}, [&] { system_files().rename(full("two"), full("three")); });
     EXPECT_EQ(read_file(folder.path() / "two" / "inside"), "two");
     EXPECT_EQ(read_file(folder.path() / "three" / "inside"), "three");
-    expect_usage_error({}, [&] { system_files().rename(folder.path() / "nowhere", folder.path() / "x"); });
+    expect_write_error({}, [&] { system_files().rename(folder.path() / "nowhere", folder.path() / "x"); });
 }
 
 TEST(FileSystem, RemovesAllAndFollowsNoLink) {
@@ -93,7 +93,7 @@ TEST(FileSystem, SyncsFilesAndFolders) {
     const TempFolder folder;
     system_files().sync(folder.write("file", "text"));
     system_files().sync(folder.path());
-    expect_usage_error({"nowhere"}, [&] { system_files().sync(folder.path() / "nowhere"); });
+    expect_write_error({"nowhere"}, [&] { system_files().sync(folder.path() / "nowhere"); });
 }
 
 TEST(FileSystem, FilesThatAreNotClosedDoNotStayOpen) {
@@ -133,11 +133,11 @@ TEST(WriteWhole, WhereItFailsTheFileBeforeStaysAndNothingBeside) {
                  std::runtime_error);
     {
         const FullDisk disk(3);
-        expect_usage_error({file.string(), "File too large"}, [&] { write_whole(file, "longer"); });
+        expect_write_error({file.string(), "File too large"}, [&] { write_whole(file, "longer"); });
     }
     EXPECT_EQ(read_file(file), "before");
     EXPECT_FALSE(fs::exists(folder.path() / "file.part"));
-    expect_usage_error({"nowhere"}, [&] { write_whole(folder.path() / "nowhere" / "file", "content"); });
+    expect_write_error({"nowhere"}, [&] { write_whole(folder.path() / "nowhere" / "file", "content"); });
 }
 
 TEST(WriteWhole, TakesANameInTheFolderThatIsNow) {

@@ -5,7 +5,6 @@
 #include <string>
 
 #include "microbatch/core/error.h"
-#include "microbatch/io/safetensors.h"
 #include "microbatch/io/checkpoint.h"
 
 namespace {
@@ -23,19 +22,18 @@ at::Tensor numbers(at::IntArrayRef shape, at::ScalarType type) {
     return ((digits - 50).to(at::kDouble) / 8).to(type).reshape(shape);
 }
 
-StoredTensors every_dtype() {
-    StoredTensors all;
+NamedTensors every_dtype() {
+    NamedTensors all;
     for (const auto type : {at::kDouble, at::kFloat, at::kHalf, at::kBFloat16, at::kLong, at::kInt, at::kShort,
                             at::kChar, at::kByte, at::kBool}) {
-        all.push_back(stored(std::string("dtype.") + c10::toString(type), numbers({3, 5}, type)));
+        all.push_back({std::string("dtype.") + c10::toString(type), numbers({3, 5}, type)});
     }
-    all.push_back(stored("scalar", numbers({}, at::kFloat)));
-    all.push_back(stored("empty", numbers({0, 4}, at::kFloat)));
-    all.push_back(stored("columns", numbers({4, 6}, at::kFloat).t().contiguous().t()));
-    all.push_back(
-        stored("channels.last", numbers({2, 3, 4, 5}, at::kFloat).contiguous(at::MemoryFormat::ChannelsLast)));
-    all.push_back(stored("strided", numbers({9}, at::kFloat).repeat_interleave(2).slice(0, 0, 18, 2)));
-    all.push_back(stored("naïve \"name\"\n\\", numbers({2}, at::kFloat)));
+    all.push_back({"scalar", numbers({}, at::kFloat)});
+    all.push_back({"empty", numbers({0, 4}, at::kFloat)});
+    all.push_back({"columns", numbers({4, 6}, at::kFloat).t().contiguous().t()});
+    all.push_back({"channels.last", numbers({2, 3, 4, 5}, at::kFloat).contiguous(at::MemoryFormat::ChannelsLast)});
+    all.push_back({"strided", numbers({9}, at::kFloat).repeat_interleave(2).slice(0, 0, 18, 2)});
+    all.push_back({"naïve \"name\"\n\\", numbers({2}, at::kFloat)});
     return all;
 }
 
@@ -43,21 +41,18 @@ StoredTensors every_dtype() {
 
 int main(int count, char** words) {
     if (count != 2) return 2;
-    TrainerState state;
-    state.parameters = every_dtype();
-    state.buffers = {stored("buffer", numbers({7}, at::kFloat))};
-    state.optimizer_counts = {2};
-    state.optimizer = {stored("weight.0", numbers({4, 6}, at::kFloat).t().contiguous().t()),
-                       stored("weight.1", numbers({}, at::kFloat))};
-    state.generators = {stored("generator.0", numbers({5056}, at::kByte))};
-    state.recovery.emplace();
-    state.recovery->points = {{.steps = 3, .tensors = every_dtype()}};
-    state.open.emplace();
-    state.open->gradients = {stored("weight", numbers({4, 6}, at::kFloat))};
-    state.open->buffers = {stored("buffer.0", numbers({7}, at::kFloat))};
-    state.open->generators = {stored("generator.0", numbers({5056}, at::kByte))};
+    StateDict state;
+    const StateWriter writer(state);
+    for (const char* name : {"steps", "samples", "tokens"}) writer.section("data").put(name, 3);
+    writer.section("model").put(every_dtype());
+    writer.section("model").put("buffer", numbers({7}, at::kFloat));
+    writer.section("optimizer").section("weight").put("0", numbers({4, 6}, at::kFloat).t().contiguous().t());
+    writer.section("optimizer").section("weight").put("1", numbers({}, at::kFloat));
+    writer.section("rng").put("cpu", numbers({5056}, at::kByte));
+    writer.section("recovery").section("0").section("model").put(every_dtype());
+    writer.section("batch").section("gradient").put("weight", numbers({4, 6}, at::kFloat));
     try {
-        write_checkpoint(system_files(), words[1], {state});
+        write_checkpoint(system_files(), words[1], state);
     } catch (const Error& error) {
         std::fprintf(stderr, "%s\n", error.what());
         return 1;

@@ -53,11 +53,11 @@ every_dtype = {f'dtype.{name}': ((3, 5), dtype) for name, dtype in dtypes.items(
     'scalar': ((), 'F32'), 'empty': ((0, 4), 'F32'), 'columns': ((4, 6), 'F32'), 'channels.last': ((2, 3, 4, 5), 'F32'),
     'strided': ((9,), 'F32'), 'naïve "name"\n\\': ((2,), 'F32')}
 buffer, weight, generator = ((7,), 'F32'), ((4, 6), 'F32'), ((5056,), 'U8')
-files = {'weights': every_dtype | {'buffer': buffer},
-         'optimizer': {'weight.0': weight, 'weight.1': ((), 'F32')},
-         'generators': {'generator.0': generator},
-         'snapshot-3': every_dtype,
-         'open_batch': {'gradient.weight': weight, 'buffer.buffer.0': buffer, 'generator.generator.0': generator}}
+files = {'model': every_dtype | {'buffer': buffer},
+         'optimizer': {'weight/0': weight, 'weight/1': ((), 'F32')},
+         'rng': {'cpu': generator},
+         'recovery': {f'0/model/{name}': wanted for name, wanted in every_dtype.items()},
+         'batch': {'gradient/weight': weight}}
 
 with tempfile.TemporaryDirectory() as folder:
     subprocess.run([sys.argv[1], folder], check=True)

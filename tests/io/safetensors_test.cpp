@@ -77,12 +77,18 @@ TEST(Safetensors, LeavesTheFileBeforeWhereItCannotWrite) {
     expect_error(ErrorKind::usage, {"c", "cannot hold"}, [&] {
         write_safetensors(path, {{"c", at::zeros({1}, at::kComplexFloat)}});
     });
+    // Also where it has no bytes that could be missed.
+    for (const std::int64_t size : {0, 2}) {
+        expect_error(ErrorKind::usage, {"__metadata__", "reserves"}, [&] {
+            write_safetensors(path, {{"__metadata__", at::zeros({size})}});
+        });
+    }
     EXPECT_EQ(test::read_file(path), before);
-    expect_error(ErrorKind::usage, {"cannot write"}, [&] {
+    expect_error(ErrorKind::not_written, {"cannot write"}, [&] {
         write_safetensors(folder.path() / "none" / "m", {{"a", at::zeros({2})}});
     });
     std::filesystem::create_directory(folder.path() / "taken");
-    expect_error(ErrorKind::usage, {"cannot write", "taken"}, [&] {
+    expect_error(ErrorKind::not_written, {"cannot write", "taken"}, [&] {
         write_safetensors(folder.path() / "taken", {{"a", at::zeros({2})}});
     });
     EXPECT_FALSE(std::filesystem::exists(folder.path() / "taken.part"));

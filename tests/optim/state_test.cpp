@@ -16,6 +16,7 @@
 #include "support/errors.h"
 #include "support/gradients.h"
 #include "support/one_thread.h"
+#include "support/states.h"
 
 namespace microbatch {
 namespace {
@@ -72,22 +73,6 @@ struct Case {
     }
 };
 
-void expect_same_state(const StateDict& left, const StateDict& right) {
-    EXPECT_EQ(left.scalars(), right.scalars());
-    ASSERT_EQ(left.tensors().size(), right.tensors().size());
-    for (const auto& [name, tensor] : left.tensors()) {
-        ASSERT_TRUE(right.tensors().contains(name)) << name;
-        EXPECT_TRUE(same_bits(tensor.get(), right.tensors().at(name).get())) << name;
-    }
-}
-
-/// A copy of the state in which `name` is another tensor; undefined: none.
-StateDict with(StateDict state, const std::string& name, const at::Tensor& tensor) {
-    state.erase(name);
-    if (tensor.defined()) state.put(name, StoredTensor(tensor));
-    return state;
-}
-
 class OptimizerStates : public testing::TestWithParam<const char*> {};
 
 TEST_P(OptimizerStates, ContinueWithTheSameBitsFromWhereTheyWere) {
@@ -134,10 +119,10 @@ TEST(OptimizerState, OfOtherParametersIsRefusedAndChangesNothing) {
     const StateDict before = run.copy();
     const auto refused = [&](const std::vector<std::string>& words, const StateDict& state) {
         expect_error(ErrorKind::bad_data, words, [&] { run.optimizer->prepare(StateReader(state)); });
-        expect_same_state(state_of(*run.optimizer), before);
+        expect_same(state_of(*run.optimizer), before);
     };
     refused({"10", "9"}, with(before, "other/0", at::zeros({4, 3})));
-    refused({"late/1", "missing"}, with(before, "late/1", {}));
+    refused({"late/1", "missing"}, without(before, "late/1"));
     refused({"late", "shape"}, with(before, "late/0", at::zeros({3, 4})));
     refused({"late"}, with(before, "late/0", at::zeros({4, 3}, at::kDouble)));
     refused({"late"}, with(before, "late/0", at::zeros({3, 4}).t()));  // laid out in another way
@@ -150,7 +135,7 @@ TEST(OptimizerState, OfParametersWithoutAGradientSoFarIsNone) {
     EXPECT_FALSE(run.copy().has("late/"));
     for (int i = 0; i < 5; ++i) other.step(i);
     load(*other.optimizer, StateReader(run.copy()));
-    expect_same_state(state_of(*other.optimizer), run.copy());
+    expect_same(state_of(*other.optimizer), run.copy());
 }
 
 TEST(OptimizerState, OfATorchOptimizerThatItCannotHaveIsRefused) {
@@ -159,21 +144,18 @@ TEST(OptimizerState, OfATorchOptimizerThatItCannotHaveIsRefused) {
     const StateDict before = run.copy();
     const auto refused = [&](const std::vector<std::string>& words, const StateDict& state) {
         expect_error(ErrorKind::bad_data, words, [&] { run.optimizer->prepare(StateReader(state)); });
-        expect_same_state(state_of(*run.optimizer), before);
+        expect_same(state_of(*run.optimizer), before);
     };
     for (const char* name : {"0/exp_avg", "0/exp_avg_sq"}) {
-        refused({name, "missing"}, with(before, name, {}));
+        refused({name, "missing"}, without(before, name));
         refused({name, "shape"}, with(before, name, at::zeros({3, 4})));
         refused({name, "dtype"}, with(before, name, at::zeros({4, 3}, at::kDouble)));
     }
     refused({"0/max_exp_avg_sq", "shape"}, with(before, "0/max_exp_avg_sq", at::zeros({3, 4})));
     refused({"0/", "does not keep"}, with(before, "0/momentum_buffer", at::zeros({4, 3})));
     refused({"torch"}, with(before, "3/exp_avg", at::zeros({4, 3})));
-    StateDict state = before;
-    state.erase("0/step");
-    refused({"0/step", "missing"}, state);
-    state.put("0/step", std::int64_t{-1});
-    refused({"0/step", "-1"}, state);
+    refused({"0/step", "missing"}, without(before, "0/step"));
+    refused({"0/step", "-1"}, with(before, "0/step", StateScalar(std::int64_t{-1})));
     // What the optimizer's settings need must be there.
     StateDict first = StateReader(before).section("0").copy();
     first.move("", "0/");

@@ -13,6 +13,7 @@
 #include "support/errors.h"
 #include "support/gradients.h"
 #include "support/models.h"
+#include "support/states.h"
 #include "support/temp_folder.h"
 
 namespace microbatch {
@@ -34,7 +35,7 @@ struct Training {
     std::shared_ptr<TanhMlp> model = make_mlp(1);
     Parameters parameters = parameters_of(model);
     AdamW optimizer{{{.parameters = parameters}}, {.learning_rate = 0.01}};
-    Accumulator accumulator{parameters, optimizer, {.plan = {3}, .model = model.get()}};
+    Accumulator accumulator{model, optimizer, {.plan = {3}}};
     TensorDataset dataset{rows()};
     Trainer trainer;
     std::map<std::int64_t, Named> after;
@@ -95,15 +96,12 @@ TEST(Recovery, GoesBackToTheBitsOfBeforeAndGoesOn) {
 }
 
 TEST(Recovery, TheOptimizerIsThatOfBeforeToo) {
-    Training run(recovering({.every = 10, .margin = 5, .cut = 1.0, .warmup = 0})), twin;
+    Training run(recovering({.every = 10, .margin = 5, .rate_factor = 1.0, .warmup = 0})), twin;
     run.quiet(47);
     run.damage();
     run.until_back();
     twin.quiet(40);
-    const auto state = run.optimizer.state(), wanted = twin.optimizer.state();
-    for (std::size_t i = 0; i < state.size(); ++i) {
-        for (std::size_t j = 0; j < state[i].size(); ++j) EXPECT_TRUE(at::equal(state[i][j], wanted[i][j]));
-    }
+    expect_same(state_of(run.optimizer), state_of(twin.optimizer));
 }
 
 TEST(Recovery, ASnapshotThatMayBeDamagedIsPassedOver) {
@@ -117,7 +115,7 @@ TEST(Recovery, ASnapshotThatMayBeDamagedIsPassedOver) {
 }
 
 TEST(Recovery, TheRateIsCutWarmedUpAndGivenBackTheFirstTime) {
-    Training run(recovering({.every = 10, .margin = 5, .warmup = 8, .mend = 10}));
+    Training run(recovering({.every = 10, .margin = 5, .warmup = 8, .rate_recovery = 10}));
     run.quiet(47);
     run.damage();
     run.until_back();
@@ -135,7 +133,7 @@ TEST(Recovery, TheRateIsCutWarmedUpAndGivenBackTheFirstTime) {
 }
 
 TEST(Recovery, AScheduleGoesOnAtTheCutRate) {
-    TrainerOptions options = recovering({.every = 10, .margin = 5, .warmup = 1, .mend = 100});
+    TrainerOptions options = recovering({.every = 10, .margin = 5, .warmup = 1, .rate_recovery = 100});
     options.schedule = Schedule{.shape = ScheduleShape::linear, .peak = 0.01, .length = {1000, Unit::steps}};
     Training run(options);
     run.quiet(47);
@@ -170,24 +168,24 @@ TEST(Recovery, SnapshotsInMemoryAreGivenUpBeforeTheMicroBatchIsMadeSmaller) {
 
 TEST(Recovery, ASnapshotThatIsStillBeingWrittenDownCounts) {
     install_budget_allocator();
-    std::optional<TrainerState> written;
+    std::optional<StateDict> written;
     TrainerOptions options = recovering();
     int asked = 0;
-    options.release_memory = [&] {
+    options.reclaimers = {{[&] {
         ++asked;
         return std::exchange(written, std::nullopt).has_value();
-    };
+    }}};
     Training run(options);
     run.quiet(35);
     const std::int64_t two = run.step().snapshot_bytes;
-    written = run.trainer.state();
+    written = state_of(run.trainer);
     run.quiet(10);  // one of the two is left out, and held
     EXPECT_EQ(run.step().snapshot_bytes, two + two / 2);
     EXPECT_EQ(asked, 0);
     written.reset();
     EXPECT_EQ(run.step().snapshot_bytes, two);
     // Without room for a third, who holds it is asked for it, and nothing else changes.
-    written = run.trainer.state();
+    written = state_of(run.trainer);
     run.quiet(2);
     ASSERT_EQ(run.trainer.progress().steps % 10, 0);
     const BudgetScope tight(memory_use().live_bytes + two / 4);
@@ -250,7 +248,7 @@ TEST(Recovery, GoesBackFromFilesInTheMemoryThatThereIs) {
     const auto model = make_mlp(1, at::kFloat, 64, 1024, 64);  // half a MiB of parameters, and twice that of state
     const Parameters parameters = parameters_of(model);
     AdamW optimizer({{.parameters = parameters}}, {.learning_rate = 1e-4});
-    Accumulator accumulator(parameters, optimizer, {.plan = {1}, .model = model.get()});
+    Accumulator accumulator(model, optimizer, {.plan = {1}});
     Batch rows = regression_batch(23, 1, at::kFloat, 64, 64);
     rows.fields[2].fill_(1.0);
     const TensorDataset dataset(rows);
@@ -276,16 +274,26 @@ TEST(Recovery, ASnapshotThatIsGoneEndsTheRunWithAWarning) {
     const TempFolder folder;
     Training run(recovering({.every = 10, .margin = 5, .warmup = 8, .memory_bytes = 0, .folder = folder.path()}));
     run.quiet(47);
-    for (const auto& file : std::filesystem::directory_iterator(folder.path())) std::filesystem::remove(file);
+    for (const auto& file : std::filesystem::directory_iterator(folder.path())) std::filesystem::resize_file(file, 100);
     run.damage();
     const TrainerReport report = run.until_back();
     EXPECT_TRUE(report.diverged);
     EXPECT_FALSE(report.went_back_to);
-    EXPECT_NE(report.warning.find("no way back"), std::string::npos);
+    EXPECT_NE(report.warning.find("could not be rolled back"), std::string::npos) << report.warning;
+}
+
+TEST(Recovery, ASnapshotWhoseFileWasRemovedIsStillRead) {
+    const TempFolder folder;
+    Training run(recovering({.every = 10, .margin = 5, .warmup = 8, .memory_bytes = 0, .folder = folder.path()}));
+    run.quiet(47);
+    for (const auto& file : std::filesystem::directory_iterator(folder.path())) std::filesystem::remove(file);
+    run.damage();
+    EXPECT_EQ(run.until_back().went_back_to, 40);
+    expect_same_bits(values_of(run.parameters), run.after[40]);
 }
 
 TEST(Recovery, GoingBackBeforeTheBatchBecameSmallerBringsNoGuardOfTheLargerOne) {
-    TrainerOptions options = recovering({.every = 30, .margin = 5, .warmup = 0, .mend = 0});
+    TrainerOptions options = recovering({.every = 30, .margin = 5, .warmup = 0, .rate_recovery = 0});
     options.batches = parse_batch_schedule("23 at 0, 1 at 45 steps");
     Training run(options);
     run.quiet(47);
@@ -299,7 +307,7 @@ TEST(Recovery, WhereNoSnapshotCanBeTakenTheRunSaysSoOnceAndGoesOn) {
     const TempFolder folder;
     for (const std::filesystem::path& place : {std::filesystem::path(), folder.path() / "nowhere"}) {
         Training run(recovering({.every = 10, .memory_bytes = 0, .folder = place}));
-        EXPECT_NE(run.step().warning.find("no snapshot"), std::string::npos);
+        EXPECT_NE(run.step().warning.find("no more snapshots"), std::string::npos);
         run.quiet(46);
         run.damage();
         const TrainerReport report = run.until_back();
@@ -315,11 +323,11 @@ TEST(Recovery, RefusesWhatMeansNothing) {
     refused("most", {.most = -1});
     refused("every", {.every = 0});
     refused("margin", {.margin = -1});
-    refused("cut", {.cut = 0.0});
-    refused("cut", {.cut = 1.5});
-    refused("cut", {.cut = nan_value});
+    refused("rate_factor", {.rate_factor = 0.0});
+    refused("rate_factor", {.rate_factor = 1.5});
+    refused("rate_factor", {.rate_factor = nan_value});
     refused("warmup", {.warmup = -1});
-    refused("mend", {.mend = -1});
+    refused("rate_recovery", {.rate_recovery = -1});
     refused("memory", {.memory_bytes = -1});
     expect_usage_error({"guard"}, [] {
         Training(TrainerOptions{.batch = 4, .length = {1, Unit::steps}, .recovery = RecoveryOptions{}});

@@ -16,7 +16,7 @@ namespace {
 
 using namespace test;
 
-constexpr std::int64_t micro_batches = 5;  // 17 samples in 4: the last has 1
+constexpr std::int64_t micro_batches = 5;  // 17 samples in 4, 4, 4, 3 and 2
 const double nan = std::numeric_limits<double>::quiet_NaN();
 const double infinity = std::numeric_limits<double>::infinity();
 
@@ -172,34 +172,34 @@ TEST(Refusal, RefusesAGradientThatIsNotFiniteUnderAFiniteLoss) {
     }
 }
 
-TEST(Refusal, ABatchThatAJudgeRefusesOrFailsOverLeavesNothing) {
+TEST(Refusal, ABatchThatAGateRefusesOrFailsOverLeavesNothing) {
     expect_no_trace([](Training& run) {
-        const StepReport report = run.accumulator.step(
-            regression_batch(17, 9), run.loss, {.judge = [](const Gathered&) -> std::string { return "not today"; }});
+        FunctionGate gate([](const Gathered&) -> std::string { return "not today"; });
+        const StepReport report = run.accumulator.step(regression_batch(17, 9), run.loss, {.gate = &gate});
         EXPECT_FALSE(report.applied);
         EXPECT_EQ(report.reason, "not today");
     });
     expect_no_trace([](Training& run) {
-        const auto fails = [](const Gathered&) -> std::string { throw std::runtime_error("no judge"); };
-        EXPECT_THROW(run.accumulator.step(regression_batch(17, 9), run.loss, {.judge = fails}), std::runtime_error);
+        FunctionGate fails([](const Gathered&) -> std::string { throw std::runtime_error("no gate"); });
+        EXPECT_THROW(run.accumulator.step(regression_batch(17, 9), run.loss, {.gate = &fails}), std::runtime_error);
     });
 }
 
-TEST(Refusal, AJudgeIsAskedOnceForEveryBatchThatHasWeight) {
+TEST(Refusal, AGateIsAskedOnceForEveryBatchThatHasWeight) {
     Training run;
     int asked = 0;
-    const Judge judge = [&](const Gathered& gathered) -> std::string {
+    FunctionGate gate([&](const Gathered& gathered) -> std::string {
         ++asked;
         EXPECT_GT(gathered.weight, 0);
         return {};
-    };
-    EXPECT_TRUE(run.accumulator.step(regression_batch(17, 9), run.loss, {.judge = judge}).applied);
+    });
+    EXPECT_TRUE(run.accumulator.step(regression_batch(17, 9), run.loss, {.gate = &gate}).applied);
     EXPECT_EQ(asked, 1);
     const auto nothing = [&](const Batch& micro) -> WeightedLoss { return {run.loss(micro).sum, 0}; };
-    EXPECT_FALSE(run.accumulator.step(regression_batch(17, 9), nothing, {.judge = judge}).applied);
+    EXPECT_FALSE(run.accumulator.step(regression_batch(17, 9), nothing, {.gate = &gate}).applied);
     EXPECT_EQ(asked, 1);
     const auto broken = [&](const Batch& micro) -> WeightedLoss { return {run.loss(micro).sum * nan, 1}; };
-    EXPECT_EQ(run.accumulator.step(regression_batch(17, 9), broken, {.judge = judge}).reason, "loss is not finite");
+    EXPECT_EQ(run.accumulator.step(regression_batch(17, 9), broken, {.gate = &gate}).reason, "loss is not finite");
     EXPECT_EQ(asked, 2);
 }
 
@@ -265,13 +265,14 @@ TEST(Refusal, AStreamThatBreaksOffLeavesNoTrace) {
 }
 
 TEST(Refusal, SaysWhy) {
-    EXPECT_EQ(reason_to_refuse({.loss_sum = 1, .weight = 1, .gradient_norm = 1, .micro_batches = 1}), "");
-    EXPECT_EQ(reason_to_refuse({.loss_sum = 1e300, .weight = 1e-3, .gradient_norm = 0, .micro_batches = 1}), "");
-    EXPECT_EQ(reason_to_refuse({.loss_sum = 0, .weight = 0, .gradient_norm = 0, .micro_batches = 1}), "zero weight");
+    const auto reason = [](const Gathered& gathered) { return FiniteGate().evaluate(gathered).reason; };
+    EXPECT_EQ(reason({.loss_sum = 1, .weight = 1, .gradient_norm = 1, .micro_batches = 1}), "");
+    EXPECT_EQ(reason({.loss_sum = 1e300, .weight = 1e-3, .gradient_norm = 0, .micro_batches = 1}), "");
+    EXPECT_EQ(reason({.loss_sum = 0, .weight = 0, .gradient_norm = 0, .micro_batches = 1}), "zero weight");
     for (double bad : {nan, infinity, -infinity}) {
-        EXPECT_EQ(reason_to_refuse({.loss_sum = bad, .weight = 1, .gradient_norm = 1, .micro_batches = 1}),
+        EXPECT_EQ(reason({.loss_sum = bad, .weight = 1, .gradient_norm = 1, .micro_batches = 1}),
                   "loss is not finite");
-        EXPECT_EQ(reason_to_refuse({.loss_sum = 1, .weight = 1, .gradient_norm = bad, .micro_batches = 1}),
+        EXPECT_EQ(reason({.loss_sum = 1, .weight = 1, .gradient_norm = bad, .micro_batches = 1}),
                   "gradient norm is not finite");
     }
 }

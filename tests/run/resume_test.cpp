@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "support/states.h"
 #include "support/temp_folder.h"
 #include "support/training.h"
 
@@ -15,7 +16,7 @@ using namespace test;
 /// The steps of a run that nobody disturbs, and what it could be made of before each of them.
 struct Undisturbed {
     std::vector<Seen> steps;
-    std::vector<TrainerState> before;
+    std::vector<StateDict> before;
 
     Undisturbed(const TrainingOptions& how, std::size_t count) {
         Training run(how);
@@ -70,7 +71,7 @@ TrainingOptions guarded() {
 }
 
 /// Which goes back at the fourth step of a spike.
-TrainingOptions recovering(RecoveryOptions recovery = {.every = 8, .margin = 4, .warmup = 3, .mend = 6}) {
+TrainingOptions recovering(RecoveryOptions recovery = {.every = 8, .margin = 4, .warmup = 3, .rate_recovery = 6}) {
     TrainingOptions how = guarded();
     how.trainer.recovery = std::move(recovery);
     how.spikes = {30, 31, 32, 33};
@@ -107,7 +108,7 @@ TEST(Resume, ARateThatTheCallerHasSetHoldsOn) {
         Training run(how);
         run.step();
         run.optimizer().set_learning_rate(0.125);
-        const TrainerState state = run.taken_apart();
+        const StateDict state = run.taken_apart();
         const auto resumed = Training::from(how, state);
         for (int i = 0; i < 3; ++i) {
             const Seen wanted = see_step(run);
@@ -170,7 +171,7 @@ TEST(Resume, ARunThatDivergesGoesBackToTheSamePoint) {
 }
 
 TEST(Resume, ARunThatGoesBackAgainAndAgainEndsWhenItWouldHave) {
-    TrainingOptions how = recovering({.most = 1, .every = 8, .margin = 4, .warmup = 3, .mend = 6});
+    TrainingOptions how = recovering({.most = 1, .every = 8, .margin = 4, .warmup = 3, .rate_recovery = 6});
     how.spikes = {30, 31, 32, 33, 44, 45, 46, 47};
     const Undisturbed run(how, 48);
     EXPECT_EQ(run.times_back(), 2);
@@ -180,7 +181,7 @@ TEST(Resume, ARunThatGoesBackAgainAndAgainEndsWhenItWouldHave) {
 
 TEST(Resume, SnapshotsInFilesAreThoseOfBefore) {
     const TempFolder folder;
-    TrainingOptions how = recovering({.every = 8, .margin = 4, .warmup = 3, .mend = 6, .memory_bytes = 0});
+    TrainingOptions how = recovering({.every = 8, .margin = 4, .warmup = 3, .rate_recovery = 6, .memory_bytes = 0});
     how.snapshots = folder.path();
     const Undisturbed run(how, 44);
     EXPECT_EQ(run.times_back(), 1);
@@ -191,7 +192,7 @@ TEST(Resume, SnapshotsInFilesAreThoseOfBefore) {
 TEST(Resume, SnapshotsMoveFromMemoryToFilesAndTheOtherWayRound) {
     const TempFolder folder;
     TrainingOptions in_memory = recovering();
-    TrainingOptions in_files = recovering({.every = 8, .margin = 4, .warmup = 3, .mend = 6, .memory_bytes = 0});
+    TrainingOptions in_files = recovering({.every = 8, .margin = 4, .warmup = 3, .rate_recovery = 6, .memory_bytes = 0});
     in_memory.snapshots = in_files.snapshots = folder.path();
     const Undisturbed one(in_memory, 44), other(in_files, 44);
     for (const std::size_t from : {1U, 20U, 31U, 36U}) {
@@ -202,12 +203,12 @@ TEST(Resume, SnapshotsMoveFromMemoryToFilesAndTheOtherWayRound) {
 
 TEST(Resume, TheSnapshotsOfAProcessThatWasKilledAreNotInTheWay) {
     const TempFolder folder;
-    TrainingOptions how = recovering({.every = 8, .margin = 4, .warmup = 3, .mend = 6, .memory_bytes = 0});
+    TrainingOptions how = recovering({.every = 8, .margin = 4, .warmup = 3, .rate_recovery = 6, .memory_bytes = 0});
     how.trainer.recovery->folder = folder.path();
     Training killed(how);
     for (int i = 0; i < 20; ++i) killed.step();
     ASSERT_FALSE(std::filesystem::is_empty(folder.path()));
-    const TrainerState state = killed.taken_apart();
+    const StateDict state = killed.taken_apart();
     const auto resumed = Training::from(how, state);  // while their files are there
     for (int i = 0; i < 24; ++i) {
         SCOPED_TRACE(i);
@@ -238,7 +239,7 @@ TEST(Resume, ATrainerThatHasBeenElsewhereGoesOnAsOneThatHasNot) {
     for (std::size_t i = 0; i < 40; ++i) used.step();
     for (const std::size_t from : {43U, 31U, 20U, 1U, 0U}) {
         SCOPED_TRACE(::testing::Message() << "from step " << from);
-        used.trainer().restore(run.before[from]);
+        load(used.trainer(), StateReader(run.before[from]));
         expect_same(see_step(used), run.steps[from]);
     }
 }
@@ -250,7 +251,7 @@ TEST(Resume, TwoRunsOfOneStateHaveNothingInCommon) {
         const Undisturbed run(how, 24);
         Training first(how);
         for (int i = 0; i < 20; ++i) first.step();
-        const auto second = Training::from(how, first.trainer().state());  // the first one's own tensors
+        const auto second = Training::from(how, state_of(first.trainer()));  // the first one's own tensors
         for (std::size_t i = 20; i < 24; ++i) {
             expect_same(see_step(first), run.steps[i]);
             expect_same(see_step(*second), run.steps[i]);
@@ -261,26 +262,58 @@ TEST(Resume, TwoRunsOfOneStateHaveNothingInCommon) {
 TEST(Resume, AStateThatOwnsItsTensorsIsNotChangedByTheSteps) {
     Training run(recovering());
     for (int i = 0; i < 12; ++i) run.step();
-    TrainerState state = run.trainer().state();
-    const std::int64_t bytes = bytes_to_own(state);
-    own_tensors(state);
-    Named before;
-    const auto each_tensor = [&](const auto& call) {
-        for (const auto* list : {&state.parameters, &state.buffers, &state.optimizer, &state.generators,
-                                 &state.recovery->points.back().tensors}) {
-            for (const StoredTensor& one : *list) call(one);
-        }
-    };
-    std::int64_t owned = 0;
-    each_tensor([&](const StoredTensor& one) { before.push_back({one.name, one.get().clone()}); });
-    for (const auto* list : {&state.parameters, &state.buffers, &state.optimizer, &state.generators}) {
-        owned += bytes_of(*list);
-    }
-    EXPECT_EQ(bytes, owned);
+    const StateDict shared = state_of(run.trainer());
+    StateDict owned = shared;
+    for (const char* section : {"model/", "optimizer/", "rng/"}) owned.own(section);
+    EXPECT_EQ(owned.bytes(), shared.bytes());
+    EXPECT_GT(owned.bytes("recovery/"), 0);  // snapshots are shared: no step changes them
+    EXPECT_EQ(owned.bytes(), owned.bytes("model/") + owned.bytes("optimizer/") + owned.bytes("rng/") +
+                                 owned.bytes("recovery/"));
+    StateDict before = shared;
+    before.own();
     for (int i = 0; i < 12; ++i) run.step();
-    Named after;
-    each_tensor([&](const StoredTensor& one) { after.push_back({one.name, one.get()}); });
-    expect_same_bits(before, after);
+    expect_same(owned, before);
+    for (const char* section : {"model/", "optimizer/"}) {  // what is not owned is
+        const auto one = shared.tensors().lower_bound(section), other = before.tensors().lower_bound(section);
+        EXPECT_FALSE(same_bits(one->second.get(), other->second.get())) << one->first;
+    }
+}
+
+/// Asked after micro-batches: true after so many.
+struct Stop {
+    std::shared_ptr<int> left = std::make_shared<int>(0);
+
+    StopToken token() const {
+        return [left = left] { return --*left == 0; };
+    }
+};
+
+TEST(Resume, ABatchThatIsLeftAtAnyMicroBatchOfAnyStepIsTheSameBatch) {
+    const TempFolder folder;
+    TrainingOptions in_files = recovering({.every = 8, .margin = 4, .warmup = 3, .rate_recovery = 6, .memory_bytes = 0});
+    in_files.snapshots = folder.path();
+    TrainingOptions gpt{.model = "gpt"}, resnet{.model = "resnet", .optimizer = "torch sgd"};
+    for (TrainingOptions how : {gpt, resnet, recovering(), in_files}) {
+        SCOPED_TRACE(how.model);
+        how.trainer.noise_every = 2;
+        const std::size_t steps = how.trainer.recovery ? 44 : 4;
+        const Undisturbed run(how, steps);
+        EXPECT_EQ(run.times_back(), how.trainer.recovery ? 1 : 0);
+        const Stop stop;
+        how.trainer.stop = stop.token();
+        for (const int after : {1, 2}) {  // of three
+            std::unique_ptr<Training> chain = Training::from(how, run.before[0]);
+            for (std::size_t i = 0; i < steps; ++i) {
+                SCOPED_TRACE(::testing::Message() << "step " << i << " left after " << after);
+                *stop.left = after;
+                ASSERT_TRUE(chain->step().paused);
+                chain = Training::from(how, chain->taken_apart());
+                EXPECT_TRUE(chain->trainer().is_paused());
+                ASSERT_NO_FATAL_FAILURE(expect_same(see_step(*chain), run.steps[i]));
+                if (::testing::Test::HasFailure()) return;
+            }
+        }
+    }
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 
 #include "microbatch/run/run_log.h"
 #include "microbatch/run/run_reader.h"
+#include "microbatch/run/trainer.h"
 #include "support/errors.h"
 #include "support/faulty_files.h"
 #include "support/temp_folder.h"
@@ -29,7 +30,7 @@ TrainerReport report_of(std::int64_t step, const std::string& reason = {}) {
 }
 
 void write_step(RunLog& log, std::int64_t step, const std::string& reason = {}) {
-    EXPECT_EQ(log.write(report_of(step, reason), {.peak_bytes = 1000}), "");
+    EXPECT_EQ(log.write(record_of(report_of(step, reason), {.peak_bytes = 1000})), "");
 }
 
 std::string log_of(const TempFolder& folder) {
@@ -136,7 +137,7 @@ TEST(RunLogResume, WhereItCannotBeMendedItIsAsItWas) {
             try {
                 EXPECT_EQ(RunLog(folder.path(), 6, files).lines(), 6);
             } catch (const Error& error) {
-                EXPECT_EQ(error.kind(), ErrorKind::usage);
+                EXPECT_EQ(error.kind(), ErrorKind::not_written);
             }
             const std::string found = log_of(folder);
             EXPECT_TRUE(found == damaged || found == whole) << found;

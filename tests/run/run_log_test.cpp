@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "microbatch/run/trainer.h"
 #include "support/errors.h"
 #include "support/full_disk.h"
 #include "support/temp_folder.h"
@@ -63,7 +64,7 @@ TEST(RunLog, WritesTheseKeysInThisOrder) {
     report.step.noise = NoiseMeasure{.variance = 3.5, .squared_gradient = -0.5};
     report.noise_batch = 12.5;
     report.went_back_to = 4;
-    log.write(report, {.peak_bytes = 1000, .predicted_peak_bytes = 1010, .predicted_step_seconds = 0.25});
+    log.write(record_of(report, {.peak_bytes = 1000, .predicted_peak_bytes = 1010, .predicted_step_seconds = 0.25}));
     // By hand, from some_report().
     const Json expected = {{"step", 7},
                            {"samples", 70},
@@ -95,7 +96,7 @@ TEST(RunLog, WritesTheseKeysInThisOrder) {
 TEST(RunLog, WritesNullWhereNothingWasPredictedOrMeasured) {
     const TempFolder folder;
     RunLog log(folder.path());
-    log.write(some_report(), {});
+    log.write(record_of(some_report(), {}));
     for (const char* key : {"went_back_to", "gradient_variance", "squared_gradient", "noise_batch"}) {
         EXPECT_TRUE(lines(folder.path()).at(0).at(key).is_null());
     }
@@ -111,7 +112,7 @@ TEST(RunLog, WritesNumbersThatAreNotFiniteAsStrings) {
         report.step.loss = report.step.gradient_norm = report.step.learning_rate = report.step.weight = bad;
         report.step.applied = false;
         report.step.reason = "loss is not finite";
-        log.write(report, {});
+        log.write(record_of(report, {}));
     }
     const auto found = lines(folder.path());
     ASSERT_EQ(found.size(), 4u);
@@ -149,7 +150,7 @@ TEST(RunLog, EveryDoubleReadsBackWithTheSameBits) {
         report.step.learning_rate = v[2];
         report.step.gradient_norm = v[3];
         report.seconds = v[4];
-        log.write(report, {});
+        log.write(record_of(report, {}));
     }
     const auto found = lines(folder.path());
     ASSERT_EQ(found.size(), written.size());
@@ -171,7 +172,7 @@ TEST(RunLog, KeepsTheLargestCountsToTheLastDigit) {
     report.progress = {.steps = largest, .samples = largest - 1, .tokens = largest - 2};
     report.step.micro_batches = largest - 3;
     report.step.plan.micro_batch = largest;
-    log.write(report, {.peak_bytes = largest - 1, .predicted_peak_bytes = largest - 2});
+    log.write(record_of(report, {.peak_bytes = largest - 1, .predicted_peak_bytes = largest - 2}));
     const Json line = lines(folder.path()).at(0);
     EXPECT_EQ(line.at("step").get<std::int64_t>(), largest);
     EXPECT_EQ(line.at("samples").get<std::int64_t>(), largest - 1);
@@ -187,7 +188,7 @@ TEST(RunLog, EachLineIsReadableRightAfterWrite) {
     RunLog log(folder.path());
     EXPECT_EQ(read_file(folder.path() / "metrics.jsonl"), "");
     for (std::size_t i = 1; i <= 20; ++i) {
-        log.write(some_report(), {});
+        log.write(record_of(some_report(), {}));
         EXPECT_EQ(lines(folder.path()).size(), i);
     }
 }
@@ -198,7 +199,7 @@ TEST(RunLog, AReasonWithQuotesAndLineEndsStaysOneLine) {
     const std::string reason = "the \"guard\"\nsaid\\no\t\x01 é";
     TrainerReport report = some_report();
     report.step.reason = reason;
-    log.write(report, {});
+    log.write(record_of(report, {}));
     ASSERT_EQ(lines(folder.path()).size(), 1u);
     EXPECT_EQ(lines(folder.path())[0].at("reason").get<std::string>(), reason);
 }
@@ -208,7 +209,7 @@ TEST(RunLog, AReasonThatIsNotUtf8IsNoReasonToStop) {
     RunLog log(folder.path());
     TrainerReport report = some_report();
     report.step.reason = "caf\xe9";
-    EXPECT_NO_THROW(log.write(report, {}));
+    EXPECT_NO_THROW(log.write(record_of(report, {})));
     EXPECT_EQ(lines(folder.path()).size(), 1u);
 }
 
@@ -225,7 +226,7 @@ TEST(RunLog, DoesNotFollowTheLocaleOfTheProgram) {
     RunLog log(folder.path());
     TrainerReport report = some_report();
     report.progress.samples = 1'234'567;
-    log.write(report, {});
+    log.write(record_of(report, {}));
     std::locale::global(before);
     EXPECT_EQ(lines(folder.path()).at(0).at("samples"), 1'234'567);
     EXPECT_EQ(lines(folder.path()).at(0).at("loss"), 2.5);
@@ -235,7 +236,7 @@ TEST(RunLog, MakesTheFoldersThatAreMissing) {
     const TempFolder folder;
     const auto nested = folder.path() / "a" / "b c" / "run";
     RunLog log(nested);
-    log.write(some_report(), {});
+    log.write(record_of(some_report(), {}));
     EXPECT_EQ(lines(nested).size(), 1u);
 }
 
@@ -265,19 +266,19 @@ TEST(RunLog, RefusesWhateverElseHasTheNameOfTheLog) {
 TEST(RunLog, SaysWhichFileCouldNotBeWrittenOnAFullDiskAndWritesTheLinesWhenItCan) {
     const TempFolder folder;
     RunLog log(folder.path());
-    EXPECT_EQ(log.write(some_report(), {}), "");
+    EXPECT_EQ(log.write(record_of(some_report(), {})), "");
     const std::string first = read_file(folder.path() / "metrics.jsonl");
     {
         const test::FullDisk disk(first.size() + 10);
         for (int i = 0; i < 3; ++i) {
-            const std::string why = log.write(some_report(), {});
+            const std::string why = log.write(record_of(some_report(), {}));
             EXPECT_NE(why.find((folder.path() / "metrics.jsonl").string()), std::string::npos) << why;
             EXPECT_EQ(read_file(folder.path() / "metrics.jsonl"), first);  // and no half of a line
         }
         EXPECT_NE(log.flush(), "");
         EXPECT_EQ(log.lines(), 4);
     }
-    EXPECT_EQ(log.write(some_report(), {}), "");
+    EXPECT_EQ(log.write(record_of(some_report(), {})), "");
     EXPECT_EQ(lines(folder.path()).size(), 5u);
     EXPECT_EQ(log.lines(), 5);
     EXPECT_EQ(log.flush(), "");

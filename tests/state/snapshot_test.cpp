@@ -137,8 +137,9 @@ TEST(Snapshot, OnADiskThatIsFullLeavesNothing) {
     ASSERT_EQ(::getrlimit(RLIMIT_FSIZE, &before), 0);
     const rlimit little{1000, before.rlim_max};
     ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &little), 0);
-    expect_usage_error({"snapshot", "too large"},
-                       [&] { moved_to_file(shared({{"large", at::zeros({1 << 16})}}), folder.path() / "snapshot"); });
+    expect_usage_error({"snapshot", "too large"}, [&] {
+        moved_to_file(shared({{"large", at::zeros({1 << 16})}}), folder.path() / "snapshot");
+    });
     ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &before), 0);
     EXPECT_TRUE(std::filesystem::is_empty(folder.path()));
 }

@@ -3,8 +3,14 @@
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
+#include <functional>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <vector>
 
 #include "microbatch/io/state_json.h"
 #include "support/errors.h"
@@ -73,6 +79,9 @@ TEST(StateDict, ANameIsTakenOnce) {
     expect_usage_error({"data/steps"}, [&] { StateWriter(state).section("data").put("steps", 8); });
     EXPECT_EQ(names(state), before);
     EXPECT_EQ(StateReader(state).section("data").count("steps"), 7);
+    state.set("data/steps", std::int64_t{8});
+    EXPECT_EQ(names(state), before);
+    EXPECT_EQ(StateReader(state).section("data").count("steps"), 8);
     EXPECT_EQ(state.tensors().at("model/fc.bias").get().numel(), 2);
 }
 
@@ -257,8 +266,7 @@ TEST(StateReader, ReadsASectionByItself) {
     EXPECT_EQ(tensors[1].first, "fc.weight");
     StateDict copy = model.copy();
     EXPECT_EQ(names(copy), (std::vector<std::string>{"fc.bias", "fc.weight"}));
-    EXPECT_TRUE(
-        copy.tensors().at("fc.bias").get().is_alias_of(state.tensors().at("model/fc.bias").get()));  // shared
+    EXPECT_TRUE(copy.tensors().at("fc.bias").get().is_alias_of(state.tensors().at("model/fc.bias").get()));  // shared
     EXPECT_EQ(StateReader(state).section("data").copy().scalars().size(), 7u);
     expect_refused({"model/", "not mine"}, [&] { model.refuse("", "not mine"); });
 }
@@ -273,8 +281,8 @@ StateDict through_json(const StateDict& state) {
 TEST(StateJson, GivesBackEveryScalarBitForBit) {
     StateDict state = full_state();
     const StateWriter writer = StateWriter(state).section("more");
-    const std::vector<double> doubles{0.1,     -0.0, 5e-324, 1.7976931348623157e308, 1.0, -3.0, 1e15,
-                                      123e300, nan,  infinity, -infinity};
+    const std::vector<double> doubles{0.1, -0.0,     5e-324,   1.7976931348623157e308, 1.0, -3.0, 1e15, 123e300,
+                                      nan, infinity, -infinity};
     for (std::size_t i = 0; i < doubles.size(); ++i) writer.put(std::to_string(i), doubles[i]);
     writer.put("doubles", doubles);
     writer.put("whole doubles", std::vector<double>{1.0, 2.0});
@@ -306,10 +314,17 @@ TEST(StateJson, GivesBackEveryScalarBitForBit) {
 }
 
 TEST(StateJson, RefusesWhatIsNoState) {
-    const std::vector<std::string> texts{"",        "{",           "[]",         "7",
-                                         "{\"a\":null}",           "{\"a\":{}}", "{\"a\":[null]}",
-                                         "{\"a\":[[1]]}",          "{\"a\":[true]}",
-                                         "{\"a\":[18446744073709551615]}",       "{\"a\":[\"word\"]}",
+    const std::vector<std::string> texts{"",
+                                         "{",
+                                         "[]",
+                                         "7",
+                                         "{\"a\":null}",
+                                         "{\"a\":{}}",
+                                         "{\"a\":[null]}",
+                                         "{\"a\":[[1]]}",
+                                         "{\"a\":[true]}",
+                                         "{\"a\":[18446744073709551615]}",
+                                         "{\"a\":[\"word\"]}",
                                          "{\"a\":1} and more"};
     for (const std::string& text : texts) {
         StateDict state;
@@ -319,7 +334,8 @@ TEST(StateJson, RefusesWhatIsNoState) {
 
 TEST(StateJson, ARefusedReadOfAnUnexpectedKindNamesTheValue) {
     StateDict state;
-    read_scalars(R"({"run/steps": 1.5, "run/rate": "fast", "run/flags": [1, 2.5], "run/seed": -1})", "state.json", state);
+    read_scalars(R"({"run/steps": 1.5, "run/rate": "fast", "run/flags": [1, 2.5], "run/seed": -1})", "state.json",
+                 state);
     const StateReader run = StateReader(state).section("run");
     expect_refused({"run/steps", "whole number"}, [&] { run.count("steps"); });
     expect_refused({"run/rate", "number"}, [&] { run.number("rate"); });

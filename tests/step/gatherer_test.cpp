@@ -25,7 +25,8 @@ struct Slope {
     Gatherer gatherer;
 
     explicit Slope(at::ScalarType type = at::kDouble)
-        : value(at::ones({1}, at::TensorOptions().dtype(type)).requires_grad_()), gatherer(Parameters{{"slope", value}}) {}
+        : value(at::ones({1}, at::TensorOptions().dtype(type)).requires_grad_()),
+          gatherer(Parameters{{"slope", value}}) {}
 
     WeightedLoss loss(double x, double weight) const { return {(value * x).sum(), weight}; }
     LossFunction function() const {

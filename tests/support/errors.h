@@ -38,4 +38,9 @@ void expect_usage_error(const std::vector<std::string>& parts, Call&& call) {
     expect_error(ErrorKind::usage, parts, call);
 }
 
+template <class Call>
+void expect_write_error(const std::vector<std::string>& parts, Call&& call) {
+    expect_error(ErrorKind::not_written, parts, call);
+}
+
 }  // namespace microbatch::test

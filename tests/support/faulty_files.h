@@ -152,7 +152,7 @@ private:
         if (fault_ == Fault::crash_after) all();
         crashed_ = fault_ != Fault::error && fault_ != Fault::half_error;
         if (crashed_) throw Crash();
-        throw Error(ErrorKind::usage, "struck by the test");
+        throw Error(ErrorKind::not_written, "struck by the test");
     }
 
     static ino_t inode_of(const std::filesystem::path& file) {

@@ -22,10 +22,9 @@ namespace microbatch::test {
 class Forged {
 public:
     Forged() {
-        static const TrainerState state = rich_run()->taken_apart();
         std::filesystem::create_directory(path());
         FaultyFiles files(beside());  // none of which is struck; they do not wait for the disk
-        write_checkpoint(files, path(), {state});
+        write_checkpoint(files, path(), rich_state());
     }
 
     std::filesystem::path path() const { return folder_.path() / "checkpoint"; }
@@ -70,11 +69,12 @@ public:
         expect_error(ErrorKind::bad_data, parts, [&] { read_checkpoint(path()); });
     }
 
-    /// True if reading it, or restoring what was read, is refused. If it is not, a step can be made, or says why not.
+    /// True if reading it, or loading what was read, is refused. If it is not, a step can be made, or says why not.
     bool is_refused() const {
         Training run(rich());
         try {
-            run.trainer().restore(read_checkpoint(path()).trainer);
+            const StateDict state = read_checkpoint(path());
+            load(run.trainer(), StateReader(state));
         } catch (const Error& error) {
             EXPECT_EQ(error.kind(), ErrorKind::bad_data) << error.what();
             return true;

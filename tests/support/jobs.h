@@ -54,8 +54,8 @@ Job make_job(Holder model, std::function<Batch(std::int64_t)> make_batch, const 
     } else {
         job.optimizer = std::make_unique<AdamW>(groups);
     }
-    job.accumulator = std::make_unique<Accumulator>(job.model, *job.optimizer,
-                                                    AccumulatorOptions{.plan = plan, .clip_norm = 1.0});
+    job.accumulator =
+        std::make_unique<Accumulator>(job.model, *job.optimizer, AccumulatorOptions{.plan = plan, .clip_norm = 1.0});
     return job;
 }
 

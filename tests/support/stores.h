@@ -37,19 +37,23 @@ inline std::map<std::string, std::string> contents_of(const std::filesystem::pat
     return contents;
 }
 
+inline std::int64_t steps_in(const StateDict& state) {
+    return StateReader(state).section("data").count("steps");
+}
+
 /// A run, and where its checkpoints are.
 class CheckpointFolder : public ::testing::Test {
 protected:
     std::filesystem::path folder() const { return temp_.path() / "run" / "checkpoints"; }
 
-    /// A checkpoint of the run after so many steps more.
-    Checkpoint after(int steps) {
+    /// The run's state after so many steps more.
+    StateDict after(int steps) {
         for (int i = 0; i < steps; ++i) run_.step();
-        return {run_.trainer().state()};
+        return state_of(run_.trainer());
     }
 
     /// Flips a bit of a file in a checkpoint.
-    void damage(const std::string& checkpoint, const std::string& file = "weights.safetensors") const {
+    void damage(const std::string& checkpoint, const std::string& file = "model.safetensors") const {
         std::string content = read_file(folder() / checkpoint / file);
         content.back() = static_cast<char>(content.back() ^ 1);
         std::ofstream(folder() / checkpoint / file, std::ios::binary) << content;

@@ -19,6 +19,13 @@ inline std::string read_file(const std::filesystem::path& path) {
     return {std::istreambuf_iterator<char>(file), {}};
 }
 
+/// A file or folder below tests/, wherever the build folder is in the project.
+inline std::filesystem::path test_file(const std::filesystem::path& name) {
+    std::filesystem::path at = std::filesystem::read_symlink("/proc/self/exe").parent_path();
+    while (at.has_relative_path() && !std::filesystem::exists(at / "tests" / name)) at = at.parent_path();
+    return at / "tests" / name;
+}
+
 /// A folder of the test's own below the system's one for temporary files, removed with all in it at the end.
 class TempFolder {
 public:

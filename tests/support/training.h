@@ -95,9 +95,8 @@ public:
     /// All that a step changes, copied: parameters, buffers, the generator and the optimizer's state.
     Named state() const {
         Named result = job_.state();
-        for (const auto& [name, tensor] : state_of(*job_.optimizer).tensors()) {
-            result.push_back({name, tensor.get().clone()});
-        }
+        const StateDict optimizer = state_of(*job_.optimizer);
+        for (const auto& [name, tensor] : optimizer.tensors()) result.push_back({name, tensor.get().clone()});
         return result;
     }
 

@@ -1,5 +1,5 @@
-// Memory that was lent to a checkpoint that is being written: a step that runs out of memory gets it back, and is the
-// step that it would have been without.
+// Memory that a checkpoint takes while it is written: a step that runs out of memory reclaims it, and is the step that
+// it would have been with that memory free from the start.
 #include <gtest/gtest.h>
 
 #include <string>
@@ -15,37 +15,38 @@ namespace {
 
 using namespace test;
 
-/// A run that measures noise in each step, and whose memory is lent as long as `lent` says.
-struct Borrowed {
-    bool lent = false;
+/// A run that measures noise in each step, beside a copy that takes memory as long as `taken` says.
+struct BesideACopy {
+    bool taken = false;
     int asked = 0;
     Training run;
 
-    explicit Borrowed(TrainingOptions how) : run(with_release(std::move(how))) {}
+    explicit BesideACopy(TrainingOptions how) : run(with_reclaimer(std::move(how))) {}
 
 private:
-    TrainingOptions with_release(TrainingOptions how) {
+    TrainingOptions with_reclaimer(TrainingOptions how) {
         how.trainer.noise_every = 1;
-        how.trainer.release_memory = [this] {
+        const auto release = [this] {
             ++asked;
-            return std::exchange(lent, false);
+            return std::exchange(taken, false);
         };
+        how.trainer.reclaimers = {{release, /*counts=*/false}};
         return how;
     }
 };
 
-class LentMemory : public ::testing::Test {
+class ReclaimedMemory : public ::testing::Test {
 protected:
     static void SetUpTestSuite() { install_budget_allocator(); }
-    ~LentMemory() override { fail_allocation(0); }
+    ~ReclaimedMemory() override { fail_allocation(0); }
 };
 
-TEST_F(LentMemory, AStepThatGetsItBackIsTheStepThatNeverMissedItWhereverItRanOut) {
+TEST_F(ReclaimedMemory, MakesTheStepThatNeverMissedItWhereverItRanOut) {
     for (const char* model : {"gpt", "norm"}) {
         for (const int before : {0, 8}) {
             TrainingOptions how = rich();
             how.model = model;
-            Borrowed undisturbed(how);
+            BesideACopy undisturbed(how);
             for (int i = 0; i < before; ++i) undisturbed.run.step();
             const std::int64_t start = allocation_count();
             const Seen wanted = see_step(undisturbed.run);
@@ -54,9 +55,9 @@ TEST_F(LentMemory, AStepThatGetsItBackIsTheStepThatNeverMissedItWhereverItRanOut
             EXPECT_EQ(undisturbed.asked, 0);
             for (std::int64_t n = 1; n <= allocations && !HasFailure(); ++n) {
                 SCOPED_TRACE(::testing::Message() << model << ", allocation " << n << " of " << allocations);
-                Borrowed other(how);
+                BesideACopy other(how);
                 for (int i = 0; i < before; ++i) other.run.step();
-                other.lent = true;
+                other.taken = true;
                 fail_allocation(n);
                 Seen seen{other.run.trainer().step(), {}, {}};
                 const bool struck = other.asked > 0;
@@ -66,7 +67,7 @@ TEST_F(LentMemory, AStepThatGetsItBackIsTheStepThatNeverMissedItWhereverItRanOut
                     break;
                 }
                 seen.state = other.run.state();
-                seen.numbers = to_json(other.run.trainer().state()).dump();
+                seen.scalars = scalars_to_json(state_of(other.run.trainer()));
                 expect_same(seen, wanted);
                 EXPECT_EQ(other.asked, 1);
             }
@@ -74,7 +75,7 @@ TEST_F(LentMemory, AStepThatGetsItBackIsTheStepThatNeverMissedItWhereverItRanOut
     }
 }
 
-TEST_F(LentMemory, WhereThatIsNotEnoughTheSnapshotsAreGivenUpAndTheStepIsMade) {
+TEST_F(ReclaimedMemory, IsFollowedByTheSnapshotsWhereItIsNotEnough) {
     const Job job = mlp_job({.inputs = 4, .layers = 1, .width = 5, .classes = 3}, {.micro_batch = 3}, "adamw");
     const Batch batch = job.make_batch(7);
     const std::int64_t start = allocation_count();
@@ -87,32 +88,31 @@ TEST_F(LentMemory, WhereThatIsNotEnoughTheSnapshotsAreGivenUpAndTheStepIsMade) {
     const std::int64_t made = allocation_count() - at_start;
     const std::int64_t last = at_start - start - made;  // of the step: in the optimizer's
     std::vector<std::string> asked;
-    const StepOptions how{.release_memory =
-                              [&] {
-                                  if (!asked.empty()) return false;
-                                  asked.emplace_back("lent");
-                                  fail_allocation(last);
-                                  return true;
-                              },
-                          .give_up_memory =
-                              [&] {
-                                  asked.emplace_back("given up");
-                                  return true;
-                              }};
+    const auto copy = [&] {
+        if (!asked.empty()) return false;
+        asked.emplace_back("copy");
+        fail_allocation(last);
+        return true;
+    };
+    const auto snapshots = [&] {
+        asked.emplace_back("snapshots");
+        return true;
+    };
+    const StepOptions how{.before_noise = {{copy, /*counts=*/false}}, .before_plan = {{snapshots}}};
     fail_allocation(last);
     const StepReport report = job.accumulator->step(batch, job.loss, how);
     EXPECT_TRUE(report.applied);
     EXPECT_EQ(report.out_of_memory, 1);
     EXPECT_EQ(report.plan.micro_batch, 3);
-    EXPECT_EQ(asked, (std::vector<std::string>{"lent", "given up"}));
+    EXPECT_EQ(asked, (std::vector<std::string>{"copy", "snapshots"}));
 }
 
-TEST_F(LentMemory, ASignalIsHeardInABatchThatIsMadeAgain) {
-    bool lent = true;
+TEST_F(ReclaimedMemory, DoesNotKeepASignalFromStoppingTheBatchThatIsMadeAgain) {
+    bool taken = true;
     int micro_batches = 0;
     TrainingOptions how = rich();
-    how.trainer.release_memory = [&] { return std::exchange(lent, false); };
-    how.trainer.pause = [&] { return !lent && ++micro_batches == 1; };
+    how.trainer.reclaimers = {{[&] { return std::exchange(taken, false); }, /*counts=*/false}};
+    how.trainer.stop = [&] { return !taken && ++micro_batches == 1; };
     Training run(how);
     fail_allocation(60);
     EXPECT_TRUE(run.trainer().step().paused);

@@ -1,10 +1,13 @@
-// A batch that is left between two of its micro-batches and gone on with, here or elsewhere, is the same batch.
+// A batch that is left between two of its micro-batches and resumed, here or in another process, is the same batch.
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
+#include <limits>
+#include <memory>
 #include <stdexcept>
+#include <utility>
+#include <variant>
 
-#include "support/errors.h"
 #include "support/training.h"
 
 namespace microbatch {
@@ -14,8 +17,8 @@ using namespace test;
 
 constexpr double nan_value = std::numeric_limits<double>::quiet_NaN();
 
-/// Pauses when it has been asked so often; 0: never.
-struct Pause {
+/// Stops when it has been asked so often; 0: never.
+struct Stop {
     std::shared_ptr<int> countdown = std::make_shared<int>(0);
 
     void after(int times) const { *countdown = times; }
@@ -25,17 +28,17 @@ struct Pause {
 };
 
 /// A run whose batches can be left.
-struct Pausing {
-    Pause pause;
+struct Stopping {
+    Stop stop;
     TrainingOptions how;
     std::unique_ptr<Training> run;
 
-    explicit Pausing(TrainingOptions options) : how(std::move(options)) {
-        how.trainer.pause = pause.ask();
+    explicit Stopping(TrainingOptions options) : how(std::move(options)) {
+        how.trainer.stop = stop.ask();
         run = std::make_unique<Training>(how);
     }
 
-    void go_elsewhere() { run = Training::from(how, run->taken_apart()); }
+    void resume_elsewhere() { run = Training::from(how, run->taken_apart()); }
 };
 
 struct Case {
@@ -62,11 +65,11 @@ Case mlp_case() {
     return {how, 7};
 }
 
-/// With snapshots, and a guard that refuses the batches of two steps and makes the run go back at the next.
+/// With snapshots, and a guard that refuses the batches of two steps and has the run rolled back at the next.
 Case recovering_case() {
     TrainingOptions how;
     how.trainer.guard = SpikeGuardOptions{.window = 6, .least = 4, .most_refused = 2};
-    how.trainer.recovery = RecoveryOptions{.every = 2, .margin = 1, .warmup = 2, .mend = 2};
+    how.trainer.recovery = RecoveryOptions{.every = 2, .margin = 1, .warmup = 2, .rate_recovery = 2};
     how.trainer.noise_every = 1;
     how.spikes = {7, 8, 9};
     return {how, 3, 13};
@@ -80,99 +83,100 @@ std::vector<Seen> undisturbed(const Case& what) {
 }
 
 // Every batch of the run, left after `left` of its micro-batches.
-void expect_pausing_changes_nothing(const Case& what, bool elsewhere) {
+void expect_stopping_changes_nothing(const Case& what, bool elsewhere) {
     const std::vector<Seen> wanted = undisturbed(what);
     for (int left = 1; left < what.micro_batches; ++left) {
         SCOPED_TRACE(::testing::Message() << "left after micro-batch " << left);
-        Pausing pausing(what.how);
+        Stopping stopping(what.how);
         for (const Seen& one : wanted) {
-            pausing.pause.after(left);
-            const Progress before = pausing.run->trainer().progress();
-            const TrainerReport half = pausing.run->step();
+            stopping.stop.after(left);
+            const Progress before = stopping.run->trainer().progress();
+            const TrainerReport half = stopping.run->step();
             EXPECT_TRUE(half.paused);
             EXPECT_FALSE(half.step.applied);
             EXPECT_EQ(half.progress, before);
-            EXPECT_EQ(pausing.run->trainer().progress(), before);
-            if (elsewhere) pausing.go_elsewhere();
-            const Seen whole = see_step(*pausing.run);
+            EXPECT_EQ(stopping.run->trainer().progress(), before);
+            if (elsewhere) stopping.resume_elsewhere();
+            const Seen whole = see_step(*stopping.run);
             ASSERT_NO_FATAL_FAILURE(expect_same(whole, one));
             EXPECT_GE(whole.report.seconds, half.seconds);
         }
     }
 }
 
-TEST(Pause, ABatchThatIsLeftAndGoneOnWithHasTheBitsOfOneThatIsNot) {
+TEST(PartialBatches, ThatAreResumedHaveTheBitsOfBatchesThatWereNotLeft) {
     for (const Case& what : {gpt_case(), resnet_case(), mlp_case(), recovering_case()}) {
         SCOPED_TRACE(what.how.model);
-        expect_pausing_changes_nothing(what, false);
+        expect_stopping_changes_nothing(what, false);
     }
 }
 
-TEST(Pause, ABatchThatIsGoneOnWithElsewhereHasThemToo) {
+TEST(PartialBatches, ThatAreResumedElsewhereHaveThemToo) {
     for (const Case& what : {gpt_case(), resnet_case(), mlp_case(), recovering_case()}) {
         SCOPED_TRACE(what.how.model);
-        expect_pausing_changes_nothing(what, true);
+        expect_stopping_changes_nothing(what, true);
     }
 }
 
-TEST(Pause, ABatchThatIsLeftAfterEveryMicroBatchEndsAllTheSame) {
+TEST(PartialBatches, ThatAreLeftAfterEveryMicroBatchEndAllTheSame) {
     for (const bool elsewhere : {false, true}) {
         for (const Case& what : {gpt_case(), resnet_case(), mlp_case()}) {
             const std::vector<Seen> wanted = undisturbed(what);
-            Pausing pausing(what.how);
+            Stopping stopping(what.how);
             for (const Seen& one : wanted) {
                 for (int left = 1; left < what.micro_batches; ++left) {
-                    pausing.pause.after(1);
-                    ASSERT_TRUE(pausing.run->step().paused);
-                    if (elsewhere) pausing.go_elsewhere();
+                    stopping.stop.after(1);
+                    ASSERT_TRUE(stopping.run->step().paused);
+                    if (elsewhere) stopping.resume_elsewhere();
                 }
-                pausing.pause.after(1);  // not asked after the last
-                expect_same(see_step(*pausing.run), one);
+                stopping.stop.after(1);  // not asked after the last
+                expect_same(see_step(*stopping.run), one);
             }
         }
     }
 }
 
-TEST(Pause, ABatchOfOneMicroBatchIsNotLeft) {
+TEST(PartialBatches, AreNeverOfOneMicroBatch) {
     TrainingOptions how;
     how.plan = {};
-    Pausing pausing(how);
-    pausing.pause.after(1);
-    EXPECT_TRUE(pausing.run->step().step.applied);
+    Stopping stopping(how);
+    stopping.stop.after(1);
+    EXPECT_TRUE(stopping.run->step().step.applied);
 }
 
-TEST(Pause, WhatIsToBeSaidOfABatchIsSaidWhenItEnds) {
+TEST(PartialBatches, GiveTheirWarningWhenTheyEnd) {
     TrainingOptions how;
     how.trainer.guard = SpikeGuardOptions{};
     how.trainer.recovery = RecoveryOptions{.memory_bytes = 0};  // and no folder
-    Pausing pausing(how);
+    Stopping stopping(how);
     for (int left = 0; left < 2; ++left) {
-        pausing.pause.after(1);
-        ASSERT_TRUE(pausing.run->step().paused);
+        stopping.stop.after(1);
+        ASSERT_TRUE(stopping.run->step().paused);
     }
-    EXPECT_NE(pausing.run->step().warning.find("no snapshot"), std::string::npos);
-    EXPECT_EQ(pausing.run->step().warning, "");
+    EXPECT_NE(stopping.run->step().warning.find("no snapshot"), std::string::npos);
+    EXPECT_EQ(stopping.run->step().warning, "");
 }
 
-TEST(Pause, TheStateWithoutTheOpenBatchIsThatOfBeforeIt) {
+TEST(PartialBatches, HoldTheStateOfBeforeThem) {
     for (const Case& what : {gpt_case(), resnet_case(), mlp_case()}) {
         const std::vector<Seen> wanted = undisturbed(what);
-        Pausing pausing(what.how);
+        Stopping stopping(what.how);
         for (const Seen& one : wanted) {
-            pausing.pause.after(2);
-            EXPECT_TRUE(pausing.run->step().paused);
-            TrainerState state = pausing.run->taken_apart();
-            ASSERT_TRUE(state.open);
-            drop_open_batch(state);
-            EXPECT_FALSE(state.open);
-            pausing.run = Training::from(pausing.how, state);
-            EXPECT_FALSE(pausing.run->accumulator().is_paused());
-            expect_same(see_step(*pausing.run), one);
+            stopping.stop.after(2);
+            EXPECT_TRUE(stopping.run->step().paused);
+            StateDict state = stopping.run->taken_apart();
+            ASSERT_TRUE(state.has("batch/"));
+            state.move("batch/before/model/", "model/");
+            state.move("batch/before/rng/", "rng/");
+            state.erase("batch/");
+            stopping.run = Training::from(stopping.how, state);
+            EXPECT_FALSE(stopping.run->trainer().is_paused());
+            expect_same(see_step(*stopping.run), one);
         }
     }
 }
 
-/// The mean gradient that a batch of 7 samples gives before the update, gone on with in micro-batches of `rest`.
+/// The mean gradient that a batch of 7 samples gives before the update, resumed in micro-batches of `rest`.
 struct Gradients {
     Gathered gathered;
     Named mean;
@@ -184,18 +188,19 @@ Gradients gather_in_two(std::int64_t first, std::int64_t rest) {
     Accumulator& accumulator = run.accumulator();
     at::manual_seed(5);
     const Batch batch = run.job().make_batch(7);
+    StepOptions how;
     if (first != rest) {
-        accumulator.gather(batch, run.job().loss, {.pause = [] { return true; }});
-        EXPECT_TRUE(accumulator.is_paused());
+        how.partial = std::get<PartialBatch>(
+            accumulator.gather(TensorBatch(batch), run.job().loss, {.stop = [] { return true; }}));
         accumulator.set_plan({.micro_batch = rest});
     }
-    const Gathered gathered = accumulator.gather(batch, run.job().loss);
+    const auto gathered = std::get<Gathered>(accumulator.gather(TensorBatch(batch), run.job().loss, std::move(how)));
     Gradients result{gathered, gradients_of(run.job().parameters, gathered.weight)};
     accumulator.discard("seen");
     return result;
 }
 
-TEST(Pause, WithAnotherMicroBatchForTheRestTheBatchIsTheSameToRounding) {
+TEST(PartialBatches, AreTheSameToRoundingWithAnotherMicroBatchForTheRest) {
     const Gradients wanted = gather_in_two(3, 3);
     EXPECT_EQ(wanted.gathered.weight, 28.0);  // 7 samples of 4 tokens
     for (const std::int64_t rest : {1, 2, 4, 7, 50}) {
@@ -210,7 +215,7 @@ TEST(Pause, WithAnotherMicroBatchForTheRestTheBatchIsTheSameToRounding) {
     }
 }
 
-TEST(Pause, OutOfMemoryAfterItUndoesTheWholeBatchFromBeforeIt) {
+TEST(PartialBatches, AreBegunAnewWhereTheRestRunsOutOfMemory) {
     install_budget_allocator();
     for (const bool elsewhere : {false, true}) {
         for (const char* model : {"gpt", "resnet"}) {
@@ -219,17 +224,17 @@ TEST(Pause, OutOfMemoryAfterItUndoesTheWholeBatchFromBeforeIt) {
                 small{.model = model, .plan = {.micro_batch = 1}};
             Training one(small);
             const Seen wanted = see_step(one);
-            Pausing pausing(how);
-            pausing.pause.after(2);
-            ASSERT_TRUE(pausing.run->step().paused);
-            if (elsewhere) pausing.go_elsewhere();
+            Stopping stopping(how);
+            stopping.stop.after(2);
+            ASSERT_TRUE(stopping.run->step().paused);
+            if (elsewhere) stopping.resume_elsewhere();
             fail_allocation(50);
-            const TrainerReport report = pausing.run->step();
+            const TrainerReport report = stopping.run->step();
             fail_allocation(0);
             EXPECT_EQ(report.step.out_of_memory, 1);
             EXPECT_EQ(report.step.micro_batches, 7);
             EXPECT_EQ(report.step.plan.micro_batch, 1);
-            expect_same_bits(pausing.run->state(), wanted.state);
+            expect_same_bits(stopping.run->state(), wanted.state);
             EXPECT_EQ(report.step.loss, wanted.report.step.loss);
         }
     }
@@ -245,89 +250,97 @@ TrainingOptions forty(const char* model) {
     return how;
 }
 
-TEST(Pause, ALossThatThrowsInTheThirtySeventhMicroBatchLeavesAllAsBeforeTheStep) {
+TEST(PartialBatches, WhoseLossThrowsInTheThirtySeventhMicroBatchLeaveAllAsBeforeTheStep) {
     for (const char* model : {"gpt", "resnet", "mlp"}) {
         for (const int left_after : {0, 1, 20, 36}) {
             SCOPED_TRACE(::testing::Message() << model << " left after " << left_after);
             const std::vector<Seen> wanted = undisturbed({forty(model), 40, 2});
-            Pausing pausing(forty(model));
-            pausing.run->step();
-            const Named before = pausing.run->state();
-            const Progress progress = pausing.run->trainer().progress();
-            pausing.pause.after(left_after);
+            Stopping stopping(forty(model));
+            stopping.run->step();
+            const Named before = stopping.run->state();
+            const Progress progress = stopping.run->trainer().progress();
+            stopping.stop.after(left_after);
             if (left_after > 0) {
-                EXPECT_TRUE(pausing.run->step().paused);
+                EXPECT_TRUE(stopping.run->step().paused);
             }
             int calls = left_after;
-            pausing.run->before_loss = [&] {
+            stopping.run->before_loss = [&] {
                 if (++calls == 37) throw std::runtime_error("struck");
             };
-            EXPECT_THROW(pausing.run->step(), std::runtime_error);
+            EXPECT_THROW(stopping.run->step(), std::runtime_error);
             EXPECT_EQ(calls, 37);
-            pausing.run->before_loss = [] {};
-            EXPECT_FALSE(pausing.run->accumulator().is_paused());
-            expect_same_bits(pausing.run->state(), before);
-            expect_no_gradients(pausing.run->job().parameters);
-            EXPECT_EQ(pausing.run->trainer().progress(), progress);
-            expect_same(see_step(*pausing.run), wanted[1]);
+            stopping.run->before_loss = [] {};
+            EXPECT_FALSE(stopping.run->trainer().is_paused());
+            expect_same_bits(stopping.run->state(), before);
+            expect_no_gradients(stopping.run->job().parameters);
+            EXPECT_EQ(stopping.run->trainer().progress(), progress);
+            expect_same(see_step(*stopping.run), wanted[1]);
         }
     }
 }
 
-TEST(Pause, ABatchThatBecameSmallerThanWhatIsInIsBegunAnew) {
+TEST(PartialBatches, OfARunThatIsShorterNowAreBegunAnew) {
     TrainingOptions how{.model = "resnet", .plan = {.micro_batch = 2}};
     how.trainer.length = {7, Unit::samples};
-    Pausing pausing(how);
-    pausing.pause.after(3);  // 6 of 7 samples
-    ASSERT_TRUE(pausing.run->step().paused);
+    Stopping stopping(how);
+    stopping.stop.after(3);  // 6 of 7 samples
+    ASSERT_TRUE(stopping.run->step().paused);
     for (const std::int64_t samples : {5, 6}) {
-        TrainingOptions shorter = pausing.how;
+        TrainingOptions shorter = stopping.how;
         shorter.trainer.length = {samples, Unit::samples};
         Training fresh(shorter);
-        const auto resumed = Training::from(shorter, pausing.run->taken_apart());
+        const auto resumed = Training::from(shorter, stopping.run->taken_apart());
         expect_same(see_step(*resumed), see_step(fresh));
         EXPECT_TRUE(resumed->trainer().done());
     }
 }
 
-TEST(Pause, ABatchThatBecameLargerIsGoneOnWith) {
+TEST(PartialBatches, OfARunThatIsLongerNowHaveTheBitsOfThatRun) {
     TrainingOptions how{.model = "resnet", .plan = {.micro_batch = 2}};
     how.trainer.length = {6, Unit::samples};
-    Pausing pausing(how);
-    pausing.pause.after(1);
-    ASSERT_TRUE(pausing.run->step().paused);
-    TrainingOptions longer = pausing.how;
+    Stopping stopping(how);
+    stopping.stop.after(1);
+    ASSERT_TRUE(stopping.run->step().paused);
+    TrainingOptions longer = stopping.how;
     longer.trainer.length = {100, Unit::samples};
     Training fresh(longer);
-    const auto resumed = Training::from(longer, pausing.run->taken_apart());
+    const auto resumed = Training::from(longer, stopping.run->taken_apart());
     expect_same(see_step(*resumed), see_step(fresh));
 }
 
-TEST(Pause, WhatIsOpenIsInTheWayOfAnotherBatchOfTheCallersOwn) {
-    Pausing pausing(mlp_case().how);
-    pausing.pause.after(3);
-    ASSERT_TRUE(pausing.run->step().paused);
-    expect_usage_error({}, [&] { pausing.run->accumulator().begin(); });
-    pausing.run->accumulator().discard("left out");
-    EXPECT_FALSE(pausing.run->accumulator().is_paused());
-    expect_no_gradients(pausing.run->job().parameters);
+TEST(PartialBatches, AreNotInTheWayOfAnotherBatchOfTheCallersOwn) {
+    const Case what = gpt_case();
+    const std::vector<Seen> wanted = undisturbed(what);
+    Stopping stopping(what.how);
+    stopping.stop.after(3);
+    ASSERT_TRUE(stopping.run->step().paused);
+    expect_no_gradients(stopping.run->job().parameters);
+    Accumulator& accumulator = stopping.run->accumulator();
+    const at::Tensor generator = at::globalContext().defaultGenerator(at::kCPU).get_state();
+    const Batch other = stopping.run->job().make_batch(3);
+    accumulator.begin();
+    accumulator.add(stopping.run->job().loss(other));
+    accumulator.finish();
+    accumulator.discard("left out");
+    at::globalContext().defaultGenerator(at::kCPU).set_state(generator);
+    expect_same(see_step(*stopping.run), wanted[0]);
 }
 
-TEST(Pause, AnUnknownLossIsCarriedOnAsItIs) {
+TEST(PartialBatches, CarryALossThatIsNotANumberOn) {
     TrainingOptions how{.plan = {.micro_batch = 2}};
-    Pausing pausing(how);
-    pausing.run->job().loss = [loss = pausing.run->job().loss](const Batch& micro) {
+    Stopping stopping(how);
+    stopping.run->job().loss = [loss = stopping.run->job().loss](const Batch& micro) {
         WeightedLoss result = loss(micro);
         result.sum = result.sum * nan_value;
         return result;
     };
-    const Named before = pausing.run->state();
-    pausing.pause.after(2);
-    ASSERT_TRUE(pausing.run->step().paused);
-    pausing.go_elsewhere();
-    const TrainerReport report = pausing.run->step();
+    const Named before = stopping.run->state();
+    stopping.stop.after(2);
+    ASSERT_TRUE(stopping.run->step().paused);
+    stopping.go_elsewhere();
+    const TrainerReport report = stopping.run->step();
     EXPECT_EQ(report.step.reason, "loss is not finite");
-    expect_same_bits(pausing.run->state(), before);
+    expect_same_bits(stopping.run->state(), before);
 }
 
 }  // namespace

@@ -1,0 +1,219 @@
+#include <fmt/format.h>
+
+#include <cmath>
+
+#include "cli/options/options.h"
+
+namespace microbatch::cli {
+namespace {
+
+using S = Settings;
+using enum AtResume;
+
+constexpr Range at_least_1{"at least 1", [](double value) { return value >= 1.0; }};
+constexpr Range above_0{"above 0", [](double value) { return value > 0.0; }};
+constexpr Range not_negative{"finite and 0 or more", [](double value) { return std::isfinite(value) && value >= 0.0; }};
+constexpr Range below_1{"from 0 to below 1", [](double value) { return value >= 0.0 && value < 1.0; }};
+constexpr Range a_batch{"from 1 to 2^31", [](double value) { return value >= 1.0 && value <= 0x1p31; }};
+constexpr Range up_to_1000{"from 1 to 1000", [](double value) { return value >= 1.0 && value <= 1000.0; }};
+constexpr Range up_to_1024{"from 1 to 1024", [](double value) { return value >= 1.0 && value <= 1024.0; }};
+
+std::string by_optimizer(double OptimizerDefaults::*value) {
+    return fmt::format("{} for adamw, {} for sgd", adamw_defaults.*value, sgd_defaults.*value);
+}
+
+class Table {
+public:
+    // What the options that follow have in common.
+    void begin(const char* group, unsigned commands, AtResume at_resume) {
+        group_ = group;
+        usual_ = {.at_resume = at_resume, .commands = commands};
+    }
+
+    void add(const char* name, Option::Member member, const char* value, std::string help, Option::Traits traits = {}) {
+        if (traits.commands == 0) traits.commands = usual_.commands;
+        if (!traits.at_resume) traits.at_resume = usual_.at_resume;
+        all.push_back({name, member, value, std::move(help), std::move(traits), group_});
+    }
+
+    std::vector<Option> all;
+
+private:
+    const char* group_ = "";
+    Option::Traits usual_;
+};
+
+void add_model(Table& table) {
+    const std::vector<std::string> gpts{"gpt-tiny", "gpt-small", "gpt2"};
+    const Option::Traits size{.fallback = "the model's", .range = at_least_1, .reset_by = {"model"}};
+    Option::Traits of_gpt = size;
+    of_gpt.only_with = {"model", gpts};
+    Option::Traits dropout = of_gpt;
+    dropout.fallback = std::string(1, '0');
+    dropout.range = below_1;
+    table.begin("What is trained", command::any_job, another_run);
+    table.add("data", &S::data, "PATH",
+              "A text file or a folder of text (each byte is a token), a .bin file of uint16 tokens, or a folder with "
+              "IDX images and labels (.gz or not)",
+              {.at_resume = ignored});  // its content is compared
+    table.add("model", &S::model, "NAME",
+              "gpt-tiny (0.8M parameters), gpt-small (10.8M), gpt2 (124M), resnet or mlp. The output head of a gpt is "
+              "its token embedding (tied weights)",
+              {.fallback = "resnet for images, gpt-tiny for text and tokens",
+               .choices = {gpts[0], gpts[1], gpts[2], "resnet", "mlp"}});
+    table.add("layers", &S::layers, "N", "Blocks of a gpt, hidden layers of an mlp, blocks per stage of a resnet",
+              size);
+    table.add("heads", &S::heads, "N", "Attention heads of a gpt", of_gpt);
+    table.add("width", &S::width, "N", "Width of the model", size);
+    table.add("length", &S::length, "N", "Tokens per sample of a gpt", of_gpt);
+    table.add("norm", &S::norm, "NAME", "Normalization of a resnet: batch or group",
+              {.fallback = "batch",
+               .choices = {"batch", "group"},
+               .only_with = {"model", {"resnet"}},
+               .reset_by = {"model"}});
+    table.add("dropout", &S::dropout, "P", "Dropout of a gpt", dropout);
+}
+
+void add_batch(Table& table) {
+    table.begin("Batch and memory", command::any_job, another_cut);
+    table.add("batch", &S::batch, "N", "Samples per optimizer step",
+              {.at_resume = another_run, .range = a_batch, .reset_by = {"batch-schedule"}});
+    table.add("micro-batch", &S::micro_batch, "N|auto",
+              "Samples per forward and backward pass; auto measures a few sizes and takes the fastest that fits",
+              {.fallback = "auto", .range = at_least_1, .choices = {"auto"}, .reset_by = {"batch", "batch-schedule"}});
+    table.add("recompute", &S::recompute, "NAME",
+              "auto, never or always: recompute the activations of blocks in the backward pass instead of keeping them "
+              "(activation checkpointing). Slower, needs less memory, gives the same gradients",
+              {.choices = {"auto", "never", "always"}, .reset_by = {"batch", "batch-schedule"}});
+    table.add("memory", &S::memory, "SIZE", "Budget for all tensors of the process, such as 400MiB or 2GiB",
+              {.fallback = "four fifths of the free memory"});
+    table.add(
+        "batch-schedule", &S::batch_schedule, "TEXT",
+        "How the batch changes over the run: \"32 at 0, 128 at 2M tokens\", or \"seesaw to 512\", which doubles it "
+        "wherever the schedule has halved the rate. The rate follows by --lr-rule",
+        {.at_resume = another_run, .fallback = "a constant batch", .reset_by = {"batch"}, .commands = command::train});
+}
+
+void add_optimizer(Table& table) {
+    const OnlyWith sgd{"optimizer", {"sgd"}};
+    table.begin("Optimizer", command::any_job, noted);
+    table.add("optimizer", &S::optimizer, "NAME", "adamw or sgd",
+              {.at_resume = another_run, .choices = {"adamw", "sgd"}});
+    table.add("lr", &S::lr, "X", "Peak learning rate",
+              {.fallback = by_optimizer(&OptimizerDefaults::lr), .range = not_negative, .reset_by = {"optimizer"}});
+    table.add(
+        "lr-rule", &S::lr_rule, "NAME",
+        "How the rate follows the batch: linear, sqrt, adam-sde (changes betas and epsilon too), beta2-time (changes "
+        "beta2 only) or none",
+        {.fallback = "sqrt for adamw, linear for sgd",
+         .choices = {"none", "linear", "sqrt", "adam-sde", "beta2-time"}});
+    table.add("reference-batch", &S::reference_batch, "N",
+              "The batch for which --lr and --final-lr are tuned; without it they are used as they are",
+              {.range = at_least_1});
+    table.add("clip", &S::clip, "X", "Largest gradient norm of the whole batch; inf turns clipping off",
+              {.range = above_0});
+    table.add(
+        "weight-decay", &S::weight_decay, "X", "Decoupled weight decay; biases and norms have none",
+        {.fallback = by_optimizer(&OptimizerDefaults::weight_decay), .range = not_negative, .reset_by = {"optimizer"}});
+    table.add("momentum", &S::momentum, "X", "Momentum of sgd",
+              {.fallback = fmt::format("{}", default_momentum),
+               .range = below_1,
+               .only_with = sgd,
+               .reset_by = {"optimizer"}});
+    table.add("nesterov", &S::nesterov, "", "Use Nesterov momentum with sgd",
+              {.only_with = sgd, .reset_by = {"optimizer"}});
+    table.add("schedule", &S::schedule, "NAME", "constant, linear, cosine, wsd (warmup, stable, decay) or polynomial",
+              {.choices = {"constant", "linear", "cosine", "wsd", "polynomial"}});
+    table.add("warmup", &S::warmup, "INTERVAL", "Linear warmup, such as \"100 steps\" or \"1M tokens\"");
+    table.add("final-lr", &S::final_lr, "X", "Learning rate at the end of the run",
+              {.fallback = "0", .only_with = {"schedule", {"linear", "cosine", "wsd", "polynomial"}}});
+    table.add("decay", &S::decay, "INTERVAL", "Length of the final decay of wsd",
+              {.fallback = "a fifth of the run", .only_with = {"schedule", {"wsd"}}});
+    table.add("power", &S::power, "X", "Power of the polynomial schedule",
+              {.fallback = fmt::format("{}", Schedule().power), .only_with = {"schedule", {"polynomial"}}});
+}
+
+void add_length(Table& table) {
+    table.begin(length_group, command::train + command::compare + command::advise, noted);
+    table.add("steps", &S::steps, "N", "Optimizer steps, such as 500 or 10k", {.range = at_least_1});
+    table.add("samples", &S::samples, "N", "Samples, such as 60000 or 1M", {.range = at_least_1});
+    table.add("tokens", &S::tokens, "N", "Tokens, such as 10M; an image counts as one", {.range = at_least_1});
+}
+
+void add_guard(Table& table) {
+    table.begin("Guard and noise", command::train, noted);
+    table.add(
+        "no-guard", &S::no_guard, "",
+        "Refuse only steps that are not finite. The guard also refuses steps whose loss or gradient norm is far above "
+        "that of the last 128 steps, and notices a run whose loss climbs");
+    table.add("restores", &S::restores, "N",
+              "How often a diverging run returns to a snapshot, at a smaller rate, before it is stopped");
+    table.add("noise-every", &S::noise_every, "N",
+              "Measure the gradient noise every N steps, if a copy of the gradients fits; 0 turns it off");
+}
+
+void add_checkpoint(Table& table) {
+    table.begin("Checkpoints", command::train, ignored);
+    table.add(
+        "checkpoint-every", &S::checkpoint_every, "INTERVAL",
+        "How often the run is saved: a kill loses at most this much. \"0 steps\" saves only on interrupt and at the "
+        "end");
+    table.add("keep", &S::keep, "N", "How many of the newest checkpoints to keep", {.range = at_least_1});
+    table.add("keep-every", &S::keep_every, "INTERVAL",
+              "Also keep the first checkpoint at or after each multiple of this, such as \"1000 steps\"");
+    table.add("no-checkpoints", &S::no_checkpoints, "", "Write no checkpoints: a killed run is lost");
+    table.add(
+        "resume", &S::resume, "",
+        "Continue the run in --run from its newest valid checkpoint; resumes bit-for-bit. Starts a new run if there "
+        "is no checkpoint yet. Settings come from the checkpoint; flags override them",
+        {.at_resume = not_recorded});
+    table.add("resume-changed", &S::resume_changed, "",
+              "Like --resume, even if the model, data, batch, optimizer or seed differ from the checkpoint's",
+              {.at_resume = not_recorded});
+}
+
+void add_run(Table& table) {
+    table.begin("Run", command::any_job, not_recorded);
+    table.add("seed", &S::seed, "N", "The same seed, threads and micro-batch give the same bits; up to 2^64 - 1",
+              {.at_resume = another_run});
+    table.add("threads", &S::threads, "N", "Threads of torch's kernels",
+              {.at_resume = ignored, .fallback = "torch's choice", .range = up_to_1024});
+    table.add("config", &S::config, "FILE", "TOML file with any of these options as keys; flags override it");
+    table.add("json", &S::json, "", "Print one JSON document to stdout; everything else goes to stderr",
+              {.commands = command::any_job + command::doctor});
+    table.add("run", &S::run, "DIR", "Folder of this run; must not hold a run yet, except with --resume",
+              {.fallback = "runs/MODEL-TIME", .commands = command::train});
+    table.add("run", &S::run, "DIR", "Compare the predictions for the run in this folder with what it measured",
+              {.commands = command::plan});
+    table.add("run", &S::run, "DIR", "Keep every run in this new folder, each with the comparison in its report.html",
+              {.commands = command::compare});
+    table.add("run", &S::run, "DIR", "Folder of the run; it may still be training", {.commands = command::report});
+    table.add("batches", &S::batches, "LIST",
+              "Compare these batches instead, such as \"16, 64, 256\", all with the plan's micro-batch",
+              {.commands = command::compare});
+    table.add("seeds", &S::seeds, "N", "Runs of each strategy, with seeds from --seed upwards",
+              {.range = up_to_1000, .commands = command::compare});
+    table.add("check", &S::check, "",
+              "Also continue training at 1, 2, 4 and 8 times the batch, and see which reaches the same loss",
+              {.commands = command::advise});
+    table.add("no-verify", &S::no_verify, "",
+              "Skip the check at the start that the gradient does not depend on how the batch is cut",
+              {.at_resume = ignored, .commands = command::train});
+    table.add("quiet", &S::quiet, "", "Print only the progress, without the plan before and the summary after",
+              {.commands = command::train});
+}
+
+}  // namespace
+
+const std::vector<Option>& options() {
+    static const std::vector<Option> all = [] {
+        Table table;
+        for (const auto add : {add_model, add_batch, add_optimizer, add_length, add_guard, add_checkpoint, add_run}) {
+            add(table);
+        }
+        return table.all;
+    }();
+    return all;
+}
+
+}  // namespace microbatch::cli

@@ -1,0 +1,140 @@
+#include "cli/options/options.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <charconv>
+#include <numeric>
+#include <type_traits>
+
+#include "cli/options/refuse.h"
+
+namespace microbatch::cli {
+namespace {
+
+template <class T>
+T read_digits(const std::string& text) {
+    T value{};
+    const auto [end, failure] = std::from_chars(text.data(), text.data() + text.size(), value);
+    if (failure == std::errc() && end == text.data() + text.size()) return value;
+    if constexpr (std::is_integral_v<T>) return static_cast<T>(parse_count(text));  // "10k"
+    refuse(fmt::format("\"{}\" is not a number", text));
+}
+
+template <class T>
+T parse(const std::string& text) {
+    if constexpr (std::is_same_v<T, std::string>) {
+        return text;
+    } else if constexpr (std::is_same_v<T, bool>) {
+        return text == "true";
+    } else if constexpr (std::is_same_v<T, std::int64_t>) {
+        return parse_count(text);
+    } else if constexpr (std::is_arithmetic_v<T>) {
+        return read_digits<T>(text);
+    } else {
+        return parse<typename T::value_type>(text);  // optional
+    }
+}
+
+// Levenshtein distance, one row at a time.
+std::size_t edit_distance(std::string_view a, std::string_view b) {
+    std::vector<std::size_t> row(b.size() + 1);
+    std::iota(row.begin(), row.end(), 0);
+    for (std::size_t i = 0; i < a.size(); ++i) {
+        std::size_t diagonal = row[0]++;
+        for (std::size_t j = 0; j < b.size(); ++j) {
+            const std::size_t replaced = diagonal + (a[i] != b[j]);
+            diagonal = row[j + 1];
+            row[j + 1] = std::min({row[j] + 1, row[j + 1] + 1, replaced});
+        }
+    }
+    return row.back();
+}
+
+}  // namespace
+
+const Option* find_option(std::string_view name, unsigned commands) {
+    for (const Option& option : options()) {
+        if (option.name == name && (option.traits.commands & commands) != 0) return &option;
+    }
+    return nullptr;
+}
+
+std::string text_of(const Option& option, const Settings& settings) {
+    const auto text = [&](auto member) {
+        const auto& value = settings.*member;
+        if constexpr (requires { value.has_value(); })
+            return value ? fmt::format("{}", *value) : std::string();
+        else
+            return fmt::format("{}", value);
+    };
+    return std::visit(text, option.member);
+}
+
+bool applies(const Option& option, const Settings& settings) {
+    const OnlyWith& only = option.traits.only_with;
+    if (only.values.empty()) return true;
+    const std::string other = text_of(*find_option(only.option), settings);
+    return other.empty() || is_in(only.values, other);
+}
+
+void require_options_apply(const Settings& settings) {
+    for (const Option& option : options()) {
+        if (applies(option, settings) || text_of(option, settings) == text_of(option, Settings())) continue;
+        const OnlyWith& only = option.traits.only_with;
+        refuse(fmt::format("--{} contradicts --{} {}: it is an option of {}", option.name, only.option,
+                           text_of(*find_option(only.option), settings), one_of(only.values)));
+    }
+}
+
+void read(const Option& option, const std::string& text, Settings& settings) {
+    const std::string flag = "--" + option.name;
+    const std::vector<std::string>& choices = option.traits.choices;
+    const Range& range = option.traits.range;
+    if (text.empty()) refuse(fmt::format("{} is empty: give it a value, or leave it out", flag));
+    if (option.is_text() && !choices.empty() && !is_in(choices, text)) {
+        refuse(fmt::format("{} {}: must be {}", flag, text, one_of(choices)));
+    }
+    const auto set = [&]<class Value>(Value Settings::*member) {
+        const bool is_none = !option.is_text() && is_in(choices, text);
+        settings.*member = is_none ? Value() : read_flag(flag.c_str(), [&] { return parse<Value>(text); });
+    };
+    std::visit(set, option.member);
+    if (range.holds == nullptr || is_in(choices, text)) return;
+    if (!range.holds(read_digits<double>(text_of(option, settings)))) {
+        refuse(fmt::format("{} {}: must be {}", flag, text, range.text));
+    }
+}
+
+std::string did_you_mean(std::string_view given, const std::vector<std::string>& names) {
+    std::string best;
+    // A short word is similar to everything.
+    std::size_t best_distance = std::min(given.size(), std::max<std::size_t>(3, given.size() / 3 + 1));
+    for (const std::string& name : names) {
+        const std::size_t distance = edit_distance(given, name);
+        if (distance >= best_distance) continue;
+        best = name;
+        best_distance = distance;
+    }
+    return best.empty() ? best : fmt::format("; did you mean '{}'?", best);
+}
+
+std::vector<std::string> names_of(unsigned commands) {
+    std::vector<std::string> names;
+    for (const Option& option : options()) {
+        if ((option.traits.commands & commands) != 0) names.push_back(option.name);
+    }
+    return names;
+}
+
+bool is_in(const std::vector<std::string>& words, const std::string& word) {
+    return std::find(words.begin(), words.end(), word) != words.end();
+}
+
+std::string one_of(const std::vector<std::string>& words) {
+    if (words.size() == 1) return words.front();
+    return fmt::format("{} or {}", fmt::join(words.begin(), words.end() - 1, ", "), words.back());
+}
+
+}  // namespace microbatch::cli
