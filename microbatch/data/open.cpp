@@ -1,11 +1,13 @@
 #include "microbatch/data/open.h"
 
 #include <algorithm>
+#include <iterator>
 #include <optional>
 #include <span>
 #include <string_view>
 #include <system_error>
 #include <utility>
+#include <vector>
 
 #include "microbatch/core/crc32c.h"
 #include "microbatch/core/error.h"
@@ -13,6 +15,7 @@
 #include "microbatch/core/units.h"
 #include "microbatch/data/idx.h"
 #include "microbatch/data/image_dataset.h"
+#include "microbatch/data/plausibility.h"
 #include "microbatch/data/text.h"
 #include "microbatch/data/token_file.h"
 #include "microbatch/data/token_windows.h"
@@ -33,33 +36,79 @@ std::uint64_t most_bytes() {
     return static_cast<std::uint64_t>(available_memory_bytes() / 2);
 }
 
-/// Windows of the first 90 % to train on and of the rest to hold out, and what one pass over them finds.
+/// How many of all there are to be trained on: the others, the last 10 %, are held out.
+std::int64_t trained_of(std::int64_t all) {
+    return all - all / 10;
+}
+
+std::string_view characters(std::span<const std::uint8_t> bytes) {
+    return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
+}
+
+std::vector<std::string> names_of(const DataListing& files) {
+    std::vector<std::string> names;
+    for (const DataFile& file : files.files) names.push_back(file.name);
+    return names;
+}
+
+void note_files(OpenedData& data) {
+    data.notes.push_back(str_cat("read ",
+                                 data.files.count == 1 ? "" : str_cat(format_count(data.files.count), " files: "),
+                                 list_names(names_of(data.files), data.files.count)));
+}
+
+/// Windows of the first 90 % to train on and of the rest to hold out.
 void split_tokens(OpenedData& data, const Tokens& tokens, std::int64_t length, const fs::path& path) {
     if (length < 1) throw Error(ErrorKind::usage, str_cat("a sample has ", length, " tokens: it needs at least 1"));
-    const std::int64_t total = tokens.size();
-    const std::int64_t held_out = total / 10;
-    if (held_out <= length) {
+    const std::int64_t total = tokens.size(), trained = trained_of(total);
+    if (total - trained <= length) {
         throw Error(ErrorKind::bad_data,
-                    str_cat(path.string(), " has ", total, " tokens, of which the last 10 % (", held_out,
+                    str_cat(path.string(), " has ", total, " tokens, of which the last 10 % (", total - trained,
                             ") are held out, but one sample of ", length, " needs ",
                             static_cast<std::uint64_t>(length) + 1, ": give more data or use shorter samples"));
     }
-    const Tokens first = tokens.slice(0, total - held_out), last = tokens.slice(total - held_out, total);
-    data.train = std::make_unique<TokenWindows>(first, length);
-    data.held_out = std::make_unique<TokenWindows>(last, length);
-    const TokenScan seen = scan(first);
-    data.classes = std::max(seen.vocabulary, scan(last).vocabulary);
-    data.fingerprint = seen.checksum;
+    data.train = std::make_unique<TokenWindows>(tokens.slice(0, trained), length);
+    data.held_out = std::make_unique<TokenWindows>(tokens.slice(trained, total), length);
+}
+
+/// Whether a file of this name holds records: the names of their fields would be trained on, too.
+bool has_records(const std::string& name) {
+    const auto ends = [&](const char* end) { return name.ends_with(end); };
+    return ends(".json") || ends(".jsonl") || ends(".csv") || ends(".tsv");
+}
+
+void warn_of_text(OpenedData& data, const std::vector<LeftOut>& left_out) {
+    const auto warn = [&](const auto&... parts) { data.warnings.push_back(str_cat(parts...)); };
+    std::uint64_t in_records = 0;
+    for (const DataFile& file : data.files.files) in_records += has_records(file.name) ? file.bytes : 0;
+    if (in_records > data.files.bytes / 2) {
+        warn("most of it is JSON or a table, read as it is: to train on a field alone, write that into a text file");
+    }
+    for (const LeftOut& one : left_out) {
+        if (one.what == "UTF-16 file") {
+            warn(describe({one}), " left out: convert to UTF-8 what is to be trained on");
+        } else if (one.what == "binary file" && one.bytes > data.files.bytes) {
+            warn(describe({one}), " left out, with more bytes (", format_bytes(static_cast<std::int64_t>(one.bytes)),
+                 ") than the text that was read");
+        }
+    }
 }
 
 OpenedData open_text(const fs::path& path, std::int64_t length) {
     OpenedData data;
     data.kind = DataKind::text;
-    const Tokens tokens = byte_tokens(read_text(path, most_bytes()));
+    Text text = read_text(path, most_bytes());
+    const auto trained = static_cast<std::size_t>(trained_of(static_cast<std::int64_t>(text.bytes.size())));
+    data.fingerprint = crc32c(characters(std::span(text.bytes).first(trained)));
+    const Tokens tokens = byte_tokens(std::move(text.bytes));
     split_tokens(data, tokens, length, path);
     data.classes = 256;  // any byte can follow, seen or not
     data.description = str_cat(format_bytes(tokens.size()), " of text, ", samples_in_words(data), "samples of ",
                                format_count(length), " bytes");
+    data.files = std::move(text.files);
+    note_files(data);
+    if (!text.left_out.empty()) data.notes.push_back(str_cat("left out ", describe(text.left_out)));
+    warn_of_text(data, text.left_out);
     return data;
 }
 
@@ -68,23 +117,60 @@ OpenedData open_tokens(const fs::path& path, std::int64_t length) {
     data.kind = DataKind::tokens;
     const Tokens tokens = open_token_file(path);
     split_tokens(data, tokens, length, path);
+    const std::int64_t trained = trained_of(tokens.size());
+    TokenScan seen = scan(tokens.slice(0, trained));
+    data.fingerprint = seen.checksum;
+    seen = scan(tokens.slice(trained, tokens.size()), std::move(seen));
+    data.warnings = check_tokens(seen, path.string());
+    data.classes = seen.vocabulary;
     data.description = str_cat(format_count(tokens.size()), " tokens of a vocabulary of ", format_count(data.classes),
                                ", ", samples_in_words(data), "samples of ", format_count(length), " tokens");
+    data.files.add({path.filename().string(), static_cast<std::uint64_t>(tokens.size()) * 2, seen.checksum});
+    note_files(data);
     return data;
 }
 
-bool holds_idx_files(const fs::path& folder) {
+bool is_idx_name(const std::string& name) {
+    return name.find("idx3-ubyte") != std::string::npos || name.find("idx1-ubyte") != std::string::npos;
+}
+
+/// Names of files at the top of a folder that decide what it is, sorted.
+struct TopLevel {
+    std::vector<std::string> idx, bin;
+    bool others = false;  ///< that are not hidden
+};
+
+TopLevel look_at(const fs::path& folder) {
+    TopLevel found;
     std::error_code error;
     fs::directory_iterator entry(folder, error);
     while (!error && entry != fs::directory_iterator()) {
         const std::string name = entry->path().filename().string();
-        if (name.find("idx3-ubyte") != std::string::npos || name.find("idx1-ubyte") != std::string::npos) return true;
+        if (is_idx_name(name)) {
+            found.idx.push_back(name);
+        } else if (!name.starts_with('.')) {
+            const bool bin = name.ends_with(".bin");
+            if (bin) found.bin.push_back(name);
+            found.others = found.others || !bin;
+        }
         entry.increment(error);
     }
     if (error) {
         throw Error(ErrorKind::bad_data, str_cat("cannot read the folder ", folder.string(), ": ", error.message()));
     }
-    return false;
+    std::sort(found.idx.begin(), found.idx.end());
+    std::sort(found.bin.begin(), found.bin.end());
+    return found;
+}
+
+/// Which of several token files, or the text beside them, is meant is not guessed.
+void require_no_token_files(const std::vector<std::string>& bin, bool others, const fs::path& folder) {
+    const auto is_there = [&](const char* name) { return std::find(bin.begin(), bin.end(), name) != bin.end(); };
+    if (bin.empty() || (others && !is_there("train.bin") && !is_there("val.bin"))) return;
+    const fs::path example = folder / (is_there("train.bin") ? "train.bin" : bin.front());
+    throw Error(ErrorKind::bad_data, str_cat("the folder ", folder.string(), " holds .bin files (", list_names(bin),
+                                             "), which are read as uint16 tokens: name the one to train on, such as ",
+                                             example.string(), others ? ", or a text file" : ""));
 }
 
 std::optional<fs::path> find_idx(const fs::path& folder, const std::string& name) {
@@ -96,41 +182,51 @@ std::optional<fs::path> find_idx(const fs::path& folder, const std::string& name
 }
 
 /// The images and labels of one set ("train", "t10k"); null if neither is there.
-std::shared_ptr<const LabelledImages> read_set(const fs::path& folder, const std::string& set) {
-    const std::string images_name = set + "-images-idx3-ubyte";
-    const std::string labels_name = set + "-labels-idx1-ubyte";
+std::shared_ptr<const LabelledImages> read_set(const fs::path& folder, const std::string& name, DataListing& files) {
+    const std::string images_name = name + "-images-idx3-ubyte";
+    const std::string labels_name = name + "-labels-idx1-ubyte";
     const auto images = find_idx(folder, images_name);
     const auto labels = find_idx(folder, labels_name);
     if (!images && !labels) return nullptr;
     if (!images || !labels) {
         throw Error(ErrorKind::bad_data,
-                    str_cat(folder.string(), " has ", images ? images_name : labels_name, " but no ",
+                    str_cat(folder.string(), " has ", (images ? *images : *labels).filename().string(), " but no ",
                             images ? labels_name : images_name, " (.gz or not): put it there"));
     }
-    return std::make_shared<const LabelledImages>(
+    auto set = std::make_shared<LabelledImages>(
         LabelledImages{read_idx(*images, 3, most_bytes()), read_idx(*labels, 1, most_bytes()),
                        str_cat(images->string(), " and ", labels->filename().string())});
+    for (const auto& [path, array] : {std::pair(*images, &set->images), std::pair(*labels, &set->labels)}) {
+        files.add({path.filename().string(), array->bytes.size(), crc32c(characters(array->bytes))});
+    }
+    return set;
 }
 
 std::int64_t largest_label(const LabelledImages& data) {
     return *std::max_element(data.labels.bytes.begin(), data.labels.bytes.end());
 }
 
-std::string_view characters(std::span<const std::uint8_t> bytes) {
-    return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
+void note_unread(OpenedData& data, const std::vector<std::string>& found) {
+    std::vector<std::string> unread;
+    const auto read = names_of(data.files);
+    std::copy_if(found.begin(), found.end(), std::back_inserter(unread),
+                 [&](const std::string& name) { return std::find(read.begin(), read.end(), name) == read.end(); });
+    if (!unread.empty()) data.notes.push_back(str_cat("left out ", list_names(unread)));
 }
 
-OpenedData open_images(const fs::path& folder) {
-    const auto train = read_set(folder, "train");
+OpenedData open_images(const fs::path& folder, const std::vector<std::string>& found) {
+    OpenedData data;
+    data.kind = DataKind::images;
+    const auto train = read_set(folder, "train", data.files);
     if (!train) {
-        throw Error(ErrorKind::bad_data, str_cat(folder.string(),
-                                                 " has IDX files but no train-images-idx3-ubyte and "
-                                                 "train-labels-idx1-ubyte (.gz or not): put them there"));
+        throw Error(ErrorKind::bad_data, str_cat(folder.string(), " has ", list_names(found),
+                                                 " but no train-images-idx3-ubyte and train-labels-idx1-ubyte "
+                                                 "(.gz or not): put them there, or rename what is theirs"));
     }
-    const auto test = read_set(folder, "t10k");
+    const auto test = read_set(folder, "t10k", data.files);
     const auto& shape = train->images.shape;
     const std::int64_t pixels = shape[1] * shape[2];
-    const std::int64_t trained = test ? shape[0] : shape[0] - shape[0] / 10;
+    const std::int64_t trained = test ? shape[0] : trained_of(shape[0]);
     if (!test && trained == shape[0]) {
         throw Error(ErrorKind::bad_data, str_cat(folder.string(), " has ", shape[0],
                                                  " images and no t10k-images-idx3-ubyte: "
@@ -143,18 +239,22 @@ OpenedData open_images(const fs::path& folder) {
     }
     const auto seen = std::span(train->images.bytes).first(static_cast<std::size_t>(trained * pixels));
     const PixelScale scale = pixel_scale(seen);
-    OpenedData data;
-    data.kind = DataKind::images;
     data.train = std::make_unique<ImageDataset>(train, scale, 0, trained);
     const auto& held_out = test ? test : train;
     data.held_out = std::make_unique<ImageDataset>(held_out, scale, test ? 0 : trained, held_out->images.shape[0]);
     data.classes = std::max(largest_label(*train), largest_label(*held_out)) + 1;
-    const auto labels = std::span(train->labels.bytes).first(static_cast<std::size_t>(trained));
+    const auto all_labels = std::span(train->labels.bytes),
+               labels = all_labels.first(static_cast<std::size_t>(trained));
+    if (!test) refuse_grouped(all_labels, train->source);
+    data.warnings =
+        check_labels(labels, test ? std::span(test->labels.bytes) : all_labels.subspan(labels.size()), train->source);
     data.fingerprint = crc32c(characters(labels), crc32c(characters(seen)));
     data.height = shape[1];
     data.width = shape[2];
     data.description =
         str_cat(samples_in_words(data), "images of ", shape[1], "x", shape[2], " pixels, ", data.classes, " classes");
+    note_files(data);
+    note_unread(data, found);
     return data;
 }
 
@@ -162,7 +262,21 @@ OpenedData open_images(const fs::path& folder) {
 
 OpenedData open_data(const fs::path& path, std::int64_t length) {
     std::error_code ignored;  // what cannot be looked at is reported by opening it
-    if (fs::is_directory(path, ignored)) return holds_idx_files(path) ? open_images(path) : open_text(path, length);
+    if (fs::is_directory(path, ignored)) {
+        const TopLevel found = look_at(path);
+        if (!found.idx.empty()) return open_images(path, found.idx);
+        require_no_token_files(found.bin, found.others, path);
+        OpenedData data = open_text(path, length);
+        if (!found.bin.empty()) {
+            data.warnings.push_back(str_cat(list_names(found.bin), " left out: to train on tokens, name their file"));
+        }
+        return data;
+    }
+    if (is_idx_name(path.filename().string()) && fs::exists(path, ignored)) {
+        throw Error(ErrorKind::bad_data, str_cat(path.string(),
+                                                 " is an IDX file, which holds images or labels alone: "
+                                                 "give the folder with both"));
+    }
     return path.extension() == ".bin" ? open_tokens(path, length) : open_text(path, length);
 }
 

@@ -4,12 +4,15 @@
 #include <array>
 #include <cstddef>
 #include <span>
-#include <string>
+#include <string_view>
 #include <system_error>
+#include <utility>
 
+#include "microbatch/core/crc32c.h"
 #include "microbatch/core/error.h"
 #include "microbatch/core/str_cat.h"
 #include "microbatch/core/units.h"
+#include "microbatch/data/file_format.h"
 #include "microbatch/io/input_file.h"
 
 namespace microbatch {
@@ -17,14 +20,25 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr std::size_t binary_check_bytes = 8192;
+bool has(const fs::path& folder, const char* name) {
+    std::error_code ignored;  // what cannot be looked at is reported by the walk
+    return fs::exists(folder / name, ignored);
+}
 
-bool is_binary(const InputFile& file) {
-    std::array<std::byte, binary_check_bytes> bytes{};
-    const auto head =
-        std::span(bytes).first(static_cast<std::size_t>(std::min<std::uint64_t>(bytes.size(), file.size())));
-    file.read(0, head);
-    return std::find(head.begin(), head.end(), std::byte{0}) != head.end();
+bool is_run(const fs::path& folder) {
+    return has(folder, "metrics.jsonl") && has(folder, "config.toml");
+}
+
+bool is_dataset(const fs::path& folder) {
+    return has(folder, "dataset_dict.json") || (has(folder, "dataset_info.json") && has(folder, "state.json"));
+}
+
+/// Whether a run writes a file or folder of this name into its own folder.
+bool is_of_a_run(const std::string& name) {
+    constexpr std::array<std::string_view, 6> whole{"config.toml", "metrics.jsonl",     "summary.json",
+                                                    "report.html", "model.safetensors", "checkpoints"};
+    return std::find(whole.begin(), whole.end(), name) != whole.end() || name.starts_with("events.out.tfevents.") ||
+           (name.starts_with("snapshot-") && name.ends_with(".bin"));
 }
 
 void check_walk(const std::error_code& error, const fs::path& folder) {
@@ -33,9 +47,26 @@ void check_walk(const std::error_code& error, const fs::path& folder) {
     }
 }
 
-/// Regular files below the folder, hidden ones and links left out, sorted: the system lists them in any order.
-std::vector<fs::path> files_below(const fs::path& folder) {
-    std::vector<fs::path> files;
+/// Why a file or folder is left out, unopened; null if it is not.
+const char* reason_to_leave_out(const fs::path& path, const fs::file_status& status, bool top_of_a_run) {
+    if (path.filename().native().starts_with('.')) return "hidden name";
+    if (fs::is_symlink(status)) return "link";
+    if (top_of_a_run && is_of_a_run(path.filename().string())) return "file of this run";
+    if (fs::is_regular_file(status)) return nullptr;
+    if (!fs::is_directory(status)) return "special file";
+    if (is_run(path)) return "run folder";
+    return is_dataset(path) ? "Hugging Face dataset" : nullptr;
+}
+
+struct Entry {
+    fs::path path;
+    const char* left_out;  ///< why; null for a regular file
+};
+
+/// Regular files below the folder and what is left out, sorted: the system lists them in any order.
+std::vector<Entry> entries_below(const fs::path& folder) {
+    const bool of_a_run = is_run(folder);
+    std::vector<Entry> entries;
     std::error_code error;
     fs::recursive_directory_iterator entry(folder, error);
     check_walk(error, folder);
@@ -43,41 +74,75 @@ std::vector<fs::path> files_below(const fs::path& folder) {
         const fs::path path = entry->path();
         const fs::file_status status = entry->symlink_status(error);
         check_walk(error, path);
-        const bool hidden = path.filename().native().starts_with('.');
-        if (hidden) entry.disable_recursion_pending();
-        if (!hidden && fs::is_regular_file(status)) files.push_back(path);
+        const char* reason = reason_to_leave_out(path, status, of_a_run && entry.depth() == 0);
+        if (reason != nullptr) entry.disable_recursion_pending();
+        if (reason != nullptr || fs::is_regular_file(status)) entries.push_back({path, reason});
         entry.increment(error);
         check_walk(error, path);
     }
-    std::sort(files.begin(), files.end());
-    return files;
+    std::sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) { return a.path < b.path; });
+    return entries;
 }
 
 struct TextFile {
     fs::path path;
+    std::string name;  ///< relative to the folder
     std::uint64_t size;
 };
 
-/// Those of the files that are text, without the empty ones.
-std::vector<TextFile> text_among(const std::vector<fs::path>& paths) {
+void leave_out(std::vector<LeftOut>& all, const std::string& what, const std::string& name, std::uint64_t bytes) {
+    auto found = std::find_if(all.begin(), all.end(), [&](const LeftOut& one) { return one.what == what; });
+    if (found == all.end()) found = all.insert(found, {.what = what, .names = {}});
+    ++found->count;
+    found->bytes += bytes;
+    if (found->names.size() < 3) found->names.push_back(name);
+}
+
+/// The text files below the folder. What else is there is added to `left_out`.
+std::vector<TextFile> text_below(const fs::path& folder, std::vector<LeftOut>& left_out) {
     std::vector<TextFile> found;
-    for (const fs::path& path : paths) {
+    for (const auto& [path, reason] : entries_below(folder)) {
+        const std::string name = path.lexically_relative(folder).string();
+        if (reason != nullptr) {
+            leave_out(left_out, reason, name, 0);
+            continue;
+        }
         const InputFile file(path);
-        if (file.size() > 0 && !is_binary(file)) found.push_back({path, file.size()});
+        const FileFormat::Kind kind = format_of(file).kind;
+        if (kind == FileFormat::text && file.size() > 0) {
+            found.push_back({path, name, file.size()});
+        } else {
+            leave_out(left_out,
+                      file.size() == 0            ? "empty file"
+                      : kind == FileFormat::utf16 ? "UTF-16 file"
+                                                  : "binary file",
+                      name, file.size());
+        }
     }
     return found;
 }
 
-/// The file as a list of one. Errors: ErrorKind::bad_data if it is empty or binary.
+/// The file as a list of one. Errors: ErrorKind::bad_data if it is empty or not text.
 std::vector<TextFile> only_text(const fs::path& path) {
     const InputFile file(path);
     if (file.size() == 0) throw Error(ErrorKind::bad_data, str_cat(path.string(), " is empty: give a file with text"));
-    if (is_binary(file)) {
-        throw Error(ErrorKind::bad_data, str_cat(path.string(),
-                                                 " is not text (it has a NUL byte): give a text file, "
-                                                 "a .bin of uint16 tokens or a folder with IDX images and labels"));
+    const FileFormat format = format_of(file);
+    switch (format.kind) {
+        case FileFormat::text:
+            return {{path, path.filename().string(), file.size()}};
+        case FileFormat::utf16:
+            throw Error(ErrorKind::bad_data, str_cat(path.string(),
+                                                     " is UTF-16 text: convert it to UTF-8, such as by "
+                                                     "iconv -f UTF-16 -t UTF-8"));
+        case FileFormat::known:
+            throw Error(ErrorKind::bad_data,
+                        str_cat(path.string(), " is ", format.name, ", not text: give the plain text that is in it"));
+        case FileFormat::binary:
+            break;
     }
-    return {{path, file.size()}};
+    throw Error(ErrorKind::bad_data, str_cat(path.string(),
+                                             " is not text (it has a NUL byte): give a text file, "
+                                             "a .bin of uint16 tokens or a folder with IDX images and labels"));
 }
 
 /// The sum of the sizes. Errors: ErrorKind::bad_data if it is above `most`.
@@ -96,25 +161,48 @@ std::size_t total_size(const std::vector<TextFile>& files, const fs::path& path,
     return static_cast<std::size_t>(total);
 }
 
+/// Errors: ErrorKind::bad_data if the folder is a dataset of Hugging Face.
+std::vector<TextFile> text_of_folder(const fs::path& path, std::vector<LeftOut>& left_out) {
+    if (is_dataset(path)) {
+        throw Error(ErrorKind::bad_data, str_cat(path.string(),
+                                                 " is a dataset that Hugging Face's save_to_disk wrote: load it with "
+                                                 "datasets.load_from_disk, and write its text into a file or its "
+                                                 "tokens into a .bin of uint16"));
+    }
+    std::vector<TextFile> files = text_below(path, left_out);
+    if (files.empty()) {
+        throw Error(ErrorKind::bad_data, str_cat("the folder ", path.string(), " holds no text",
+                                                 left_out.empty() ? "" : "; left out: ", describe(left_out),
+                                                 ": give one with text files, or name a .bin file of uint16 tokens"));
+    }
+    return files;
+}
+
 }  // namespace
 
-std::vector<std::uint8_t> read_text(const fs::path& path, std::uint64_t most_bytes) {
-    std::error_code ignored;  // what cannot be looked at is reported by opening it
-    const bool folder = fs::is_directory(path, ignored);
-    const auto files = folder ? text_among(files_below(path)) : only_text(path);
-    if (files.empty()) {
-        throw Error(ErrorKind::bad_data, str_cat("the folder ", path.string(),
-                                                 " holds no text: give one with text "
-                                                 "files that are not empty, hidden, binary or links"));
+std::string describe(const std::vector<LeftOut>& left_out) {
+    std::string text;
+    for (const LeftOut& one : left_out) {
+        text += str_cat(text.empty() ? "" : ", ", format_count(one.count), " ", one.what, one.count == 1 ? "" : "s",
+                        " (", list_names(one.names, one.count), ")");
     }
-    std::vector<std::uint8_t> all(total_size(files, path, most_bytes));
-    std::span<std::byte> rest = std::as_writable_bytes(std::span(all));
+    return text;
+}
+
+Text read_text(const fs::path& path, std::uint64_t most_bytes) {
+    Text text;
+    std::error_code ignored;  // what cannot be looked at is reported by opening it
+    const auto files = fs::is_directory(path, ignored) ? text_of_folder(path, text.left_out) : only_text(path);
+    text.bytes.resize(total_size(files, path, most_bytes));
+    std::span<std::uint8_t> rest(text.bytes);
     for (const TextFile& file : files) {
         // By the size that was counted: what a file has grown by meanwhile is not read.
-        InputFile(file.path).read(0, rest.first(static_cast<std::size_t>(file.size)));
-        rest = rest.subspan(static_cast<std::size_t>(file.size));
+        const auto part = rest.first(static_cast<std::size_t>(file.size));
+        InputFile(file.path).read(0, std::as_writable_bytes(part));
+        text.files.add({file.name, file.size, crc32c({reinterpret_cast<const char*>(part.data()), part.size()})});
+        rest = rest.subspan(part.size());
     }
-    return all;
+    return text;
 }
 
 }  // namespace microbatch

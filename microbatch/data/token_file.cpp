@@ -11,6 +11,7 @@
 
 #include "microbatch/core/error.h"
 #include "microbatch/core/str_cat.h"
+#include "microbatch/data/file_format.h"
 #include "microbatch/io/input_file.h"
 
 namespace microbatch {
@@ -33,6 +34,20 @@ std::array<std::int32_t, 3> read_header(const InputFile& file) {
     const auto bytes = std::as_writable_bytes(std::span(words));
     file.read(0, bytes.first(static_cast<std::size_t>(std::min<std::uint64_t>(bytes.size(), file.size()))));
     return words;
+}
+
+/// That a file without a header is not of a format with a name, nor text.
+void check_bare(const InputFile& file) {
+    constexpr std::uint64_t enough = 4096;  // tokens without a zero byte are not as many
+    const FileFormat format = format_of(file);
+    if (format.kind == FileFormat::known) {
+        refuse(file, str_cat("is ", format.name, ", not a file of uint16 tokens: write the tokens alone into it"));
+    }
+    if (format.kind == FileFormat::text && file.size() >= enough) {
+        refuse(file,
+               "looks like text, not like uint16 tokens (no byte is 0): give text under a name that does not end in "
+               ".bin, or write two bytes for each token");
+    }
 }
 
 /// That the header of llm.c describes the file.
@@ -65,7 +80,7 @@ Tokens open_token_file(const std::filesystem::path& path) {
                        ", the Llama 3 tokenizer), but only uint16 tokens can be read: write it with another one"));
     }
     const bool has_header = header[0] == uint16_magic;
-    if (has_header) check_header(header, *file);
+    has_header ? check_header(header, *file) : check_bare(*file);
     const std::uint64_t begin = has_header ? header_bytes : 0;
     const std::uint64_t bytes = file->size() - begin;
     if (bytes % 2 != 0) {

@@ -11,7 +11,7 @@ namespace microbatch {
 ///
 /// Errors: ErrorKind::bad_data if the file cannot be opened (see InputFile), is empty, has half a token at its end, or
 ///         has a header of llm.c that is cut off, disagrees with the file's size, is of another version, or announces
-///         uint32 tokens (20240801).
+///         uint32 tokens (20240801); if it has no header and looks like text or another format (see format_of).
 /// State:  only the header is read; the file stays open, even if it is removed, as long as a copy of the tokens lives.
 Tokens open_token_file(const std::filesystem::path& path);
 

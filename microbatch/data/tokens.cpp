@@ -18,9 +18,14 @@ constexpr std::size_t scanned_tokens = std::size_t{1} << 19;
 
 template <class Value>
 void add_to(TokenScan& found, std::span<const Value> tokens) {
-    Value largest = 0;
-    for (const Value token : tokens) largest = std::max(largest, token);
-    found.vocabulary = std::max(found.vocabulary, std::int64_t{largest} + 1);
+    std::uint8_t* here = found.seen[static_cast<std::size_t>(found.count % 2)].data();
+    std::uint8_t* next = found.seen[static_cast<std::size_t>((found.count + 1) % 2)].data();
+    for (std::size_t i = 0; i + 1 < tokens.size(); i += 2) {
+        here[tokens[i]] = 1;
+        next[tokens[i + 1]] = 1;
+    }
+    if (tokens.size() % 2 == 1) here[tokens.back()] = 1;
+    found.count += static_cast<std::int64_t>(tokens.size());
     const std::string_view bytes(reinterpret_cast<const char*>(tokens.data()), tokens.size_bytes());
     found.checksum = crc32c(bytes, found.checksum);
 }
@@ -47,8 +52,7 @@ Tokens byte_tokens(std::vector<std::uint8_t> bytes) {
     return {std::span<const std::uint8_t>(*owner), owner};
 }
 
-TokenScan scan(const Tokens& tokens) {
-    TokenScan found;
+TokenScan scan(const Tokens& tokens, TokenScan found) {
     TokenBuffer buffer;
     const auto look_at = [&](const auto& all) {
         for (std::size_t begin = 0; begin < all.size(); begin += scanned_tokens) {
@@ -56,6 +60,9 @@ TokenScan scan(const Tokens& tokens) {
         }
     };
     std::visit(look_at, tokens.values);
+    for (std::size_t token = 0; token < TokenScan::values; ++token) {
+        if (found.seen[0][token] + found.seen[1][token] > 0) found.vocabulary = static_cast<std::int64_t>(token) + 1;
+    }
     return found;
 }
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -40,13 +41,19 @@ Tokens byte_tokens(std::vector<std::uint8_t> bytes);
 
 /// What one pass over tokens finds.
 struct TokenScan {
+    static constexpr std::size_t values = 65536;
+
+    std::int64_t count = 0;
     std::int64_t vocabulary = 0;  ///< largest token + 1, the least that a model of them can have; 0 if there are none
     std::uint32_t checksum = 0;   ///< CRC-32C of the bytes that they are stored as
+    std::array<std::vector<std::uint8_t>, 2> seen{std::vector<std::uint8_t>(values),
+                                                  std::vector<std::uint8_t>(values)};  ///< [place % 2][token] is 0 or 1
 };
 
+/// What `before` found and the tokens after those add to it.
 /// Errors: as InputFile::read, if the tokens are in a file.
 /// Cost:   one pass; of a file, 1 MiB is in memory at a time.
-TokenScan scan(const Tokens& tokens);
+TokenScan scan(const Tokens& tokens, TokenScan before = {});
 
 /// Holds what was read of a file, so that the next part needs no memory of its own.
 using TokenBuffer = std::vector<std::uint16_t>;

@@ -2,11 +2,11 @@
 
 #include <gtest/gtest.h>
 
-#include <initializer_list>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "data/data_files.h"
 #include "data/elements.h"
 #include "microbatch/core/crc32c.h"
 #include "support/errors.h"
@@ -18,31 +18,13 @@ namespace {
 namespace fs = std::filesystem;
 
 using Indices = std::vector<std::int64_t>;
+using test::images_file;
+using test::labels_file;
+using test::tokens_file;
+using Lines = std::vector<std::string>;
 
 void expect_error(ErrorKind kind, const fs::path& path, std::int64_t length, const std::vector<std::string>& parts) {
     test::expect_error(kind, parts, [&] { open_data(path, length); });
-}
-
-std::string images_file(std::initializer_list<int> pixels, char height = 1, char width = 1) {
-    const auto count = static_cast<char>(static_cast<int>(pixels.size()) / (height * width));
-    std::string bytes{0, 0, 8, 3, 0, 0, 0, count, 0, 0, 0, height, 0, 0, 0, width};
-    for (const int pixel : pixels) bytes += static_cast<char>(pixel);
-    return bytes;
-}
-
-std::string labels_file(std::initializer_list<int> labels) {
-    std::string bytes{0, 0, 8, 1, 0, 0, 0, static_cast<char>(labels.size())};
-    for (const int label : labels) bytes += static_cast<char>(label);
-    return bytes;
-}
-
-std::string tokens_file(int count) {
-    std::string bytes;
-    for (int token = 0; token < count; ++token) {
-        bytes += static_cast<char>(token & 0xff);
-        bytes += static_cast<char>(token >> 8);
-    }
-    return bytes;
 }
 
 /// All elements of one field of a whole dataset.
@@ -158,24 +140,38 @@ TEST(OpenData, NamesTheMissingFileOfAPartialSet) {
             const bool images = name.find("images") != std::string::npos;
             folder.write(name + ".gz", images ? images_file({1}) : labels_file({1}));
         }
-        expect_error(ErrorKind::bad_data, folder.path(), 1, {folder.path().string(), "no " + missing});
+        const std::string split = missing.substr(0, missing.find('-'));
+        const std::string partner =
+            split + (missing.find("images") != std::string::npos ? "-labels-idx1-ubyte.gz" : "-images-idx3-ubyte.gz");
+        expect_error(ErrorKind::bad_data, folder.path(), 1,
+                     {folder.path().string(), "has " + partner + " but no " + missing});
     }
     const test::TempFolder folder;
-    folder.write("t10k-images-idx3-ubyte", images_file({1}));
     folder.write("t10k-labels-idx1-ubyte", labels_file({1}));
-    expect_error(ErrorKind::bad_data, folder.path(), 1, {"no train-images-idx3-ubyte"});
+    folder.write("emnist-train-images-idx3-ubyte", images_file({1}));
+    expect_error(
+        ErrorKind::bad_data, folder.path(), 1,
+        {"has emnist-train-images-idx3-ubyte, t10k-labels-idx1-ubyte but no train-images-idx3-ubyte", "rename"});
 }
 
 TEST(OpenData, TakesThePlainFileWhereBothAreThere) {
     const test::TempFolder folder;
-    folder.write("train-images-idx3-ubyte", images_file({1}));
-    folder.write("train-labels-idx1-ubyte", labels_file({7}));
-    folder.write("train-labels-idx1-ubyte.gz", labels_file({3}));
+    folder.write("train-images-idx3-ubyte", images_file({1, 2}));
+    folder.write("train-labels-idx1-ubyte", labels_file({7, 8}));
+    folder.write("train-labels-idx1-ubyte.gz", labels_file({3, 4}));
     folder.write("t10k-images-idx3-ubyte.gz", images_file({1}));
     folder.write("t10k-labels-idx1-ubyte.gz", labels_file({2}));
     const OpenedData data = open_data(folder.path(), 1);
-    EXPECT_EQ(all<std::int64_t>(*data.train, 1), (Indices{7}));
+    EXPECT_EQ(all<std::int64_t>(*data.train, 1), (Indices{7, 8}));
     EXPECT_EQ(all<std::int64_t>(*data.held_out, 1), (Indices{2}));
+    EXPECT_EQ(data.notes, (Lines{"read 4 files: train-images-idx3-ubyte, train-labels-idx1-ubyte, "
+                                 "t10k-images-idx3-ubyte.gz and 1 more",
+                                 "left out train-labels-idx1-ubyte.gz"}));
+    const std::vector<DataFile> files{{"train-images-idx3-ubyte", 2, crc32c("\1\2")},
+                                      {"train-labels-idx1-ubyte", 2, crc32c("\7\x08")},
+                                      {"t10k-images-idx3-ubyte.gz", 1, crc32c("\1")},
+                                      {"t10k-labels-idx1-ubyte.gz", 1, crc32c("\2")}};
+    EXPECT_EQ(data.files.files, files);
 }
 
 TEST(OpenData, ReadsAFolderWithoutIdxFilesAsText) {
@@ -271,6 +267,8 @@ TEST(OpenData, OpensTheFortunesOfDebian) {
     EXPECT_NE(data.description.find(" MiB of text, "), std::string::npos) << data.description;
     EXPECT_GT(data.held_out->size(), 1000);
     EXPECT_NEAR(static_cast<double>(data.train->size()) / static_cast<double>(data.held_out->size()), 9.0, 0.01);
+    EXPECT_EQ(data.notes.size(), 2U);
+    EXPECT_EQ(data.warnings, Lines());
 }
 
 TEST(OpenData, OpensFashionMnist) {
@@ -279,6 +277,7 @@ TEST(OpenData, OpensFashionMnist) {
     const OpenedData data = open_data(folder, 1);
     EXPECT_EQ(data.kind, DataKind::images);
     EXPECT_EQ(data.description, "60,000 training and 10,000 held-out images of 28x28 pixels, 10 classes");
+    EXPECT_EQ(data.warnings, Lines());
     const Batch batch = data.train->get(Indices{0, 1, 2, 3});
     EXPECT_EQ(batch.fields[0].sizes(), (Indices{4, 1, 28, 28}));
     EXPECT_EQ(test::elements<std::int64_t>(batch.fields[1]), (Indices{9, 0, 0, 3}));

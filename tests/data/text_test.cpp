@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "microbatch/core/crc32c.h"
 #include "support/errors.h"
 #include "support/temp_folder.h"
 
@@ -19,7 +20,7 @@ namespace fs = std::filesystem;
 constexpr std::uint64_t enough = 1 << 30;
 
 std::string read(const fs::path& path) {
-    const auto bytes = read_text(path, enough);
+    const auto bytes = read_text(path, enough).bytes;
     return {bytes.begin(), bytes.end()};
 }
 
@@ -107,11 +108,13 @@ TEST(ReadText, RefusesAnEmptyFile) {
 
 TEST(ReadText, RefusesAFolderWithoutText) {
     const test::TempFolder folder;
-    expect_bad_data(folder.path(), {folder.path().string(), "holds no text"});
+    expect_bad_data(folder.path(), {folder.path().string(), "holds no text: give"});
     folder.write("empty", "");
     folder.write("binary", std::string(3, '\0'));
     folder.write(".hidden", "text");
-    expect_bad_data(folder.path(), {folder.path().string(), "holds no text"});
+    expect_bad_data(folder.path(), {"holds no text; left out: 1 hidden name (.hidden), 1 binary file (binary), "
+                                    "1 empty file (empty)",
+                                    "name a .bin file"});
 }
 
 TEST(ReadText, RefusesAFolderOfWhichAPartCannotBeRead) {
@@ -123,12 +126,103 @@ TEST(ReadText, RefusesAFolderOfWhichAPartCannotBeRead) {
     }
 }
 
+TEST(ReadText, ListsWhatItReadsWithSizeAndChecksum) {
+    const test::TempFolder folder;
+    folder.write("b.txt", "two");
+    folder.write("a/1.txt", "three");
+    const DataListing files = read_text(folder.path(), enough).files;
+    EXPECT_EQ(files.count, 2);
+    EXPECT_EQ(files.bytes, 8U);
+    const std::vector<DataFile> expected{{"a/1.txt", 5, crc32c("three")}, {"b.txt", 3, crc32c("two")}};
+    EXPECT_EQ(files.files, expected);
+    EXPECT_EQ(read_text(folder.path() / "", enough).files, files);  // a slash at the end
+    EXPECT_EQ(read_text(folder.path() / "b.txt", enough).files.files, (std::vector<DataFile>{expected[1]}));
+}
+
+TEST(ReadText, CountsWhatItLeavesOutByTheReason) {
+    const test::TempFolder folder;
+    folder.write("text", "text");
+    folder.write(".git/config", "hidden");
+    folder.write("empty", "");
+    for (const char* name : {"sub/4", "sub/3", "sub/2", "1"}) folder.write(name, std::string("\1\0\2", 3));
+    folder.write("utf16", std::string("a\0b\0", 4));
+    fs::create_symlink("text", folder.path() / "link");
+    ASSERT_EQ(::mkfifo((folder.path() / "pipe").c_str(), 0600), 0);
+    const Text read = read_text(folder.path(), enough);
+    EXPECT_EQ(read.files.count, 1);
+    EXPECT_EQ(describe(read.left_out),
+              "1 hidden name (.git), 4 binary files (1, sub/2, sub/3 and 1 more), 1 empty file (empty), 1 link (link), "
+              "1 special file (pipe), 1 UTF-16 file (utf16)");
+    EXPECT_EQ(read.left_out[1].bytes, 12U);
+    EXPECT_TRUE(read_text(folder.path() / "text", enough).left_out.empty());
+    EXPECT_EQ(describe({}), "");
+}
+
+TEST(ReadText, LeavesOutTheFoldersOfRuns) {
+    const test::TempFolder folder;
+    folder.write("text", "text");
+    for (const char* name : {"metrics.jsonl", "config.toml", "notes.txt", "checkpoints/step-1/state.json"}) {
+        folder.write(fs::path("runs/a") / name, "log");
+    }
+    folder.write("half/metrics.jsonl", "a log alone");
+    folder.write("other/config.toml", "settings alone");
+    const Text read = read_text(folder.path(), enough);
+    EXPECT_EQ(std::string(read.bytes.begin(), read.bytes.end()), "a log alonesettings alonetext");
+    EXPECT_EQ(describe(read.left_out), "1 run folder (runs/a)");
+}
+
+TEST(ReadText, LeavesOutWhatARunWroteIntoTheFolderItself) {
+    const test::TempFolder folder;
+    folder.write("text", "text");
+    folder.write("sub/report.html", " mine");
+    const std::string before = read(folder.path());
+    for (const char* name : {"metrics.jsonl", "config.toml", "summary.json", "report.html", "model.safetensors",
+                             "events.out.tfevents.1.host", "snapshot-1.bin", "checkpoints/step-1/state.json"}) {
+        folder.write(name, "log");
+    }
+    EXPECT_EQ(read(folder.path()), before);
+    const Text left = read_text(folder.path(), enough);
+    ASSERT_EQ(left.left_out.size(), 1U);
+    EXPECT_EQ(left.left_out[0].what, "file of this run");
+    EXPECT_EQ(left.left_out[0].count, 8);
+}
+
+TEST(ReadText, RefusesADatasetOfHuggingFaceAndLeavesItOutOfAFolder) {
+    const std::vector<std::vector<const char*>> signs{{"dataset_info.json", "state.json"}, {"dataset_dict.json"}};
+    for (const auto& names : signs) {
+        const test::TempFolder folder;
+        for (const char* name : names) folder.write(fs::path("set") / name, "{}");
+        folder.write("set/data-00000-of-00001.arrow", std::string(8, '\xff'));
+        expect_bad_data(folder.path() / "set", {(folder.path() / "set").string(), "save_to_disk", "load_from_disk"});
+        expect_bad_data(folder.path(), {"holds no text", "1 Hugging Face dataset (set)"});
+        folder.write("text", "text");
+        EXPECT_EQ(read(folder.path()), "text");
+    }
+    const test::TempFolder folder;
+    folder.write("state.json", "{}");
+    EXPECT_EQ(read(folder.path()), "{}");
+}
+
+TEST(ReadText, RefusesUtf16AndSaysHowToConvertIt) {
+    const test::TempFolder folder;
+    expect_bad_data(folder.write("file", std::string("\xff\xfeh\0i\0", 6)), {"file is UTF-16", "iconv"});
+    expect_bad_data(folder.write("bare", std::string("\0h\0i", 4)), {"bare is UTF-16", "iconv"});
+}
+
+TEST(ReadText, NamesTheFormatOfAFileThatIsNotText) {
+    const test::TempFolder folder;
+    expect_bad_data(folder.write("a.gz", "\x1f\x8b\x08 small, without a NUL byte"),
+                    {"a.gz is gzip-compressed", "plain"});
+    folder.write("text", "text");
+    EXPECT_EQ(read(folder.path()), "text");
+}
+
 TEST(ReadText, RefusesMoreThanItMayTakeOfMemory) {
     const test::TempFolder folder;
     folder.write("a", std::string(600, 'a'));
     const fs::path path = folder.write("b", std::string(424, 'b'));
-    EXPECT_EQ(read_text(folder.path(), 1024).size(), 1024U);
-    EXPECT_EQ(read_text(path, 424).size(), 424U);
+    EXPECT_EQ(read_text(folder.path(), 1024).bytes.size(), 1024U);
+    EXPECT_EQ(read_text(path, 424).bytes.size(), 424U);
     const auto refuses = [](const fs::path& what, std::uint64_t most, const std::string& in_words) {
         test::expect_error(ErrorKind::bad_data, {what.string(), "more text than the " + in_words},
                            [&] { read_text(what, most); });
@@ -168,10 +262,15 @@ TEST(ReadText, ReadsTheFortunesOfDebian) {
         const auto extension = entry.path().extension();
         if (extension != ".dat" && extension != ".u8") expected += entry.file_size();
     }
-    const auto text = read_text(fortunes, enough);
+    const Text text = read_text(fortunes, enough);
     EXPECT_GT(expected, 1'000'000U);
-    EXPECT_EQ(text.size(), expected);
-    EXPECT_EQ(std::count(text.begin(), text.end(), 0), 0);
+    EXPECT_EQ(text.bytes.size(), expected);
+    EXPECT_EQ(text.files.bytes, expected);
+    EXPECT_EQ(std::count(text.bytes.begin(), text.bytes.end(), 0), 0);
+    ASSERT_EQ(text.left_out.size(), 2U);
+    EXPECT_EQ(text.left_out[0].what, "binary file");
+    EXPECT_EQ(text.left_out[1].what, "link");
+    EXPECT_EQ(text.left_out[0].count, text.files.count);
 }
 
 }  // namespace

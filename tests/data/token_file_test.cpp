@@ -170,6 +170,24 @@ TEST(TokenFile, RefusesUint32Tokens) {
     expect_bad_data(folder.write("a.bin", header(20240801, 7, 1) + "abcd"), {"uint32", "20240801", "only uint16"});
 }
 
+TEST(TokenFile, RefusesOtherFormatsByTheirName) {
+    const test::TempFolder folder;
+    const std::string rest(2000, '\0');
+    expect_bad_data(folder.write("a.bin", "\x93NUMPY\1" + rest), {"a NumPy array"});
+    expect_bad_data(folder.write("a.bin", "PK\x03\x04" + rest), {"a zip archive"});
+}
+
+TEST(TokenFile, RefusesText) {
+    const test::TempFolder folder;
+    std::string text;
+    while (text.size() < 4096) text += "\xc3\xa4hnlich ";
+    text.resize(4096);
+    expect_bad_data(folder.write("a.bin", text), {"looks like text", "does not end in .bin"});
+    EXPECT_EQ(open_token_file(folder.write("a.bin", text.substr(2))).size(), 2047);  // too few bytes to tell
+    text[4000] = '\0';
+    EXPECT_EQ(open_token_file(folder.write("a.bin", text)).size(), 2048);
+}
+
 TEST(TokenFile, RefusesHalfAToken) {
     const test::TempFolder folder;
     expect_bad_data(folder.write("a.bin", "abc"), {"3 bytes is an odd number"});

@@ -51,6 +51,22 @@ TEST(Tokens, VocabularyIsTheLargestTokenPlusOne) {
     EXPECT_EQ(scan(two_byte_tokens({4, 5, 50256})).vocabulary, 50257);
 }
 
+TEST(Tokens, AreSeenByEvenAndOddPlacesOverSeveralParts) {
+    const TokenScan first = scan(two_byte_tokens({7, 8, 9}));
+    const TokenScan all = scan(two_byte_tokens({300, 65535}), first);
+    EXPECT_EQ(first.count, 3);
+    EXPECT_EQ(all.count, 5);
+    EXPECT_EQ(all.vocabulary, 65536);
+    for (std::size_t token = 0; token < TokenScan::values; ++token) {
+        const bool even = token == 7 || token == 9 || token == 65535, odd = token == 8 || token == 300;
+        ASSERT_EQ(all.seen[0][token], even) << token;
+        ASSERT_EQ(all.seen[1][token], odd) << token;
+    }
+    const TokenScan at_once = scan(two_byte_tokens({7, 8, 9, 300, 65535}));
+    EXPECT_EQ(at_once.checksum, all.checksum);
+    EXPECT_EQ(at_once.seen, all.seen);
+}
+
 TEST(Tokens, ChecksumIsThatOfTheBytesTheyAreStoredAs) {
     EXPECT_EQ(scan(byte_tokens({})).checksum, 0U);
     EXPECT_EQ(scan(byte_tokens({'a', 'b', 'c'})).checksum, crc32c("abc"));
