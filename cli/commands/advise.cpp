@@ -325,7 +325,7 @@ int advise_on_batch(const Arguments& arguments) {
     job.accumulator->set_plan(settings.micro_batch ? report.choice().plan : cut_to_measure(report));
     set_memory_budget(budget);
     print(out, "model     {}\n", plan.model_description);
-    print(out, "data      {}\n", plan.data.description);
+    print_data(out, plan.data, 10);
     print(out, "measuring noise: {} at a batch of {} in micro-batches of {}\n", to_string(length), settings.batch,
           job.accumulator->plan().micro_batch);
     const Noise noise = measure_noise_of_run(out, plan, job, length, budget);

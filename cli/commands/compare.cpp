@@ -292,6 +292,7 @@ int compare_strategies(Arguments& arguments) {
     install_budget_allocator();
     watch_interrupts();
     const JobPlan plan = open_job(settings, asked);
+    print_data(out, plan.data, 10);
     require_whole_batch(plan);
     const std::int64_t tokens_per_sample = plan.data.train->tokens_per_sample();
     const std::int64_t samples = convert(asked, Unit::samples, settings.batch, tokens_per_sample).count;

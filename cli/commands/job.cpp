@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cli/commands/interrupt.h"
+#include "cli/print/output.h"
 #include "cli/options/options.h"
 #include "microbatch/core/error.h"
 #include "microbatch/core/units.h"
@@ -234,6 +235,12 @@ double held_out_loss(const JobPlan& plan, const Job& job, std::int64_t trained, 
     };
     const Evaluation evaluation(*job.model);
     return mean_loss(samples, std::min(micro_batch, samples.size()), unless_interrupted);
+}
+
+void print_data(std::FILE* out, const OpenedData& data, int column) {
+    print(out, "{:<{}}{}\n", "data", column, data.description);
+    for (const std::string& note : data.notes) print(out, "{:<{}}{}\n", "", column, note);
+    for (const std::string& warning : data.warnings) print(out, "{:<{}}warning: {}\n", "", column, warning);
 }
 
 const char* speed_unit(const JobPlan& plan) {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstdio>
 #include <memory>
 #include <optional>
 #include <string>
@@ -57,6 +58,9 @@ struct Interrupted {};
 /// was `trained` on, 16 to 1,024 of them, so that a short run does not wait longer for it than it trained.
 /// Errors: Interrupted if a signal came, before the next micro-batch.
 double held_out_loss(const JobPlan& plan, const Job& job, std::int64_t trained, std::int64_t micro_batch);
+
+/// What the data is, what of it was read and left out, and what is likely wrong with it; labels take `column` columns.
+void print_data(std::FILE* out, const OpenedData& data, int column);
 
 /// "tokens" or "images": what the speed of this data is counted in.
 const char* speed_unit(const JobPlan& plan);

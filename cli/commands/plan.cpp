@@ -59,7 +59,7 @@ void print_bytes(const char* title, const Named& rows) {
 
 void print_report(const JobPlan& plan, const PlanReport& report) {
     print(stdout, "model   {}\n", plan.model_description);
-    print(stdout, "data    {}\n", plan.data.description);
+    print_data(stdout, plan.data, 8);
     print(stdout, "batch   {} samples per step, memory budget {}\n\n", report.batch, format_bytes(report.budget_bytes));
     print_candidates(report);
     if (report.chosen) {

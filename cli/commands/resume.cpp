@@ -21,8 +21,11 @@ Differences compare(const RunNotes& before, const RunNotes& now) {
     const Values is = config_values(now.config, "config.toml");
     Differences found = differences(was, is);
     if (before.data != now.data) {
-        found.another_run.push_back(
-            fmt::format("the data was that of {}, is that of {}", value_in(was, "data"), value_in(is, "data")));
+        const std::string &old = value_in(was, "data"), &given = value_in(is, "data");
+        const std::string how = describe_difference(before.files, now.files);
+        const std::string what = old == given ? fmt::format("the data of {} has changed", given)
+                                              : fmt::format("the data was that of {}, is that of {}", old, given);
+        found.another_run.push_back(how.empty() ? what : fmt::format("{}: {}", what, how));
     }
     const auto machine = [&](const char* what, const auto& old, const auto& given) {
         if (old != given) found.another_cut.push_back(fmt::format("{} was {}, is {}", what, old, given));

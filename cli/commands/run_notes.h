@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <string>
 
+#include "microbatch/data/listing.h"
 #include "microbatch/state/state_dict.h"
 
 namespace microbatch::cli {
@@ -14,6 +15,7 @@ struct RunNotes {
     std::string processor = {};  ///< the kind of vectors that torch's kernels use
     std::string version = {};    ///< of microbatch
     std::uint32_t data = 0;      ///< OpenedData::fingerprint
+    DataListing files = {};      ///< of that data
 
     StateDict save() const;
 

@@ -185,6 +185,7 @@ RunNotes notes_of(const JobPlan& plan, const Settings& recorded) {
     RunNotes notes = RunNotes::of_machine();
     notes.config = config_text(recorded);
     notes.data = plan.data.fingerprint;
+    notes.files = plan.data.files;
     return notes;
 }
 

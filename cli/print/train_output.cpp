@@ -59,7 +59,7 @@ void print_header(std::FILE* out, const JobPlan& plan, const PlanReport& report,
                   const std::filesystem::path& folder) {
     const Candidate& chosen = report.choice();
     print(out, "model     {}\n", plan.model_description);
-    print(out, "data      {}\n", plan.data.description);
+    print_data(out, plan.data, 10);
     const std::string batch = plan.batches.size() == 1 ? fmt::format("{} samples per step", plan.settings.batch)
                                                        : fmt::format("{} samples per step at first, {} at most",
                                                                      plan.settings.batch, plan.batch);

@@ -76,4 +76,18 @@ void GateChain::record(const Gathered& gathered, const Judgement& judgement) {
     for (StepGate* gate : gates_) gate->record(gathered, judgement);
 }
 
+void GateChain::save(const StateWriter& writer) const {
+    for (std::size_t i = 0; i < gates_.size(); ++i) gates_[i]->save(writer.section(std::to_string(i)));
+}
+
+Commit GateChain::prepare(const StateReader& reader) {
+    std::vector<Commit> commits;
+    for (std::size_t i = 0; i < gates_.size(); ++i) {
+        commits.push_back(gates_[i]->prepare(reader.section(std::to_string(i))));
+    }
+    return [commits = std::move(commits)] {
+        for (const Commit& commit : commits) commit();
+    };
+}
+
 }  // namespace microbatch

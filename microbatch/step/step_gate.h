@@ -63,6 +63,8 @@ private:
 };
 
 /// Several, in order: the first that refuses decides, and all record it.
+///
+/// State:     that of each, in `0/`, `1/` and so on.
 class GateChain final : public StepGate {
 public:
     /// Ownership: borrows the gates.
@@ -70,6 +72,8 @@ public:
 
     Judgement evaluate(const Gathered& gathered) const override;
     void record(const Gathered& gathered, const Judgement& judgement) override;
+    void save(const StateWriter& writer) const override;
+    Commit prepare(const StateReader& reader) override;
 
 private:
     std::vector<StepGate*> gates_;

@@ -124,9 +124,9 @@ TEST(Snapshot, InAFileIsRemovedWithItsLastOwner) {
 TEST(Snapshot, ThatCannotBeWrittenLeavesNothing) {
     const TempFolder folder;
     const StateDict state = shared(some_tensors());
-    expect_usage_error({"nowhere"}, [&] { moved_to_file(state, folder.path() / "nowhere" / "snapshot"); });
+    expect_write_error({"nowhere"}, [&] { moved_to_file(state, folder.path() / "nowhere" / "snapshot"); });
     const auto there = folder.write("there", "something of the user's");
-    expect_usage_error({"there", "exists"}, [&] { moved_to_file(state, there); });
+    expect_write_error({"there", "exists"}, [&] { moved_to_file(state, there); });
     EXPECT_EQ(read_file(there), "something of the user's");
 }
 
@@ -137,7 +137,7 @@ TEST(Snapshot, OnADiskThatIsFullLeavesNothing) {
     ASSERT_EQ(::getrlimit(RLIMIT_FSIZE, &before), 0);
     const rlimit little{1000, before.rlim_max};
     ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &little), 0);
-    expect_usage_error({"snapshot", "too large"}, [&] {
+    expect_write_error({"snapshot", "too large"}, [&] {
         moved_to_file(shared({{"large", at::zeros({1 << 16})}}), folder.path() / "snapshot");
     });
     ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &before), 0);

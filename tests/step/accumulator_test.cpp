@@ -225,8 +225,9 @@ TEST(Accumulator, StreamingGivesTheBitsOfStep) {
             const Batch batch = regression_batch(50, seed, at::kFloat);
             const StepReport wanted = whole.step(batch, weighted_squares(whole_model));
             streamed.begin();
-            for (std::int64_t i = 0; i < 50; i += cut) {
-                streamed.add(weighted_squares(streamed_model)(batch.slice(i, std::min<std::int64_t>(i + cut, 50))));
+            for (std::int64_t i = 0; i < micro_batch_count(50, cut); ++i) {
+                const Slice slice = micro_batch_slice(50, cut, i);
+                streamed.add(weighted_squares(streamed_model)(batch.slice(slice.begin, slice.end)));
             }
             const Gathered gathered = streamed.finish();
             const StepReport report = streamed.apply();

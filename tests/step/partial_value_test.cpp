@@ -25,7 +25,7 @@ Job norm_job() {
     return resnet_job({.classes = 3, .width = 8, .blocks = 1, .norm = ImageNorm::batch}, {.micro_batch = 3});
 }
 
-/// A step of a batch of 7 in 3, 3 and 1, left after so many of them.
+/// A step of a batch of 7 in 3, 2 and 2, left after so many of them.
 PartialBatch left(Job& job, const Batch& batch, int after = 1) {
     StepReport report = job.accumulator->step(batch, job.loss, {.stop = [&] { return --after == 0; }});
     EXPECT_FALSE(report.applied);

@@ -182,6 +182,23 @@ TEST(GateChain, TheFirstThatRefusesDecidesAndAllRecordIt) {
     EXPECT_TRUE(calls.empty());
 }
 
+TEST(GateChain, IsSavedAndLoadedWithEveryGateInIt) {
+    SpikeGate first = calm_gate(), second(quick), other_first(quick), other_second(quick);
+    decide(second, gathered(3, 1));
+    FiniteGate finite;
+    GateChain chain({&first, &finite, &second}), other({&other_first, &finite, &other_second});
+    const StateDict state = state_of(chain);
+    load(other, StateReader(state));
+    expect_same(state_of(other_first), state_of(first));
+    expect_same(state_of(other_second), state_of(second));
+    // What one of them refuses changes none.
+    SpikeGate fresh(quick), last(quick);
+    GateChain third({&fresh, &finite, &last});
+    const StateDict broken = without(state, "2/scale");
+    expect_error(ErrorKind::bad_data, {"2/scale", "missing"}, [&] { third.prepare(StateReader(broken)); });
+    expect_same(state_of(fresh), state_of(SpikeGate(quick)));
+}
+
 Job small_job() {
     return mlp_job({.inputs = 4, .layers = 1, .width = 5, .classes = 3}, {.micro_batch = 3});
 }
