@@ -155,10 +155,10 @@ CheckpointManifest read_checkpoint_manifest(const std::filesystem::path& folder)
 
 StateDict read_checkpoint(const std::filesystem::path& folder) {
     const CheckpointManifest manifest = read_checkpoint_manifest(folder);
+    for (const CheckpointFile& file : manifest.files) verify(folder / file.name, file);
     StateDict state;
     for (const CheckpointFile& file : manifest.files) {
         const std::filesystem::path path = folder / file.name;
-        verify(path, file);
         if (file.name == state_name) {
             read_scalars(open_plain(path).read_all(most_scalar_bytes), path.string(), state);
         } else if (file.name.ends_with(tensors_suffix)) {

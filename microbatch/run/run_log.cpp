@@ -104,7 +104,7 @@ RunLog::RunLog(const std::filesystem::path& folder, std::int64_t steps, FileSyst
 
 std::string RunLog::write(const StepRecord& record) {
     ++lines_;
-    return file_->append(to_json(record).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
+    return file_->append(to_json(record) + "\n");
 }
 
 }  // namespace microbatch

@@ -1,30 +1,22 @@
 #include "microbatch/run/run_reader.h"
 
-#include <nlohmann/json.hpp>
 #include <optional>
 #include <stdexcept>
 #include <string_view>
 
 #include "microbatch/core/error.h"
 #include "microbatch/core/str_cat.h"
-#include "microbatch/io/bounded_json.h"
 #include "microbatch/io/line_reader.h"
 
 namespace microbatch {
 namespace {
 
-using Json = nlohmann::json;
-
-constexpr std::size_t most_values = 1000;  // of a line, which has some 25
-
 // None if the line is not a step.
 std::optional<StepRecord> read_step(std::string_view text) {
     try {
-        const StepRecord step = step_record_from(parse_bounded(text, most_values));
+        const StepRecord step = step_record_from(text);
         const bool sound = step.step > 0 && step.peak_bytes > 0 && step.step_seconds > 0.0 && step.micro_batch > 0;
         return sound ? std::optional(step) : std::nullopt;
-    } catch (const Json::exception&) {
-        return std::nullopt;
     } catch (const std::invalid_argument&) {
         return std::nullopt;
     }

@@ -1,8 +1,10 @@
 #include "microbatch/run/step_record.h"
 
 #include <nlohmann/json.hpp>
+#include <stdexcept>
 #include <type_traits>
 
+#include "microbatch/io/bounded_json.h"
 #include "microbatch/io/json_number.h"
 
 namespace microbatch {
@@ -94,18 +96,24 @@ std::optional<double> StepField::number(const StepRecord& record) const {
         member);
 }
 
-Written to_json(const StepRecord& record) {
+std::string to_json(const StepRecord& record) {
     Written json;
     for (const StepField& field : step_fields()) {
         json[field.key] = std::visit([&record](auto member) { return written(record.*member); }, field.member);
     }
-    return json;
+    return json.dump(-1, ' ', false, Json::error_handler_t::replace);
 }
 
-StepRecord step_record_from(const Json& json) {
+StepRecord step_record_from(std::string_view json) {
+    constexpr std::size_t most_values = 1000;  // of a record, which has some 25
+    const Json values = parse_bounded(json, most_values);
     StepRecord record;
-    for (const StepField& field : step_fields()) {
-        std::visit([&](auto member) { read(json.at(field.key), record.*member); }, field.member);
+    try {
+        for (const StepField& field : step_fields()) {
+            std::visit([&](auto member) { read(values.at(field.key), record.*member); }, field.member);
+        }
+    } catch (const Json::exception& error) {
+        throw std::invalid_argument(error.what());
     }
     return record;
 }

@@ -1,10 +1,10 @@
 #pragma once
 
 #include <cstdint>
-#include <nlohmann/json_fwd.hpp>
 #include <optional>
 #include <span>
 #include <string>
+#include <string_view>
 #include <variant>
 
 namespace microbatch {
@@ -48,10 +48,11 @@ struct StepField {
 /// The fields in the order of metrics.jsonl.
 std::span<const StepField> step_fields();
 
-/// An object with every field. Numbers that are not finite are the strings "nan", "inf" and "-inf"; none is null.
-nlohmann::ordered_json to_json(const StepRecord& record);
+/// A JSON object with every field, in one line. Numbers that are not finite are the strings "nan", "inf" and "-inf"; a
+/// field that has no value is null.
+std::string to_json(const StepRecord& record);
 
-/// Throws nlohmann::json::exception or std::invalid_argument where it is not such an object.
-StepRecord step_record_from(const nlohmann::json& json);
+/// Reads it back. The text is not trusted. Errors: std::invalid_argument if it is not such an object.
+StepRecord step_record_from(std::string_view json);
 
 }  // namespace microbatch

@@ -23,7 +23,7 @@ def damage(file, how):
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "generators.safetensors", "state.json",
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json",
                                   "manifest.json", "snapshot"])
 def test_a_damaged_checkpoint_is_named_and_passed_over(killed, resume, whole, name, how):
     older, newest = checkpoints_of(killed)
@@ -58,7 +58,7 @@ def test_a_checkpoint_of_another_version_is_not_passed_over_for_an_older_one(kil
 
 def test_where_every_checkpoint_is_damaged_each_is_named(killed, resume):
     for checkpoint in checkpoints_of(killed):
-        damage(checkpoint / "weights.safetensors", "a bit")
+        damage(checkpoint / "model.safetensors", "a bit")
     before = contents(killed)
     resume().refused(5, *(checkpoint.name for checkpoint in checkpoints_of(killed)))
     assert contents(killed) == before
@@ -66,7 +66,7 @@ def test_where_every_checkpoint_is_damaged_each_is_named(killed, resume):
 
 def test_a_damaged_checkpoint_is_not_kept_in_the_place_of_a_good_one(killed, resume):
     for checkpoint in checkpoints_of(killed)[-1:]:
-        damage(checkpoint / "weights.safetensors", "a bit")
+        damage(checkpoint / "model.safetensors", "a bit")
     resume("--keep", "2").ok()
     assert [entry.name for entry in checkpoints_of(killed)] == ["step-00000008", "step-00000012"]
     damage(killed / "checkpoints" / "step-00000012" / "state.json", "empty")
