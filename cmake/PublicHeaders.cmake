@@ -1,6 +1,9 @@
 # Sets OUT to the headers that a user needs: microbatch.h, and what it includes. Others are not installed.
 function(public_headers out)
     set(headers microbatch/microbatch.h)
+    if(MICROBATCH_CORE_ONLY)
+        file(GLOB headers RELATIVE ${PROJECT_SOURCE_DIR} ${PROJECT_SOURCE_DIR}/microbatch/core/*.h)
+    endif()
     set(found "")
     while(headers)
         list(POP_FRONT headers header)
