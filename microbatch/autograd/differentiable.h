@@ -7,12 +7,12 @@
 
 namespace microbatch {
 
-/// The gradients of a node's inputs by operators, which can be differentiated again; those that autograd does not need
-/// stay undefined. For the backward of a torch::autograd::Function whose own arithmetic autograd cannot see, where
+/// The gradients of a node's inputs, computed by operators that can be differentiated again; undefined where autograd
+/// does not need them. For the backward of a torch::autograd::Function whose arithmetic autograd cannot see, when
 /// at::GradMode::is_enabled().
 ///
-/// `function` makes the result again, of aliases of the inputs: what one of them shares with another, and the hooks on
-/// them, are the outer backward's.
+/// `function` recomputes the result from aliases of the inputs: sharing between the inputs, and their hooks, belong to
+/// the outer backward.
 torch::autograd::variable_list differentiable_gradients(
     torch::autograd::AutogradContext& context, const torch::autograd::variable_list& inputs,
     const std::function<at::Tensor(const torch::autograd::variable_list&)>& function, const at::Tensor& gradient);

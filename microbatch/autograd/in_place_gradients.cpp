@@ -31,15 +31,15 @@ const std::shared_ptr<std::atomic<int>>& scopes_of_this_thread() {
     return scopes;
 }
 
-/// The key set with which torch's own function for autograd is found, in whose place the one here is.
+/// The key set that finds torch's own autograd function, which the one here replaces.
 c10::DispatchKeySet to_autograd(c10::DispatchKeySet keys) {
     return (keys & c10::after_autograd_keyset) | c10::DispatchKeySet(c10::DispatchKey::AutogradOther);
 }
 
-/// The leaf that a matrix of a product is, or is the transpose of.
+/// The leaf that a product's matrix is, or is the transpose of.
 struct Weight {
-    at::Tensor leaf;            // undefined where the matrix comes from elsewhere
-    Node* transpose = nullptr;  // that made the matrix, if it is not the leaf; lives as long as the product's own node
+    at::Tensor leaf;            // undefined if the matrix is neither
+    Node* transpose = nullptr;  // the matrix's node, if it is not the leaf; lives as long as the product's
 };
 
 bool is_transpose(const at::Tensor& matrix, const at::Tensor& of) {
@@ -62,7 +62,7 @@ bool by_columns(const at::Tensor& matrix) {
     return matrix.stride(0) == 1 && matrix.stride(1) == matrix.size(0);
 }
 
-/// a b, with a gradient if one is asked for.
+/// a b, with a gradient if one is needed.
 at::Tensor times(const at::Tensor& a, const at::Tensor& b) {
     return at::GradMode::is_enabled() ? at::mm(a, b) : gemm(a, b);
 }
@@ -88,7 +88,7 @@ public:
         const variable_list saved = context->get_saved_variables();
         const at::Tensor &x = saved[0], &matrix = saved[1];
         if (context->needs_input_grad(1) && !add_weight_gradient(more->weight, x, gradient)) {
-            // In the layout of the matrix, as torch would.
+            // In the layout of the matrix, like torch.
             results[1] = more->matrix_by_columns ? at::mm(gradient.t(), x).t() : at::mm(x.t(), gradient);
         }
         if (context->needs_input_grad(0)) {
@@ -117,7 +117,7 @@ private:
     }
 };
 
-/// The rows of a weight that indices name.
+/// The rows of a weight at the given indices.
 class RowsOfWeight : public Function<RowsOfWeight> {
 public:
     static at::Tensor forward(AutogradContext* context, const at::Tensor& weight, const at::Tensor& indices,
@@ -163,7 +163,7 @@ bool takes_product(const at::Tensor& x, const at::Tensor& matrix, const at::Tens
            (bias == nullptr || is_plain(*bias));
 }
 
-/// Also without a gradient, so that a block that runs twice, the first time without, does the same both times.
+/// Also without a gradient, so that a block that runs twice, first without gradients, computes the same both times.
 at::Tensor take_product(const at::Tensor& x, const at::Tensor& matrix, const std::optional<at::Tensor>& bias) {
     const bool needs_gradient = x.requires_grad() || matrix.requires_grad() || (bias && bias->requires_grad());
     if (!at::GradMode::is_enabled() || !needs_gradient) return gemm(x, matrix, bias);
@@ -190,7 +190,7 @@ at::Tensor embedding(c10::DispatchKeySet keys, const at::Tensor& weight, const a
                                            sparse);
 }
 
-// When the program is loaded: torch's table must not change while another thread computes.
+// At program start: torch's operator table must not change while another thread computes.
 TORCH_LIBRARY_IMPL(aten, AutogradCPU, library) {
     library.impl("mm", TORCH_FN(mm));
     library.impl("addmm", TORCH_FN(addmm));

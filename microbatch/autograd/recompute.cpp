@@ -26,7 +26,7 @@ using torch::autograd::variable_list;
 using torch::nn::Module;
 using Block = std::function<at::Tensor(const at::Tensor&)>;
 
-/// What a block's result depends on beside tensors, as it is when this is made.
+/// What a block's result depends on besides tensors, captured on construction.
 class Surroundings {
 public:
     Surroundings(at::Device device, const Module& module)
@@ -52,7 +52,7 @@ public:
         }
         const auto changed = [](const auto& part) { return part.first->is_training() != part.second; };
         if (std::none_of(training_.begin(), training_.end(), changed)) return;
-        // Parents come first: train() also sets the children, which then get their own.
+        // Parents come first: train() also sets the children, which then get their own flags.
         for (const auto& [part, training] : training_) part->train(training);
     }
 
@@ -71,7 +71,7 @@ private:
     std::vector<std::pair<std::shared_ptr<Module>, bool>> training_;
 };
 
-/// Other surroundings for as long as this lives.
+/// Establishes other surroundings while it lives.
 class SurroundingsScope {
 public:
     SurroundingsScope(const Surroundings& then, const Surroundings& now) : now_(now) { then.establish(); }
@@ -83,8 +83,8 @@ private:
     const Surroundings& now_;
 };
 
-/// Autocast keeps the weights it has converted: those of the first run have no graph, those of the second would be
-/// kept after it.
+/// Disables autocast's cache of converted weights: those of the first run have no graph, and those of the second would
+/// outlive it.
 class NoAutocastCache {
 public:
     NoAutocastCache() { at::autocast::set_autocast_cache_enabled(false); }
@@ -110,11 +110,11 @@ BufferValues copies_of(const std::vector<at::Tensor>& buffers) {
 
 void write(const BufferValues& values) {
     const at::NoGradGuard no_grad;
-    // variable_data has a version of its own: for a graph that has saved the buffer nothing has changed.
+    // variable_data has its own version counter: a graph that saved the buffer sees no change.
     for (const auto& [buffer, value] : values) buffer.variable_data().copy_(value);
 }
 
-/// Other values of some buffers for as long as this lives.
+/// Gives some buffers other values while it lives.
 class BufferScope {
 public:
     explicit BufferScope(const BufferValues& then) {
@@ -131,8 +131,8 @@ private:
     BufferValues now_;
 };
 
-/// The input, marked; backward leaves the gradient that arrives at the mark in `arrived`, as it is. A leaf would copy
-/// it into its own layout, and another layout may be added up in another order further on.
+/// Marks the input: backward stores the gradient that arrives at the mark in `arrived`, unchanged. A leaf would copy it
+/// into its own layout, and a different layout may be summed in a different order later.
 struct Arrived : torch::CustomClassHolder {
     at::Tensor gradient;
 };
@@ -150,7 +150,7 @@ public:
     }
 };
 
-/// The first run, as far as the second needs it.
+/// What the second run needs of the first.
 struct FirstRun : torch::CustomClassHolder {
     FirstRun(Block run, std::shared_ptr<Module> of, at::Device device)
         : block(std::move(run)), module(std::move(of)), surroundings(device, *module) {}
@@ -158,7 +158,7 @@ struct FirstRun : torch::CustomClassHolder {
     Block block;
     std::shared_ptr<Module> module;
     Surroundings surroundings;
-    BufferValues buffers;  // before it, of those that it changed
+    BufferValues buffers;  // before it, of the buffers that it changed
 };
 
 at::Tensor run_again(const FirstRun& first, const at::Tensor& x) {
@@ -169,14 +169,14 @@ at::Tensor run_again(const FirstRun& first, const at::Tensor& x) {
     return first.block(x);
 }
 
-/// Backward, run inside another, gives this parameter what the outer one would. Hooks would run in both.
+/// True if a nested backward gives this parameter what the outer one would. Hooks would run in both.
 bool only_accumulates(const at::Tensor& parameter) {
     if (!parameter.is_leaf() || !torch::autograd::impl::hooks(parameter).empty()) return false;
     const auto accumulator = torch::autograd::impl::try_get_grad_accumulator(parameter);
     return !accumulator || (accumulator->pre_hooks().empty() && accumulator->post_hooks().empty());
 }
 
-/// The hooks of some tensors are put away as long as this lives.
+/// Removes the hooks of some tensors while it lives.
 class HooksAway {
 public:
     explicit HooksAway(const variable_list& tensors) : tensors_(tensors), away_(tensors.size()) { exchange(); }
@@ -205,7 +205,7 @@ public:
             if (!at::equal(value.buffer, value.value)) first->buffers.push_back(std::move(value));
         }
         variable_list saved = {x};
-        saved.insert(saved.end(), parameters.begin(), parameters.end());  // for their versions: nothing is copied
+        saved.insert(saved.end(), parameters.begin(), parameters.end());  // to check their versions: nothing is copied
         context->save_for_backward(std::move(saved));
         context->saved_data["first"] = at::IValue::make_capsule(first);
         context->set_materialize_grads(false);
@@ -220,7 +220,7 @@ public:
         }
         const variable_list saved = context->get_saved_variables();
         const std::size_t inputs = saved.size();
-        variable_list results(inputs + 2);  // block and module have none
+        variable_list results(inputs + 2);  // block and module have no gradient
         if (!gradients[0].defined()) return results;
         const auto first = c10::static_intrusive_pointer_cast<FirstRun>(context->saved_data["first"].toCapsule());
 
@@ -257,14 +257,14 @@ private:
             needed.push_back(sources[i]);
             places.push_back(i);
         }
-        const HooksAway hooks(needed);  // the backward that this is part of calls them
+        const HooksAway hooks(needed);  // the outer backward calls them
         variable_list found = torch::autograd::grad({y}, needed, {gradient}, /*retain_graph=*/false,
                                                     /*create_graph=*/false, /*allow_unused=*/true);
         for (std::size_t i = 0; i < places.size(); ++i) results[places[i]] = std::move(found[i]);
     }
 };
 
-/// Those that require grad, each once: a parameter may be registered under several names.
+/// The tensors that require grad, without repeats: a parameter may be registered under several names.
 std::vector<at::Tensor> trained_parameters(const Module& module) {
     std::vector<at::Tensor> trained;
     for (const at::Tensor& parameter : module.parameters()) {

@@ -18,7 +18,7 @@ namespace {
 
 using torch::autograd::Node;
 
-/// The lock under which torch adds to a .grad, which it keeps to its own nodes.
+/// The lock under which torch adds to a .grad, which only its own nodes can reach otherwise.
 class AccumulationLock : Node {
 public:
     static std::unique_lock<std::mutex> of(Node& accumulate) {
@@ -26,7 +26,7 @@ public:
     }
 };
 
-/// Whether this backward is one that adds to .grad and asks for nothing else.
+/// True if this backward only adds to .grad.
 bool only_accumulates() {
     const auto* chosen = torch::autograd::get_current_graph_task_exec_info();
     return !at::GradMode::is_enabled() && chosen != nullptr && chosen->empty() &&

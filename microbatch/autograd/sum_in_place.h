@@ -11,20 +11,20 @@ struct Node;
 
 namespace microbatch {
 
-/// A tensor of which torch does nothing special.
+/// A plain tensor, which torch handles in no special way.
 bool is_plain(const at::Tensor& tensor);
 
-/// A plain one that our own kernels take.
+/// A plain tensor that our own kernels support.
 bool is_fp32_on_cpu(const at::Tensor& tensor);
 
-/// Something (functorch, a TorchDispatchMode) is active that wants to see every operator.
+/// True if something is active that must see every operator (functorch, a TorchDispatchMode).
 bool operators_are_watched();
 
-/// Somebody wants to see the gradients that reach this node of the graph.
+/// True if a hook observes the gradients that reach this node of the graph.
 bool has_hooks(torch::autograd::Node& node);
 
-/// Calls add(leaf.grad) if what is made of the terms may be added there by the backward that runs now; false, and
-/// nothing done, if autograd has to do it. For when that is, see InPlaceGradients.
+/// Calls add(leaf.grad) if the running backward may add the result of the terms there. Returns false and does nothing
+/// if autograd has to; for when that is, see InPlaceGradients.
 ///
 /// Threads: holds the lock under which torch itself adds to this gradient.
 bool sum_in_place(const at::Tensor& leaf, std::initializer_list<at::Tensor> terms,

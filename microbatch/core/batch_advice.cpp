@@ -10,7 +10,7 @@ namespace microbatch {
 namespace {
 
 constexpr double worthwhile = 0.95;
-constexpr double few = 10.0;  // one over the part by which few may be more than the fewest
+constexpr double few = 10.0;  // "few" is at most 1/10 above the minimum
 
 double share(std::int64_t batch, std::int64_t samples) {
     return static_cast<double>(batch) / static_cast<double>(samples);
@@ -21,7 +21,7 @@ std::int64_t to_batch(double samples) {
     return static_cast<std::int64_t>(std::clamp(samples, 1.0, largest));
 }
 
-// The fastest micro-batch that the batch can be cut by; of a tie the largest.
+// The fastest micro-batch into which the batch can be cut; in a tie the largest.
 const TimedCut* fastest(std::span<const TimedCut> cuts, std::int64_t batch) {
     const TimedCut* best = nullptr;
     for (const TimedCut& cut : cuts) {

@@ -7,38 +7,38 @@
 
 namespace microbatch {
 
-/// How fast a micro-batch of some size runs, and with that a batch that is cut by it.
+/// The speed of a micro-batch size, and so of a batch cut into it.
 struct TimedCut {
     std::int64_t micro_batch = 1;
-    double sample_seconds = 0.0;  ///< forward and backward, of one sample
+    double sample_seconds = 0.0;  ///< forward and backward of one sample
 };
 
-/// What a batch costs, by the noise of the gradient and the speed of the machine.
+/// The cost of a batch size, from the noise of the gradient and the speed of the machine.
 struct BatchCost {
     std::int64_t batch = 1;
-    std::int64_t micro_batch = 1;  ///< the fastest that is not above the batch
+    std::int64_t micro_batch = 1;  ///< the fastest that is at most the batch
     double step_seconds = 0.0;
-    double steps = 0.0;    ///< to the same loss, over the fewest that any batch needs
-    double samples = 0.0;  ///< the same of samples
-    double time = 0.0;     ///< to the same loss, over that of the batch which is there soonest
+    double steps = 0.0;    ///< to the same loss, relative to the fewest that any batch needs
+    double samples = 0.0;  ///< samples, likewise
+    double time = 0.0;     ///< to the same loss, relative to the fastest batch
 
     bool is_cut() const { return micro_batch < batch; }
 };
 
-/// Batches side by side, and what follows.
+/// Batch sizes side by side, and conclusions.
 struct BatchAdvice {
     double noise_batch = 0.0;      ///< the knee: twice the fewest steps and twice the fewest samples
     std::int64_t samples = 0;      ///< of the data; no batch of the table is larger
     std::vector<BatchCost> table;  ///< each twice the one before
-    std::size_t soonest = 0;       ///< in the table: at the same loss first, on this machine
-    BatchCost soonest_uncut = {};  ///< of those that were timed as one micro-batch, whether in the table or not
+    std::size_t soonest = 0;       ///< index in the table: reaches the same loss first on this machine
+    BatchCost soonest_uncut = {};  ///< of those timed as one micro-batch, in the table or not
 
-    /// True if the batch that is there soonest is accumulated, and that by 5 % sooner than any that is not.
+    /// True if the fastest batch is accumulated and reaches the loss at least 5 % sooner than any that is not.
     bool accumulation_pays() const;
 };
 
-/// The smallest batch that takes at most a tenth more steps than the fewest there are; the largest that takes at most a
-/// tenth more samples, and 1 where none does.
+/// The smallest batch that takes at most a tenth more steps than the minimum; the largest that takes at most a tenth
+/// more samples than the minimum, or 1.
 std::int64_t batch_of_few_steps(double noise_batch);
 std::int64_t batch_of_few_samples(double noise_batch);
 
@@ -50,8 +50,8 @@ std::string describe_repetition(std::int64_t batch, std::int64_t samples);
 /// micro-batches then share so many samples with the next batch's that their noise is not that of new samples.
 void require_enough_data(std::int64_t batch, std::int64_t samples);
 
-/// Compares batches from the smallest micro-batch that is known to `largest`, doubling, as far as the data's `samples`
-/// fill them.
+/// Compares batches from the smallest timed micro-batch to `largest`, doubling, but none larger than the data's
+/// `samples`.
 ///
 /// Formula:  steps S / S_min = 1 + B_noise / B, samples E / E_min = 1 + B / B_noise, time = S (samples * time of one +
 ///           optimizer's step).

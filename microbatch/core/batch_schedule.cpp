@@ -23,7 +23,7 @@ BatchStage parse_stage(std::string_view input) {
     const auto at = stage.find(" at ");
     if (at == std::string_view::npos) refuse(str_cat("has \"", stage, "\" for a stage"));
     const std::string_view from = trimmed(stage.substr(at + 4));
-    // Nothing of any unit is nothing.
+    // 0 is the same in every unit.
     return {parse_count(trimmed(stage.substr(0, at))), from == "0" ? Interval{} : parse_interval(from)};
 }
 
@@ -35,7 +35,7 @@ Progress progress_of(Interval interval) {
     return progress;
 }
 
-// Where the rate has come down to `rate`; the end, where it does not.
+// Where the rate falls to `rate`; the end if it never does.
 std::int64_t first_at_or_below(const Schedule& schedule, double rate) {
     std::int64_t above = schedule.warmup.count, below = schedule.length.count;
     while (above < below) {
@@ -124,7 +124,7 @@ BatchSchedule seesaw(const Schedule& schedule, std::int64_t batch, std::int64_t 
         rate /= 2.0;
         const std::int64_t from = first_at_or_below(schedule, rate);
         if (from >= schedule.length.count) break;
-        // Two halvings in one place, at the end of a short run.
+        // Two halvings at the same place, at the end of a short run.
         if (from == result.back().from.count) result.pop_back();
         result.push_back({next, {from, schedule.length.unit}});
     }

@@ -10,7 +10,7 @@
 
 namespace microbatch {
 
-/// From here on a step takes so many samples.
+/// A batch size, and from where on it holds.
 struct BatchStage {
     std::int64_t batch = 1;
     Interval from{};  ///< counted from the start of the run
@@ -40,12 +40,11 @@ std::int64_t smallest_batch(const BatchSchedule& schedule);
 std::int64_t largest_batch(const BatchSchedule& schedule);
 
 /// The batch doubles wherever the learning rate's schedule has halved since its warmup, up to `most` samples. The rate
-/// is the schedule's times what the rule says of the batch: with `sqrt` it falls by 0.71 where it would have halved,
-/// with `linear` it stays.
+/// is the schedule's times the rule's factor for the batch: where it would have halved, it falls by 0.71 with `sqrt`
+/// and stays with `linear`.
 ///
-/// Errors: ErrorKind::usage if `batch` is below 1, `most` below it, or the schedule does not fall or is not valid; or
-/// its length
-///         is in steps, which would be more samples the larger the batch is.
+/// Errors: ErrorKind::usage if `batch` is below 1, `most` below it, the schedule does not fall or is not valid, or its
+///         length is in steps, which would be more samples the larger the batch.
 /// Source: Seesaw 2025 (cut by a: the rate by sqrt(a), the batch by 1/a), with a = 1/2; with `linear`: Smith et al.
 ///         2018, arXiv:1711.00489.
 BatchSchedule seesaw(const Schedule& schedule, std::int64_t batch, std::int64_t most);

@@ -21,10 +21,10 @@ constexpr std::array<std::pair<RateRule, std::string_view>, 5> names = {{{RateRu
     throw Error(ErrorKind::usage, message);
 }
 
-// 1 - k (1 - beta): with fewer samples a step the average is over more of them.
+// 1 - k (1 - beta): with fewer samples per step the average is over more steps.
 double sde_beta(const char* name, double beta, double k) {
     const double forgotten = k * (1.0 - beta);
-    if (forgotten >= 1.0 - 1e-12) {  // 10 (1 - 0.9) is a rounding below 1
+    if (forgotten >= 1.0 - 1e-12) {  // 10 (1 - 0.9) is one rounding below 1
         refuse(str_cat("adam-sde has no ", name, " for a batch ", k, " times the reference: 1 - ", name, " = ",
                        1.0 - beta, " times that is not below 1. Take a batch below ", 1.0 / (1.0 - beta),
                        " times the reference, or the rule sqrt"));

@@ -28,7 +28,7 @@ MemoryLine line_through(std::int64_t b1, std::int64_t bytes1, std::int64_t b2, s
     return {.fixed_bytes = static_cast<double>(bytes1) - slope * static_cast<double>(b1), .bytes_per_sample = slope};
 }
 
-/// True if `middle` is nowhere above both its neighbours, by rising slope.
+/// True if `middle` is nowhere above both its neighbours; the lines are sorted by slope.
 bool is_covered(const MemoryLine& low, const MemoryLine& middle, const MemoryLine& high) {
     return (high.fixed_bytes - low.fixed_bytes) * (middle.bytes_per_sample - low.bytes_per_sample) >=
            (middle.fixed_bytes - low.fixed_bytes) * (high.bytes_per_sample - low.bytes_per_sample);
@@ -42,7 +42,7 @@ std::vector<MemoryLine> largest_lines(std::vector<MemoryLine> lines) {
     });
     std::vector<MemoryLine> hull;
     for (const MemoryLine& line : lines) {
-        // The later line has the steeper slope: if it is the larger at 1 already, the earlier never is.
+        // The later line is steeper: if it is larger at 1 already, the earlier one never is.
         while (!hull.empty() && line.at(1) >= hull.back().at(1)) hull.pop_back();
         while (hull.size() >= 2 && is_covered(hull[hull.size() - 2], hull.back(), line)) hull.pop_back();
         hull.push_back(line);
@@ -70,13 +70,13 @@ std::int64_t MemoryModel::predict(std::int64_t micro_batch) const {
     const double bytes = std::ceil(line_at(micro_batch).at(micro_batch));
     if (bytes <= 0) return 0;
     constexpr std::int64_t largest = std::numeric_limits<std::int64_t>::max();
-    // As a double the limit is 2^63, just above it: everything below converts.
+    // As a double the limit rounds up to 2^63: every smaller double converts.
     return bytes < static_cast<double>(largest) ? static_cast<std::int64_t>(bytes) : largest;
 }
 
 MemoryModel fit_memory(const MemoryPoint& smaller, const MemoryPoint& larger) {
     check_points(smaller, larger);
-    // A peak alone says nothing of how it came about.
+    // Single peaks cannot be matched.
     const bool matched = smaller.profile.size() == larger.profile.size() && smaller.profile.size() > 1;
     std::vector<MemoryLine> lines;
     if (matched) {

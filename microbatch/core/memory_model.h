@@ -6,14 +6,13 @@
 
 namespace microbatch {
 
-/// Live bytes after every allocation and release of a piece of work, in order. Where only the peak is known, that
-/// alone.
+/// Live bytes after every allocation and release of a piece of work, in order; only the peak where no more is known.
 using MemoryProfile = std::vector<std::int64_t>;
 
 /// The largest of the profile; 0 for an empty one.
 std::int64_t peak_of(const MemoryProfile& profile);
 
-/// What was measured of one piece of work at one micro-batch size.
+/// The profile of a piece of work at one micro-batch size.
 struct MemoryPoint {
     std::int64_t micro_batch = 0;
     MemoryProfile profile = {};
@@ -33,15 +32,15 @@ struct MemoryLine {
 /// Peak memory as a function of the micro-batch: M(b) = max over the points of the work of (fixed + per sample * b).
 ///
 /// A job's peak is not affine in the micro-batch: at a small one it is where a large weight's gradient is made, at a
-/// larger one at the end of the forward pass. Each single point of the work is affine, and the largest of the lines at
-/// each size is the peak there.
+/// larger one at the end of the forward pass. The live bytes at each point of the work are affine, and the peak at a
+/// size is the largest of these lines there.
 struct MemoryModel {
-    std::vector<MemoryLine> lines;  ///< those that are the largest somewhere, by rising bytes_per_sample
+    std::vector<MemoryLine> lines;  ///< that are the largest at some size, by rising bytes_per_sample
     /// True if both profiles had the same allocations in the same order, so that they could be matched one by one;
     /// false if only the peaks could be.
     bool matched = false;
 
-    /// Bytes at the peak, rounded up and kept within [0, int64's largest].
+    /// Bytes at the peak, rounded up and clamped to [0, largest int64].
     /// Errors: ErrorKind::usage if micro_batch is below 1 or there is no line.
     std::int64_t predict(std::int64_t micro_batch) const;
 
@@ -49,8 +48,8 @@ struct MemoryModel {
     const MemoryLine& line_at(std::int64_t micro_batch) const;
 };
 
-/// The model that agrees with both points. Where memory is seen to fall with the micro-batch, the larger value holds
-/// for every size: no prediction falls as the micro-batch grows.
+/// The model through both points. Where memory falls as the micro-batch grows, the larger value is used for every size:
+/// no prediction falls as the micro-batch grows.
 ///
 /// Errors: ErrorKind::usage unless both sizes are at least 1 and differ, and no profile is empty.
 MemoryModel fit_memory(const MemoryPoint& smaller, const MemoryPoint& larger);

@@ -9,13 +9,13 @@
 namespace microbatch {
 namespace {
 
-// A size to give as a budget: three digits, and not below the bytes.
+// A size to pass as a budget: three digits, and not below the bytes.
 std::string enough(std::int64_t bytes) {
     const std::string rounded = format_bytes(bytes);
     return parse_bytes(rounded) >= bytes ? rounded : format_bytes(bytes + bytes / 200 + 1);
 }
 
-// What somebody can do about a peak that is too large.
+// What the user can do about a peak that is too large.
 std::string advice(const PlanReport& report, const Candidate& candidate, const MemoryParts& parts) {
     const std::int64_t missing = candidate.peak_bytes() - report.budget_bytes;
     std::string result = str_cat("what would help: a budget of ", enough(candidate.peak_bytes()));
@@ -34,7 +34,7 @@ bool is_known(const PlanReport& report, const Candidate& candidate) {
     return candidate.peak_bytes() > 0 && (candidate.fits || candidate.peak_bytes() > report.budget_bytes);
 }
 
-// The whole batch at once, with recompute or without; null where nothing is known of it.
+// The whole batch at once, with or without recompute; nullptr if its peak is unknown.
 const Candidate* whole_batch_of(const PlanReport& report, bool recompute) {
     for (const Candidate& one : report.candidates) {
         if (one.micro_batches == 1 && one.plan.recompute == recompute && is_known(report, one)) return &one;
@@ -82,11 +82,11 @@ MemoryParts parts_of(const PlanReport& report, const Candidate& candidate) {
     }
     const PhasePeaks& peaks = candidate.measured ? *candidate.measured : *candidate.predicted;
     MemoryParts parts = report.fixed;
-    // Otherwise the gradients of the batch are there.
+    // In the other phases the gradients of the batch exist.
     if (peaks.first_micro_batch > std::max({peaks.later_micro_batches, peaks.first_update, peaks.later_updates})) {
         parts.gradients = 0;
     }
-    // A run of a single step has its micro-batches behind it when the state is made.
+    // In a run of a single step the state is created after the micro-batches.
     if (peaks.later_updates == 0 && peaks.first_update < peaks.largest()) parts.optimizer_state = 0;
     parts.activations = std::max<std::int64_t>(0, peaks.largest() - parts.total());
     return parts;

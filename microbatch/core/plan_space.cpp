@@ -11,7 +11,7 @@ std::int64_t sum(std::int64_t bytes, std::int64_t more) {
     return more > 0 && bytes > largest - more ? largest : bytes + more;
 }
 
-// Of the whole batch in micro-batches of this size.
+// Time of the whole batch in micro-batches of this size.
 template <class Seconds>
 double step_of(std::int64_t batch, std::int64_t size, const Seconds& micro_batch_seconds) {
     const std::int64_t rest = batch % size;
@@ -51,7 +51,7 @@ double PlanSpace::least_step(const Mode& mode, std::int64_t size) const {
                const double own = mode.trials.least_seconds(each);
                const std::int64_t common = mode.trials.largest();
                if (!mode.recompute || !kept.trials.contains(common)) return own;
-               // Mostly more is known without recompute: that rises in the same places.
+               // More sizes are usually known without recompute, and time rises at the same ones.
                const double without = kept.trials.least_seconds(each);
                return std::max(own, without * mode.trials.seconds(common) / kept.trials.seconds(common));
            });
@@ -128,7 +128,7 @@ std::set<std::int64_t> PlanSpace::sizes(const Mode& mode) const {
         result.insert(size);
         if (!predicted_to_fit(mode, size)) break;
     }
-    // Once a size has failed the predictions are off: no use in going to the limit of another.
+    // Once a size has failed the predictions are off: the limit of another is not worth a try.
     const std::int64_t largest = mode.trials.any_cut_failed() ? 0 : largest_that_fits(mode);
     if (largest > 0) result.insert(evened(largest));
     result.insert(options.batch);

@@ -12,54 +12,55 @@
 
 namespace microbatch {
 
-/// The plans with recompute, or those without.
+/// What is known of the plans with recompute, or of those without.
 struct Mode {
     bool recompute = false;
     Trials trials;
-    std::map<std::int64_t, PhasePeaks> expected = {};               ///< by size, what was predicted before it was tried
+    std::map<std::int64_t, PhasePeaks> expected = {};               ///< by size: predicted before the trial
     double best_seconds = std::numeric_limits<double>::infinity();  ///< of a step that fits
     int not_paying = 0;                                             ///< sizes in a row that were not worthwhile
 };
 
-/// What a planner knows after some trials, and what that says of all plans.
+/// What a planner knows after some trials, and what follows for all plans.
 struct PlanSpace {
     const PlannerOptions& options;
     Mode kept;  ///< all activations are kept
     Mode recomputed;
     std::int64_t smallest = 1;  ///< micro-batch that the model can train on
     std::optional<UpdateTrial> update = {};
-    bool update_failed = false;  ///< no room for it anywhere: the peaks are not known
+    bool update_failed = false;  ///< it does not fit even beyond the budget: peaks are unknown
 
-    /// By the options.
+    /// Whether the options allow such plans.
     bool allowed(const Mode& mode) const;
-    /// At most the batch.
+    /// Twice the size, but at most the batch.
     std::int64_t doubled(std::int64_t size) const;
-    /// An optimizer step does not fit: nor does any plan.
+    /// True if the optimizer's step does not fit, and so no plan does.
     bool hopeless() const;
-    /// A trial of the smallest that fitted but for the optimizer's state, or none: then nothing speaks against it.
+    /// False if the trial of the smallest size shows that even the first micro-batch does not fit beside the
+    /// optimizer's state.
     bool uncut_may_fit(const Mode& mode) const;
-    /// Of the whole batch and the optimizer's step.
+    /// Time of the whole batch and the optimizer's step.
     double step_seconds(const Mode& mode, std::int64_t size) const;
-    /// The least that it can be, see Trials::least_seconds().
+    /// Lower bound of step_seconds(), see Trials::least_seconds().
     double least_step(const Mode& mode, std::int64_t size) const;
-    /// The bytes of optimizer state that the trials of micro-batches did not have, but a run will.
+    /// Bytes of optimizer state that did not exist in the trials of micro-batches, but will in a run.
     std::int64_t later_state() const;
-    /// None where too little is known.
+    /// nullopt where too little is known.
     std::optional<PhasePeaks> predict(const Mode& mode, std::int64_t size) const;
     bool predicted_to_fit(const Mode& mode, std::int64_t size) const;
-    /// Was tried, and does.
+    /// True if the size was tried and fits.
     bool fits(const Mode& mode, std::int64_t size) const;
     bool any_fits() const;
-    /// Of the optimizer's steps: no plan needs less. 0 before they were tried.
+    /// Peak of the optimizer's steps, a lower bound of every plan's; 0 before they were tried.
     std::int64_t update_peak() const;
-    /// The smallest peak that was measured; int64's largest if none was.
+    /// The smallest measured peak; the largest int64 if there is none.
     std::int64_t least_peak() const;
-    /// Of the cut ones; 0 if none does.
+    /// The largest micro-batch below the batch that is predicted to fit; 0 if none is.
     std::int64_t largest_that_fits(const Mode& mode) const;
-    /// The smallest size that cuts the batch into as many micro-batches as this one: as fast, in less memory.
+    /// The smallest size that cuts the batch into as many micro-batches as this one: as fast, with less memory.
     std::int64_t evened(std::int64_t size) const;
-    /// The rows of the report: what was tried, the smallest and its doubles up to the first that does not fit, the
-    /// fewest micro-batches that do, the whole batch.
+    /// The rows of the report: all tried sizes, the smallest and its doubles up to the first that does not fit, the
+    /// fewest micro-batches that fit, the whole batch.
     std::set<std::int64_t> sizes(const Mode& mode) const;
     Candidate candidate(const Mode& mode, std::int64_t size) const;
 };

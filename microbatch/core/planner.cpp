@@ -14,25 +14,25 @@
 namespace microbatch {
 namespace {
 
-// What is not this much faster than the best before does not pay.
+// A plan pays only if it is at least this much faster than the best before.
 constexpr double worthwhile = 0.99;
 constexpr double tie = 1.01;
-// How much slower than the fastest a plan may look and be timed again: noise is as large.
+// A plan that looks at most this much slower than the fastest is timed again: noise can be as large.
 constexpr double close = 1.3;
 constexpr std::size_t most_finalists = 4;
 constexpr int most_turns = 9;
-// A forward pass more is a quarter to a third of a step; a model may recompute only a part of it.
+// One more forward pass is a quarter to a third of a step; a model may recompute only a part of it.
 constexpr double least_cost_of_recompute = 1.1;
-// Of the time for measuring, what the search may take for plans that promise less than they may look off by.
+// The share of the measuring time for plans that promise less than the noise.
 constexpr double search_share = 2.0 / 3.0;
 constexpr double large_gain = 0.95;
-// Peaks that matched allocations predicted to within this are taken for affine.
+// Peaks predicted to within this by matched allocations count as affine.
 constexpr double affine_error = 0.01;
-// Smaller sizes may look slow because a neighbour disturbed them, and their trials cost next to nothing.
+// Smaller sizes may look slow because another process disturbed them, and their trials cost next to nothing.
 constexpr std::int64_t telling = 16;
-// Two trials of 1 and 2 are most of a step of such a batch: they do not count.
+// The first two trials take most of the time of such a batch's step: they do not count.
 constexpr std::int64_t small_batch = 16;
-// More than any search needs; a job whose times and bytes mean nothing must end, too.
+// More than any search needs: the search must end even if times and bytes are nonsense.
 constexpr int most_trials = 100;
 constexpr double infinity = std::numeric_limits<double>::infinity();
 
@@ -42,7 +42,7 @@ struct Target {
     std::int64_t size;
 };
 
-// What no clock can mean is replaced.
+// Replaces what no clock can have measured.
 double time_or(double seconds, double otherwise) {
     return seconds >= 0.0 && std::isfinite(seconds) ? seconds : otherwise;
 }
@@ -85,7 +85,7 @@ private:
             if (known_.allowed(*mode) && !known_.hopeless() && !may_do_without(*mode)) begin(*mode);
         }
         try_all();
-        // Larger sizes may tell another story of recompute than the first two.
+        // Recompute may pay at larger sizes although the first two spoke against it.
         Mode& mode = known_.recomputed;
         const bool untried = known_.allowed(mode) && !known_.hopeless() && mode.trials.empty();
         if (!untried || !known_.fits(known_.kept, known_.smallest) || may_do_without(mode)) return;
@@ -99,7 +99,7 @@ private:
         }
     }
 
-    // The fastest few take turns with the time that is left: what disturbs the machine disturbs them alike.
+    // The fastest few take turns in the time that is left, so that disturbances hit them alike.
     void time_finalists() {
         share_ = 1.0;
         std::vector<Target> finalists = fastest();
@@ -124,7 +124,7 @@ private:
         begin(mode);
     }
 
-    // By their step time, those that were tried and are close to the best.
+    // The tried plans close to the best, by step time.
     std::vector<Target> fastest() {
         std::vector<std::pair<double, Target>> tried;
         for (Mode* mode : {&known_.kept, &known_.recomputed}) {
@@ -152,8 +152,8 @@ private:
         one.mode->trials.add_time(one.size, seconds);
     }
 
-    // Recompute makes room, for time. Where not even the whole batch at once promises to be worth it, its trials would
-    // only take the time that tells the others apart.
+    // Recompute trades time for memory. Where not even the whole batch at once promises to be worth it, its trials
+    // would only take time from the others.
     bool may_do_without(const Mode& mode) const {
         if (!mode.recompute) return false;
         if (known_.predicted_to_fit(known_.kept, options_.batch)) return true;
@@ -167,13 +167,13 @@ private:
         return update + least_cost_of_recompute * whole > worthwhile * best;
     }
 
-    // The two sizes that tell of all others. Without gradients in the forward pass the whole batch may fit where they
-    // do not.
+    // Tries the two sizes that predict all others. The whole batch, which holds no gradients in its forward pass, may
+    // fit where they do not.
     void begin(Mode& mode) {
         const bool one = try_smallest(mode);
         const std::int64_t next = known_.smallest + 1;
         const bool both = one && options_.batch >= next && try_size(mode, next);
-        // Some kernels take another way for a single sample. 3 then shows what 2 is like.
+        // Some kernels treat a single sample differently. 3 then shows what 2 is like.
         if (both && !mode.trials.matched() && options_.batch > next + 1) try_size(mode, next + 1);
         if (options_.batch < small_batch) needed_seconds_ = spent_seconds();
         if (both) return;
@@ -183,8 +183,8 @@ private:
             try_size(mode, batch);
     }
 
-    // Long strides come first: time per sample falls, and rises again where a cache overflows, which no line through
-    // small sizes tells. They leave time for the plan that promises most. False if there is nothing more to try.
+    // Long strides come first: time per sample falls, and rises again where a cache overflows, which small sizes cannot
+    // predict. They leave time for the most promising plan. Returns false if there is nothing more to try.
     bool try_next() {
         share_ = 1.0;
         std::optional<Target> target = most_promising();
@@ -207,7 +207,7 @@ private:
         return target.has_value();
     }
 
-    // Of the plans that were not tried; of a tie the one of the smallest micro-batch, which tells most for its time.
+    // Of the untried plans; in a tie the smallest micro-batch, which tells most for its time.
     std::optional<Target> most_promising() {
         std::vector<Target> targets;
         double best = worthwhile * best_step();
@@ -233,13 +233,13 @@ private:
         return !mode.trials.contains(size) && known_.predicted_to_fit(mode, size);
     }
 
-    // What is the smallest may turn out as it is tried.
+    // The trial itself may show that the model needs more samples.
     bool try_smallest(Mode& mode) {
         const std::int64_t size = known_.smallest;
         return try_size(mode, size) || (size < known_.smallest && try_size(mode, known_.smallest));
     }
 
-    // Runs one trial, after the first one the optimizer's too. False if it does not fit.
+    // Runs one trial, after the first one the optimizer's too. Returns false if it does not fit.
     bool try_size(Mode& mode, std::int64_t size) {
         const std::optional<PhasePeaks> expected = known_.predict(mode, size);
         if (!run_trial(mode, size, options_.budget_bytes)) {
@@ -268,7 +268,7 @@ private:
         return true;
     }
 
-    // None if it does not fit, or if no single sample can be trained on: two or more can, with none left over.
+    // nullopt if it does not fit, or if the model cannot train on a single sample: then none may be left over either.
     std::optional<MicroBatchTrial> rehearse(const Plan& plan, std::int64_t allowed_bytes) {
         try {
             return rehearsal_.micro_batch(plan, plan.micro_batch < options_.batch, allowed_bytes);
@@ -291,8 +291,8 @@ private:
         report_.update_seconds = known_.update->seconds;
     }
 
-    // What does the plan need that needs least? Memory grows with the micro-batch, but an uncut batch holds no
-    // gradients in its forward pass.
+    // Finds the smallest peak of all plans. Memory grows with the micro-batch, but an uncut batch holds no gradients in
+    // its forward pass.
     void find_least() {
         const std::set<std::int64_t> sizes{options_.micro_batch.value_or(known_.smallest),
                                            options_.micro_batch.value_or(options_.batch)};
@@ -303,7 +303,7 @@ private:
         }
     }
 
-    // Stops a trial as soon as it needs more than the least known, and tries none where no plan can need less.
+    // Stops a trial as soon as it needs more than the least known, and skips it where no plan can need less.
     void try_below_least(Mode& mode, std::int64_t size) {
         const std::int64_t least = known_.least_peak();
         if (options_.most_bytes <= options_.budget_bytes || known_.update_failed) return;
@@ -314,7 +314,7 @@ private:
         if (size < known_.smallest) try_below_least(mode, known_.smallest);
     }
 
-    // A trial takes two micro-batches; of a batch that is not cut, one.
+    // A trial runs two micro-batches; one if the batch is not cut.
     double micro_batch_cost(const Mode& mode, std::int64_t size) const {
         return micro_batch_cost((mode.trials.empty() ? known_.kept : mode).trials.seconds(size), size);
     }
@@ -366,7 +366,7 @@ private:
             explain_choice(report_, options_.micro_batch.has_value(), options_.recompute == Recompute::always);
     }
 
-    // Only of what was tried: the budget is a promise, a prediction is not.
+    // Only a tried plan: the budget is a promise, a prediction is not.
     void choose() {
         const auto seconds = [](const Candidate& one) {
             return one.step_seconds > 0.0 ? one.step_seconds : std::numeric_limits<double>::infinity();
@@ -391,10 +391,10 @@ private:
     const PlannerOptions& options_;
     Rehearsal& rehearsal_;
     PlanSpace known_;
-    double failed_seconds_ = 0.0;    // at most, of the trials that were out of memory
-    double needed_seconds_ = 0.0;    // of the trials that a small batch is granted
-    double share_ = 1.0;             // of the time for measuring that may be spent by now
-    bool choose_recomputed_ = true;  // not if that was tried for the table alone
+    double failed_seconds_ = 0.0;    // upper bound for the trials that ran out of memory
+    double needed_seconds_ = 0.0;    // of the trials that do not count for a small batch
+    double share_ = 1.0;             // of the measuring time that may be spent by now
+    bool choose_recomputed_ = true;  // false if it was tried for the table alone
     PlanReport report_;
 };
 

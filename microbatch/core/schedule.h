@@ -16,7 +16,8 @@ ScheduleShape parse_schedule(std::string_view name);
 /// The name that parse_schedule reads.
 std::string_view to_string(ScheduleShape shape);
 
-/// A learning rate over a run: linear warmup to the peak, then the shape, then `floor` for ever (constant: the peak).
+/// A learning rate over a run: linear warmup to the peak, then the shape, then `floor` (constant: the peak) from there
+/// on.
 ///
 /// Units: the intervals that a shape uses must share one unit; it may be steps, samples or tokens.
 struct Schedule {
@@ -36,7 +37,7 @@ struct Schedule {
 void validate(const Schedule& schedule);
 
 /// The learning rate of the step that takes the run from `before` to `before + batch`. It depends on nothing else:
-/// calling it once a micro-batch, or again after a resume, gives the same value.
+/// calling it once per micro-batch, or again after a resume, returns the same value.
 ///
 /// With p = before, w = warmup, n = length, d = decay, all in their unit, and x = (p - w) / (n - w) kept in [0, 1]:
 ///   while p < w  peak * min(1, (p + batch) / w): the first step of w has peak / w, the last the peak

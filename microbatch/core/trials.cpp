@@ -19,7 +19,7 @@ void Trials::add_time(std::int64_t size, double seconds) {
     if (times.size() < 2) return;
     std::vector<double> sorted = times;
     std::sort(sorted.begin(), sorted.end());
-    // Of two the lesser: what disturbs a measurement makes it longer.
+    // The lesser of two: disturbances only make a measurement longer.
     trials_.at(size).seconds = sorted[(sorted.size() - 1) / 2];
 }
 

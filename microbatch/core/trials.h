@@ -10,12 +10,12 @@
 
 namespace microbatch {
 
-/// What one micro-batch size took when it was tried, with no optimizer state that was not there before.
+/// Memory and time of one micro-batch size, measured without any optimizer state that did not exist before.
 struct MicroBatchTrial {
-    MemoryProfile first;         ///< of a batch's first micro-batch, which finds no gradients
-    MemoryProfile later = {};    ///< of a later one, which does; empty if the batch is not cut
+    MemoryProfile first;         ///< of a batch's first micro-batch, which creates the gradients
+    MemoryProfile later = {};    ///< of a later one; empty if the batch is not cut
     double seconds = 0.0;        ///< one warm micro-batch, forward and backward
-    double spent_seconds = 0.0;  ///< all that the trial took
+    double spent_seconds = 0.0;  ///< of the whole trial
 };
 
 /// Peak bytes of the first and of the later micro-batches of a batch.
@@ -24,40 +24,40 @@ struct MicroBatchPeaks {
     std::int64_t later = 0;  ///< 0 if the batch is not cut
 };
 
-/// The trials of some micro-batch sizes, and what they say of the others.
+/// The trials of some micro-batch sizes, and what they predict for others.
 class Trials {
 public:
     explicit Trials(std::int64_t batch) : batch_(batch) {}
 
     void add(std::int64_t size, MicroBatchTrial trial);
 
-    /// A size that was tried was timed once more. From the second such time on theirs is the median, and the trial's
-    /// own time, which is of another moment, is forgotten.
+    /// Adds another time of a size that was tried. From the second on their median replaces the trial's own time, which
+    /// is of another moment.
     void add_time(std::int64_t size, double seconds);
 
-    /// The size, and with it every larger one of a cut batch, is known not to fit.
+    /// Records that the size does not fit, nor any larger one below the batch.
     void add_failure(std::int64_t size);
 
     bool empty() const { return trials_.empty(); }
     bool contains(std::int64_t size) const { return trials_.contains(size); }
     bool failed(std::int64_t size) const;
     bool any_cut_failed() const { return smallest_failure_ < batch_; }
-    std::int64_t largest() const { return trials_.rbegin()->first; }  ///< that was tried; not if empty()
+    std::int64_t largest() const { return trials_.rbegin()->first; }  ///< that was tried; requires !empty()
     const std::map<std::int64_t, MicroBatchTrial>& all() const { return trials_; }
 
-    /// As measured, or what the largest two trials say that allocated in the same way (or else the largest two) of a
-    /// size that was not tried; none where there are too few.
+    /// As measured; for a size that was not tried, predicted from the largest two trials that allocated alike (or else
+    /// the largest two). nullopt where there are too few.
     std::optional<MicroBatchPeaks> peaks(std::int64_t size) const;
 
-    /// Of one micro-batch: as measured, or on the line through the trials beside it, beyond them on that through the
-    /// last two; of a single trial its share. 0 where there is none.
+    /// Of one micro-batch: as measured, interpolated between the neighbouring trials, or extrapolated from the last
+    /// two; in proportion to a single trial. 0 without a trial.
     double seconds(std::int64_t size) const;
 
-    /// The least that it can be where time per micro-batch is a fixed part and one per sample that does not fall: on
-    /// the line through the two trials before it. As seconds() where there are no two.
+    /// A lower bound of seconds(), assuming a fixed time per micro-batch and a time per sample that never falls: on the
+    /// line through the two trials below. seconds() where there are no two.
     double least_seconds(std::int64_t size) const;
 
-    /// False if no two trials allocated in the same way, so that only peaks could be compared.
+    /// False if no two trials allocated alike, so that only peaks could be compared.
     bool matched() const;
 
 private:

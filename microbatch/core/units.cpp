@@ -15,7 +15,7 @@ namespace {
 
 constexpr std::int64_t largest = std::numeric_limits<std::int64_t>::max();
 
-/// What is being read, for the messages.
+/// What is being parsed, for the messages.
 struct Wording {
     std::string_view noun;
     std::string_view examples;
@@ -128,7 +128,7 @@ constexpr std::array<ByteUnit, 10> byte_units{{
     {"tb", 1'000'000'000'000},
 }};
 
-/// Takes k, m or g off the front of the suffix and returns what it stands for; 1 if there is none.
+/// Removes k, m or g from the front of the suffix and returns its value; 1 if there is none.
 std::uint64_t take_multiplier(std::string& suffix) {
     std::uint64_t multiplier = 1;
     if (suffix.starts_with('k')) multiplier = 1'000;
@@ -196,7 +196,7 @@ std::string format_bytes(std::int64_t bytes) {
     constexpr std::array<std::string_view, 7> names{"B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"};
     double value = std::abs(static_cast<double>(bytes));
     std::size_t unit = 0;
-    // From 1023.5 on, three digits would round to 1024 of this unit: the next one says it as 1.
+    // From 1023.5 on, three digits would round to 1024 of this unit, which is 1 of the next.
     while (value >= 1023.5 && unit + 1 < names.size()) {
         value /= 1024;
         ++unit;

@@ -9,7 +9,7 @@ namespace microbatch {
 /// Bytes of a size as people write it: "400MiB", "1.5 GiB", "2GB", "512 KiB", "123", "123B".
 ///
 /// Units:  KiB, MiB, GiB, TiB are powers of 1024; KB, MB, GB, TB powers of 1000; B or nothing is bytes. Case does not
-///         matter. A fraction of a byte is rounded down, exactly: a budget never grows by being read.
+///         matter. A fraction of a byte is rounded down, exactly: reading a budget never enlarges it.
 /// Errors: ErrorKind::usage if there is no number, the unit is unknown, or the size is below one byte or above int64.
 std::int64_t parse_bytes(std::string_view input);
 
@@ -32,7 +32,7 @@ enum class Unit { steps, samples, tokens };
 /// "steps", "samples" or "tokens".
 std::string_view to_string(Unit unit);
 
-/// A stretch of training, with its unit: a bare number would mean something else at every batch.
+/// A stretch of training, with its unit: a bare number would mean something different at every batch size.
 struct Interval {
     std::int64_t count = 0;
     Unit unit = Unit::steps;
@@ -57,7 +57,7 @@ struct Progress {
 
     std::int64_t in(Unit unit) const;
 
-    /// Errors: ErrorKind::usage if a sum leaves int64; this is then unchanged.
+    /// Errors: ErrorKind::usage if a sum leaves int64; then this is unchanged.
     Progress& operator+=(const Progress& other);
 
     bool operator==(const Progress&) const = default;

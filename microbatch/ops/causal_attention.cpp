@@ -27,7 +27,7 @@ std::vector<at::Tensor> by_head(const at::Tensor& qkv, std::int64_t heads) {
     return {parts[0].transpose(1, 2), parts[1].transpose(1, 2), parts[2].transpose(1, 2)};
 }
 
-/// The gradient as torch's operators give it, which can be differentiated again.
+/// The gradient by torch's operators, which can be differentiated again.
 at::Tensor differentiable_gradient(const at::Tensor& qkv, std::int64_t heads, const at::Tensor& gradient) {
     const auto parts = by_head(qkv, heads);
     const double scale = 1.0 / std::sqrt(static_cast<double>(parts[0].size(3)));

@@ -6,9 +6,8 @@
 
 namespace microbatch {
 
-/// The cross-entropy of every target that counts, summed: a scalar tensor to differentiate.
-/// It goes with `count_targets` into a loss of {sum, weight}; no target that counts gives 0 with zero gradients, no
-/// NaN.
+/// The cross-entropy summed over all targets that are not `ignored`: a differentiable scalar tensor. Together with
+/// `count_targets` it makes a loss of {sum, weight}. If every target is ignored it is 0 with zero gradients, not NaN.
 ///
 /// Shapes: logits [..., classes], targets the same without the last dimension, int64.
 /// Units:  nats. The type is the logits' own, float32 for float16 and bfloat16.
@@ -17,7 +16,7 @@ namespace microbatch {
 ///         `ignored`.
 at::Tensor cross_entropy_sum(const at::Tensor& logits, const at::Tensor& targets, std::int64_t ignored = -100);
 
-/// How many targets differ from `ignored`: the weight that goes with `cross_entropy_sum`.
+/// The number of targets that differ from `ignored`: the weight for `cross_entropy_sum`.
 /// Errors: ErrorKind::usage if the tensor is undefined or not int64.
 /// Cost:   waits for the device that holds the targets.
 double count_targets(const at::Tensor& targets, std::int64_t ignored = -100);

@@ -15,7 +15,7 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-constexpr std::int64_t grain = 16384;  // elements from which on threads pay
+constexpr std::int64_t grain = 16384;  // below this many elements threads do not pay
 
 class Gelu : public torch::autograd::Function<Gelu> {
 public:

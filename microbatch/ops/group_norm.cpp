@@ -26,9 +26,9 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 constexpr auto channels_last = at::MemoryFormat::ChannelsLast;
-constexpr std::int64_t grain = 16384;  // numbers from which on threads pay
+constexpr std::int64_t grain = 16384;  // below this many numbers threads do not pay
 
-/// Samples that one thread goes through.
+/// Samples that one thread processes.
 struct Range {
     std::int64_t begin, end;
 
@@ -100,7 +100,7 @@ private:
                             bool adds, variable_list& results) {
         const at::Tensor &x = saved[0], &y = saved[4], &statistics = saved[5];
         const at::Tensor grad_x = at::empty_like(x);
-        // Without ReLU the gradient goes on to what was added as it is.
+        // Without ReLU the gradient of what was added is that of y.
         const at::Tensor grad_added = adds && y.defined() ? at::empty_like(x) : at::Tensor();
         const at::Tensor scratch = group_norm_scratch(layer);
         const std::int64_t channels = layer.channels();
@@ -116,7 +116,7 @@ private:
     }
 };
 
-/// Whether shapes and types are those of the fast way; if they are not, the operators say what is wrong.
+/// True if the fused version supports these shapes and types; otherwise torch's operators report what is wrong.
 bool is_fast(const at::Tensor& x, std::int64_t groups, const at::Tensor& scale, const at::Tensor& shift,
              const at::Tensor& added) {
     const auto is_of_channels = [&](const at::Tensor& one) {

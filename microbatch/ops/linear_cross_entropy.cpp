@@ -48,18 +48,18 @@ public:
         const auto logit_bytes =
             static_cast<std::int64_t>(weight.element_size() + (type == sum_type ? 0 : c10::elementSize(sum_type)));
         const std::int64_t padded = ceiling(columns_, even) * even;
-        // A small vocabulary is not made twice as wide.
+        // A small vocabulary would be padded to twice its width.
         stride_ = padded - columns_ <= columns_ / 16 ? padded : columns_;
         const std::int64_t most = std::max<std::int64_t>(bytes / (logit_bytes * stride_), 1);
         const std::int64_t all = std::max<std::int64_t>(hidden.size(0), 1), chunks = ceiling(all, most);
-        rows_ = std::min(ceiling(ceiling(all, chunks), 8) * 8, most);  // alike: a product of few rows is slow
+        rows_ = std::min(ceiling(ceiling(all, chunks), 8) * 8, most);  // equal chunks: a product of few rows is slow
         product_ = at::empty({rows_, stride_}, weight.options()).narrow(1, 0, columns_);
         logits_ = type == sum_type ? product_ : at::empty({rows_, columns_}, weight.options().dtype(sum_type));
     }
 
     std::int64_t rows() const { return rows_; }
 
-    /// Of these hidden states, which are at most rows(). They may be changed.
+    /// The logits of at most rows() hidden states. They may be changed.
     at::Tensor logits_of(const at::Tensor& hidden) {
         at::Tensor product = product_.narrow(0, 0, hidden.size(0));
         for (std::int64_t first = 0; first < columns_; first += tile_columns) {
@@ -83,7 +83,7 @@ private:
     at::Tensor logits_;  // product_ itself, unless that is of half precision
 };
 
-/// Some targets, and which of them do not count.
+/// Some targets, and which of them are ignored.
 struct Targets {
     at::Tensor classes, skipped;
 
@@ -103,14 +103,14 @@ struct Targets {
     }
 };
 
-/// Turns logits into their gradient where that is wanted, and says each row's loss.
+/// Computes each row's loss and, where it is needed, turns the logits into their gradient.
 void differentiate(const at::Tensor& logits, const Targets& targets, bool wanted, const at::Tensor& losses) {
     const at::Tensor index = targets.classes.masked_fill(targets.skipped, 0).unsqueeze(1);
     const at::Tensor skipped = targets.skipped.unsqueeze(1);
     logits.sub_(logits.amax(1, /*keepdim=*/true));
     const at::Tensor target_logits = logits.gather(1, index);
     const at::Tensor sums = logits.exp_().sum(1, /*keepdim=*/true);
-    // Not the logarithm plus the largest, less the target's: that would lose digits where logits are large.
+    // Not log + largest - target: that would lose digits where logits are large.
     losses.copy_(sums.log().sub_(target_logits).masked_fill_(skipped, 0).squeeze(1));
     if (!wanted) return;
     logits.mul_(sums.reciprocal().masked_fill_(skipped, 0));
@@ -171,7 +171,7 @@ public:
 private:
     void add_to_weight(const at::Tensor& grad_logits, const at::Tensor& hidden, bool first) {
         if (half_) {
-            // Half precision would keep two digits of a sum of many chunks.
+            // Half precision would leave two digits of a sum over many chunks.
             for (std::int64_t column = 0; column < grad_weight.size(0); column += tile_columns) {
                 const std::int64_t count = std::min(tile_columns, grad_weight.size(0) - column);
                 grad_weight.narrow(0, column, count).add_(grad_logits.narrow(1, column, count).t().mm(hidden));
@@ -228,7 +228,7 @@ public:
                 "linear_cross_entropy_sum: its gradients were handed over by the first backward (retain_graph); "
                 "call it again for each");
         }
-        // The only references: whatever takes the gradients can keep them without a copy.
+        // The only references, so that the receiver can keep the gradients without a copy.
         variable_list results = {saved["grad_hidden"].toTensor(), saved["grad_weight"].toTensor(), {}, {}, {}, {}};
         saved.clear();
         const at::Tensor& incoming = gradients[0];

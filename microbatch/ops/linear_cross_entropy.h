@@ -6,9 +6,9 @@
 
 namespace microbatch {
 
-/// cross_entropy_sum(at::linear(hidden, weight), targets), without ever holding all logits: those of some rows at a
-/// time are computed, once. Where gradients are wanted they are made on the way, from the same logits, and backward
-/// only hands them over.
+/// cross_entropy_sum(at::linear(hidden, weight), targets) without ever holding all logits: they are computed once, for
+/// some rows at a time. Gradients that are needed are computed in forward, from the same logits; backward only returns
+/// them.
 ///
 /// Shapes: hidden [..., width], weight [vocabulary, width], targets the same as hidden without the last dimension,
 ///         int64. As many rows at a time as fit in `chunk_bytes`, but at least one.
@@ -17,11 +17,10 @@ namespace microbatch {
 ///         targets are not int64, the vocabulary is empty or chunk_bytes below 1; in backward under create_graph, or
 ///         for the second time (retain_graph); on the CPU c10::IndexError for a target outside [0, vocabulary) that is
 ///         not `ignored`.
-/// State:  the gradients are those at the values that forward saw, whatever hidden and weight are at backward.
-/// Cost:   forward needs one chunk and, where they are wanted, the gradients of hidden and weight, which are saved
-/// until
-///         backward; for half precision that of the weight is summed in float32. The arithmetic is that of the plain
-///         loss; a chunk reads and writes the weight's gradient once, so that smaller ones take longer.
+/// State:  the gradients are those of the values in forward, even if hidden and weight have changed by backward.
+/// Cost:   forward needs one chunk and, where they are needed, the gradients of hidden and weight, which are saved for
+///         backward; for half precision the weight's gradient is summed in float32. The arithmetic is that of the plain
+///         loss; each chunk reads and writes the weight's gradient once, so smaller chunks take longer.
 /// Source: Wijmans et al. 2024, arXiv:2411.09009; Hsu et al. 2024, arXiv:2410.10989, for gradients in the forward pass.
 at::Tensor linear_cross_entropy_sum(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
                                     std::int64_t ignored = -100, std::int64_t chunk_bytes = std::int64_t{32} << 20);

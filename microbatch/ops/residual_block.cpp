@@ -26,7 +26,7 @@ using Maybe = std::optional<at::Tensor>;
 
 constexpr auto channels_last = at::MemoryFormat::ChannelsLast;
 
-/// Of variables whose first is x; the projection's may be missing.
+/// From variables of which the first is x; the projection's may be missing.
 ResidualWeights weights_of(const variable_list& v) {
     ResidualWeights weights{v[1], v[2], v[3], v[4], v[5], v[6]};
     if (v.size() > 7)
@@ -98,7 +98,7 @@ bool is_normed(const at::Tensor& weight, const at::Tensor& scale, const at::Tens
            weight.size(2) == weight.size(3) && weight.size(2) % 2 == 1 && is_of_outputs(scale) && is_of_outputs(shift);
 }
 
-/// Whether shapes and types are those of the fast way; if they are not, the operators say what is wrong.
+/// True if the fused version supports these shapes and types; otherwise torch's operators report what is wrong.
 bool is_fast(const at::Tensor& x, const ResidualWeights& w, const ResidualOptions& options) {
     // Of one channel both layouts are the same, and the convolution may take it for the other one.
     if (!is_fp32_on_cpu(x) || x.dim() != 4 || x.numel() == 0 || x.size(1) == 1 || !x.is_contiguous(channels_last) ||

@@ -22,20 +22,20 @@ struct ResidualOptions {
 
 /// A block of a residual network for images, with group norm.
 ///
-/// Formula:  relu(norm(second * relu(norm(first * x))) + (x or norm(projection * x))), * being a convolution that keeps
-///           the image's size (divided by the stride).
+/// Formula:  relu(norm(second * relu(norm(first * x))) + (x or norm(projection * x))), where * is a convolution that
+///           preserves the image size (divided by the stride).
 /// Source:   He et al. 2016, section 3.2 and figure 2; Wu and He 2018 for the norm.
 /// Shapes:   x [samples, inputs, height, width] -> [samples, outputs, height / stride, width / stride], rounded up.
 /// Errors:   torch's own.
 /// Numerics: in fp32 on the CPU, with the channels of a pixel side by side (at::MemoryFormat::ChannelsLast) and without
-///           autocast, it is one operation, whose samples stay with one thread from convolution to convolution.
-///           Everything else by torch's operators: the same values to rounding.
+///           autocast, the block is one operation, in which a sample stays with one thread throughout. Otherwise it
+///           runs torch's operators one by one: the same values up to rounding.
 /// State:    x, the weights and the result must be unchanged when backward runs. Differentiable twice.
-/// Cost:     what the convolutions make and the result are saved for backward; operators one by one keep an image more
-///           for each norm. Gradients of the weights: one set a thread.
+/// Cost:     the outputs of the convolutions and the result are saved for backward; separate operators save one more
+///           image per norm. One set of weight gradients per thread.
 at::Tensor residual_block(const at::Tensor& x, const ResidualWeights& weights, const ResidualOptions& options);
 
-/// The same by one operator after the other: what the fast way is held against.
+/// The same by torch's operators one by one: the reference for the fused version.
 at::Tensor residual_block_by_operators(const at::Tensor& x, const ResidualWeights& weights,
                                        const ResidualOptions& options);
 

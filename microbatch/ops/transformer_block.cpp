@@ -36,7 +36,7 @@ std::array<const at::Tensor*, weight_count> all_of(const TransformerWeights& w) 
             &w.expansion_weight,     &w.expansion_bias,       &w.contraction_weight, &w.contraction_bias};
 }
 
-/// Of variables whose first is x.
+/// From variables of which the first is x.
 TransformerWeights weights_of(const variable_list& v) {
     return {v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11], v[12]};
 }
@@ -108,12 +108,12 @@ private:
                 return;
             }
             add_product(left, right, sum);
-            torch::autograd::impl::bump_version(sum);  // as every operator of torch that writes
+            torch::autograd::impl::bump_version(sum);  // like every torch operator that writes
         });
     }
 };
 
-/// Whether shapes and types are those of the fast way; if they are not, the operators say what is wrong.
+/// True if the fused version supports these shapes and types; otherwise torch's operators report what is wrong.
 bool is_fast(const at::Tensor& x, const TransformerWeights& w, std::int64_t heads, TransformerDropout dropout) {
     if (dropout.attention != 0.0 || dropout.mlp != 0.0 || !is_fp32_on_cpu(x) || x.dim() != 3 || x.numel() == 0 ||
         operators_are_watched() || at::autocast::is_autocast_enabled(at::kCPU)) {

@@ -9,7 +9,7 @@
 
 #include <string_view>
 
-// MKL's, which torch's own builds carry; a torch without MKL may have another interface by this name, or none.
+// MKL's, which torch's own builds contain; a torch without MKL may have no such function, or another one.
 extern "C" __attribute__((weak)) int MKL_Set_Num_Threads_Local(int threads);
 extern "C" __attribute__((weak)) void sgemm_(const char* transpose_a, const char* transpose_b, const int* rows,
                                              const int* columns, const int* depth, const float* alpha, const float* a,
@@ -47,7 +47,7 @@ std::optional<Linear> find_linear() {
     }
 }
 
-/// oneDNN's product; none where MKL's is as good.
+/// oneDNN's product; nullptr where MKL's is as good.
 const Linear* onednn_linear() {
     static const std::optional<Linear> linear = find_linear();
     return linear && at::globalContext().userEnabledMkldnn() ? &*linear : nullptr;
@@ -60,10 +60,9 @@ bool is_float_matrix(const at::Tensor& tensor) {
 
 constexpr std::int64_t enough_numbers = std::int64_t{48} << 10;
 
-/// Whether oneDNN gains more than the ten microseconds that it takes around the product: see
-/// docs/decisions/gradients-in-the-product.md. A bound on the multiplications would be closer, but planning matches the
-/// allocations of two small micro-batches, and oneDNN's scratch is one more: many a model would change sides between
-/// them.
+/// True if oneDNN gains more than its overhead of ten microseconds: see docs/decisions/gradients-in-the-product.md. A
+/// bound on the multiplications would be closer, but the planner matches the allocations of two small micro-batches,
+/// and oneDNN's scratch is one more: many models would change sides between the two.
 bool is_large(const at::Tensor& x, const at::Tensor& matrix) {
     constexpr std::int64_t many_rows = 64, few_rows = 2, many_numbers = std::int64_t{512} << 10;
     const std::int64_t rows = x.size(0);
@@ -82,7 +81,7 @@ at::Tensor mkl_product(const at::Tensor& x, const at::Tensor& matrix, const std:
     return bias ? at::addmm(*bias, x, matrix) : at::mm(x, matrix);
 }
 
-/// MKL with one thread, which spares small matrices a copy that it makes for several.
+/// Sets MKL to one thread: for several it copies even small matrices.
 class OneThreadOfMkl {
 public:
     OneThreadOfMkl() : before_(MKL_Set_Num_Threads_Local(1)) {}
@@ -120,7 +119,7 @@ void gemm(std::int64_t rows, std::int64_t columns, std::int64_t depth, MatrixVie
           std::int64_t c_row, bool add) {
     if (sgemm_ != nullptr && MKL_Set_Num_Threads_Local != nullptr && at::Context::hasMKL()) {
         const OneThreadOfMkl one_thread;
-        // By columns the transpose of c is the product of b's and a's.
+        // Column-major: the transpose of c is the product of the transposes of b and a.
         const auto m = static_cast<int>(columns), n = static_cast<int>(rows), k = static_cast<int>(depth);
         const auto b_row = static_cast<int>(b.row), a_row = static_cast<int>(a.row), out_row = static_cast<int>(c_row);
         const float one = 1.0F, beta = add ? 1.0F : 0.0F;

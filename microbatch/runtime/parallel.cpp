@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <array>
 
-// OpenMP's, of the library that torch brings; a torch with other threads has none.
+// OpenMP's, from the library that comes with torch; a torch with other threads has none.
 extern "C" __attribute__((weak)) int omp_get_max_threads();
 extern "C" __attribute__((weak)) void omp_set_num_threads(int threads);
 
@@ -15,10 +15,10 @@ namespace microbatch {
 
 namespace {
 
-// Ranges end at multiples of count / shares: fine enough for an even split among this many threads and fewer.
+// Ranges end at multiples of count / shares: fine enough for an even split among up to this many threads.
 constexpr std::int64_t shares = 1024;
 
-// A TensorIterator runs over this: what it hands out is where in it a thread begins, and how far that thread goes.
+// A TensorIterator iterates over this: a thread's pointer into it tells where its range begins.
 std::array<std::uint8_t, shares> places;
 
 }  // namespace
@@ -45,7 +45,7 @@ std::int64_t thread_places() {
     return std::max(at::get_num_threads(), at::get_thread_num() + 1);
 }
 
-// The figure is that of the calling thread's task alone: torch's and the other threads' stay.
+// Affects the calling thread's task alone, not torch's setting nor other threads.
 OneThread::OneThread() : before_(possible() ? omp_get_max_threads() : 1) {
     if (possible()) omp_set_num_threads(1);
 }

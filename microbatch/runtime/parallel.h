@@ -5,22 +5,22 @@
 
 namespace microbatch {
 
-/// Calls work(begin, end) for ranges that make up [0, count), one for each of torch's threads; once, for all of it,
-/// where count is below `grain` or this is one of those threads already.
+/// Calls work(begin, end) on ranges that partition [0, count), one per torch thread; once on the whole range if count
+/// is below `grain` or this already is one of those threads.
 ///
-/// Unlike at::parallel_for, which is compiled into its caller and needs OpenMP there, this runs in LibTorch's own
-/// threads, whatever they are.
-/// Errors: one of what the calls throw.
+/// Unlike at::parallel_for, which is compiled into its caller and needs OpenMP there, this always runs in LibTorch's
+/// own threads.
+/// Errors: one of the exceptions that the calls throw.
 /// Cost:   no tensor memory; one parallel region.
 void in_parallel(std::int64_t count, std::int64_t grain, const std::function<void(std::int64_t, std::int64_t)>& work);
 
-/// So many places for memory by at::get_thread_num() have room for every thread that in_parallel, called here, can use:
-/// in one of somebody else's threads it uses that one, whatever its number.
+/// The number of per-thread slots, indexed by at::get_thread_num(), that in_parallel needs when called here: inside
+/// another parallel region it uses the current thread, whatever its number.
 std::int64_t thread_places();
 
-/// As long as it lives, oneDNN's operators called from this thread run in it alone: what in_parallel calls must say so
-/// before it calls one. oneDNN itself counts on all threads there, and its weight gradients then wait for ever for
-/// those that do not come.
+/// While an instance lives, oneDNN's operators called from this thread run in this thread alone. Required before
+/// calling one inside in_parallel: oneDNN would otherwise expect all threads, and its weight gradients would wait
+/// forever for those that never come.
 class OneThread {
 public:
     OneThread();
@@ -28,7 +28,7 @@ public:
     OneThread& operator=(const OneThread&) = delete;
     ~OneThread();
 
-    /// Whether this torch has threads for which that can be said (OpenMP's).
+    /// True if this torch's threads support that (OpenMP).
     static bool possible();
 
 private:

@@ -12,7 +12,7 @@
 namespace microbatch {
 namespace {
 
-/// Where everything of one sample and head is.
+/// The memory of one sample and head.
 class Heads {
 public:
     Heads(const at::Tensor& qkv, std::int64_t heads)
@@ -56,10 +56,10 @@ private:
     const at::Tensor& qkv_;
 };
 
-/// Calls with every head and memory for it, a share of the heads in each thread.
+/// Calls the function for every head with scratch memory; threads share the heads.
 template <class Call>
 void for_each_head(const Heads& heads, std::int64_t scratch, const at::TensorOptions& options, const Call& call) {
-    // Counted by the budget, and asked for before any thread begins; the one that has work may be any of them.
+    // Allocated within the budget before any thread begins; any of them may get work.
     const at::Tensor memory = at::empty({thread_places(), scratch}, options);
     float* const start = memory.data_ptr<float>();
     in_parallel(heads.count(), 1, [&](std::int64_t begin, std::int64_t end) {

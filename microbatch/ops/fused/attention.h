@@ -11,11 +11,11 @@ struct Attended {
     at::Tensor log_sums;  ///< [samples * heads, tokens], log of the sum of e^score of a query
 };
 
-/// The forward pass of causal_attention without autograd: qkv contiguous, fp32, on the CPU and not empty.
-/// Threads share out the heads of all samples.
+/// The forward pass of causal_attention without autograd. Requires a contiguous, non-empty fp32 tensor on the CPU.
+/// Threads share the heads of all samples.
 Attended attend(const at::Tensor& qkv, std::int64_t heads);
 
-/// Its backward pass: the gradient of qkv from that of attended.out, which is contiguous.
+/// Its backward pass: the gradient of qkv from that of attended.out, which must be contiguous.
 at::Tensor attention_gradient(const at::Tensor& qkv, std::int64_t heads, const Attended& attended,
                               const at::Tensor& gradient);
 

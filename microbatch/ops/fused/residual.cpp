@@ -44,14 +44,14 @@ struct Part {
 void for_each_part(std::int64_t count, const std::function<void(std::int64_t)>& work) {
     in_parallel(count, 1, [&](std::int64_t begin, std::int64_t end) {
         const OneThread one_thread;
-        const UntracedMemory untraced;  // it has been expected
+        const UntracedMemory untraced;  // it is already accounted for
         const at::NoGradGuard no_grad;
         const at::AutoDispatchBelowADInplaceOrView no_autograd;
         for (std::int64_t number = begin; number < end; ++number) work(number);
     });
 }
 
-/// A convolution and the norm behind it.
+/// A convolution and the norm after it.
 struct Layer {
     at::Tensor weight;
     std::int64_t stride;
@@ -63,7 +63,7 @@ struct Layer {
         at::Tensor grad_x, grad_weight;
     };
 
-    /// What is not wanted is undefined.
+    /// Undefined where not needed.
     Gradients backward(const at::Tensor& gradient, const at::Tensor& x, bool wants_x, bool wants_weight) const {
         if (!wants_x && !wants_weight) return {};
         const std::int64_t padding = weight.size(2) / 2;
@@ -88,7 +88,7 @@ struct Layers {
     std::int64_t channels() const { return first.norm.channels(); }
 
 private:
-    // As the convolutions take them: once, not for every part.
+    // In the convolutions' layout: converted once, not for every part.
     static at::Tensor laid_out(const at::Tensor& weight) {
         return weight.defined() ? weight.contiguous(channels_last) : weight;
     }
@@ -102,7 +102,7 @@ at::Tensor activated(const GroupNormLayer& norm, const at::Tensor& x, const at::
     return y;
 }
 
-/// `out` is the part's place in the result.
+/// `out` is the part's slice of the result.
 ResidualSaved forward_of_part(const Layers& layers, const at::Tensor& x, const at::Tensor& out, float* scratch) {
     ResidualSaved saved;
     saved.statistics = at::empty({3, x.size(0), 2, layers.first.norm.groups}, x.options());
@@ -125,13 +125,13 @@ struct LayerSums {
     at::Tensor weight;  ///< undefined before the first part
     at::Tensor norm;    ///< [2, channels]
 
-    /// What is left is the gradient of x.
+    /// Returns the gradient of x.
     at::Tensor add(const Layer::Gradients& gradients) {
         add(weight, gradients.grad_weight);
         return gradients.grad_x;
     }
 
-    /// Another thread's; that may have had nothing to do.
+    /// Adds another thread's sums, which may be empty.
     void add(const LayerSums& other) {
         add(weight, other.weight);
         add(norm, other.norm);
@@ -145,7 +145,7 @@ private:
 };
 using Sums = std::array<LayerSums, 3>;
 
-/// grad_x is the part's place in the gradient of x, or undefined.
+/// grad_x is the part's slice of the gradient of x, or undefined.
 void backward_of_part(const Layers& layers, const at::Tensor& x, const at::Tensor& out, const ResidualSaved& saved,
                       const at::Tensor& gradient, const ResidualWanted& wanted, at::Tensor grad_x, Sums& sums,
                       float* scratch) {
@@ -178,14 +178,14 @@ void backward_of_part(const Layers& layers, const at::Tensor& x, const at::Tenso
     if (wanted.x) at::add_out(grad_x, through_first, through_projection);
 }
 
-/// What all parts can hold at once, however the threads meet: so many bytes a sample, and so many a thread even if
-/// there are fewer samples, so that it grows evenly with them.
+/// Upper bound of what all parts hold at once, whatever the threads' timing: numbers per sample, and per thread even
+/// with fewer samples, so that it grows evenly with them.
 std::int64_t most_held(const at::Tensor& x, std::int64_t per_sample, std::int64_t per_thread) {
     return static_cast<std::int64_t>(sizeof(float)) * (x.size(0) * per_sample + at::get_num_threads() * per_thread);
 }
 
-// Beside its results a convolution holds, as oneDNN 3.12 does, a copy of its weight with the channels rounded up to
-// vectors, one more in backward, and some numbers: measured in steps of 1 to 32 samples.
+// Besides its results, a convolution in oneDNN 3.12 holds a copy of its weight with the channels rounded up to vectors,
+// another in backward, and some numbers: measured for 1 to 32 samples.
 constexpr std::int64_t some_numbers = 16 << 10;
 
 std::int64_t rounded_weight(const at::Tensor& weight) {
@@ -195,7 +195,7 @@ std::int64_t rounded_weight(const at::Tensor& weight) {
 
 void expect_forward(const Layers& layers, const at::Tensor& x, const at::Tensor& out) {
     const std::int64_t image = out[0].numel();
-    const std::int64_t images = layers.projects() ? 5 : 3;  // three or two that are saved, inner, and the shortcut's
+    const std::int64_t images = layers.projects() ? 5 : 3;  // three or two saved, the inner one, the shortcut's
     const std::int64_t statistics = 6 * layers.first.norm.groups;
     expect_memory(
         most_held(x, images * image + statistics,
@@ -207,7 +207,7 @@ void expect_backward(const Layers& layers, const at::Tensor& x, const at::Tensor
     const std::int64_t per_sample =
         layers.projects() ? std::max({4 * image, 2 * image + input, image + 2 * input}) : 3 * image;
     const std::int64_t first = rounded_weight(layers.first.weight), second = rounded_weight(layers.second.weight);
-    // Sums of gradients, what the next one is added from, and what oneDNN holds.
+    // Sums of gradients, the next gradients to add, and what oneDNN holds.
     const std::int64_t per_thread =
         first + second + rounded_weight(layers.projection.weight) + 3 * std::max(first, second) + some_numbers;
     expect_memory(most_held(x, per_sample, per_thread));

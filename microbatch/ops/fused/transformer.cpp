@@ -15,10 +15,10 @@ namespace microbatch {
 
 namespace {
 
-// Sums over rows are made of sums of this many: a long sum in fp32 loses digits.
+// Sums over rows are made of partial sums of this many: a long fp32 sum loses digits.
 constexpr std::int64_t summed_rows = 32;
 
-// Multiplications from which on a second thread pays.
+// Below this many multiplications a second thread does not pay.
 constexpr std::int64_t worth_a_thread = std::int64_t{1} << 17;
 
 const float* values(const at::Tensor& tensor) {
@@ -57,7 +57,7 @@ void repeat_bias(Range rows, const at::Tensor& bias, const at::Tensor& y) {
     for (std::int64_t row = 0; row < rows.count(); ++row, to += width) std::copy_n(from, width, to);
 }
 
-/// One of the two layer norms: its parameters, and what it keeps.
+/// One of the two layer norms: its parameters and saved statistics.
 struct Norm {
     const at::Tensor& scale;
     const at::Tensor& shift;
@@ -83,7 +83,7 @@ struct Norm {
                              .inverses = inverses + rows.begin});
     }
 
-    /// In place of the gradient of y comes that of x, with the residual's; y is made again.
+    /// Replaces the gradient of y by that of x plus the residual's, and computes y again.
     void backward(Range rows, const at::Tensor& x, const at::Tensor& gradient, const at::Tensor& residual,
                   const at::Tensor& y, float* grad_scale, float* grad_shift, float* grad_x_sums) const {
         const std::int64_t width = scale.numel(), begin = rows.begin * width;
@@ -114,13 +114,13 @@ void add_rows(Range rows, const at::Tensor& x, const at::Tensor& added, const at
                         .sum = target(sum) + begin});
 }
 
-/// Sums over all rows of a few vectors, each thread's in memory of its own, then added up in the threads' order.
+/// Sums of a few vectors over all rows: per thread in its own memory, then added in the order of the threads.
 class Sums {
 public:
     explicit Sums(std::int64_t count)
         : count_(count), all_(at::zeros({thread_places(), 2, count}, at::TensorOptions(at::kFloat))) {}
 
-    /// Calls add(rows, sums) for a few rows at a time; what it adds to sums, which it finds 0, is added up.
+    /// Calls add(rows, sums) for a few rows at a time, with sums of 0, and accumulates the results.
     template <class Add>
     void of(Range rows, const Add& add) {
         float* const total = target(all_) + at::get_thread_num() * 2 * count_;
@@ -149,7 +149,7 @@ void sum_rows(Range rows, const at::Tensor& matrix, std::int64_t width, float* s
     kernels().sum_columns(rows.count(), width, values(matrix) + rows.begin * width, sums);
 }
 
-/// The rows of a block and how they are shared out.
+/// The rows of a block and how threads share them.
 struct Rows {
     std::int64_t count, width;
 
@@ -164,7 +164,7 @@ struct Rows {
     at::Tensor matrix(std::int64_t columns) const { return at::empty({count, columns}, at::kFloat); }
 };
 
-/// Places in TransformerWeights.
+/// Positions in TransformerWeights.
 enum Place : std::size_t {
     attention_norm_scale,
     attention_norm_shift,
@@ -180,7 +180,8 @@ enum Place : std::size_t {
     contraction_bias
 };
 
-/// From the block's end to what attention gave: the gradient of the residual stream between, and that of attention.
+/// From the block's result back to attention: the gradients of the residual stream in between and of attention's
+/// output.
 struct MlpGradients {
     at::Tensor grad_middle, grad_attended;
 };
@@ -259,7 +260,7 @@ std::pair<at::Tensor, TransformerSaved> transformer_forward(const at::Tensor& x,
                            .statistics = at::empty({4, rows.count}, x.options())};
     const Norm first(w.attention_norm_scale, w.attention_norm_shift, saved.statistics, 0);
     const Norm second(w.mlp_norm_scale, w.mlp_norm_shift, saved.statistics, 1);
-    const at::Tensor& normed = out;  // until it holds the result
+    const at::Tensor& normed = out;  // until `out` holds the result
     rows.in_threads([&](Range mine) {
         first.forward(mine, x, normed);
         repeat_bias(mine, w.qkv_bias, saved.qkv);

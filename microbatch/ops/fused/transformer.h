@@ -14,7 +14,7 @@ namespace microbatch {
 
 constexpr double transformer_epsilon = 1e-5;  ///< of the layer norms
 
-/// What transformer_forward keeps for backward.
+/// What transformer_forward saves for backward.
 struct TransformerSaved {
     at::Tensor qkv;  ///< [samples, tokens, 3 width]
     Attended attended;
@@ -23,20 +23,20 @@ struct TransformerSaved {
     at::Tensor statistics;  ///< [4, rows]: means and inverse deviations of the first norm, then of the second
 };
 
-/// Takes what the gradient of a weight is made of, by its place in TransformerWeights: left^T right of matrices with
-/// the same rows, or left itself where right is undefined. Valid during the call only.
+/// Receives the factors of a weight's gradient, by the weight's position in TransformerWeights: the gradient is left^T
+/// right, or left itself if right is undefined. They are valid during the call only.
 using GradientSink = std::function<void(std::size_t weight, const at::Tensor& left, const at::Tensor& right)>;
 
-/// transformer_block without autograd: everything fp32, contiguous, on the CPU and of fitting shapes.
+/// transformer_block without autograd. Requires contiguous fp32 tensors on the CPU of matching shapes.
 std::pair<at::Tensor, TransformerSaved> transformer_forward(const at::Tensor& x, const TransformerWeights& weights,
                                                             std::int64_t heads);
 
-/// The gradient of x, from that of the result. The weights' go into the sink, each when it is known, so that few are
-/// held at a time.
+/// The gradient of x, from the result's. The weights' gradients go to the sink as soon as each is known, so that few
+/// are held at a time.
 at::Tensor transformer_backward(const at::Tensor& x, const TransformerWeights& weights, std::int64_t heads,
                                 const TransformerSaved& saved, const at::Tensor& gradient, const GradientSink& sink);
 
-/// sum += left^T right, sum contiguous [left's columns, right's columns], the others as the sink is given them.
+/// sum += left^T right, with a contiguous sum [left's columns, right's columns] and factors as given to the sink.
 void add_product(const at::Tensor& left, const at::Tensor& right, at::Tensor& sum);
 
 }  // namespace microbatch

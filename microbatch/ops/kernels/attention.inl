@@ -218,8 +218,8 @@ void score_block(const Backward& work, int64_t i, int64_t queries_end, int64_t f
             clear(p + r * row, own, reach);
             clear(ds + r * row, own, reach);
         }
-        sum_rows(rows, {ds, row, 1}, work.keys + first * width, work.sizes, {work.grad_queries + i * width, width}, count,
-                 true);
+        sum_rows(rows, {ds, row, 1}, work.keys + first * width, work.sizes, {work.grad_queries + i * width, width},
+                 count, true);
     }
 }
 

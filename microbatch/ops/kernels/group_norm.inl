@@ -27,8 +27,8 @@ inline Vector sum_over_pixels(int64_t pixels, const Value& value) {
 }
 
 // every = each group's sum of `values` (times `weights`, where given) times `factor`, for each channel of the group.
-inline void spread_group_sums(int64_t channels, int64_t groups, const float* values, const float* weights, double factor,
-                              float* every) {
+inline void spread_group_sums(int64_t channels, int64_t groups, const float* values, const float* weights,
+                              double factor, float* every) {
     const int64_t size = channels / groups;
     for (int64_t g = 0; g < groups; ++g) {
         double sum = 0;
@@ -59,7 +59,8 @@ int64_t group_norm_scratch(int64_t channels) {
 
 inline void find_statistics(const GroupNormImages& norm, int64_t sample, float* scratch) {
     const int64_t channels = norm.channels, groups = norm.groups;
-    const double share = static_cast<double>(groups) / (static_cast<double>(channels) * static_cast<double>(norm.pixels));
+    const double share =
+        static_cast<double>(groups) / (static_cast<double>(channels) * static_cast<double>(norm.pixels));
     const float* x = norm.x + sample * norm.pixels * channels;
     float *sums = scratch, *means = scratch + channels, *variances = scratch + 2 * channels;
     for_each_chunk(channels, [&](int64_t c, int64_t some) {

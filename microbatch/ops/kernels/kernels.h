@@ -8,7 +8,7 @@ namespace microbatch {
 /// One head of one sample, for causal attention. Rows are one token each, their numbers side by side.
 struct AttentionHead {
     std::int64_t tokens = 0;
-    std::int64_t size = 0;                                          ///< numbers a token in q, k, v and out
+    std::int64_t size = 0;                                          ///< numbers per token in q, k, v and out
     float scale = 1.0F;                                             ///< of q . k
     std::int64_t row = 0, out_row = 0;                              ///< floats from one token to the next
     const float *q = nullptr, *k = nullptr, *v = nullptr;           ///< row apart
@@ -18,7 +18,7 @@ struct AttentionHead {
     float *grad_q = nullptr, *grad_k = nullptr, *grad_v = nullptr;  ///< row apart, overwritten by backward
 };
 
-/// sum = x + added + bias, row by row; all rows are side by side, `width` numbers each.
+/// sum = x + added + bias, row by row; rows of `width` numbers, without gaps.
 struct RowSums {
     std::int64_t rows = 0, width = 0;
     const float *x = nullptr, *added = nullptr;
@@ -36,22 +36,22 @@ struct NormRows {
     float *means = nullptr, *inverses = nullptr;  ///< [rows]
 };
 
-/// Its gradient, and y once more.
+/// Its gradient, and y again.
 struct NormRowsBackward {
     std::int64_t rows = 0, width = 0;
     const float* x = nullptr;
     const float *means = nullptr, *inverses = nullptr;
     const float *scale = nullptr, *shift = nullptr;
     const float* gradient = nullptr;  ///< of y
-    const float* residual = nullptr;  ///< what x has of gradient beside that through the norm
-    float* grad_x = nullptr;          ///< their sum; may be gradient
+    const float* residual = nullptr;  ///< the gradient of x that does not come through the norm
+    float* grad_x = nullptr;          ///< the sum of both; may be gradient
     float* y = nullptr;
-    /// [width]; what these rows give is added.
+    /// [width]; these rows' gradients are added.
     float *grad_scale = nullptr, *grad_shift = nullptr, *grad_x_sums = nullptr;
 };
 
-/// Group norm of images, all channels of a pixel side by side: y = (x - mean) inverse scale + shift, then, where they
-/// are asked for, + added and max(0, .). Mean and inverse deviation are those of a sample's group of channels.
+/// Group norm of images, all channels of a pixel side by side: y = (x - mean) inverse scale + shift, then optionally
+/// + added and max(0, .). Mean and inverse deviation are those of a sample's group of channels.
 struct GroupNormImages {
     std::int64_t samples = 0, pixels = 0, channels = 0, groups = 0;
     float epsilon = 0.0F;
@@ -70,13 +70,13 @@ struct GroupNormImagesBackward {
     const float* y = nullptr;  ///< nullptr where there was no ReLU
     const float* statistics = nullptr;
     const float* scale = nullptr;
-    const float* gradient = nullptr;                 ///< of y
-    float* grad_x = nullptr;                         ///< none of the inputs
-    float* grad_added = nullptr;                       ///< none of the inputs, or nullptr
-    float *grad_scale = nullptr, *grad_shift = nullptr;  ///< [channels]; these samples' are added
+    const float* gradient = nullptr;                     ///< of y
+    float* grad_x = nullptr;                             ///< no input
+    float* grad_added = nullptr;                         ///< no input, or nullptr
+    float *grad_scale = nullptr, *grad_shift = nullptr;  ///< [channels]; these samples' gradients are added
 };
 
-/// One stretch of a parameter and of what its optimizer keeps. Number: float or double.
+/// A stretch of a parameter, its gradient and its optimizer state. Number: float or double.
 template <class Number>
 struct UpdateArrays {
     Number* parameter;
@@ -123,8 +123,8 @@ struct ExactKernels {
     void (*scale_row)(float* row, std::int64_t count, float factor);
 };
 
-/// The loops that the compiler does not know how to make fast for a processor it does not know: one table for each kind
-/// of vector. All work on fp32, in the calling thread, on memory of the caller's; NaN and infinity come out as NaN
+/// The inner loops, one table per kind of vector, so that a program compiled for any processor uses the widest vectors
+/// of the one it runs on. All work on fp32, in the calling thread, on the caller's memory; NaN and infinity give NaN
 /// where they do in exact arithmetic.
 struct Kernels {
     const char* name;
@@ -134,7 +134,7 @@ struct Kernels {
     void (*gelu_backward)(const float* x, const float* gradient, float* result, std::int64_t count);
     /// x += bias, y = gelu(x), row by row.
     void (*gelu_rows)(std::int64_t rows, std::int64_t width, const float* bias, float* x, float* y);
-    /// y = gelu(x) and gradient *= gelu'(x); what the rows of that give is added to sums, [width].
+    /// y = gelu(x) and gradient *= gelu'(x); the rows of the gradient are added to sums, [width].
     void (*gelu_rows_backward)(std::int64_t rows, std::int64_t width, const float* x, float* gradient, float* y,
                                float* sums);
     void (*add_rows)(const RowSums& sums);
@@ -142,10 +142,10 @@ struct Kernels {
     void (*norm_rows_backward)(const NormRowsBackward& norm);
     /// Adds every row to sums, [width].
     void (*sum_columns)(std::int64_t rows, std::int64_t width, const float* values, float* sums);
-    /// Scratch is always in floats.
+    /// Sizes of scratch memory are in floats.
     std::int64_t (*group_norm_scratch)(std::int64_t channels);
     void (*group_norm_images)(const GroupNormImages& norm, float* scratch);
-    /// y once more, of the statistics that are there.
+    /// y again, from the statistics that are there.
     void (*group_norm_images_again)(const GroupNormImages& norm, float* scratch);
     void (*group_norm_images_backward)(const GroupNormImagesBackward& norm, float* scratch);
     std::int64_t (*attention_forward_scratch)(std::int64_t tokens, std::int64_t size);
@@ -154,10 +154,10 @@ struct Kernels {
     void (*attention_backward)(const AttentionHead& head, float* scratch);
 };
 
-/// Those of the widest vectors that this processor has; chosen once. Threads: any.
+/// The table for the widest vectors that this processor has, chosen once. Threads: any.
 const Kernels& kernels();
 
-/// Every table that this processor can run, the narrowest vectors first.
+/// All tables that this processor can run, the narrowest vectors first.
 std::vector<const Kernels*> all_kernels();
 
 }  // namespace microbatch

@@ -66,7 +66,8 @@ inline void norm_row_backward(const NormRowsBackward& norm, int64_t r) {
     for_each_vector(norm.width, [&](int64_t i, int64_t some) {
         const Vector normed = (load_some(norm.x + row + i, some) - mean) * inverse;
         const Vector scaled = load_some(norm.gradient + row + i, some) * load_some(norm.scale + i, some);
-        const Vector grad_x = load_some(norm.residual + row + i, some) + inverse * (scaled - mean_sum - normed * mean_product);
+        const Vector grad_x =
+            load_some(norm.residual + row + i, some) + inverse * (scaled - mean_sum - normed * mean_product);
         store_some(norm.grad_x + row + i, grad_x, some);
         store_some(norm.grad_x_sums + i, load_some(norm.grad_x_sums + i, some) + grad_x, some);
     });
