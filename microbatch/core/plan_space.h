@@ -65,4 +65,10 @@ struct PlanSpace {
     Candidate candidate(const Mode& mode, std::int64_t size) const;
 };
 
+/// Throws ErrorKind::usage for options that are out of range or contradict each other.
+void validate(const PlannerOptions& options);
+
+/// The seconds, or `otherwise` if no clock can have measured them.
+double time_or(double seconds, double otherwise);
+
 }  // namespace microbatch

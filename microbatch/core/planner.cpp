@@ -7,9 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "microbatch/core/error.h"
 #include "microbatch/core/plan_space.h"
-#include "microbatch/core/str_cat.h"
 
 namespace microbatch {
 namespace {
@@ -41,11 +39,6 @@ struct Target {
     Mode* mode;
     std::int64_t size;
 };
-
-// Replaces what no clock can have measured.
-double time_or(double seconds, double otherwise) {
-    return seconds >= 0.0 && std::isfinite(seconds) ? seconds : otherwise;
-}
 
 class Planner {
 public:
@@ -397,22 +390,6 @@ private:
     bool choose_recomputed_ = true;  // false if it was tried for the table alone
     PlanReport report_;
 };
-
-void validate(const PlannerOptions& options) {
-    const auto require = [](bool good, const char* name, std::int64_t value, const char* rule) {
-        if (!good) throw Error(ErrorKind::usage, str_cat("the ", name, " is ", value, "; it must be ", rule));
-    };
-    require(options.batch >= 1, "batch", options.batch, "at least 1");
-    require(options.budget_bytes >= 1, "memory budget in bytes", options.budget_bytes, "above 0");
-    require(options.steps >= 1, "number of steps", options.steps, "at least 1");
-    if (options.micro_batch) {
-        require(*options.micro_batch >= 1 && *options.micro_batch <= options.batch, "micro-batch", *options.micro_batch,
-                "from 1 to the batch");
-    }
-    if (options.recompute == Recompute::always && !options.offers_recompute) {
-        throw Error(ErrorKind::usage, "recompute is asked of a model that does not offer it");
-    }
-}
 
 }  // namespace
 
