@@ -13,8 +13,7 @@ namespace microbatch {
 namespace {
 
 // A plan pays only if it is at least this much faster than the best before.
-constexpr double worthwhile = 0.99;
-constexpr double tie = 1.01;
+constexpr double worthwhile = 0.99, tie = 1.01;
 // A plan that looks at most this much slower than the fastest is timed again: noise can be as large.
 constexpr double close = 1.3;
 constexpr std::size_t most_finalists = 4;
