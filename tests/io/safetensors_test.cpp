@@ -44,7 +44,7 @@ std::string raw(const at::Tensor& tensor) {
 TEST(Safetensors, HoldsEveryTensorBitForBit) {
     const TempFolder folder;
     const auto path = folder.path() / "model.safetensors";
-    const Parameters tensors{{"weight", at::randn({3, 5})},
+    const NamedTensors tensors{{"weight", at::randn({3, 5})},
                              {"transposed", at::randn({4, 6}).t()},
                              {"scalar", at::arange(1, at::kLong).squeeze()},
                              {"empty", at::zeros({0, 2})},
@@ -53,7 +53,7 @@ TEST(Safetensors, HoldsEveryTensorBitForBit) {
     write_safetensors(path, tensors);
     const File file = parse(test::read_file(path));
     std::size_t end = 0;
-    for (const Parameter& tensor : tensors) {
+    for (const NamedTensor& tensor : tensors) {
         EXPECT_EQ(file.header[tensor.name]["shape"].get<std::vector<std::int64_t>>(), tensor.tensor.sizes().vec());
         EXPECT_EQ(stored(file, tensor.name), raw(tensor.tensor)) << tensor.name;
         EXPECT_EQ(file.header[tensor.name]["data_offsets"][0].get<std::size_t>(), end);  // no holes
