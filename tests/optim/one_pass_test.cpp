@@ -64,7 +64,7 @@ void give(const Tensors& parameters, const Tensors& gradients) {
     for (std::size_t i = 0; i < parameters.size(); ++i) parameters[i].mutable_grad() = gradients[i].clone();
 }
 
-void expect_same(const Tensors& left, const Tensors& right) {
+void expect_same_tensors(const Tensors& left, const Tensors& right) {
     for (std::size_t i = 0; i < left.size(); ++i) EXPECT_TRUE(same_bits(left[i].detach(), right[i].detach())) << i;
 }
 
@@ -88,7 +88,7 @@ TEST_P(OnePass, ADivisorGivesTheBitsOfGradientsThatWereDividedFirst) {
                 divides->step(divisor);
                 plain->step();
             }
-            expect_same(one, other);
+            expect_same_tensors(one, other);
             EXPECT_TRUE(divisor != 1.0 || !same_bits(one[5].detach(), start[5]));
         }
     }
@@ -107,8 +107,8 @@ TEST_P(OnePass, TheBitsAreTheSameOnOneThreadTwoAndThree) {
                 optimizer->step(7.0);
             }
         }
-        expect_same(results[1], results[0]);
-        expect_same(results[2], results[0]);
+        expect_same_tensors(results[1], results[0]);
+        expect_same_tensors(results[2], results[0]);
     }
 }
 
@@ -172,7 +172,7 @@ TEST(DividingOptimizer, FollowsGradientsThatComeAndGoAndGroupsThatAreAdded) {
             }
             one->step(2.5);
             for (const auto& optimizer : each) optimizer->step(2.5);
-            expect_same(together, apart);
+            expect_same_tensors(together, apart);
         }
     }
 }
@@ -194,9 +194,9 @@ TEST(DividingOptimizer, ARefusedGradientLeavesEveryParameterAndStateAsTheyWere) 
         expect_usage_error({"p6", "Float", "Double"}, [&] { optimizer->step(3.0); });
         refused[6].mutable_grad() = at::ones({4});
         expect_usage_error({"p6", "[3]", "[4]"}, [&] { optimizer->step(3.0); });
-        expect_same(refused, plain);
+        expect_same_tensors(refused, plain);
         step(42);
-        expect_same(refused, plain);
+        expect_same_tensors(refused, plain);
     }
 }
 
@@ -239,7 +239,7 @@ TEST(DividingOptimizer, ATorchOptimizerGetsGradientsThatAreDivided) {
         optimizer.step(1.7);
         theirs.step();
     }
-    expect_same(one, other);
+    expect_same_tensors(one, other);
 }
 
 }  // namespace
