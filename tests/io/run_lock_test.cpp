@@ -104,8 +104,8 @@ TEST(RunLock, MakesTheFolderAndLeavesNothingInIt) {
     { const RunLock lock(run); }
     EXPECT_TRUE(fs::is_empty(run));
     const fs::path file = folder.write("file", "text");
-    expect_usage_error({file.string()}, [&] { const RunLock lock(file); });
-    expect_usage_error({file.string()}, [&] { const RunLock lock(file / "run"); });
+    expect_write_error({file.string()}, [&] { const RunLock lock(file); });
+    expect_write_error({file.string()}, [&] { const RunLock lock(file / "run"); });
 }
 
 }  // namespace
