@@ -4,10 +4,8 @@
 
 namespace microbatch {
 
-using Json = nlohmann::ordered_json;
-
-Json to_json(const std::vector<ReportTable>& tables) {
-    Json result = Json::array();
+nlohmann::ordered_json to_json(const std::vector<ReportTable>& tables) {
+    nlohmann::ordered_json result = nlohmann::ordered_json::array();
     for (const ReportTable& table : tables) {
         result.push_back(
             {{"title", table.title}, {"heading", table.heading}, {"rows", table.rows}, {"note", table.note}});
@@ -15,12 +13,12 @@ Json to_json(const std::vector<ReportTable>& tables) {
     return result;
 }
 
-Json to_json(const std::vector<ReportCurves>& curves) {
-    Json result = Json::array();
+nlohmann::ordered_json to_json(const std::vector<ReportCurves>& curves) {
+    nlohmann::ordered_json result = nlohmann::ordered_json::array();
     for (const ReportCurves& one : curves) {
-        Json lines = Json::array();
+        nlohmann::ordered_json lines = nlohmann::ordered_json::array();
         for (const auto& [name, values] : one.lines) {
-            Json y = Json::array();
+            nlohmann::ordered_json y = nlohmann::ordered_json::array();
             for (const double value : values) y.push_back(finite_or_null(value));
             lines.push_back({{"name", name}, {"y", y}});
         }
