@@ -301,6 +301,9 @@ int train_job(Arguments& arguments) {
     use_threads(settings);
     const BudgetDrill drill = BudgetDrill::from_environment();
     const JobPlan plan = open_job(settings, length);
+    if (settings.quiet) {
+        for (const std::string& warning : plan.data.warnings) print(out, "warning: {}\n", warning);
+    }
     schedule_of(settings, length, plan.data.train->tokens_per_sample(), settings.batch);
     // Before anything is measured.
     if (folder && folder->state()) {
