@@ -11,6 +11,7 @@
 #include "cli/options/refuse.h"
 #include "microbatch/core/error.h"
 #include "microbatch/core/units.h"
+#include "microbatch/io/checkpoint.h"
 #include "microbatch/run/recovery.h"
 
 namespace microbatch::cli {
@@ -56,7 +57,7 @@ void refuse_another_run(const std::vector<std::string>& differences, std::int64_
 }
 
 std::int64_t steps_of(const StateDict& state) {
-    return StateReader(state).section("data").count("steps");
+    return manifest_of(state).progress.steps;
 }
 
 std::string value_of(const RunNotes& notes, const std::string& key) {
@@ -103,27 +104,18 @@ std::string misfit_of(const StateDict& state, Optimizer& optimizer) {
     }
 }
 
-bool is_healthy(const StateDict& state) {
-    const StateReader data = StateReader(state).section("data");
-    return !data.has("healthy") || data.flag("healthy");
-}
-
 }  // namespace
 
 void fill_from_checkpoint(Arguments& arguments, RunFolder& folder) {
     Settings& settings = arguments.settings;
-    RunNotes notes = RunNotes::from(*folder.state());
+    const RunNotes notes = RunNotes::from(*folder.state());
     const Values given = arguments.given;
-    const Values now = overridden(config_values(notes.config, "the checkpoint's configuration"), given);
-    const auto changes = [&] {
-        const Differences found = differences(config_values(notes.config, "the checkpoint's configuration"), now);
-        return !found.noted.empty();
-    };
-    if (!is_healthy(*folder.state()) && changes() && folder.use_healthy()) notes = RunNotes::from(*folder.state());
     const std::int64_t steps = steps_of(*folder.state());
     const std::string source = fmt::format("the configuration of the checkpoint of step {}", steps);
-    const Values was = config_values(notes.config, source);
-    const std::set<std::string> without = outdated(was, overridden(was, given));
+    const Values was = config_values(notes.config, source), now = overridden(was, given);
+    const std::set<std::string> without = outdated(was, now);
+    // The settings are still the newest one's, that the user wants to change.
+    if (!manifest_of(*folder.state()).healthy && !differences(was, now).noted.empty()) folder.use_healthy();
     // With another model, its data or an option would be refused before all differences are known.
     if (value_in(was, "model") != value_in(now, "model"))
         refuse_another_run(differences(was, now).another_run, steps, settings);

@@ -12,7 +12,8 @@ namespace microbatch::cli {
 
 /// Fills options that are still open from the checkpoint that the folder resumes from; --micro-batch auto becomes what
 /// it was, unless the budget differs. Where options were given that change how the run trains, and the newest
-/// checkpoint is of steps that were refused, the newest healthy one takes its place: that is the cure for a divergence.
+/// checkpoint is of steps that were refused, the folder's state becomes the newest healthy one: the cure for a
+/// divergence.
 /// Errors: ErrorKind::usage if the model differs, naming each difference; ErrorKind::bad_data if the checkpoint is not
 ///         one of `train`.
 void fill_from_checkpoint(Arguments& arguments, RunFolder& folder);

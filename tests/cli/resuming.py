@@ -98,7 +98,7 @@ def assert_same(result, other):
     assert weights_file(result) == weights_file(other)
     last, others = (checkpoints_of(each.folder)[-1] for each in (result, other))
     assert last.name == others.name
-    for name in ("weights", "optimizer", "generators"):
+    for name in ("model", "optimizer", "rng"):
         assert (last / f"{name}.safetensors").read_bytes() == (others / f"{name}.safetensors").read_bytes(), name
 
 
