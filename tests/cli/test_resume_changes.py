@@ -69,6 +69,19 @@ def test_another_length_or_rate_is_noted(killed, resume, whole, words, said):
         assert result.column("learning_rate")[8:12] != whole.column("learning_rate")[8:] or "decay" in words[0]
 
 
+@pytest.mark.parametrize("words", [["--steps", "24"], ["--lr", "0.002"], ["--schedule", "constant"],
+                                   ["--warmup", "10 steps"]], ids=lambda words: words[0][2:])
+def test_from_which_rate_to_which_it_goes_is_said(killed, resume, words):
+    result = resume(*words).ok()
+    before, after = result.column("learning_rate")[7:9]
+    assert told_of(result)[1][-1] == f"the learning rate goes from {before:.4g} to {after:.4g}"
+
+
+def test_a_rate_that_stays_is_not_said(run, resume):
+    run.text("train", steps=4, micro_batch=4, schedule="constant").ok()
+    assert told_of(resume("--steps", "6").ok()) == ("from step 4", ["steps was 4, is 6"])
+
+
 @pytest.mark.parametrize("was, now, gone", [
     ({"schedule": "cosine"}, "constant", "final-lr"), ({"schedule": "wsd", "decay": "3 steps"}, "linear", "decay"),
     ({"schedule": "polynomial", "power": 3}, "cosine", "power"),
