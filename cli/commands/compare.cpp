@@ -293,12 +293,12 @@ int compare_strategies(Arguments& arguments) {
     watch_interrupts();
     const JobPlan plan = open_job(settings, asked);
     require_whole_batch(plan);
-    print_data(out, plan.data, 10);
     const std::int64_t tokens_per_sample = plan.data.train->tokens_per_sample();
     const std::int64_t samples = convert(asked, Unit::samples, settings.batch, tokens_per_sample).count;
     schedule_of(settings, {samples, Unit::samples}, tokens_per_sample, settings.batch);
     std::vector<Strategy> strategies = strategies_of(settings, plan_cuts(out, plan, budget), budget);
     for (const Strategy& each : strategies) constants_of(settings, each.batch);  // a rule may have no answer
+    print_data(out, plan.data, 10);
     for (std::int64_t run = 0; run < settings.seeds; ++run) {
         const std::uint64_t seed = settings.seed + static_cast<std::uint64_t>(run);
         for (Strategy& each : strategies) {

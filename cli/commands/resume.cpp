@@ -94,14 +94,20 @@ void begin_data_anew(StateDict& state, std::int64_t dataset_size) {
     state.set("data/size", dataset_size);
 }
 
-// Why the optimizer does not take its state; empty if it does.
-std::string misfit_of(const StateDict& state, Optimizer& optimizer) {
+// Why a state is not taken; empty if it is.
+template <class Prepare>
+std::string misfit_of(Prepare prepare) {
     try {
-        optimizer.prepare(StateReader(state).section("optimizer"));
+        prepare();
         return {};
     } catch (const Error& error) {
         return error.what();
     }
+}
+
+void require_fit(const std::string& misfit, const StateDict& state) {
+    if (misfit.empty()) return;
+    throw Error(ErrorKind::bad_data, fmt::format("the checkpoint of step {}: {}", steps_of(state), misfit));
 }
 
 }  // namespace
@@ -131,8 +137,8 @@ void require_same_run(const StateDict& state, const RunNotes& now, const Setting
     refuse_another_run(compare(RunNotes::from(state), now).another_run, steps_of(state), settings);
 }
 
-std::vector<std::string> reconcile(StateDict& state, const RunNotes& now, const Settings& settings,
-                                   std::int64_t dataset_size, Accumulator& accumulator) {
+Changes reconcile(StateDict& state, const RunNotes& now, const Settings& settings, std::int64_t dataset_size,
+                  Accumulator& accumulator) {
     const RunNotes before = RunNotes::from(state);
     const Differences found = compare(before, now);
     refuse_another_run(found.another_run, steps_of(state), settings);
@@ -145,20 +151,19 @@ std::vector<std::string> reconcile(StateDict& state, const RunNotes& now, const 
         state.erase("caps/");
         state.set("caps/caps", std::int64_t{0});
     }
-    const std::string misfit = misfit_of(state, accumulator.optimizer());
-    if (!misfit.empty() && found.another_run.empty() && found.noted.empty()) {
-        throw Error(ErrorKind::bad_data, fmt::format("the checkpoint of step {}: {}", steps_of(state), misfit));
-    }
+    const std::string misfit =
+        misfit_of([&] { accumulator.optimizer().prepare(StateReader(state).section("optimizer")); });
+    if (found.another_run.empty() && found.noted.empty()) require_fit(misfit, state);
     std::vector<std::string> lines;
     if (!misfit.empty() || value_of(before, "optimizer") != value_of(now, "optimizer")) {
         begin_optimizer_anew(state);
         lines.emplace_back("the optimizer starts afresh, and there is no snapshot to return to yet");
     }
-    prepare_snapshot(accumulator, StateReader(state));  // before anything is written
+    require_fit(misfit_of([&] { prepare_snapshot(accumulator, StateReader(state)); }), state);  // before it writes
     for (const std::string& line : found.another_run) lines.push_back(line + ": another run from here on");
     for (const std::string& line : found.another_cut) lines.push_back(line + ": the same batches; bits may differ");
     for (const std::string& line : found.noted) lines.push_back(line);
-    return lines;
+    return {std::move(lines), !found.another_run.empty() || !found.noted.empty()};
 }
 
 }  // namespace microbatch::cli

@@ -244,7 +244,7 @@ int conclude(const Planned& planned, const Run& run, const Outcome& outcome, con
 int train_in(RunFolder& folder, const Planned& planned) {
     const Settings& settings = planned.plan.settings;
     const RunNotes notes = notes_of(planned.plan, planned.recorded());
-    std::vector<std::string> changes;
+    Changes changes;
     double rate_before = 0.0;
     if (folder.state()) {
         rate_before = StateReader(*folder.state()).section("run").number("learning_rate");
@@ -255,11 +255,11 @@ int train_in(RunFolder& folder, const Planned& planned) {
     if (!settings.quiet) {
         print_header(planned.out, planned.plan, planned.report, planned.watch, planned.length, folder.path());
     }
-    print_resume(planned.out, folder, changes, planned.length);
+    print_resume(planned.out, folder, changes.lines, planned.length);
     if (!settings.no_verify && !folder.state()) check_decomposition(planned.out, planned.plan, planned.job);
     Show show(planned, begun);
     Run run(folder, *planned.job.accumulator, *planned.plan.data.train, planned.job.loss, planned.options(notes, show));
-    if (!changes.empty()) print_rate_change(planned.out, run.trainer(), rate_before);
+    if (changes.beyond_cut) print_rate_change(planned.out, run.trainer(), rate_before);
     if (run.missing_lines() > 0) {
         print(planned.out, "          metrics.jsonl lacks {} of these steps\n", run.missing_lines());
     }
