@@ -92,7 +92,7 @@ PlannedCuts plan_cuts(std::FILE* out, const JobPlan& plan, std::int64_t budget) 
     for (const Candidate& candidate : native.candidates) {
         if (candidate.micro_batches == 1) cuts.native_peak_bytes = candidate.peak_bytes();
     }
-    if (cuts.cut.micro_batch == plan.batch && plan.batch > 1) {
+    if (plan.settings.batches.empty() && cuts.cut.micro_batch == plan.batch && plan.batch > 1) {
         cuts.cut.micro_batch = std::max<std::int64_t>(1, plan.batch / 4);
         print(out, "the whole batch of {} is the plan; to compare, it is also accumulated by {}\n", plan.batch,
               cuts.cut.micro_batch);
@@ -292,13 +292,13 @@ int compare_strategies(Arguments& arguments) {
     install_budget_allocator();
     watch_interrupts();
     const JobPlan plan = open_job(settings, asked);
-    print_data(out, plan.data, 10);
     require_whole_batch(plan);
     const std::int64_t tokens_per_sample = plan.data.train->tokens_per_sample();
     const std::int64_t samples = convert(asked, Unit::samples, settings.batch, tokens_per_sample).count;
     schedule_of(settings, {samples, Unit::samples}, tokens_per_sample, settings.batch);
     std::vector<Strategy> strategies = strategies_of(settings, plan_cuts(out, plan, budget), budget);
     for (const Strategy& each : strategies) constants_of(settings, each.batch);  // a rule may have no answer
+    print_data(out, plan.data, 10);
     for (std::int64_t run = 0; run < settings.seeds; ++run) {
         const std::uint64_t seed = settings.seed + static_cast<std::uint64_t>(run);
         for (Strategy& each : strategies) {

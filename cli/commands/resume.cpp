@@ -11,6 +11,7 @@
 #include "cli/options/refuse.h"
 #include "microbatch/core/error.h"
 #include "microbatch/core/units.h"
+#include "microbatch/io/checkpoint.h"
 #include "microbatch/run/recovery.h"
 
 namespace microbatch::cli {
@@ -56,7 +57,7 @@ void refuse_another_run(const std::vector<std::string>& differences, std::int64_
 }
 
 std::int64_t steps_of(const StateDict& state) {
-    return StateReader(state).section("data").count("steps");
+    return manifest_of(state).progress.steps;
 }
 
 std::string value_of(const RunNotes& notes, const std::string& key) {
@@ -93,37 +94,34 @@ void begin_data_anew(StateDict& state, std::int64_t dataset_size) {
     state.set("data/size", dataset_size);
 }
 
-// Why the optimizer does not take its state; empty if it does.
-std::string misfit_of(const StateDict& state, Optimizer& optimizer) {
+// Why a state is not taken; empty if it is.
+template <class Prepare>
+std::string misfit_of(Prepare prepare) {
     try {
-        optimizer.prepare(StateReader(state).section("optimizer"));
+        prepare();
         return {};
     } catch (const Error& error) {
         return error.what();
     }
 }
 
-bool is_healthy(const StateDict& state) {
-    const StateReader data = StateReader(state).section("data");
-    return !data.has("healthy") || data.flag("healthy");
+void require_fit(const std::string& misfit, const StateDict& state) {
+    if (misfit.empty()) return;
+    throw Error(ErrorKind::bad_data, fmt::format("the checkpoint of step {}: {}", steps_of(state), misfit));
 }
 
 }  // namespace
 
 void fill_from_checkpoint(Arguments& arguments, RunFolder& folder) {
     Settings& settings = arguments.settings;
-    RunNotes notes = RunNotes::from(*folder.state());
+    const RunNotes notes = RunNotes::from(*folder.state());
     const Values given = arguments.given;
-    const Values now = overridden(config_values(notes.config, "the checkpoint's configuration"), given);
-    const auto changes = [&] {
-        const Differences found = differences(config_values(notes.config, "the checkpoint's configuration"), now);
-        return !found.noted.empty();
-    };
-    if (!is_healthy(*folder.state()) && changes() && folder.use_healthy()) notes = RunNotes::from(*folder.state());
     const std::int64_t steps = steps_of(*folder.state());
     const std::string source = fmt::format("the configuration of the checkpoint of step {}", steps);
-    const Values was = config_values(notes.config, source);
-    const std::set<std::string> without = outdated(was, overridden(was, given));
+    const Values was = config_values(notes.config, source), now = overridden(was, given);
+    const std::set<std::string> without = outdated(was, now);
+    // The settings are still the newest one's, that the user wants to change.
+    if (!manifest_of(*folder.state()).healthy && !differences(was, now).noted.empty()) folder.use_healthy();
     // With another model, its data or an option would be refused before all differences are known.
     if (value_in(was, "model") != value_in(now, "model"))
         refuse_another_run(differences(was, now).another_run, steps, settings);
@@ -139,8 +137,8 @@ void require_same_run(const StateDict& state, const RunNotes& now, const Setting
     refuse_another_run(compare(RunNotes::from(state), now).another_run, steps_of(state), settings);
 }
 
-std::vector<std::string> reconcile(StateDict& state, const RunNotes& now, const Settings& settings,
-                                   std::int64_t dataset_size, Accumulator& accumulator) {
+Changes reconcile(StateDict& state, const RunNotes& now, const Settings& settings, std::int64_t dataset_size,
+                  Accumulator& accumulator) {
     const RunNotes before = RunNotes::from(state);
     const Differences found = compare(before, now);
     refuse_another_run(found.another_run, steps_of(state), settings);
@@ -153,20 +151,19 @@ std::vector<std::string> reconcile(StateDict& state, const RunNotes& now, const 
         state.erase("caps/");
         state.set("caps/caps", std::int64_t{0});
     }
-    const std::string misfit = misfit_of(state, accumulator.optimizer());
-    if (!misfit.empty() && found.another_run.empty() && found.noted.empty()) {
-        throw Error(ErrorKind::bad_data, fmt::format("the checkpoint of step {}: {}", steps_of(state), misfit));
-    }
+    const std::string misfit =
+        misfit_of([&] { accumulator.optimizer().prepare(StateReader(state).section("optimizer")); });
+    if (found.another_run.empty() && found.noted.empty()) require_fit(misfit, state);
     std::vector<std::string> lines;
     if (!misfit.empty() || value_of(before, "optimizer") != value_of(now, "optimizer")) {
         begin_optimizer_anew(state);
         lines.emplace_back("the optimizer starts afresh, and there is no snapshot to return to yet");
     }
-    prepare_snapshot(accumulator, StateReader(state));  // before anything is written
+    require_fit(misfit_of([&] { prepare_snapshot(accumulator, StateReader(state)); }), state);  // before it writes
     for (const std::string& line : found.another_run) lines.push_back(line + ": another run from here on");
     for (const std::string& line : found.another_cut) lines.push_back(line + ": the same batches; bits may differ");
     for (const std::string& line : found.noted) lines.push_back(line);
-    return lines;
+    return {std::move(lines), !found.another_run.empty() || !found.noted.empty()};
 }
 
 }  // namespace microbatch::cli

@@ -124,10 +124,10 @@ struct Planned {
     StepMeasures measures_of(const TrainerReport& step, std::int64_t copy_bytes) const {
         StepMeasures measures{.peak_bytes = memory_use().peak_bytes};
         if (step.step.plan != report.choice().plan) return measures;
-        measures.predicted_peak_bytes =
-            predicted_peak(report, report.choice(), {.copy_bytes = step.snapshot_bytes + copy_bytes,
-                                                     .noise = step.step.noise.has_value(),
-                                                     .first_step = step.progress.steps == 1});
+        measures.predicted_peak_bytes = predicted_peak(report, report.choice(),
+                                                       {.copy_bytes = step.snapshot_bytes + copy_bytes,
+                                                        .noise = step.step.noise.has_value(),
+                                                        .first_step = step.progress.steps == 1});
         if (step.samples == plan.batch) measures.predicted_step_seconds = report.choice().step_seconds;
         return measures;
     }
@@ -189,12 +189,11 @@ RunNotes notes_of(const JobPlan& plan, const Settings& recorded) {
     return notes;
 }
 
-// The schedule over another length, or another rate, gives another rate from one step to the next.
-std::string rate_change(const StateDict& state, const Planned& planned) {
-    const double before = StateReader(state).section("run").number("learning_rate");
-    const Progress at = manifest_of(state).progress;
-    const double after = learning_rate(planned.schedule(), at, {1, planned.plan.settings.batch, 0});
-    return fmt::format("the learning rate goes from {:.4g} to {:.4g}", before, after);
+// Another length or rate gives another learning rate from one step to the next.
+void print_rate_change(std::FILE* out, const Trainer& trainer, double before) {
+    if (trainer.done()) return;
+    const double after = trainer.next_learning_rate();
+    if (after != before) print(out, "          the learning rate goes from {:.4g} to {:.4g}\n", before, after);
 }
 
 void print_resume(std::FILE* out, const RunFolder& folder, const std::vector<std::string>& changes, Interval length) {
@@ -204,8 +203,12 @@ void print_resume(std::FILE* out, const RunFolder& folder, const std::vector<std
         return;
     }
     const CheckpointManifest at = manifest_of(*folder.state());
-    print(out, "resume    from step {}{}{}\n", format_count(at.progress.steps),
+    print(out, "resume    from step {}{}{}{}\n", format_count(at.progress.steps),
           at.open_samples > 0 ? fmt::format(" and {} samples of the next", format_count(at.open_samples)) : "",
+          folder.passed_over()
+              ? fmt::format(", the newest healthy checkpoint: that of step {} is of a run that diverged",
+                            format_count(*folder.passed_over()))
+              : "",
           at.progress.in(length.unit) < length.count ? "" : ", the last one: to continue, give a greater length");
     for (const std::string& change : changes) print(out, "          {}\n", change);
 }
@@ -241,20 +244,22 @@ int conclude(const Planned& planned, const Run& run, const Outcome& outcome, con
 int train_in(RunFolder& folder, const Planned& planned) {
     const Settings& settings = planned.plan.settings;
     const RunNotes notes = notes_of(planned.plan, planned.recorded());
-    std::vector<std::string> changes;
+    Changes changes;
+    double rate_before = 0.0;
     if (folder.state()) {
-        changes = reconcile(*folder.state(), notes, settings, planned.plan.data.train->size(),
-                            *planned.job.accumulator);
-        if (!changes.empty()) changes.push_back(rate_change(*folder.state(), planned));
+        rate_before = StateReader(*folder.state()).section("run").number("learning_rate");
+        changes =
+            reconcile(*folder.state(), notes, settings, planned.plan.data.train->size(), *planned.job.accumulator);
     }
     const Progress begun = folder.state() ? manifest_of(*folder.state()).progress : Progress{};
     if (!settings.quiet) {
         print_header(planned.out, planned.plan, planned.report, planned.watch, planned.length, folder.path());
     }
-    print_resume(planned.out, folder, changes, planned.length);
+    print_resume(planned.out, folder, changes.lines, planned.length);
     if (!settings.no_verify && !folder.state()) check_decomposition(planned.out, planned.plan, planned.job);
     Show show(planned, begun);
     Run run(folder, *planned.job.accumulator, *planned.plan.data.train, planned.job.loss, planned.options(notes, show));
+    if (changes.beyond_cut) print_rate_change(planned.out, run.trainer(), rate_before);
     if (run.missing_lines() > 0) {
         print(planned.out, "          metrics.jsonl lacks {} of these steps\n", run.missing_lines());
     }

@@ -5,6 +5,7 @@
 #include <toml++/toml.h>
 #include <algorithm>
 #include <nlohmann/json.hpp>
+#include <string_view>
 
 #include "cli/options/refuse.h"
 #include "microbatch/io/file_system.h"
@@ -25,8 +26,10 @@ std::string as_text(const toml::node& node, const std::string& key) {
 
 // A number stands bare, unless it is beyond TOML's integers.
 std::string as_toml(const Option& option, const std::string& text) {
-    const bool too_long = text.size() > 18 && text.find_first_not_of("0123456789") == std::string::npos;
-    if (!option.is_text() && !too_long) return text;
+    const bool is_whole = text.find_first_not_of("0123456789") == std::string::npos;
+    const std::string_view most = "9223372036854775807";
+    const bool beyond = is_whole && (text.size() > most.size() || (text.size() == most.size() && text > most));
+    if (!option.is_text() && !beyond) return text;
     // A JSON string is a TOML string, too.
     return nlohmann::json(text).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
 }

@@ -7,8 +7,8 @@
 #include <cmath>
 #include <nlohmann/json.hpp>
 
-#include "cli/options/checkpoints.h"
 #include "cli/commands/plan_job.h"
+#include "cli/options/checkpoints.h"
 #include "cli/print/output.h"
 #include "microbatch/core/error.h"
 #include "microbatch/core/units.h"
@@ -44,12 +44,19 @@ std::string describe_divergence(const Outcome& outcome, const Settings& settings
                                                             : std::string();
     const std::string restored =
         outcome.restores > 1 ? fmt::format("; it had gone back {} times before", outcome.restores - 1) : std::string();
+    const std::string weights =
+        !outcome.weights_written
+            ? "model.safetensors is still that of the run before"
+            : fmt::format("model.safetensors holds the weights of {}",
+                          outcome.last.went_back_to ? fmt::format("step {}", *outcome.last.went_back_to)
+                                                    : "the last step that was applied");
+    const std::string cure =
+        outcome.healthy_checkpoint
+            ? fmt::format("resume from the healthy checkpoint of step {} (--resume) with", *outcome.healthy_checkpoint)
+            : "take";
     return fmt::format(
-        "the run diverged at step {}: {}{}{}. What is written are the weights of {}; take a smaller "
-        "--lr than {:g}, a --warmup or a smaller --clip",
-        outcome.last.progress.steps, outcome.last.step.reason, before, restored,
-        outcome.last.went_back_to ? fmt::format("step {}", *outcome.last.went_back_to)
-                                  : "the last step that was applied",
+        "the run diverged at step {}: {}{}{}. {}; {} a smaller --lr than {:g}, a --warmup or a smaller --clip",
+        outcome.last.progress.steps, outcome.last.step.reason, before, restored, weights, cure,
         learning_rate_of(settings));
 }
 
@@ -93,10 +100,11 @@ void note_going_back(ProgressLine& progress, const TrainerReport& report, const 
                      std::int64_t times) {
     if (!report.went_back_to) return;
     const double before = std::pow(recovery.rate_factor, static_cast<double>(times - 1));
-    progress.note(fmt::format(
-        "step {}: diverged; back to the weights of step {}; the learning rate goes on at {:g} times the "
-        "schedule's and comes back to {:g} times within {} steps; the data since then is left out",
-        report.progress.steps, *report.went_back_to, before * recovery.rate_factor, before, recovery.warmup + recovery.rate_recovery));
+    progress.note(
+        fmt::format("step {}: diverged; back to the weights of step {}; the learning rate goes on at {:g} times the "
+                    "schedule's and comes back to {:g} times within {} steps; the data since then is left out",
+                    report.progress.steps, *report.went_back_to, before * recovery.rate_factor, before,
+                    recovery.warmup + recovery.rate_recovery));
 }
 
 void print_summary(std::FILE* out, const JobPlan& plan, const PlanReport& report, const Watch& watch,
@@ -140,8 +148,8 @@ void print_summary(std::FILE* out, const JobPlan& plan, const PlanReport& report
         print(out, "saved     {} times; training waited {:.3f} s for it on the way\n", outcome.checkpoints,
               outcome.checkpoint_seconds);
     }
-    print(out, "written   {}: config.toml, metrics.jsonl, model.safetensors, report.html, summary.json{}\n",
-          folder.string(), outcome.checkpointed ? ", checkpoints" : "");
+    print(out, "written   {}: config.toml, metrics.jsonl, {}report.html, summary.json{}\n", folder.string(),
+          outcome.weights_written ? "model.safetensors, " : "", outcome.checkpointed ? ", checkpoints" : "");
     if (outcome.interrupted) print_way_on(out, outcome, folder);
 }
 

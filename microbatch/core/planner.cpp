@@ -289,7 +289,8 @@ private:
         const std::set<std::int64_t> sizes{options_.micro_batch.value_or(known_.smallest),
                                            options_.micro_batch.value_or(options_.batch)};
         for (Mode* mode : {&known_.recomputed, &known_.kept}) {
-            for (const std::int64_t size : sizes) {
+            for (std::int64_t size : sizes) {
+                if (!options_.micro_batch) size = std::max(size, known_.smallest);
                 if (known_.allowed(*mode) && !mode->trials.contains(size)) try_below_least(*mode, size);
             }
         }
@@ -299,9 +300,8 @@ private:
     void try_below_least(Mode& mode, std::int64_t size) {
         const std::int64_t least = known_.least_peak();
         if (options_.most_bytes <= options_.budget_bytes || known_.update_failed) return;
-        if (least <= known_.update_peak()) return;
         const std::int64_t allowed = std::min(options_.most_bytes, least - known_.later_state() - 1);
-        if (mode.trials.failed(size) && allowed <= options_.budget_bytes) return;
+        if (least <= known_.update_peak() || (mode.trials.failed(size) && allowed <= options_.budget_bytes)) return;
         run_trial(mode, size, allowed);
         if (size < known_.smallest) try_below_least(mode, known_.smallest);
     }

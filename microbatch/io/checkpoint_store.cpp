@@ -19,7 +19,6 @@ namespace {
 
 constexpr const char* unfinished = ".part";
 constexpr const char* removed = ".old";
-constexpr std::int64_t checkpoint_overhead = std::int64_t{1} << 20U;  // headers, scalars and the manifest
 
 std::optional<std::int64_t> number_in(std::string_view digits) {
     std::int64_t number = 0;
@@ -37,6 +36,12 @@ std::string name_of(std::int64_t steps, std::int64_t open_samples) {
 // Bytes of all that the next step changes: not the snapshots.
 std::int64_t bytes_to_own(const StateDict& state) {
     return state.bytes() - state.bytes("recovery/");
+}
+
+// With headers, scalars and the manifest, and the ends of blocks.
+std::int64_t bytes_to_write(const StateDict& state) {
+    constexpr std::int64_t of_files = std::int64_t{1} << 16U, of_a_tensor = std::int64_t{1} << 10U;
+    return state.bytes() + of_files + of_a_tensor * std::ssize(state.tensors());
 }
 
 void own_tensors(StateDict& state) {
@@ -163,6 +168,29 @@ void CheckpointStore::go_on_from(const StateDict& state, const std::vector<std::
     saved_samples_ = what.open_samples;
 }
 
+bool CheckpointStore::is_damaged(const Place& place) const {
+    return std::find(damaged_.begin(), damaged_.end(), place.path) != damaged_.end();
+}
+
+void CheckpointStore::abandon_newer() const {
+    const Place at{saved_.value_or(Progress{}).steps, saved_samples_, {}};
+    for (const Place& place : places()) {
+        if (at < place && !is_damaged(place)) remove(place.path);
+    }
+}
+
+std::optional<std::int64_t> CheckpointStore::newest_healthy() const {
+    std::optional<std::int64_t> steps;
+    failure_of([&] {
+        for (const Place& place : places()) {
+            failure_of([&] {
+                if (read_checkpoint_manifest(place.path).healthy) steps = place.steps;
+            });
+        }
+    });
+    return steps;
+}
+
 bool CheckpointStore::is_saved(const CheckpointManifest& what) const {
     return saved_ == what.progress && saved_samples_ == what.open_samples;
 }
@@ -182,17 +210,9 @@ std::string CheckpointStore::write(const StateDict& state) const {
         try {
             return write_once(state);
         } catch (const Error& error) {
-            std::error_code unknown;
-            const std::filesystem::space_info space = std::filesystem::space(folder_, unknown);
-            const std::int64_t needed = state.bytes() + checkpoint_overhead;
-            if (error.kind() != ErrorKind::not_written || unknown ||
-                space.available >= static_cast<std::uintmax_t>(needed)) {
-                throw;
-            }
-            if (remove_oldest()) continue;
-            throw Error(ErrorKind::not_written,
-                        str_cat(error.what(), "; it needs ", format_bytes(needed), ", and ",
-                                format_bytes(static_cast<std::int64_t>(space.available)), " are free"));
+            const std::string lack = lack_of_space(folder_, bytes_to_write(state));
+            if (error.kind() != ErrorKind::not_written || lack.empty()) throw;
+            if (!remove_oldest()) throw Error(ErrorKind::not_written, error.what() + lack);
         }
     }
 }
@@ -251,9 +271,7 @@ void CheckpointStore::remove_old(const Place& newest) const {
     std::vector<Place> all = places();
     std::erase_if(all, [&newest](const Place& place) { return newest < place; });
     // None that is damaged takes the place of one that is whole.
-    const auto is_whole = [&](const Place& place) {
-        return place.path == newest.path || std::find(damaged_.begin(), damaged_.end(), place.path) == damaged_.end();
-    };
+    const auto is_whole = [&](const Place& place) { return place.path == newest.path || !is_damaged(place); };
     const auto damaged = std::stable_partition(all.begin(), all.end(), is_whole);
     const auto passing = all.begin() + std::max<std::ptrdiff_t>(0, damaged - all.begin() - options_.keep);
     std::vector<Place> old(all.begin(), passing);

@@ -61,6 +61,13 @@ public:
     /// that another store's newest() passed over.
     void go_on_from(const StateDict& state, const std::vector<std::filesystem::path>& damaged = {});
 
+    /// Removes those that are newer than the one gone on from, but for damaged ones: their steps are made again.
+    /// Errors: ErrorKind::bad_data if the folder cannot be read; as FileSystem's.
+    void abandon_newer() const;
+
+    /// The steps of the newest that says it is healthy; it is not read further. None if there is none.
+    std::optional<std::int64_t> newest_healthy() const;
+
     /// Those that newest() passed over; one that is written anew is none of them any more.
     const std::vector<std::filesystem::path>& damaged() const { return damaged_; }
 
@@ -95,6 +102,7 @@ private:
 
     std::vector<Place> places() const;
     void remove_leftovers();
+    bool is_damaged(const Place& place) const;
     bool is_saved(const CheckpointManifest& what) const;
     bool is_kept(const Progress& progress) const;
     std::string write(const StateDict& state) const;
@@ -110,7 +118,7 @@ private:
     CheckpointOptions options_;
     FileSystem& files_;
     std::unique_ptr<Writing> writing_;
-    std::optional<Progress> saved_;  // of the last that was written or read
+    std::optional<Progress> saved_;   // of the last that was written or read
     std::int64_t saved_samples_ = 0;  // of the batch after it
     std::int64_t written_ = 0;
     std::vector<std::filesystem::path> damaged_;

@@ -10,6 +10,7 @@
 
 #include "microbatch/core/error.h"
 #include "microbatch/core/str_cat.h"
+#include "microbatch/core/units.h"
 
 namespace microbatch {
 namespace {
@@ -109,6 +110,14 @@ void make_folders_to_the_disk(FileSystem& files, const std::filesystem::path& fo
     }
     files.make_folder(folder);
     for (const auto& at : made) files.sync(at.parent_path());
+}
+
+std::string lack_of_space(const std::filesystem::path& folder, std::int64_t needed) {
+    std::error_code unknown;
+    const std::uintmax_t available = std::filesystem::space(folder, unknown).available;
+    if (unknown || available >= static_cast<std::uintmax_t>(needed)) return {};
+    return str_cat("; ", format_bytes(needed), " are needed, ", format_bytes(static_cast<std::int64_t>(available)),
+                   " are free");
 }
 
 void write_whole(const std::filesystem::path& file, const std::function<void(OutputFile&)>& write, FileSystem& files) {

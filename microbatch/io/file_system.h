@@ -4,13 +4,15 @@
 #include <filesystem>
 #include <functional>
 #include <memory>
+#include <string>
 #include <string_view>
 
 namespace microbatch {
 
 /// A new file that is being written.
 ///
-/// Errors: every call throws ErrorKind::not_written, naming the file and the system's reason, where it cannot be done (disk
+/// Errors: every call throws ErrorKind::not_written, naming the file and the system's reason, where it cannot be done
+/// (disk
 ///         full, short write); what the file holds then is not said.
 class OutputFile {
 public:
@@ -30,7 +32,8 @@ public:
 
 /// What is done to files where a fault must lose nothing: behind an interface, so that tests can make each call fail.
 ///
-/// Errors:  ErrorKind::not_written, naming the file and the system's reason; a call that throws has changed nothing, but for
+/// Errors:  ErrorKind::not_written, naming the file and the system's reason; a call that throws has changed nothing,
+/// but for
 ///          remove_all, which may have removed a part.
 /// Threads: calls may overlap.
 class FileSystem {
@@ -63,8 +66,12 @@ FileSystem& system_files();
 /// Errors: as FileSystem's.
 void make_folders_to_the_disk(FileSystem& files, const std::filesystem::path& folder);
 
+/// "; 1.2 MiB are needed, 400 KiB are free" where a folder's file system has less than that; empty if it has not.
+std::string lack_of_space(const std::filesystem::path& folder, std::int64_t needed);
+
 /// Writes a file, whole or not at all, and to the disk: under another name beside it first, then renamed.
-/// Errors: ErrorKind::not_written if it cannot be written, naming it and why, and what `write` throws; what was there before
+/// Errors: ErrorKind::not_written if it cannot be written, naming it and why, and what `write` throws; what was there
+/// before
 ///         stays then, unless it is only the folder that could not be brought to the disk.
 void write_whole(const std::filesystem::path& file, const std::function<void(OutputFile&)>& write,
                  FileSystem& files = system_files());

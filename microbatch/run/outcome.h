@@ -19,17 +19,19 @@ struct Outcome {
     std::optional<double> held_out = {};  ///< not measured when interrupted
     double seconds = 0.0;
     StepTimes step_seconds = {}, full_step_seconds = {};  ///< of all, and of those of the planned batch
-    Plan plan = {};                             ///< by which full batches were run in the end
+    Plan plan = {};                                       ///< by which full batches were run in the end
     std::int64_t peak_bytes = 0;
     std::int64_t predicted_peak_bytes = 0;
     std::int64_t out_of_memory = 0;
     std::int64_t refused = 0;
     std::int64_t restores = 0;
-    int refused_in_a_row = 0;                       ///< up to the last step; batches of weight 0 do not count
-    std::optional<std::int64_t> resumed_from = {};  ///< steps
-    std::int64_t checkpoints = 0;                   ///< that this process wrote
-    double checkpoint_seconds = 0.0;                ///< that training waited for them
-    bool checkpointed = false;                      ///< its last state is in a checkpoint
+    int refused_in_a_row = 0;                             ///< up to the last step; batches of weight 0 do not count
+    std::optional<std::int64_t> resumed_from = {};        ///< steps
+    std::int64_t checkpoints = 0;                         ///< that this process wrote
+    double checkpoint_seconds = 0.0;                      ///< that training waited for them
+    bool checkpointed = false;                            ///< its last state is in a checkpoint
+    std::optional<std::int64_t> healthy_checkpoint = {};  ///< steps of the newest one of a run that diverged
+    bool weights_written = false;                         ///< false: those of a run before stay
     bool interrupted = false;
     bool ended_in_nan = false;  ///< the length was reached, by steps that were refused because they are not finite
 

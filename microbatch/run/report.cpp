@@ -22,6 +22,12 @@ bool is_drawn(const LoggedRun& run, std::size_t i) {
     return i % stride == 0 || i + 1 == run.steps.size() || !run.steps[i].applied;
 }
 
+// A count without ".0".
+Json short_number(double value) {
+    const bool whole = std::abs(value) < 0x1p53 && value == std::floor(value);
+    return whole ? Json(static_cast<std::int64_t>(value)) : finite_or_null(value);
+}
+
 Json columns_of(const LoggedRun& run) {
     Json columns;
     for (const StepField& field : step_fields()) {
@@ -30,7 +36,7 @@ Json columns_of(const LoggedRun& run) {
         for (std::size_t i = 0; i < run.steps.size(); ++i) {
             if (!is_drawn(run, i)) continue;
             const std::optional<double> number = field.number(run.steps[i]);
-            column.push_back(number ? finite_or_null(*number) : Json());
+            column.push_back(number ? short_number(*number) : Json());
         }
     }
     return columns;

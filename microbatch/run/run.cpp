@@ -1,9 +1,11 @@
 #include "microbatch/run/run.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <utility>
 
+#include "microbatch/core/error.h"
 #include "microbatch/core/str_cat.h"
 #include "microbatch/io/file_system.h"
 #include "microbatch/io/safetensors.h"
@@ -44,6 +46,17 @@ TrainerOptions with_writer(TrainerOptions options, RunCheckpoints& checkpoints) 
     return options;
 }
 
+// What can be listed of it.
+std::int64_t bytes_in(const std::filesystem::path& folder) {
+    std::int64_t bytes = 0;
+    std::error_code failure;
+    std::filesystem::recursive_directory_iterator entry(folder, failure);
+    for (; !failure && entry != std::filesystem::recursive_directory_iterator(); entry.increment(failure)) {
+        if (entry->is_regular_file(failure)) bytes += static_cast<std::int64_t>(entry->file_size(failure));
+    }
+    return bytes;
+}
+
 }  // namespace
 
 Run::Run(RunFolder& folder, Accumulator& accumulator, const Dataset& dataset, LossFunction loss, RunOptions options)
@@ -74,16 +87,17 @@ Run::Run(RunFolder& folder, Accumulator& accumulator, const Dataset& dataset, Lo
     compare_with_disk();
 }
 
-// The checkpoints that stay, one more while it is written, and the weights.
+// The checkpoints that stay, one more while it is written, and the weights; each checkpoint with two snapshots.
 void Run::compare_with_disk() const {
-    std::error_code unknown;
-    const std::filesystem::space_info space = std::filesystem::space(folder_.path(), unknown);
+    const RunCheckpointOptions& checkpoints = options_.checkpoints;
+    const std::int64_t checkpoint = (options_.trainer.recovery ? 3 : 1) * options_.state_bytes;
     std::int64_t needed = options_.state_bytes;
-    if (options_.checkpoints.enabled) needed += (options_.checkpoints.store.keep + 1) * options_.state_bytes;
-    if (unknown || static_cast<std::uintmax_t>(needed) <= space.available) return;
-    note(str_cat("warning: checkpoints and weights need ", format_bytes(needed), ", and ",
-                 format_bytes(static_cast<std::int64_t>(space.available)), " are free in ", folder_.path().string(),
-                 ": when the disk is full, older checkpoints give way to new ones"));
+    if (checkpoints.enabled)
+        needed += (checkpoints.store.keep + 1) * checkpoint - bytes_in(checkpoints_of(folder_.path()));
+    const std::string lack = lack_of_space(folder_.path(), std::max<std::int64_t>(0, needed));
+    if (lack.empty()) return;
+    note(str_cat("warning: checkpoints and weights may fill the disk", lack, " in ", folder_.path().string(),
+                 checkpoints.enabled ? ": older checkpoints give way to new ones then" : ""));
 }
 
 StateDict Run::state() const {
@@ -107,7 +121,7 @@ const Outcome& Run::train() {
         // Whatever it was, the trainer is as before the step.
         if (trainer_.progress().steps > 0) {
             checkpoints_.save_now(trainer_.progress(), [this] { return state(); });
-            save_weights();
+            save_weights_after_failure();
         }
         note_checkpoints();
         throw;
@@ -127,8 +141,8 @@ bool Run::step() {
     }
     outcome_.last = report;
     applied_ = applied_ || report.step.applied;
-    const StepMeasures measures = options_.measures ? options_.measures(report, copy_bytes)
-                                                    : StepMeasures{.peak_bytes = memory_use().peak_bytes};
+    const StepMeasures measures =
+        options_.measures ? options_.measures(report, copy_bytes) : StepMeasures{.peak_bytes = memory_use().peak_bytes};
     outcome_.add(measures.peak_bytes, measures.predicted_peak_bytes, options_.planned_batch);
     const StepRecord record = record_of(report, measures);
     const std::string log_failure = log_.write(record);
@@ -160,17 +174,33 @@ void Run::end(bool left_half_way) {
     checkpoints_.release();
     note_checkpoints();
     outcome_.checkpoints = checkpoints_.written();
+    if (outcome_.diverged()) outcome_.healthy_checkpoint = checkpoints_.newest_healthy();
     // The weights that are written are those of the last step, not of the middle of a batch.
     trainer_.discard_partial();
     if (trainer_.progress().steps > 0) save_weights();
 }
 
-// Weights of a finished run are not overwritten by one that came to nothing or diverged.
-void Run::save_weights() const {
+void Run::save_weights() {
     if (had_weights_ && (!applied_ || outcome_.diverged())) return;
     NamedTensors weights = accumulator_.parameters();
     for (NamedTensor& buffer : accumulator_.model().buffers()) weights.push_back(std::move(buffer));
-    write_safetensors(folder_.path() / "model.safetensors", weights);
+    try {
+        write_safetensors(folder_.path() / "model.safetensors", weights);
+    } catch (const Error& error) {
+        std::int64_t bytes = 0;
+        for (const NamedTensor& weight : weights) bytes += static_cast<std::int64_t>(weight.tensor.nbytes());
+        throw Error(error.kind(), error.what() + lack_of_space(folder_.path(), bytes));
+    }
+    outcome_.weights_written = true;
+}
+
+// What ended the run is what is said of its end.
+void Run::save_weights_after_failure() {
+    try {
+        save_weights();
+    } catch (const Error& error) {
+        note(str_cat("warning: ", error.what()));
+    }
 }
 
 void Run::note(const std::string& text) const {

@@ -35,7 +35,7 @@ struct RunOptions {
     StateDict notes = {};     ///< kept in every checkpoint under `notes/`
     /// What is logged of a step beside the trainer's report; without it the CPU allocator's peak, if it is installed.
     std::function<StepMeasures(const TrainerReport&, std::int64_t copy_bytes)> measures = {};
-    std::int64_t state_bytes = 0;    ///< of parameters and optimizer state, to compare with the space on the disk
+    std::int64_t state_bytes = 0;    ///< of parameters and optimizer state, to compare with the free disk space
     std::int64_t planned_batch = 0;  ///< samples of a full batch, for its median time
     Plan plan = {};                  ///< by which full batches are planned to run
     RunObserver* observer = nullptr;
@@ -61,8 +61,8 @@ public:
     Run& operator=(const Run&) = delete;
 
     /// Trains until the run is done, the trainer's `stop` says so, it has diverged, or it is out of memory whatever the
-    /// micro-batch. What came of it is in outcome() in any case, and the last state in a checkpoint, unless it diverged.
-    /// Weights are written at the end, and when an exception ends it.
+    /// micro-batch. What came of it is in outcome() in any case, and the last state in a checkpoint, unless it
+    /// diverged. Weights are written at the end, and when an exception ends it.
     const Outcome& train();
 
     Outcome& outcome() { return outcome_; }
@@ -71,8 +71,9 @@ public:
     /// Lines that the log lacks of the steps before a resumed run.
     std::int64_t missing_lines() const { return missing_lines_; }
 
-    /// Writes model.safetensors. Not where this run has made no step that was applied. Errors: as write_safetensors().
-    void save_weights() const;
+    /// Writes model.safetensors. Not over those of a run before where this one has made no step that was applied, or
+    /// diverged. Errors: as write_safetensors().
+    void save_weights();
 
     /// Removes what a run that made no step has written.
     void remove_unused() const { folder_.remove_unused(events_.path()); }
@@ -86,6 +87,7 @@ private:
     void save_where_due();
     void end(bool left_half_way);
     void compare_with_disk() const;
+    void save_weights_after_failure();
     void note(const std::string& text) const;
     void note_once(bool& failing, const std::string& failure, const char* consequence);
     void note_checkpoints();
@@ -100,7 +102,7 @@ private:
     Outcome outcome_ = {};
     std::int64_t missing_lines_ = 0;
     bool had_weights_ = false;  // of a run before
-    bool applied_ = false;  // a step, by this process
+    bool applied_ = false;      // a step, by this process
     bool log_fails_ = false, events_fail_ = false;
     std::string checkpoint_warning_;  // the last one
 };

@@ -8,8 +8,7 @@
 
 namespace microbatch {
 
-RunCheckpoints::RunCheckpoints(const std::filesystem::path& run, RunCheckpointOptions options)
-    : every_(options.every) {
+RunCheckpoints::RunCheckpoints(const std::filesystem::path& run, RunCheckpointOptions options) : every_(options.every) {
     if (!options.enabled) return;
     // The log is on the disk before a checkpoint that it leads to.
     options.store.sync_first = {run / "metrics.jsonl", run};
@@ -17,7 +16,10 @@ RunCheckpoints::RunCheckpoints(const std::filesystem::path& run, RunCheckpointOp
 }
 
 void RunCheckpoints::go_on_from(const StateDict& state, const std::vector<std::filesystem::path>& damaged) {
-    if (store_) store_->go_on_from(state, damaged);
+    if (store_) {
+        store_->go_on_from(state, damaged);
+        store_->abandon_newer();
+    }
     if (every_.count > 0) times_ = manifest_of(state).progress.in(every_.unit) / every_.count;
 }
 
@@ -27,8 +29,8 @@ std::optional<StateDict> RunCheckpoints::state_of(const Progress& progress, cons
         return state();
     } catch (const std::exception&) {
         const std::string why = message_of(std::current_exception());
-        warnings_.push_back(str_cat("the checkpoint of step ", progress.steps, " is not written: ",
-                                    why.substr(0, why.find('\n'))));
+        warnings_.push_back(
+            str_cat("the checkpoint of step ", progress.steps, " is not written: ", why.substr(0, why.find('\n'))));
         return std::nullopt;
     }
 }

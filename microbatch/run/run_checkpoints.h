@@ -24,7 +24,7 @@ class RunCheckpoints {
 public:
     RunCheckpoints(const std::filesystem::path& run, RunCheckpointOptions options);
 
-    /// Goes on from a state that was read: see CheckpointStore::go_on_from().
+    /// Goes on from a state that was read: see CheckpointStore::go_on_from(). Newer checkpoints are removed.
     void go_on_from(const StateDict& state, const std::vector<std::filesystem::path>& damaged);
 
     /// After a step: begins to write where it is time. True if it did. `state` is called only then.
@@ -39,6 +39,8 @@ public:
     /// See CheckpointStore.
     std::int64_t memory_bytes() const { return store_ ? store_->memory_bytes() : 0; }
     bool release() { return store_ && store_->release(); }
+
+    std::optional<std::int64_t> newest_healthy() const { return store_ ? store_->newest_healthy() : std::nullopt; }
 
     /// How many are written so far, of those that are finished.
     std::int64_t written() const { return store_ ? store_->written() : 0; }

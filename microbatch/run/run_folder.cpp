@@ -37,9 +37,9 @@ void RunFolder::refuse_files_without_checkpoint() const {
     for (const char* name : {"model.safetensors", "report.html", "summary.json"}) {
         const bool own_page = is_there(path_ / "metrics.jsonl") && std::string_view(name) != "model.safetensors";
         if (!is_there(path_ / name) || own_page) continue;
-        throw Error(ErrorKind::usage, str_cat(path_.string(),
-                                              ": there is no checkpoint to resume from, and a new run would overwrite ",
-                                              name, "; name a new folder for this run, or move that file away"));
+        throw Error(ErrorKind::usage,
+                    str_cat(path_.string(), ": there is no checkpoint to resume from, and a new run would overwrite ",
+                            name, "; name a new folder for this run, or move that file away"));
     }
 }
 
@@ -70,7 +70,10 @@ bool RunFolder::find_state(bool healthy) {
 }
 
 bool RunFolder::use_healthy() {
-    return find_state(/*healthy=*/true);
+    const std::int64_t newest = manifest_of(*state_).progress.steps;
+    if (!find_state(/*healthy=*/true)) return false;
+    passed_over_ = newest;
+    return true;
 }
 
 void RunFolder::remove_snapshots() const {

@@ -39,8 +39,11 @@ public:
     /// Takes the newest checkpoint that was healthy in the place of a newer one. False if there is none.
     bool use_healthy();
 
-    const std::vector<std::string>& warnings() const { return warnings_; }                ///< of checkpoints skipped
-    const std::vector<std::filesystem::path>& damaged() const { return damaged_; }        ///< those
+    /// The steps of that newer one; none if there is no such.
+    std::optional<std::int64_t> passed_over() const { return passed_over_; }
+
+    const std::vector<std::string>& warnings() const { return warnings_; }          ///< of checkpoints skipped
+    const std::vector<std::filesystem::path>& damaged() const { return damaged_; }  ///< those
 
     /// Removes snapshots that only a process that was killed could read.
     void remove_snapshots() const;
@@ -57,6 +60,7 @@ private:
     bool resume_;
     std::optional<RunLock> lock_;
     std::optional<StateDict> state_;
+    std::optional<std::int64_t> passed_over_;
     std::vector<std::string> warnings_;
     std::vector<std::filesystem::path> damaged_;
 };

@@ -78,7 +78,7 @@ TrainerReport Trainer::step() {
     Sampler sampler = at_.sampler;
     const DatasetBatch batch(dataset_, sampler.next(report.samples));
     drop_partial_of_another(batch);
-    set_learning_rate({1, report.samples, report.progress.tokens - at_.progress.tokens});
+    accumulator_.optimizer().set_learning_rate(next_learning_rate());
     report.step = accumulator_.step(batch, loss_, step_options(report));
     report.paused = report.step.partial.has_value();
     if (report.paused) {
@@ -100,11 +100,16 @@ TrainerReport Trainer::step() {
     return report;
 }
 
+Progress Trainer::next_batch() const {
+    const std::int64_t samples = next_cut(samples_left(), full_batch());
+    const Interval tokens = convert({samples, Unit::samples}, Unit::tokens, samples, dataset_.tokens_per_sample());
+    return {1, samples, tokens.count};
+}
+
 void Trainer::begin_step(TrainerReport& report) {
-    report.samples = next_cut(samples_left(), full_batch());
-    const Interval tokens =
-        convert({report.samples, Unit::samples}, Unit::tokens, report.samples, dataset_.tokens_per_sample());
-    report.progress = at_.progress + Progress{1, report.samples, tokens.count};
+    const Progress batch = next_batch();
+    report.samples = batch.samples;
+    report.progress = at_.progress + batch;
     report.warning = std::exchange(partial_warning_, {});
     // The snapshot before a batch that was left half-way was taken before it.
     if (!recovery_) return;
@@ -112,20 +117,16 @@ void Trainer::begin_step(TrainerReport& report) {
     report.snapshot_bytes = recovery_->memory_bytes();
 }
 
-void Trainer::set_learning_rate(const Progress& batch) {
-    Optimizer& optimizer = accumulator_.optimizer();
+double Trainer::next_learning_rate() const {
     const double factor = recovery_ ? recovery_->rate_factor(at_.progress.steps) : 1.0;
-    if (options_.schedule) {
-        double rate = learning_rate(*options_.schedule, at_.progress, batch) * factor;
-        if (options_.batches) {
-            rate *= scale_to_batch({.learning_rate = 1.0}, options_.rate_rule, options_.batches->front().batch,
-                                   full_batch())
-                        .learning_rate;
-        }
-        optimizer.set_learning_rate(rate);
-    } else if (recovery_ && recovery_->times() > 0) {
-        optimizer.set_learning_rate(at_.own_rate * factor);
+    if (!options_.schedule) {
+        const bool rolled_back = recovery_ && recovery_->times() > 0;
+        return rolled_back ? at_.own_rate * factor : accumulator_.optimizer().learning_rate();
     }
+    const double rate = learning_rate(*options_.schedule, at_.progress, next_batch()) * factor;
+    if (!options_.batches) return rate;
+    const std::int64_t first = options_.batches->front().batch;
+    return rate * scale_to_batch({.learning_rate = 1.0}, options_.rate_rule, first, full_batch()).learning_rate;
 }
 
 StepOptions Trainer::step_options(const TrainerReport& report) {

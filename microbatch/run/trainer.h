@@ -73,8 +73,8 @@ StepRecord record_of(const TrainerReport& report, const StepMeasures& measures);
 ///
 /// State:     `model/ optimizer/ gate/ noise/ data/ rng/ caps/ batch/ recovery/ run/`: all that the run goes on from,
 ///            between two steps or after one that was paused. A trainer of the same model, optimizer, data and options
-///            resumes bit-for-bit with the same plan and threads; plan and length may be others. It is loaded one tensor
-///            at a time.
+///            resumes bit-for-bit with the same plan and threads; plan and length may be others. It is loaded one
+///            tensor at a time.
 /// Ownership: borrows accumulator and dataset, which must outlive this.
 /// Threads:   no two calls at the same time.
 class Trainer final : public Stateful {
@@ -103,13 +103,16 @@ public:
     bool done() const { return at_.progress.in(options_.length.unit) >= options_.length.count; }
     const Progress& progress() const { return at_.progress; }
 
+    /// The learning rate that the next step() takes. Requires: not done().
+    double next_learning_rate() const;
+
 private:
     void validate_options() const;
     void begin_step(TrainerReport& report);
     StepOptions step_options(const TrainerReport& report);
     std::int64_t full_batch() const;
     std::int64_t samples_left() const;
-    void set_learning_rate(const Progress& batch);
+    Progress next_batch() const;
     void add_noise(TrainerReport& report);
     void roll_back(TrainerReport& report);
     void drop_partial_of_another(const BatchSource& batch);

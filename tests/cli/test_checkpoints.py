@@ -16,7 +16,7 @@ from conftest import COMMAND, FILES, IMAGES, TEXT, Result, weights_file, words_o
 from test_interrupt import interrupted_in_a_batch, lines_of, wait_for
 from resuming import assert_same, at_once, checkpoints_of, contents, without_times
 
-PARTS = {"weights.safetensors", "optimizer.safetensors", "generators.safetensors", "state.json", "manifest.json"}
+PARTS = {"model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "manifest.json"}
 LONG = {"steps": "30M", "micro_batch": 8, "checkpoint_every": "10 steps"}
 
 
@@ -104,7 +104,7 @@ def kept(shared_run):
 def test_a_checkpoint_has_its_files_and_a_manifest_of_them(kept):
     (checkpoint,) = checkpoints_of(kept.folder)
     names = {file.name for file in checkpoint.iterdir()}
-    assert PARTS < names and all(re.fullmatch(r"snapshot-\d+\.safetensors", name) for name in names - PARTS)
+    assert names == PARTS | {"recovery.safetensors"}
     manifest = (checkpoint / "manifest.json").read_text()
     assert isinstance(json.loads(manifest), dict)
     for name in names - {"manifest.json"}:
@@ -113,32 +113,36 @@ def test_a_checkpoint_has_its_files_and_a_manifest_of_them(kept):
 
 def test_the_weights_are_those_that_the_run_ends_with(kept):
     (checkpoint,) = checkpoints_of(kept.folder)
-    final, stored = (tensors_of(file) for file in (kept.folder / "model.safetensors", checkpoint / "weights.safetensors"))
+    final, stored = (tensors_of(file) for file in (kept.folder / "model.safetensors", checkpoint / "model.safetensors"))
     assert final == {name: stored[name] for name in final} and set(stored) == set(final)
 
 
 def test_tensors_have_readable_names(kept):
     (checkpoint,) = checkpoints_of(kept.folder)
-    weights = tensors_of(checkpoint / "weights.safetensors")
+    weights = tensors_of(checkpoint / "model.safetensors")
     optimizer = tensors_of(checkpoint / "optimizer.safetensors")
     for name, (dtype, shape, _) in weights.items():
         moments = [tensor for key, tensor in optimizer.items() if name in key and tensor[:2] == (dtype, shape)]
         assert len(moments) >= 2, name
-    assert tensors_of(checkpoint / "generators.safetensors")
+    assert tensors_of(checkpoint / "rng.safetensors")
 
 
 def test_the_snapshots_of_the_guard_are_in_it(kept):
     (checkpoint,) = checkpoints_of(kept.folder)
-    weights = tensors_of(checkpoint / "weights.safetensors")
-    snapshots = {file.name: tensors_of(file) for file in checkpoint.glob("snapshot-*.safetensors")}
-    assert set(snapshots) == {"snapshot-0.safetensors", "snapshot-32.safetensors"}
-    for tensors in snapshots.values():
-        assert sum(len(raw) for _, _, raw in tensors.values()) >= sum(len(raw) for _, _, raw in weights.values())
+    weights = tensors_of(checkpoint / "model.safetensors")
+    state = json.loads((checkpoint / "state.json").read_text())
+    assert [state[f"recovery/{point}/steps"] for point in range(state["recovery/points"])] == [0, 32]
+    for point in range(2):
+        snapshot = {name.removeprefix(f"{point}/model/"): tensor
+                    for name, tensor in tensors_of(checkpoint / "recovery.safetensors").items()
+                    if name.startswith(f"{point}/model/")}
+        assert snapshot.keys() == weights.keys()
+        assert all(snapshot[name][:2] == weights[name][:2] for name in weights)
 
 
 def test_buffers_of_batch_norm_are_in_it(run):
     result = run.images("train", norm="batch", micro_batch=4).ok()
-    names = tensors_of(checkpoints_of(result.folder)[-1] / "weights.safetensors")
+    names = tensors_of(checkpoints_of(result.folder)[-1] / "model.safetensors")
     assert any("running_mean" in name for name in names)
 
 
@@ -168,8 +172,9 @@ def test_a_run_that_ended_inside_a_batch_has_the_weights_and_buffers_of_its_last
     (checkpoint,) = checkpoints_of(run.folder / "run")
     assert re.fullmatch(r"step-00000001-\d+", checkpoint.name)
     final, stored, opened = (tensors_of(file) for file in (
-        run.folder / "run" / "model.safetensors", checkpoint / "weights.safetensors", checkpoint / "open_batch.safetensors"))
-    before = {name.removeprefix("buffer."): tensor for name, tensor in opened.items() if name.startswith("buffer.")}
+        run.folder / "run" / "model.safetensors", checkpoint / "model.safetensors", checkpoint / "batch.safetensors"))
+    before = {name.removeprefix("before/model/"): tensor for name, tensor in opened.items()
+              if name.startswith("before/model/")}
     assert any("running_mean" in name and stored[name] != tensor for name, tensor in before.items())
     assert final == {name: tensor for name, tensor in (stored | before).items() if name in final}
     assert set(final) == set(stored)

@@ -168,7 +168,8 @@ def test_a_step_of_an_interval_is_one_of_the_largest_batch(run):
     ({"batches": "4,,8", "batch": None}, ["--batches"]), ({"batches": "0", "batch": None}, ["--batches", "from 1"]),
     ({"batches": "8,4,8", "batch": None}, ["--batches", "twice"]), ({"batches": "3G", "batch": None}, ["--batches", "2^31"]),
     ({"batches": "8, 16"}, ["--batch 8 contradicts --batches", "8, 16"]),
-    ({"batches": "8, 1000", "batch": None}, ["batch of 1000", "64 samples"]), ({"batch": 65}, ["batch of 65", "64 samples"]), ({"seeds": 2000}, ["--seeds"]), ({"seed": 2**63 - 1}, ["--seeds"]),
+    ({"batches": "8, 1000", "batch": None}, ["batch of 1000", "64 samples"]), ({"batch": 65}, ["batch of 65", "64 samples"]),
+    ({"seeds": 2000}, ["--seeds"]), ({"seed": 2**64 - 1}, ["--seeds"]),
     ({"run": "/proc/none"}, ["--run"]), ({"seeds": 0}, ["--seeds"]),
     ({"batches": "8", "batch": None, "reference_batch": 0}, ["--reference-batch"]), ({"seeds": "many"}, ["many"]),
 ])

@@ -59,7 +59,7 @@ def test_a_flag_with_an_empty_value_is_refused(run, flag):
 
 
 @pytest.mark.parametrize("words, said", [
-    (["--josn"], "unknown global option --josn"), (["trian"], "unknown command 'trian'"),
+    (["--josn"], "unknown global option --josn"), (["trian"], "unknown command 'trian'; did you mean 'train'?"),
     (["train", "--bach", "8"], "train has no option --bach; did you mean '--batch'?"),
     (["doctor", "--seed", "1"], "doctor has no option --seed; it is an option of train, compare, advise or plan"),
 ])
@@ -253,7 +253,7 @@ def test_a_folder_with_any_file_of_a_run_is_not_written_over(run, name):
 def test_a_first_launch_with_resume_overwrites_no_file_of_another(run, name):
     (run.folder / "run").mkdir()
     (run.folder / "run" / name).write_text("mine")
-    run.text("train", resume=True).refused(2, "--resume", name)
+    run.text("train", resume=True).refused(2, "run: there is no checkpoint to resume from", name)
     assert [(file.name, file.read_text()) for file in (run.folder / "run").iterdir()] == [(name, "mine")]
 
 
@@ -266,7 +266,7 @@ def test_a_page_of_a_run_that_was_killed_before_its_first_checkpoint_is_its_own(
 def test_a_folder_that_cannot_be_made_is_named(run):
     (run.folder / "file").write_text("in the way")
     for name in ("file", "file/below", "/proc/nothing"):
-        run.text("train", run=name).refused(2, name)
+        run.text("train", run=name).refused(6, name)
 
 
 def test_an_empty_folder_is_welcome(run):

@@ -3,6 +3,7 @@
 import fcntl
 import math
 import os
+import pathlib
 import pty
 import re
 import select
@@ -51,7 +52,7 @@ def test_help_explains_every_flag(run, command):
 def test_help_names_commands_exit_codes_and_an_example(run):
     text = run("--help").ok().stdout
     assert [name for name in FLAGS if not re.search(rf"^  {name} +[A-Z]", text, re.MULTILINE)] == []
-    codes = dict(re.findall(r"^  (\d+) (\w+ \w*)", text, re.MULTILINE))
+    codes = dict(re.findall(r"^  (\d+) (\w+ ?\w*)", text, re.MULTILINE))
     assert list(codes) == ["0", "2", "3", "4", "5", "6", "130"]
     assert (codes["3"], codes["4"], codes["5"], codes["6"]) == ("does not", "stopped by", "bad data", "a file")
     assert "microbatch train --data" in text
@@ -198,6 +199,26 @@ def test_a_run_without_a_reader_can_be_interrupted_and_saves_a_checkpoint(run, s
     process.send_signal(sent)
     assert process.wait(60) == 130
     assert len(list((run.folder / "run" / "checkpoints").iterdir())) == 1
+
+
+def test_an_interrupt_that_ends_tee_first_leaves_a_checkpoint(run):
+    """microbatch train ... | tee log, and Ctrl-C, which goes to both."""
+    words = command("train", run, steps="30M", micro_batch=8, checkpoint_every="0 steps")
+    shell = subprocess.Popen(["bash", "-c", 'trap : INT; "$@" | tee log; echo ${PIPESTATUS[0]} > code', "bash", *words],
+                             cwd=run.folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                             start_new_session=True)
+    wait_for(lambda: lines_of(run) >= 3, shell)
+    children = pathlib.Path(f"/proc/{shell.pid}/task/{shell.pid}/children").read_text().split()
+    (tee,) = (int(child) for child in children if pathlib.Path(f"/proc/{child}/comm").read_text() == "tee\n")
+    os.kill(tee, signal.SIGINT)
+    wait_for(lambda: not pathlib.Path(f"/proc/{tee}").exists(), shell)
+    steps = lines_of(run)
+    wait_for(lambda: lines_of(run) > steps + 20, shell)
+    os.killpg(shell.pid, signal.SIGINT)
+    _, err = shell.communicate(timeout=60)
+    assert (run.folder / "code").read_text() == "130\n", err
+    (checkpoint,) = (run.folder / "run" / "checkpoints").iterdir()
+    assert checkpoint.name.split("-")[1] == f"{lines_of(run):08}"
 
 
 def test_a_comparison_whose_reader_goes_away_ends_as_ever(run):

@@ -318,7 +318,7 @@ def test_every_process_has_a_file_of_events_and_every_step_is_drawn_once(killed,
 # Guard
 
 def test_a_run_that_went_back_goes_back_to_the_same_where_it_is_resumed(run, resume):
-    flags = CLIMB | {"lr": 20, "warmup": "1000 steps", "steps": 240, "restores": 20, "checkpoint_every": "30 steps", "keep": 9}
+    flags = CLIMB | {"lr": 4.8, "warmup": "240 steps", "steps": 240, "restores": 20, "checkpoint_every": "30 steps", "keep": 9}
     reference = run.text("train", run="reference", **flags).ok()
     assert sum(line["went_back_to"] is not None for line in reference.metrics) >= 2
     places = [(line["step"], line["went_back_to"]) for line in reference.metrics if line["went_back_to"] is not None]

@@ -69,6 +69,19 @@ def test_another_length_or_rate_is_noted(killed, resume, whole, words, said):
         assert result.column("learning_rate")[8:12] != whole.column("learning_rate")[8:] or "decay" in words[0]
 
 
+@pytest.mark.parametrize("words", [["--steps", "24"], ["--lr", "0.002"], ["--schedule", "constant"],
+                                   ["--warmup", "10 steps"]], ids=lambda words: words[0][2:])
+def test_from_which_rate_to_which_it_goes_is_said(killed, resume, words):
+    result = resume(*words).ok()
+    before, after = result.column("learning_rate")[7:9]
+    assert told_of(result)[1][-1] == f"the learning rate goes from {before:.4g} to {after:.4g}"
+
+
+def test_a_rate_that_stays_is_not_said(run, resume):
+    run.text("train", steps=4, micro_batch=4, schedule="constant").ok()
+    assert told_of(resume("--steps", "6").ok()) == ("from step 4", ["steps was 4, is 6"])
+
+
 @pytest.mark.parametrize("was, now, gone", [
     ({"schedule": "cosine"}, "constant", "final-lr"), ({"schedule": "wsd", "decay": "3 steps"}, "linear", "decay"),
     ({"schedule": "polynomial", "power": 3}, "cosine", "power"),
@@ -174,7 +187,7 @@ def test_resume_changed_takes_it_all_the_same_and_says_what(killed, run, resume,
 
 def test_weights_of_another_size_cannot_be_taken(killed, resume):
     before = contents(killed)
-    resume("--width", "16", "--resume-changed").refused(5, "token_embedding.weight", "[256, 32]", "[256, 16]")
+    resume("--width", "16", "--resume-changed").refused(5, "the checkpoint of step 8: parameter blocks.0.", "[32]", "[16]")
     assert contents(killed) == before
 
 
@@ -198,4 +211,5 @@ def test_another_optimizer_takes_the_weights_and_begins_with_a_state_of_its_own(
     assert any("optimizer" in note and re.search("anew|afresh|beg[iu]n|start", note) for note in notes), notes
     # The loss of step 41 is that of the weights of step 40.
     assert result.column("loss")[:41] == same.column("loss")[:41] and result.column("loss")[41:] != same.column("loss")[41:]
-    assert told_of(resume("--steps", "46").ok()) == ("from step 44", ["steps was 44, is 46"])
+    first, notes = told_of(resume("--steps", "46").ok())
+    assert first == "from step 44" and notes[:-1] == ["steps was 44, is 46"] and "learning rate" in notes[-1]

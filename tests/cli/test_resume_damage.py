@@ -24,11 +24,10 @@ def damage(file, how):
 
 @pytest.mark.parametrize("how", DAMAGES)
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json",
-                                  "manifest.json", "snapshot"])
+                                  "manifest.json", "recovery.safetensors"])
 def test_a_damaged_checkpoint_is_named_and_passed_over(killed, resume, whole, name, how):
     older, newest = checkpoints_of(killed)
-    file = next(newest.glob("snapshot-*.safetensors")) if name == "snapshot" else newest / name
-    damage(file, how)
+    damage(newest / name, how)
     result = resume("--json").ok()
     assert result.document["resumed_from"] == 4
     assert re.search(rf"warning.*{newest.name}", result.stderr), result.stderr
@@ -48,11 +47,11 @@ def crc32c(raw):
 def test_a_checkpoint_of_another_version_is_not_passed_over_for_an_older_one(killed, resume):
     manifest = checkpoints_of(killed)[-1] / "manifest.json"
     content, checksum = re.fullmatch(r'(.*),\n  "crc32c": "(.{8})"\n}\n', manifest.read_text(), re.DOTALL).groups()
-    assert checksum == f"{crc32c(content.encode()):08x}" and content.count('"version": 1') == 1
-    content = content.replace('"version": 1', '"version": 2')
+    assert checksum == f"{crc32c(content.encode()):08x}" and content.count('"version": 2') == 1
+    content = content.replace('"version": 2', '"version": 3')
     manifest.write_text(f'{content},\n  "crc32c": "{crc32c(content.encode()):08x}"\n}}\n')
     before = contents(killed)
-    resume().refused(5, "step-00000008", "go on with the microbatch that wrote it")
+    resume().refused(5, "step-00000008", "resume the run with the version that wrote it")
     assert contents(killed) == before
 
 
