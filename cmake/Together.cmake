@@ -80,8 +80,10 @@ function(compile_together out folder)
             string(APPEND text "#include \"${path}\"\n")
         endforeach()
         file(CONFIGURE OUTPUT ${unit} CONTENT "${text}")
-        # It takes whatever is included for a header, where a public class must not hold what only one source knows.
-        set_source_files_properties(${unit} PROPERTIES COMPILE_OPTIONS -Wno-subobject-linkage)
+        # A local name may hide one at file scope of another source. And what is included is taken for a header, where a
+        # public class must not hold what only one source knows.
+        set_source_files_properties(${unit} PROPERTIES COMPILE_OPTIONS
+                                    "-Wno-shadow;-Wshadow=local;-Wno-subobject-linkage")
         set(${out}_of_${i} "${of_${i}}" PARENT_SCOPE)
         math(EXPR i "${i} + 1")
     endforeach()
