@@ -1,34 +1,49 @@
 # Torch's headers take longer to compile than the sources that include them, so many sources are compiled as one unit.
-# CMake's own UNITY_BUILD would do, but that it writes absolute paths, with which another clone misses the compiler
-# cache, and that names which clash end the build.
+# CMake's own UNITY_BUILD would do, but it writes absolute paths, with which another clone misses the compiler cache,
+# and leaves clashes of names to the reader.
 
-# The names at file scope that two sources of one unit may not share: those in anonymous namespaces, and test suites.
-function(file_scope_names source out)
+# The names at file scope: OWN are those that no source of the same unit may have (of anonymous namespaces, aliases and
+# test suites), OTHERS those that it may have too, as overloads.
+function(file_scope_names source own others)
     file(STRINGS ${source} lines REGEX "^[^ #/*]")
     string(REGEX REPLACE "[][]" "" lines "${lines}")  # a bracket would join elements of the list
-    set(names "")
     set(anonymous FALSE)
+    set(names_TRUE "")
+    set(names_FALSE "")
     foreach(line IN LISTS lines)
         if(line MATCHES "^namespace {")
             set(anonymous TRUE)
         elseif(line MATCHES "^}  // namespace$")
             set(anonymous FALSE)
-        elseif(line MATCHES "^TEST(_F|_P)?\\(([A-Za-z_0-9]+)")
-            list(APPEND names ${CMAKE_MATCH_2})
-        elseif(anonymous AND line MATCHES "^(struct|class|enum class|enum) ([A-Za-z_0-9]+)")
-            list(APPEND names ${CMAKE_MATCH_2})
-        elseif(anonymous AND NOT line MATCHES "^([A-Z_]+|static_assert)\\(|^namespace |^using [^=]*$"
-               AND line MATCHES "([A-Za-z_0-9]+)( =|[({;])")
-            list(APPEND names ${CMAKE_MATCH_1})
+        elseif(line MATCHES "^TEST(_F|_P)?\\(([A-Za-z_0-9]+)" OR line MATCHES "^using( )([A-Za-z_0-9]+) =")
+            list(APPEND names_TRUE ${CMAKE_MATCH_2})
+        elseif(line MATCHES "^(struct|class|enum class|enum) ([A-Za-z_0-9]+)")
+            list(APPEND names_${anonymous} ${CMAKE_MATCH_2})
+        elseif(NOT line MATCHES "^([A-Z_]+|static_assert)\\(|^(namespace|using) "
+               AND line MATCHES "^[^({;=]*[^({;=:A-Za-z_0-9]([A-Za-z_0-9]+)( =|[({;])")
+            list(APPEND names_${anonymous} ${CMAKE_MATCH_1})
         endif()
     endforeach()
-    list(REMOVE_DUPLICATES names)
-    set(${out} "${names}" PARENT_SCOPE)
+    set(${own} ${names_TRUE} PARENT_SCOPE)
+    set(${others} ${names_FALSE} PARENT_SCOPE)
+endfunction()
+
+function(have_a_name_in_common one other out)
+    set(alone ${${one}})
+    list(REMOVE_DUPLICATES alone)
+    list(LENGTH alone all)
+    list(REMOVE_ITEM alone ${${other}} "")
+    list(LENGTH alone left)
+    if(all EQUAL left)
+        set(${out} FALSE PARENT_SCOPE)
+    else()
+        set(${out} TRUE PARENT_SCOPE)
+    endif()
 endfunction()
 
 # Sets OUT to units that hold all the sources, and OUT_of_I to the sources of the I-th. Every source is put into the
-# first unit that has none of its names. One with compile options of its own, or that sets up its process before the
-# tests, stays alone.
+# first unit where no name clashes. One with compile options of its own, or that sets up its process before the tests,
+# stays alone.
 function(compile_together out folder)
     set(units "")
     set(alone "")
@@ -39,19 +54,19 @@ function(compile_together out folder)
             list(APPEND alone ${source})
             continue()
         endif()
-        file_scope_names(${source} names)
+        file_scope_names(${source} own others)
+        set(both ${own} ${others})
         list(LENGTH units count)
         foreach(i RANGE ${count})
             set(place ${i})
-            set(both ${names_${i}} ${names})
-            list(LENGTH both all)
-            list(REMOVE_DUPLICATES both)
-            list(LENGTH both different)
-            if(all EQUAL different)
+            have_a_name_in_common(own_${i} both clash)
+            have_a_name_in_common(others_${i} own clash_too)
+            if(NOT clash AND NOT clash_too)
                 break()
             endif()
         endforeach()
-        list(APPEND names_${place} ${names})
+        list(APPEND own_${place} ${own})
+        list(APPEND others_${place} ${others})
         list(APPEND of_${place} ${source})
         if(place EQUAL count)
             list(APPEND units ${CMAKE_CURRENT_BINARY_DIR}/${folder}/unit_${place}.cpp)
@@ -65,8 +80,10 @@ function(compile_together out folder)
             string(APPEND text "#include \"${path}\"\n")
         endforeach()
         file(CONFIGURE OUTPUT ${unit} CONTENT "${text}")
-        # It takes whatever is included for a header, where a public class must not hold what only one source knows.
-        set_source_files_properties(${unit} PROPERTIES COMPILE_OPTIONS -Wno-subobject-linkage)
+        # A local name may hide one at file scope of another source. And what is included is taken for a header, where a
+        # public class must not hold what only one source knows.
+        set_source_files_properties(${unit} PROPERTIES COMPILE_OPTIONS
+                                    "-Wno-shadow;-Wshadow=local;-Wno-subobject-linkage")
         set(${out}_of_${i} "${of_${i}}" PARENT_SCOPE)
         math(EXPR i "${i} + 1")
     endforeach()
