@@ -135,8 +135,7 @@ double Recovery::rate_factor(std::int64_t steps) const {
     if (since < options_.warmup) return reduced * static_cast<double>(since) / static_cast<double>(options_.warmup);
     const std::int64_t recovering = since - options_.warmup;
     if (recovering >= options_.rate_recovery) return before;
-    return std::lerp(reduced, before,
-                     static_cast<double>(recovering) / static_cast<double>(options_.rate_recovery));
+    return std::lerp(reduced, before, static_cast<double>(recovering) / static_cast<double>(options_.rate_recovery));
 }
 
 std::filesystem::path Recovery::new_file() {

@@ -12,7 +12,8 @@
 namespace microbatch {
 namespace {
 
-void save_partial(const PartialBatch& partial, const Parameters& parameters, double seconds, const StateWriter& writer) {
+void save_partial(const PartialBatch& partial, const Parameters& parameters, double seconds,
+                  const StateWriter& writer) {
     const Gathered& so_far = partial.so_far;
     writer.put("samples", partial.samples);
     writer.put("fingerprint", std::int64_t{partial.fingerprint});
@@ -126,8 +127,8 @@ Commit Trainer::prepare(const StateReader& reader) {
     next.partial_seconds = 0.0;
     next.progress = {data.count("steps"), data.count("samples"), data.count("tokens")};
     if (data.count("size") != dataset_.size()) {
-        throw Error(ErrorKind::bad_data, str_cat("it is of a run over ", data.count("size"),
-                                                 " samples, the data has ", dataset_.size()));
+        throw Error(ErrorKind::bad_data,
+                    str_cat("it is of a run over ", data.count("size"), " samples, the data has ", dataset_.size()));
     }
     as_bad_data([&] {
         next.sampler.restore({data.seed("seed"), data.count("epoch"), data.count("position")});

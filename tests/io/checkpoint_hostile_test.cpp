@@ -188,8 +188,8 @@ TEST(CheckpointHostile, AStateThatAsksForMuchIsRefusedInLittleMemory) {
         checkpoint.replace("state.json", state.dump());
         EXPECT_LE(memory_of([&] { EXPECT_TRUE(checkpoint.is_refused()); }), 100'000'000);
     };
-    for (const char* count : {"caps/caps", "caps/0/fields", "optimizer/tensors", "recovery/points",
-                              "recovery/0/optimizer/tensors"}) {
+    for (const char* count :
+         {"caps/caps", "caps/0/fields", "optimizer/tensors", "recovery/points", "recovery/0/optimizer/tensors"}) {
         for (const std::int64_t much : {std::int64_t{10'000}, std::int64_t{1'000'000}, INT64_MAX}) refused(count, much);
     }
     for (const char* list : {"gate/losses", "gate/gradient_norms", "recovery/1/gate/losses"}) {

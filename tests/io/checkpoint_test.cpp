@@ -216,8 +216,8 @@ TEST(Checkpoint, ARunIsHealthyUnlessItRefusesStepsOrRecovers) {
         healthy.push_back(manifest_of(state_of(run.trainer())).healthy);
         run.step();
     }
-    EXPECT_EQ(healthy, (std::vector<bool>{true, true, true, true, true, true, true, false, false, false, false, false,
-                                          true}));
+    EXPECT_EQ(healthy,
+              (std::vector<bool>{true, true, true, true, true, true, true, false, false, false, false, false, true}));
 }
 
 TEST(Checkpoint, WhatCannotBeWrittenIsAnError) {

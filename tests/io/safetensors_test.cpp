@@ -45,11 +45,11 @@ TEST(Safetensors, HoldsEveryTensorBitForBit) {
     const TempFolder folder;
     const auto path = folder.path() / "model.safetensors";
     const NamedTensors tensors{{"weight", at::randn({3, 5})},
-                             {"transposed", at::randn({4, 6}).t()},
-                             {"scalar", at::arange(1, at::kLong).squeeze()},
-                             {"empty", at::zeros({0, 2})},
-                             {"double", at::randn({2}, at::kDouble)},
-                             {"half", at::randn({3}).to(at::kBFloat16)}};
+                               {"transposed", at::randn({4, 6}).t()},
+                               {"scalar", at::arange(1, at::kLong).squeeze()},
+                               {"empty", at::zeros({0, 2})},
+                               {"double", at::randn({2}, at::kDouble)},
+                               {"half", at::randn({3}).to(at::kBFloat16)}};
     write_safetensors(path, tensors);
     const File file = parse(test::read_file(path));
     std::size_t end = 0;

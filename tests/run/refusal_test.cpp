@@ -270,8 +270,7 @@ TEST(Refusal, SaysWhy) {
     EXPECT_EQ(reason({.loss_sum = 1e300, .weight = 1e-3, .gradient_norm = 0, .micro_batches = 1}), "");
     EXPECT_EQ(reason({.loss_sum = 0, .weight = 0, .gradient_norm = 0, .micro_batches = 1}), "zero weight");
     for (double bad : {nan, infinity, -infinity}) {
-        EXPECT_EQ(reason({.loss_sum = bad, .weight = 1, .gradient_norm = 1, .micro_batches = 1}),
-                  "loss is not finite");
+        EXPECT_EQ(reason({.loss_sum = bad, .weight = 1, .gradient_norm = 1, .micro_batches = 1}), "loss is not finite");
         EXPECT_EQ(reason({.loss_sum = 1, .weight = 1, .gradient_norm = bad, .micro_batches = 1}),
                   "gradient norm is not finite");
     }

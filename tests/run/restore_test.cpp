@@ -120,8 +120,8 @@ bool may_be_number(const std::string& name, const StateScalar& value) {
     // The loss of half a batch may be anything.
     const bool any = name == "batch/loss_sum" || name == "batch/noise_weight" || name == "batch/noise_squares";
     if (whole == nullptr && number == nullptr) return any && value == StateScalar(std::string("nan"));
-    const bool at_least_0 = name.starts_with("run/") || name == "noise/weight" || name == "batch/weight" ||
-                            name == "batch/seconds";
+    const bool at_least_0 =
+        name.starts_with("run/") || name == "noise/weight" || name == "batch/weight" || name == "batch/seconds";
     const double found = number != nullptr ? *number : static_cast<double>(*whole);
     return any || (std::isfinite(found) && (found >= 0.0 || !at_least_0));
 }
@@ -136,7 +136,8 @@ bool may_be(const std::string& name, const StateScalar& good, const StateScalar&
         return wanted && *count >= 0;
     }
     if (std::holds_alternative<std::uint64_t>(value)) return name == "data/seed";
-    if (const auto* counts = std::get_if<Counts>(&value); counts != nullptr && !counts->empty() && counts->front() < 0) {
+    if (const auto* counts = std::get_if<Counts>(&value);
+        counts != nullptr && !counts->empty() && counts->front() < 0) {
         return false;
     }
     return good.index() == value.index();
@@ -191,13 +192,14 @@ TEST(Restore, ANameThatNobodyAsksForIsHarmless) {
 
 TEST(Restore, ASectionThatIsMissingIsRefusedUnlessARunNeedsNone) {
     Victim victim;
-    for (const char* section : {"model/", "optimizer/", "data/", "rng/", "run/", "noise/", "caps/", "gate/", "recovery/",
-                                "batch/", "batch/before/", "batch/before/model/", "batch/before/rng/", "recovery/0/",
-                                "recovery/1/", "recovery/1/model/", "recovery/1/optimizer/", "recovery/1/gate/"}) {
+    for (const char* section :
+         {"model/", "optimizer/", "data/", "rng/", "run/", "noise/", "caps/", "gate/", "recovery/", "batch/",
+          "batch/before/", "batch/before/model/", "batch/before/rng/", "recovery/0/", "recovery/1/",
+          "recovery/1/model/", "recovery/1/optimizer/", "recovery/1/gate/"}) {
         StateDict state = victim.good;
         state.erase(section);
-        const std::set<std::string> optional{"gate/", "recovery/", "batch/", "optimizer/", "recovery/1/gate/",
-                                             "recovery/1/optimizer/"};
+        const std::set<std::string> optional{"gate/",      "recovery/",        "batch/",
+                                             "optimizer/", "recovery/1/gate/", "recovery/1/optimizer/"};
         EXPECT_EQ(victim.refuses(state), !optional.contains(section)) << section;
     }
 }

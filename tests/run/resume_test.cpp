@@ -192,7 +192,8 @@ TEST(Resume, SnapshotsInFilesAreThoseOfBefore) {
 TEST(Resume, SnapshotsMoveFromMemoryToFilesAndTheOtherWayRound) {
     const TempFolder folder;
     TrainingOptions in_memory = recovering();
-    TrainingOptions in_files = recovering({.every = 8, .margin = 4, .warmup = 3, .rate_recovery = 6, .memory_bytes = 0});
+    TrainingOptions in_files =
+        recovering({.every = 8, .margin = 4, .warmup = 3, .rate_recovery = 6, .memory_bytes = 0});
     in_memory.snapshots = in_files.snapshots = folder.path();
     const Undisturbed one(in_memory, 44), other(in_files, 44);
     for (const std::size_t from : {1U, 20U, 31U, 36U}) {
@@ -267,8 +268,8 @@ TEST(Resume, AStateThatOwnsItsTensorsIsNotChangedByTheSteps) {
     for (const char* section : {"model/", "optimizer/", "rng/"}) owned.own(section);
     EXPECT_EQ(owned.bytes(), shared.bytes());
     EXPECT_GT(owned.bytes("recovery/"), 0);  // snapshots are shared: no step changes them
-    EXPECT_EQ(owned.bytes(), owned.bytes("model/") + owned.bytes("optimizer/") + owned.bytes("rng/") +
-                                 owned.bytes("recovery/"));
+    EXPECT_EQ(owned.bytes(),
+              owned.bytes("model/") + owned.bytes("optimizer/") + owned.bytes("rng/") + owned.bytes("recovery/"));
     StateDict before = shared;
     before.own();
     for (int i = 0; i < 12; ++i) run.step();
@@ -290,7 +291,8 @@ struct Stop {
 
 TEST(Resume, ABatchThatIsLeftAtAnyMicroBatchOfAnyStepIsTheSameBatch) {
     const TempFolder folder;
-    TrainingOptions in_files = recovering({.every = 8, .margin = 4, .warmup = 3, .rate_recovery = 6, .memory_bytes = 0});
+    TrainingOptions in_files =
+        recovering({.every = 8, .margin = 4, .warmup = 3, .rate_recovery = 6, .memory_bytes = 0});
     in_files.snapshots = folder.path();
     TrainingOptions gpt{.model = "gpt"}, resnet{.model = "resnet", .optimizer = "torch sgd"};
     for (TrainingOptions how : {gpt, resnet, recovering(), in_files}) {

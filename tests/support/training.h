@@ -140,8 +140,8 @@ private:
         }
         job_.accumulator.reset();
         job_.optimizer = std::make_unique<TorchOptimizer>(*torch_);
-        job_.accumulator = std::make_unique<Accumulator>(
-            job_.model, *job_.optimizer, AccumulatorOptions{.plan = options_.plan, .clip_norm = 1.0});
+        job_.accumulator = std::make_unique<Accumulator>(job_.model, *job_.optimizer,
+                                                         AccumulatorOptions{.plan = options_.plan, .clip_norm = 1.0});
     }
 
     LossFunction loss() {
