@@ -9,12 +9,12 @@ export CCACHE_NOHASHDIR := 1
 # Setup, configuration and build follow one another, whatever -j says; ninja does the building in parallel.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help build test demo bench format lint clean setup-% configure
+.PHONY: help build test check-all demo bench format lint clean setup-% configure
 
 help: ## this list
 	@echo "Microbatch: train with the batch size you want in the memory you have"
 	@echo
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  An existing LibTorch is used if CMAKE_PREFIX_PATH or MICROBATCH_TORCH names one; otherwise torch comes into .venv."
 	@echo "  preset=debug or preset=sanitize builds another kind, in a folder of its own below build/."
@@ -27,11 +27,15 @@ build: setup-build configure ## install what is missing and build the command: b
 	@cmake --build $(build) --target microbatch_command
 	@echo "built: $(build)/microbatch"
 
-test: setup-test configure ## build and run every test, C++ and command line
+test: setup-test configure ## build and run the tests, C++ and command line
+	@cmake --build $(build)
+	@ctest --preset $(preset) -j 2 -LE long
+
+check-all: setup-check configure ## the tests and what takes long: fuzzing, growth, spikes, clang-tidy
 	@cmake --build $(build)
 	@ctest --preset $(preset) -j 2
 
-lint: setup-test configure ## format and clang-tidy alone (they are part of `make test`)
+lint: setup-check configure ## format and clang-tidy alone
 	@ctest --preset $(preset) -R '^lint/'
 
 # Before the configuration, which looks for Google Benchmark.
@@ -46,7 +50,7 @@ clean: ## remove what was built; .venv and the compiler cache stay
 
 # The tests need packages that the command does without.
 tests := OFF
-test lint: tests := ON
+test check-all lint: tests := ON
 
 setup-%:
 	@scripts/setup.sh $*

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Installs what is missing for `build`, `demo`, `bench` or `test`: Debian packages as root or through sudo, uPlot into
-# node_modules, for the tests TensorBoard and safetensors into .venv-test, and torch into .venv unless a LibTorch is named. Where it may
-# not install, it lists what to install and stops. Does nothing twice.
+# Installs what is missing for `build`, `demo`, `bench`, `test` or `check`: Debian packages as root or through sudo, uPlot
+# into node_modules, for the tests TensorBoard and safetensors into .venv-test, and torch into .venv unless a LibTorch is
+# named. Where it may not install, it lists what to install and stops. Does nothing twice.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -10,8 +10,8 @@ readers=(tensorboard==2.21.0 safetensors==0.8.0)
 build_packages=(cmake ninja-build ccache g++ python3-venv libcli11-dev libtomlplusplus-dev nlohmann-json3-dev zlib1g-dev)
 data_packages=(fortunes dataset-fashion-mnist)
 bench_packages=(libbenchmark-dev "${data_packages[@]}")
-test_packages=(libgtest-dev clang-format clang-tidy clang libclang-rt-14-dev python3-pytest chromium
-               "${data_packages[@]}")
+test_packages=(libgtest-dev clang-format python3-pytest chromium "${data_packages[@]}")
+check_packages=("${test_packages[@]}" clang clang-tidy libclang-rt-14-dev)
 # An npm from elsewhere is as good.
 has_uplot() { [ -n "${MICROBATCH_UPLOT:-}" ] || [ -e node_modules/uplot/dist/uPlot.iife.min.js ]; }
 has_uplot || command -v npm > /dev/null || build_packages+=(npm)
@@ -21,7 +21,8 @@ case "${1:-}" in
     demo) packages=("${build_packages[@]}" "${data_packages[@]}") ;;
     bench) packages=("${build_packages[@]}" "${bench_packages[@]}") ;;
     test) packages=("${build_packages[@]}" "${test_packages[@]}") ;;
-    *) echo "usage: scripts/setup.sh build|demo|bench|test" >&2; exit 2 ;;
+    check) packages=("${build_packages[@]}" "${check_packages[@]}") ;;
+    *) echo "usage: scripts/setup.sh build|demo|bench|test|check" >&2; exit 2 ;;
 esac
 
 is_installed() { [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }
@@ -60,16 +61,22 @@ prefix_path_has_torch() {
     return 1
 }
 
+# A Python environment with these packages; their bytecode is made when it is used, which little of it is.
+make_environment() {
+    rm -rf "$1"
+    python3 -m venv "$1"
+    "$1/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile "${@:2}" 2> "$1/pip.log" && return
+    cat "$1/pip.log" >&2
+    return 1
+}
+
 install_torch() {
     if [ -n "${MICROBATCH_TORCH:-}" ] || prefix_path_has_torch; then return; fi
     # Written last, so that an interrupted installation is begun again.
     local marker=.venv/torch-$torch_version
     [ -e "$marker" ] && return
     echo "installing torch $torch_version into .venv"
-    rm -rf .venv
-    python3 -m venv .venv
-    if ! .venv/bin/python -m pip install --quiet --disable-pip-version-check "torch==$torch_version" 2> .venv/pip.log; then
-        cat .venv/pip.log >&2
+    if ! make_environment .venv "torch==$torch_version"; then
         echo "torch could not be installed; name an existing LibTorch with MICROBATCH_TORCH=/path/to/libtorch" >&2
         exit 1
     fi
@@ -94,11 +101,7 @@ install_readers() {
     local marker=.venv-test/$(IFS=,; echo "${readers[*]}")
     if [ -e "$marker" ]; then return; fi
     echo "installing ${readers[*]} into .venv-test"
-    rm -rf .venv-test
-    python3 -m venv .venv-test
-    if ! .venv-test/bin/python -m pip install --quiet --disable-pip-version-check "${readers[@]}" 2> .venv-test/pip.log
-    then
-        cat .venv-test/pip.log >&2
+    if ! make_environment .venv-test "${readers[@]}"; then
         echo "they could not be installed: the tests of event files and checkpoints that read by them will fail" >&2
         return
     fi
@@ -112,4 +115,4 @@ else
 fi
 install_torch
 install_uplot
-if [ "$1" = test ]; then install_readers; fi
+if [[ $1 = test || $1 = check ]]; then install_readers; fi
