@@ -82,7 +82,7 @@ int main(int count, char** arguments) {
         "  0 done\n"
         "  2 bad usage or configuration, or an unexpected error\n"
         "  3 does not fit the budget\n"
-        "  4 stopped by the guard\n"
+        "  4 stopped by the guard, or ended worse than it began\n"
         "  5 bad data or checkpoint\n"
         "  6 a file could not be written\n"
         "  130 interrupted, checkpoint written\n"

@@ -166,7 +166,7 @@ public:
         const TrainerReport& last = outcome.last;
         note_out_of_memory(progress_, last);
         note_refusal(progress_, last);
-        if (planned_.watch.recovery) note_going_back(progress_, last, *planned_.watch.recovery, outcome.restores);
+        if (planned_.watch.recovery) note_going_back(progress_, last, *planned_.watch.recovery);
         if (!last.warning.empty()) progress_.note(last.warning);
         progress_.update(last, outcome.peak_bytes);
         if (planned_.drill.step == last.progress.steps) set_memory_budget(planned_.drill.bytes);
@@ -275,6 +275,7 @@ int train_in(RunFolder& folder, const Planned& planned) {
     if (run.trainer().done() && outcome.last.progress.steps > 0 && !outcome.diverged()) {
         measure_held_out(planned, outcome);
     }
+    outcome.ended_worse = !outcome.interrupted && !outcome.diverged() && has_ended_worse(folder.path());
     const int code = conclude(planned, run, outcome, folder.path());
     if (const std::string failure = run.flush(); !failure.empty()) {
         throw Error(ErrorKind::not_written, failure + "; its last lines are lost");
@@ -346,7 +347,7 @@ Files in the run's folder: config.toml, metrics.jsonl (one object per step), mod
 checkpoints/step-N (safetensors and JSON).
 The held-out loss is measured on as many samples as the run trained on, at most 1,024.
 A run that diverges returns to a snapshot, at half the rate; after --restores times it is stopped with exit
-code 4.
+code 4. A run that ends worse than it began ends with 4, too.
 Ctrl-C finishes the micro-batch, writes a checkpoint and ends with exit code 130; a second one ends at once.
 You may pass --resume on the first launch too: the same command line then starts the run and resumes it
 after every interruption. Weights without a checkpoint are never overwritten.)",

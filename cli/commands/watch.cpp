@@ -54,7 +54,7 @@ Watch watch_of(const JobPlan& plan, const PlanReport& report, const std::filesys
     watch.checkpoint_bytes = room;
     if (settings.no_guard) return watch;
     watch.guard = SpikeGuardOptions{.most_refused = most_refused_in_a_row - 1};
-    watch.guard_line = fmt::format("{:g} deviations of the last {} steps", watch.guard->sigmas, watch.guard->window);
+    watch.guard_line = fmt::format("{:g} spreads above the last {} steps", watch.guard->sigmas, watch.guard->window);
     if (settings.restores == 0) return watch;
     watch.recovery = RecoveryOptions{.most = settings.restores, .memory_bytes = room, .folder = folder};
     const std::int64_t snapshots = snapshot_bytes_of(report);

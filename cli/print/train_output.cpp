@@ -11,8 +11,10 @@
 #include "cli/options/checkpoints.h"
 #include "cli/print/output.h"
 #include "microbatch/core/error.h"
+#include "microbatch/core/spike_guard.h"
 #include "microbatch/core/units.h"
 #include "microbatch/io/json_number.h"
+#include "microbatch/run/run_reader.h"
 
 namespace microbatch::cli {
 namespace {
@@ -60,6 +62,13 @@ std::string describe_divergence(const Outcome& outcome, const Settings& settings
         learning_rate_of(settings));
 }
 
+std::string describe_bad_end(const Outcome& outcome, const Settings& settings) {
+    return fmt::format(
+        "the run ended worse than it began, with a loss of {:.4g} after {:.4g} at the first step; take a smaller --lr "
+        "than {:g}, a --warmup or a smaller --clip",
+        outcome.last.step.loss, outcome.first_loss, learning_rate_of(settings));
+}
+
 }  // namespace
 
 void print_header(std::FILE* out, const JobPlan& plan, const PlanReport& report, const Watch& watch, Interval length,
@@ -96,15 +105,12 @@ void note_refusal(ProgressLine& progress, const TrainerReport& report) {
     progress.note(fmt::format("step {}: refused: {}", report.progress.steps, report.step.reason));
 }
 
-void note_going_back(ProgressLine& progress, const TrainerReport& report, const RecoveryOptions& recovery,
-                     std::int64_t times) {
+void note_going_back(ProgressLine& progress, const TrainerReport& report, const RecoveryOptions& recovery) {
     if (!report.went_back_to) return;
-    const double before = std::pow(recovery.rate_factor, static_cast<double>(times - 1));
     progress.note(
-        fmt::format("step {}: diverged; back to the weights of step {}; the learning rate goes on at {:g} times the "
-                    "schedule's and comes back to {:g} times within {} steps; the data since then is left out",
-                    report.progress.steps, *report.went_back_to, before * recovery.rate_factor, before,
-                    recovery.warmup + recovery.rate_recovery));
+        fmt::format("step {}: diverged; back to the weights of step {}; the learning rate warms up over {} steps and "
+                    "stays below {:g} times the one that diverged; the data since then is skipped",
+                    report.progress.steps, *report.went_back_to, recovery.warmup, recovery.rate_factor));
 }
 
 void print_summary(std::FILE* out, const JobPlan& plan, const PlanReport& report, const Watch& watch,
@@ -197,12 +203,30 @@ void print_json(const JobPlan& plan, const PlanReport& report, const Outcome& ou
     print(stdout, "{}\n", document.dump(2));
 }
 
+bool has_ended_worse(const std::filesystem::path& folder) {
+    std::vector<StepRecord> kept;
+    try {
+        for (const StepRecord& step : read_run_log(folder).steps) {
+            if (step.applied) kept.push_back(step);
+            if (!step.went_back_to) continue;
+            std::erase_if(kept, [&](const StepRecord& one) { return one.step > *step.went_back_to; });
+        }
+    } catch (const Error&) {
+        return false;  // the log could not be written, which was said
+    }
+    std::vector<double> losses;
+    for (const StepRecord& step : kept) losses.push_back(step.loss);
+    return ends_worse(losses);
+}
+
 void report_divergence(const Outcome& outcome, const Settings& settings) {
     if (outcome.diverged()) throw Error(ErrorKind::stopped, describe_divergence(outcome, settings));
+    if (outcome.ended_worse) throw Error(ErrorKind::stopped, describe_bad_end(outcome, settings));
 }
 
 std::string banner_of(const Outcome& outcome, const Settings& settings) {
     if (outcome.diverged()) return "Stopped by the guard: " + describe_divergence(outcome, settings) + ".";
+    if (outcome.ended_worse) return "Failed: " + describe_bad_end(outcome, settings) + ".";
     if (outcome.interrupted) return "Interrupted before its end.";
     return {};
 }

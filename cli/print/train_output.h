@@ -3,9 +3,9 @@
 #include <cstdio>
 #include <filesystem>
 
-#include "microbatch/run/outcome.h"
 #include "cli/commands/watch.h"
 #include "cli/print/progress.h"
+#include "microbatch/run/outcome.h"
 
 namespace microbatch::cli {
 
@@ -16,8 +16,7 @@ void print_header(std::FILE* out, const JobPlan& plan, const PlanReport& report,
 /// A line for what seldom happens in a step, where it did.
 void note_out_of_memory(ProgressLine& progress, const TrainerReport& report);
 void note_refusal(ProgressLine& progress, const TrainerReport& report);
-void note_going_back(ProgressLine& progress, const TrainerReport& report, const RecoveryOptions& recovery,
-                     std::int64_t times);
+void note_going_back(ProgressLine& progress, const TrainerReport& report, const RecoveryOptions& recovery);
 
 /// What came of it; `folder` is what was written to.
 void print_summary(std::FILE* out, const JobPlan& plan, const PlanReport& report, const Watch& watch,
@@ -30,7 +29,10 @@ void print_json(const JobPlan& plan, const PlanReport& report, const Outcome& ou
 /// What the report's reader should see first; empty if all went well.
 std::string banner_of(const Outcome& outcome, const Settings& settings);
 
-/// Throws ErrorKind::stopped if the run diverged, saying where and what to do.
+/// True if the steps of the folder's log that were applied and not undone end worse than they began: see ends_worse().
+bool has_ended_worse(const std::filesystem::path& folder);
+
+/// Throws ErrorKind::stopped if the run diverged or ended worse than it began, saying where and what to do.
 void report_divergence(const Outcome& outcome, const Settings& settings);
 
 }  // namespace microbatch::cli

@@ -4,13 +4,14 @@
 #include <deque>
 #include <optional>
 #include <string>
+#include <vector>
 
 namespace microbatch {
 
 struct SpikeGuardOptions {
-    std::int64_t window = 128;      ///< steps: the last accepted ones say what is usual
-    std::int64_t least = 64;        ///< steps: before so many are accepted only what is not finite is refused
-    double sigmas = 6.0;            ///< how far beyond the usual is too far
+    std::int64_t window = 128;      ///< steps: the last ones that were applied say what is usual
+    std::int64_t least = 64;        ///< steps: before so many, a loss has more room, and gradient norms are not judged
+    double sigmas = 6.0;            ///< how many spreads above the median is too far
     std::int64_t most_refused = 9;  ///< in a row; one more is divergence
 };
 
@@ -33,31 +34,39 @@ struct SpikeGuardState {
 
         bool operator==(const Accepted&) const = default;
     };
+    /// For the loss, typically. They only fall.
+    struct Bounds {
+        double diverged = 0.0, calm = 0.0;
+
+        bool operator==(const Bounds&) const = default;
+    };
 
     std::deque<Accepted> accepted = {};  ///< the last `window`
     std::int64_t refused_in_a_row = 0;
-    std::optional<double> lowest_mean = {};  ///< of `least` losses
-    double lowest_deviation = 0.0;           ///< of those
-    double last_mean = 0.0;                  ///< of `least` losses
-    double scale = 0.0;                      ///< of the loss: the mean of the first `least`
+    double scale = 0.0;                 ///< the typical magnitude of the first losses
+    std::optional<Bounds> bounds = {};  ///< none in the first steps
 
     bool operator==(const SpikeGuardState&) const = default;
 };
 
-/// Tells bad steps before they are taken, from the loss and the gradient norm of the whole batch.
+/// Detects bad steps before they are taken, from the loss and the gradient norm of the whole batch.
 ///
-/// A step is refused if one of both is not finite, or beyond what is usual: mean + sigmas * deviation of the last
-/// `window` accepted steps. Of the gradient norm, which varies by factors, the same of its logarithm must be exceeded
-/// too. A deviation counts as at least a thousandth of the mean (of losses that of the first `least`): numbers that are
-/// all the same say nothing of what is far, nor do losses near 0. What is refused never enters the statistics, so that
-/// they stay those of before the spike however long it lasts.
+/// Refused: a loss or norm that is not finite, or more than `sigmas` spreads above the median of the last `window`
+/// applied steps. Both are compared by their logarithm, and the spread is how far above the median the upper sixteenth
+/// begins: a few outliers do not move it, and it covers the long tails of small batches. A refused step never enters
+/// the statistics.
 ///
-/// Diverged: more than `most_refused` in a row; or the mean loss of the last `least` accepted steps is as far above the
-/// lowest such mean there was: a climb so slow that every step of it looks usual.
+/// Diverged: more than `most_refused` refusals in a row; or a climb in which no step stands out, when the median of the
+/// last 16 losses is `sigmas` spreads above the lowest such median. That bound only falls: a climb cannot raise it.
 ///
-/// Source:   OLMo-core's skip-step optimizer for window and sigmas; deviations: the logarithm, the climb.
-/// State:    a value; a copy of it goes with a snapshot of the parameters: who goes back goes on with the copy.
-/// Cost:     some hundred additions a step.
+/// Both bounds hold from the second step on. Until `least` steps are applied the spread is the median deviation, which
+/// half of the steps do not move, and there is more room, by a factor that shrinks from 10 to 1. A loss that rises by
+/// less than 2 % of the first losses, or a median that rises by less than 10 %, is no alarm.
+///
+/// Source:   OLMo-core's skip-step optimizer for window and sigmas. Deviation: medians and quantiles of the logarithm,
+///           which a climb does not widen, for means and deviations; the first steps; the climb.
+/// State:    a value; a copy of it goes with a snapshot of the parameters.
+/// Cost:     sorts a few hundred numbers a step.
 class SpikeGuard {
 public:
     /// Errors: ErrorKind::usage unless 2 <= least <= window, sigmas is finite and above 0, most_refused at least 1.
@@ -70,9 +79,9 @@ public:
     /// nothing to take back.
     void record(double loss, double gradient_norm, bool applied);
 
-    /// True if the last step was applied and the mean loss is not far above its lowest: within a deviation of it, or,
-    /// in the first `least` steps, the loss is not above the first. What the parameters are then is worth going back
-    /// to.
+    /// True if the last step was applied and the median of the last losses is well below the bound of divergence: half
+    /// as far above its lowest. Before there is one: if the last loss is not above the first. What the parameters are
+    /// then is worth going back to.
     bool is_calm() const;
 
     /// Steps refused since the last one that was applied.
@@ -80,21 +89,26 @@ public:
 
     const SpikeGuardState& state() const { return state_; }
 
-    /// Goes on from a state that a guard had.
+    /// Continues from a state that a guard had.
     /// Errors: ErrorKind::usage if none could have it: a count below 0, a number that is not finite. Nothing has
-    /// changed
-    ///         then. What was accepted beyond the window is forgotten, as another window may be asked for now.
+    ///         changed then. What was accepted beyond the window is forgotten, as another window may be asked for now.
     void restore(SpikeGuardState state);
 
 private:
-    using Accepted = SpikeGuardState::Accepted;
-
+    std::int64_t steps() const { return static_cast<std::int64_t>(state_.accepted.size()); }
+    double room_at_first() const;
+    double bound_of_losses() const;
     std::string why_unusual(double loss, double gradient_norm) const;
-    std::string why_climbing(const SpikeGuardState& after) const;
-    SpikeGuardState with(double loss, double gradient_norm) const;
+    std::string why_climbing(double loss) const;
+    void lower_bounds();
 
     SpikeGuardOptions options_;
     SpikeGuardState state_;
 };
+
+/// True if a run ends clearly worse than it began: the median of its last losses, 16 or half of them, is above ten
+/// times the first, twice the largest of the first four, or a tenth more than the largest of the first 16. `losses`:
+/// those of all steps that were applied and not undone, in order. Fewer than two say nothing.
+bool ends_worse(const std::vector<double>& losses);
 
 }  // namespace microbatch

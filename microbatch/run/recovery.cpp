@@ -1,7 +1,6 @@
 #include "microbatch/run/recovery.h"
 
 #include <algorithm>
-#include <cmath>
 #include <utility>
 
 #include "microbatch/core/error.h"
@@ -20,7 +19,6 @@ void validate(const RecoveryOptions& options) {
     require(options.most >= 0, "most", options.most, "at least 0");
     require(options.every >= 1, "every", options.every, "at least 1 step");
     require(options.margin >= 0, "margin", options.margin, "at least 0 steps");
-    require(options.rate_recovery >= 0, "rate_recovery", options.rate_recovery, "at least 0 steps");
     require(options.warmup >= 0, "warmup", options.warmup, "at least 0 steps");
     require(options.rate_factor > 0.0 && options.rate_factor <= 1.0, "rate_factor", options.rate_factor,
             "above 0 and at most 1");
@@ -61,6 +59,7 @@ Recovery::Recovery(Accumulator& accumulator, RecoveryOptions options)
 }
 
 std::string Recovery::keep(std::int64_t steps, const SpikeGate& gate, const Reclaimers& reclaimers) {
+    if (steps > rolled_back_at_ && gate.guard().is_calm()) calm_rate_ = accumulator_->optimizer().learning_rate();
     const std::int64_t last = points_.empty() ? 0 : std::max(points_.back().steps, rolled_back_at_);
     const bool due = points_.empty() || (steps - last >= options_.every && gate.guard().is_calm());
     if (!due || failed_) return std::exchange(warning_, {});
@@ -120,22 +119,19 @@ std::optional<std::int64_t> Recovery::roll_back(std::int64_t steps, SpikeGate& g
     points_.erase(point.base(), points_.end());
     ++times_;
     rolled_back_at_ = steps;
+    rate_limit_ = std::min(rate_limit_, options_.rate_factor * calm_rate_);
     return points_.back().steps;
 }
 
 bool Recovery::is_recovering(std::int64_t steps) const {
-    return times_ > 0 && steps - rolled_back_at_ < options_.warmup + options_.rate_recovery;
+    return times_ > 0 && steps - rolled_back_at_ < options_.every;
 }
 
-double Recovery::rate_factor(std::int64_t steps) const {
-    if (times_ == 0) return 1.0;
-    const double before = std::pow(options_.rate_factor, static_cast<double>(times_ - 1));
-    const double reduced = before * options_.rate_factor;
+double Recovery::limited(double scheduled, std::int64_t steps) const {
+    const double rate = std::min(scheduled, rate_limit_);
     const std::int64_t since = steps - rolled_back_at_ + 1;
-    if (since < options_.warmup) return reduced * static_cast<double>(since) / static_cast<double>(options_.warmup);
-    const std::int64_t recovering = since - options_.warmup;
-    if (recovering >= options_.rate_recovery) return before;
-    return std::lerp(reduced, before, static_cast<double>(recovering) / static_cast<double>(options_.rate_recovery));
+    if (times_ == 0 || since >= options_.warmup) return rate;
+    return rate * static_cast<double>(since) / static_cast<double>(options_.warmup);
 }
 
 std::filesystem::path Recovery::new_file() {
@@ -167,6 +163,8 @@ bool Recovery::reclaim_memory() {
 void Recovery::save(const StateWriter& writer) const {
     writer.put("times", times_);
     writer.put("rolled_back_at", rolled_back_at_);
+    writer.put("calm_rate", calm_rate_);
+    if (times_ > 0) writer.put("rate_limit", rate_limit_);
     writer.put("in_files", options_.memory_bytes == 0);
     writer.put("failed", failed_);
     writer.put("points", points_.size());
@@ -182,6 +180,8 @@ Commit Recovery::prepare(const StateReader& reader) {
     restored.points_.clear();
     restored.times_ = reader.count("times");
     restored.rolled_back_at_ = reader.count("rolled_back_at");
+    restored.calm_rate_ = reader.positive("calm_rate");
+    if (restored.times_ > 0) restored.rate_limit_ = reader.positive("rate_limit");
     restored.failed_ = reader.flag("failed");
     if (reader.flag("in_files") && !options_.folder.empty()) restored.options_.memory_bytes = 0;
     const std::int64_t points = reader.count("points", 0, most_points);

@@ -27,9 +27,8 @@ struct RecoveryOptions {
     std::int64_t most = 3;     ///< times that a run is rolled back; the next divergence ends it
     std::int64_t every = 32;   ///< steps from one snapshot to the next; the last two are kept
     std::int64_t margin = 16;  ///< steps: a snapshot less older than the first refused step may be of damaged weights
-    double rate_factor = 0.5;  ///< of the learning rate, after a roll-back
-    std::int64_t warmup = 10;  ///< steps, linear, until that is reached
-    std::int64_t rate_recovery = 40;  ///< steps more, linear, until the rate is what it was before this roll-back
+    double rate_factor = 0.5;  ///< of the last rate at which the run was calm: no rate is larger from then on
+    std::int64_t warmup = 10;  ///< steps, linear, until the rate is back at what it may be
     /// Snapshots that take more go to files in the folder instead.
     std::int64_t memory_bytes = std::numeric_limits<std::int64_t>::max();
     std::filesystem::path folder = {};  ///< empty: there are no others
@@ -39,8 +38,8 @@ struct RecoveryOptions {
 /// they were. The position in the data and the generators go on: what led there is skipped, and every step number is
 /// used once.
 ///
-/// The rate is reduced, warmed up to that, and recovers. A run that diverges again keeps the factor of the time before:
-/// once it may have been a spike, twice it is the rate.
+/// The learning rate is limited for the rest of the run: a rate that diverged never comes back. A schedule that falls
+/// below the limit is followed.
 ///
 /// Source:   PaLM, Chowdhery et al. 2022, arXiv:2204.02311, section 5.1 (back some 100 steps, other data). Deviation:
 ///           the rate.
@@ -49,8 +48,8 @@ struct RecoveryOptions {
 /// Threads:  no two calls at the same time.
 class Recovery final : public Stateful {
 public:
-    /// Errors: ErrorKind::usage unless most, margin, warmup, rate_recovery and memory_bytes are at least 0, every is at
-    ///         least 1, and rate_factor is above 0 and at most 1.
+    /// Errors: ErrorKind::usage unless most, margin, warmup and memory_bytes are at least 0, every is at least 1, and
+    ///         rate_factor is above 0 and at most 1.
     Recovery(Accumulator& accumulator, RecoveryOptions options);
 
     /// Before the step after `steps` steps: takes a snapshot where it is time and the gate is calm. Says what went
@@ -70,11 +69,11 @@ public:
     /// How often the run was rolled back, the last time included.
     std::int64_t times() const { return times_; }
 
-    /// True from a roll-back until the rate has recovered from it.
+    /// True from a roll-back until so many steps are made that a snapshot of them would be taken.
     bool is_recovering(std::int64_t steps) const;
 
-    /// What the learning rate of the step after `steps` steps is multiplied by.
-    double rate_factor(std::int64_t steps) const;
+    /// The learning rate of the step after `steps` steps, where the schedule says `scheduled`.
+    double limited(double scheduled, std::int64_t steps) const;
 
     /// Moves snapshots from memory into files, or drops them where there is no folder; later ones go the same way.
     /// False if there is none in memory.
@@ -100,10 +99,12 @@ private:
 
     Accumulator* accumulator_;
     RecoveryOptions options_;
-    std::deque<Point> points_;  // oldest first
+    std::deque<Point> points_;                                                                // oldest first
     std::vector<std::pair<c10::weak_intrusive_ptr<c10::StorageImpl>, std::int64_t>> in_use_;  // and their bytes
     std::int64_t times_ = 0;
     std::int64_t rolled_back_at_ = 0;
+    double calm_rate_ = 0.0;  // of the last step after which the gate was calm
+    double rate_limit_ = std::numeric_limits<double>::infinity();
     std::int64_t files_ = 0;  // made so far
     bool failed_ = false;
     std::string warning_;  // not reported yet

@@ -58,9 +58,9 @@ void add_events(const LoggedRun& run, Json& document) {
     };
     for (const StepRecord& step : run.steps) {
         if (step.out_of_memory > 0) {
-            add(event(step, "out of memory",
-                      str_cat("made again in micro-batches of ", step.micro_batch,
-                              step.recompute ? " with recompute" : "")));
+            add(event(
+                step, "out of memory",
+                str_cat("made again in micro-batches of ", step.micro_batch, step.recompute ? " with recompute" : "")));
         }
         if (!step.applied) add(event(step, "refused", step.reason));
         if (step.went_back_to) add(event(step, "went back", str_cat("to the weights of step ", *step.went_back_to)));

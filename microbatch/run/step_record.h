@@ -23,23 +23,23 @@ struct StepRecord {
     std::int64_t peak_bytes = 0;
     std::optional<std::int64_t> predicted_peak_bytes = {};
     bool applied = true;
-    std::string reason = {};                         ///< why not applied
-    std::optional<std::int64_t> went_back_to = {};   ///< the step after which the parameters now are
-    std::optional<double> gradient_variance = {};    ///< see NoiseMeasure
+    std::string reason = {};                        ///< why not applied
+    std::optional<std::int64_t> went_back_to = {};  ///< the step after which the parameters now are
+    std::optional<double> gradient_variance = {};   ///< see NoiseMeasure
     std::optional<double> squared_gradient = {};
     std::optional<double> noise_batch = {};  ///< in samples
 };
 
 /// One field of a record, for everything that writes, reads or draws it.
 struct StepField {
-    using Member = std::variant<std::int64_t StepRecord::*, double StepRecord::*, bool StepRecord::*,
-                                std::string StepRecord::*, std::optional<std::int64_t> StepRecord::*,
-                                std::optional<double> StepRecord::*>;
+    using Member =
+        std::variant<std::int64_t StepRecord::*, double StepRecord::*, bool StepRecord::*, std::string StepRecord::*,
+                     std::optional<std::int64_t> StepRecord::*, std::optional<double> StepRecord::*>;
 
-    const char* key;                ///< in metrics.jsonl
+    const char* key;  ///< in metrics.jsonl
     Member member;
-    const char* scalar = nullptr;   ///< TensorBoard's tag; null: not drawn there
-    bool charted = false;           ///< a column of the report
+    const char* scalar = nullptr;  ///< TensorBoard's tag; null: not drawn there
+    bool charted = false;          ///< a column of the report
 
     /// As a number; none if it is none (also a text).
     std::optional<double> number(const StepRecord& record) const;

@@ -118,12 +118,14 @@ void Trainer::begin_step(TrainerReport& report) {
 }
 
 double Trainer::next_learning_rate() const {
-    const double factor = recovery_ ? recovery_->rate_factor(at_.progress.steps) : 1.0;
+    const auto limited = [this](double rate) {
+        return recovery_ ? recovery_->limited(rate, at_.progress.steps) : rate;
+    };
     if (!options_.schedule) {
         const bool rolled_back = recovery_ && recovery_->times() > 0;
-        return rolled_back ? at_.own_rate * factor : accumulator_.optimizer().learning_rate();
+        return rolled_back ? limited(at_.own_rate) : accumulator_.optimizer().learning_rate();
     }
-    const double rate = learning_rate(*options_.schedule, at_.progress, next_batch()) * factor;
+    const double rate = learning_rate(*options_.schedule, at_.progress, next_batch());
     if (!options_.batches) return rate;
     const std::int64_t first = options_.batches->front().batch;
     return rate * scale_to_batch({.learning_rate = 1.0}, options_.rate_rule, first, full_batch()).learning_rate;

@@ -35,20 +35,17 @@ void SpikeGate::save(const StateWriter& writer) const {
     writer.put("losses", std::move(losses));
     writer.put("gradient_norms", std::move(norms));
     writer.put("refused_in_a_row", state.refused_in_a_row);
-    if (state.lowest_mean) writer.put("lowest_mean", *state.lowest_mean);
-    writer.put("lowest_deviation", state.lowest_deviation);
-    writer.put("last_mean", state.last_mean);
     writer.put("scale", state.scale);
+    if (!state.bounds) return;
+    writer.put("bound_diverged", state.bounds->diverged);
+    writer.put("bound_calm", state.bounds->calm);
 }
 
 Commit SpikeGate::prepare(const StateReader& reader) {
     const std::vector<double> losses = reader.numbers("losses"), norms = reader.numbers("gradient_norms");
     if (losses.size() != norms.size()) reader.refuse("losses", "there are not as many losses as gradient norms");
-    SpikeGuardState state{.refused_in_a_row = reader.count("refused_in_a_row"),
-                          .lowest_deviation = reader.number("lowest_deviation"),
-                          .last_mean = reader.number("last_mean"),
-                          .scale = reader.number("scale")};
-    if (reader.has("lowest_mean")) state.lowest_mean = reader.number("lowest_mean");
+    SpikeGuardState state{.refused_in_a_row = reader.count("refused_in_a_row"), .scale = reader.number("scale")};
+    if (reader.has("bound_diverged")) state.bounds = {reader.number("bound_diverged"), reader.number("bound_calm")};
     for (std::size_t i = 0; i < losses.size(); ++i) state.accepted.push_back({losses[i], norms[i]});
     SpikeGuard restored(options_);
     try {
