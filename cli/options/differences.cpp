@@ -30,7 +30,7 @@ Differences differences(const Values& was, const Values& is) {
         const std::string &old = value_in(was, name), &now = value_in(is, name);
         const Option* option = find_option(name);
         const AtResume kind = option == nullptr ? AtResume::noted : *option->traits.at_resume;
-        if (old == now || kind == AtResume::ignored) continue;
+        if (old == now || kind == AtResume::ignored || kind == AtResume::not_recorded) continue;
         auto& list = kind == AtResume::another_run   ? found.another_run
                      : kind == AtResume::another_cut ? found.another_cut
                                                      : found.noted;

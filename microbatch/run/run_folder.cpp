@@ -47,7 +47,7 @@ void RunFolder::lock() {
     if (lock_) return;
     lock_.emplace(path_);
     // It was not there before; another process that came first may be done with it already.
-    if (!resume_) refuse_used();
+    refuse_used();
 }
 
 void RunFolder::refuse_used() const {

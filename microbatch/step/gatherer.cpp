@@ -74,8 +74,11 @@ std::int64_t Gatherer::add_next(const BatchSource& source, std::int64_t begin, c
     enter(plan);
     gathered_.plan.micro_batch = std::min(gathered_.plan.micro_batch, plan.micro_batch);
     gathered_.plan.recompute = gathered_.plan.recompute || plan.recompute;
-    add(loss_of(loss, micro));
-    return begin + micro.size();
+    const std::int64_t end = begin + micro.size();
+    const WeightedLoss sum = loss_of(loss, micro);
+    micro = {};  // what the backward pass does not need is gone before it, as in a trial of the planner
+    add(sum);
+    return end;
 }
 
 void Gatherer::enter(const Plan& plan) {

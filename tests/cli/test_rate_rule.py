@@ -34,7 +34,7 @@ def test_the_rate_at_the_end_follows_too(run):
 
 def test_adams_constants_change_what_is_learned(run):
     def weights(number, **flags):
-        return run.text("train", steps=4, lr=0.01, schedule="constant", run=f"w{number}", **flags).ok().weights
+        return run.text("train", steps=4, lr=0.01, schedule="constant", micro_batch=8, run=f"w{number}", **flags).ok().weights
 
     plain = weights(0)
     # The same rate by each rule: what differs is beta1, beta2 and epsilon.

@@ -1,6 +1,7 @@
 """The page of a run, looked at in a real browser, and its events, read by TensorBoard itself."""
 
 import json
+import math
 import pathlib
 import re
 import shutil
@@ -91,7 +92,7 @@ def test_what_the_noise_says_of_the_batch_is_told(trained, tmp_path):
     _, _, dom = look(trained.folder, tmp_path, "1280,900")
     assert ("What the noise says of the batch" in dom) == (noise is not None)
     if noise is not None:
-        assert f"<td>{round(10 * noise):,} or more</td>" in dom
+        assert f"<td>{math.ceil(10 * noise):,} or more</td>" in dom
 
 
 def test_a_report_written_again_tells_what_the_first_one_told(run, stopped, tmp_path):
@@ -122,7 +123,7 @@ def test_a_log_that_ends_in_the_midst_of_a_line_is_reported_without_it(run, trai
     log = folder / "metrics.jsonl"
     log.write_text(log.read_text()[:-40])
     result = run("report", "copy").ok()
-    assert "warning:" in result.stderr and "midst of a line" in result.stderr
+    assert "warning:" in result.stderr and "in the middle of a line" in result.stderr
     page = (folder / "report.html").read_text()
     assert '"step":[1,2,' in page and ",29]" in page
 
