@@ -125,10 +125,12 @@ double Trainer::next_learning_rate() const {
         const bool rolled_back = recovery_ && recovery_->times() > 0;
         return rolled_back ? limited(at_.own_rate) : accumulator_.optimizer().learning_rate();
     }
-    const double rate = learning_rate(*options_.schedule, at_.progress, next_batch());
-    if (!options_.batches) return rate;
-    const std::int64_t first = options_.batches->front().batch;
-    return rate * scale_to_batch({.learning_rate = 1.0}, options_.rate_rule, first, full_batch()).learning_rate;
+    double rate = learning_rate(*options_.schedule, at_.progress, next_batch());
+    if (options_.batches) {
+        const std::int64_t first = options_.batches->front().batch;
+        rate *= scale_to_batch({.learning_rate = 1.0}, options_.rate_rule, first, full_batch()).learning_rate;
+    }
+    return limited(rate);
 }
 
 StepOptions Trainer::step_options(const TrainerReport& report) {
