@@ -113,7 +113,7 @@ def state():
     def gate(section):
         return {
             f"{section}gate/losses": [2.5, "inf"], f"{section}gate/gradient_norms": [1.5, 1],
-            f"{section}gate/refused_in_a_row": 1, f"{section}gate/lowest_mean": 2.25, f"{section}gate/scale": "nan",
+            f"{section}gate/refused_in_a_row": 1, f"{section}gate/bound_diverged": 2.25, f"{section}gate/scale": "nan",
         }  # fmt: skip
 
     data = {"data/steps": 10, "data/samples": 640, "data/tokens": 640, "data/seed": 2**64 - 1, "data/healthy": True}

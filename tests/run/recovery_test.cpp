@@ -114,32 +114,42 @@ TEST(Recovery, ASnapshotThatMayBeDamagedIsPassedOver) {
     expect_same_bits(values_of(run.parameters), run.after[40]);
 }
 
-TEST(Recovery, TheRateIsCutWarmedUpAndGivenBackTheFirstTime) {
-    Training run(recovering({.every = 10, .margin = 5, .warmup = 8, .rate_recovery = 10}));
+TEST(Recovery, TheRateThatDivergedIsNotGivenBack) {
+    Training run(recovering({.every = 10, .margin = 5, .warmup = 8}));
     run.quiet(47);
-    run.damage();
-    run.until_back();
-    for (int i = 1; i <= 25; ++i) {
-        const double wanted = i < 8 ? 0.5 * i / 8 : std::min(1.0, 0.5 + 0.05 * (i - 8));
-        EXPECT_NEAR(run.step().step.learning_rate, 0.01 * wanted, 1e-15) << i;
-    }
-    run.damage();
-    run.until_back();
-    // From now on at most half.
-    for (int i = 1; i <= 25; ++i) {
-        const double wanted = i < 8 ? 0.25 * i / 8 : std::min(0.5, 0.25 + 0.025 * (i - 8));
-        EXPECT_NEAR(run.step().step.learning_rate, 0.01 * wanted, 1e-15) << i;
+    for (const double limit : {0.5, 0.25, 0.125}) {
+        run.damage();
+        run.until_back();
+        for (int i = 1; i <= 70; ++i) {
+            EXPECT_DOUBLE_EQ(run.step().step.learning_rate, 0.01 * limit * std::min(1.0, i / 8.0)) << i;
+        }
     }
 }
 
-TEST(Recovery, AScheduleGoesOnAtTheCutRate) {
-    TrainerOptions options = recovering({.every = 10, .margin = 5, .warmup = 1, .rate_recovery = 100});
-    options.schedule = Schedule{.shape = ScheduleShape::linear, .peak = 0.01, .length = {1000, Unit::steps}};
+TEST(Recovery, TheLimitIsByTheRateAtWhichTheRunWasLastCalm) {
+    // The rate rises on, while steps are refused and with every step that is applied.
+    TrainerOptions options = recovering({.every = 10, .margin = 5, .warmup = 1});
+    options.schedule = Schedule{
+        .shape = ScheduleShape::constant, .peak = 0.01, .warmup = {1000, Unit::steps}, .length = {2000, Unit::steps}};
     Training run(options);
-    run.quiet(47);
+    run.quiet(46);
+    const double calm = run.step().step.learning_rate;
     run.damage();
     run.until_back();
-    EXPECT_DOUBLE_EQ(run.step().step.learning_rate, 0.5 * 0.01 * (1 - 52 / 1000.0));
+    for (int i = 0; i < 100; ++i) EXPECT_DOUBLE_EQ(run.step().step.learning_rate, 0.5 * calm) << i;
+}
+
+TEST(Recovery, AScheduleThatFallsBelowTheLimitGoesOn) {
+    TrainerOptions options = recovering({.every = 10, .margin = 5, .warmup = 1});
+    options.schedule = Schedule{.shape = ScheduleShape::linear, .peak = 0.01, .length = {120, Unit::steps}};
+    Training run(options);
+    run.quiet(46);
+    const double calm = run.step().step.learning_rate;
+    run.damage();
+    run.until_back();
+    for (int i = 52; i < 119; ++i) {
+        EXPECT_DOUBLE_EQ(run.step().step.learning_rate, std::min(0.5 * calm, 0.01 * (1 - i / 120.0))) << i;
+    }
 }
 
 TEST(Recovery, SnapshotsInMemoryAreGivenUpBeforeTheMicroBatchIsMadeSmaller) {
@@ -293,7 +303,7 @@ TEST(Recovery, ASnapshotWhoseFileWasRemovedIsStillRead) {
 }
 
 TEST(Recovery, GoingBackBeforeTheBatchBecameSmallerBringsNoGuardOfTheLargerOne) {
-    TrainerOptions options = recovering({.every = 30, .margin = 5, .warmup = 0, .rate_recovery = 0});
+    TrainerOptions options = recovering({.every = 30, .margin = 5, .warmup = 0});
     options.batches = parse_batch_schedule("23 at 0, 1 at 45 steps");
     Training run(options);
     run.quiet(47);
@@ -327,7 +337,6 @@ TEST(Recovery, RefusesWhatMeansNothing) {
     refused("rate_factor", {.rate_factor = 1.5});
     refused("rate_factor", {.rate_factor = nan_value});
     refused("warmup", {.warmup = -1});
-    refused("rate_recovery", {.rate_recovery = -1});
     refused("memory", {.memory_bytes = -1});
     expect_usage_error({"guard"}, [] {
         Training(TrainerOptions{.batch = 4, .length = {1, Unit::steps}, .recovery = RecoveryOptions{}});

@@ -111,7 +111,7 @@ void damage_tensors(Victim& victim, const std::string& section) {
 }
 
 bool is_optional(const std::string& name) {
-    return name == "data/healthy" || name.ends_with("gate/lowest_mean");
+    return name == "data/healthy" || name.ends_with("gate/bound_diverged");
 }
 
 bool may_be_number(const std::string& name, const StateScalar& value) {

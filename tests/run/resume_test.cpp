@@ -71,7 +71,7 @@ TrainingOptions guarded() {
 }
 
 /// Which goes back at the fourth step of a spike.
-TrainingOptions recovering(RecoveryOptions recovery = {.every = 8, .margin = 4, .warmup = 3, .rate_recovery = 6}) {
+TrainingOptions recovering(RecoveryOptions recovery = {.every = 8, .margin = 4, .warmup = 3}) {
     TrainingOptions how = guarded();
     how.trainer.recovery = std::move(recovery);
     how.spikes = {30, 31, 32, 33};
@@ -171,7 +171,7 @@ TEST(Resume, ARunThatDivergesGoesBackToTheSamePoint) {
 }
 
 TEST(Resume, ARunThatGoesBackAgainAndAgainEndsWhenItWouldHave) {
-    TrainingOptions how = recovering({.most = 1, .every = 8, .margin = 4, .warmup = 3, .rate_recovery = 6});
+    TrainingOptions how = recovering({.most = 1, .every = 8, .margin = 4, .warmup = 3});
     how.spikes = {30, 31, 32, 33, 44, 45, 46, 47};
     const Undisturbed run(how, 48);
     EXPECT_EQ(run.times_back(), 2);
@@ -181,7 +181,7 @@ TEST(Resume, ARunThatGoesBackAgainAndAgainEndsWhenItWouldHave) {
 
 TEST(Resume, SnapshotsInFilesAreThoseOfBefore) {
     const TempFolder folder;
-    TrainingOptions how = recovering({.every = 8, .margin = 4, .warmup = 3, .rate_recovery = 6, .memory_bytes = 0});
+    TrainingOptions how = recovering({.every = 8, .margin = 4, .warmup = 3, .memory_bytes = 0});
     how.snapshots = folder.path();
     const Undisturbed run(how, 44);
     EXPECT_EQ(run.times_back(), 1);
@@ -193,7 +193,7 @@ TEST(Resume, SnapshotsMoveFromMemoryToFilesAndTheOtherWayRound) {
     const TempFolder folder;
     TrainingOptions in_memory = recovering();
     TrainingOptions in_files =
-        recovering({.every = 8, .margin = 4, .warmup = 3, .rate_recovery = 6, .memory_bytes = 0});
+        recovering({.every = 8, .margin = 4, .warmup = 3, .memory_bytes = 0});
     in_memory.snapshots = in_files.snapshots = folder.path();
     const Undisturbed one(in_memory, 44), other(in_files, 44);
     for (const std::size_t from : {1U, 20U, 31U, 36U}) {
@@ -204,7 +204,7 @@ TEST(Resume, SnapshotsMoveFromMemoryToFilesAndTheOtherWayRound) {
 
 TEST(Resume, TheSnapshotsOfAProcessThatWasKilledAreNotInTheWay) {
     const TempFolder folder;
-    TrainingOptions how = recovering({.every = 8, .margin = 4, .warmup = 3, .rate_recovery = 6, .memory_bytes = 0});
+    TrainingOptions how = recovering({.every = 8, .margin = 4, .warmup = 3, .memory_bytes = 0});
     how.trainer.recovery->folder = folder.path();
     Training killed(how);
     for (int i = 0; i < 20; ++i) killed.step();
@@ -292,7 +292,7 @@ struct Stop {
 TEST(Resume, ABatchThatIsLeftAtAnyMicroBatchOfAnyStepIsTheSameBatch) {
     const TempFolder folder;
     TrainingOptions in_files =
-        recovering({.every = 8, .margin = 4, .warmup = 3, .rate_recovery = 6, .memory_bytes = 0});
+        recovering({.every = 8, .margin = 4, .warmup = 3, .memory_bytes = 0});
     in_files.snapshots = folder.path();
     TrainingOptions gpt{.model = "gpt"}, resnet{.model = "resnet", .optimizer = "torch sgd"};
     for (TrainingOptions how : {gpt, resnet, recovering(), in_files}) {

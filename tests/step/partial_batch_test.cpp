@@ -69,7 +69,7 @@ Case mlp_case() {
 Case recovering_case() {
     TrainingOptions how;
     how.trainer.guard = SpikeGuardOptions{.window = 6, .least = 4, .most_refused = 2};
-    how.trainer.recovery = RecoveryOptions{.every = 2, .margin = 1, .warmup = 2, .rate_recovery = 2};
+    how.trainer.recovery = RecoveryOptions{.every = 2, .margin = 1, .warmup = 2};
     how.trainer.noise_every = 1;
     how.spikes = {7, 8, 9};
     return {how, 3, 13};

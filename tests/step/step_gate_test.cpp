@@ -132,7 +132,7 @@ TEST(SpikeGate, RefusesAStateThatNoGateHasAndStaysAsItIs) {
     SpikeGate gate = calm_gate();
     const StateDict good = state_of(gate);
     for (const double bad : {nan_value, infinity}) {
-        for (const char* name : {"lowest_mean", "lowest_deviation", "last_mean", "scale"}) {
+        for (const char* name : {"bound_diverged", "bound_calm", "scale"}) {
             const StateDict state = with(good, name, StateScalar(bad));
             expect_error(ErrorKind::bad_data, {}, [&] { gate.prepare(StateReader(state)); });
         }

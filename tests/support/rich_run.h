@@ -13,7 +13,7 @@ inline TrainingOptions rich(const std::string& optimizer = "adamw") {
     TrainingOptions how{.model = "norm", .optimizer = optimizer};
     how.trainer.batch = 8;  // in 3, 3 and 2, as batch norm wants more than one
     how.trainer.guard = SpikeGuardOptions{.window = 6, .least = 3, .most_refused = 1};
-    how.trainer.recovery = RecoveryOptions{.every = 2, .margin = 1, .warmup = 2, .rate_recovery = 2};
+    how.trainer.recovery = RecoveryOptions{.every = 2, .margin = 1, .warmup = 2};
     how.trainer.noise_every = 1;
     how.spikes = {6, 7};
     return how;
