@@ -151,7 +151,7 @@ TEST(Run, SaysThatLinesOfTheLogAreMissing) {
     std::filesystem::remove(temp.path() / "run" / "metrics.jsonl");
     RunFolder folder(temp.path() / "run", /*resume=*/true);
     Process process;
-    Run run(folder, *process.accumulator, process.data, [](const Batch&) { return WeightedLoss{}; }, of_steps(6));
+    microbatch::Run run(folder, *process.accumulator, process.data, [](const Batch&) { return WeightedLoss{}; }, of_steps(6));
     EXPECT_EQ(run.missing_lines(), 4);
 }
 
