@@ -146,7 +146,7 @@ def words_of(flags):
 
 class Run:
     def __init__(self, folder, data):
-        self.folder, self.data = folder, data
+        self.folder, self.data, self.started = folder, data, []
 
     def __call__(self, *words, **options):
         return self.in_folder("run", words, **options)
@@ -169,8 +169,10 @@ class Run:
     def start(self, command, preexec_fn=None, **flags):
         """The same text job, running: the caller waits for it."""
         words = words_of({"data": self.data.text} | TEXT | OF_COMMAND[command] | flags)
-        return subprocess.Popen([COMMAND, command, *words], cwd=self.folder, stdin=subprocess.DEVNULL,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=preexec_fn)
+        self.started.append(subprocess.Popen([COMMAND, command, *words], cwd=self.folder, stdin=subprocess.DEVNULL,
+                                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                             preexec_fn=preexec_fn))
+        return self.started[-1]
 
 
 def write_idx(folder, split, count, compressed):
@@ -200,7 +202,10 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def run(tmp_path, data):
-    return Run(tmp_path, data)
+    run = Run(tmp_path, data)
+    yield run
+    for process in run.started:  # those of a test that failed
+        process.kill()
 
 
 @pytest.fixture(scope="module")

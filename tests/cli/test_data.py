@@ -31,6 +31,15 @@ def test_a_folder_of_text_is_the_same_data_once_it_holds_runs(run, folder):
     assert run("train", "--run", ".", "--resume", "--steps", "4").ok().column("step") == [1, 2, 3, 4]
 
 
+def test_runs_that_name_themselves_in_the_data_folder_are_left_out(run, folder):
+    """cd d; microbatch train --data .: three times."""
+    said = [said_of_data(run.text("train", data=".", run=None, micro_batch=8).ok()) for _ in range(3)]
+    first, second, third = sorted(path.name for path in (folder / "runs").iterdir())
+    assert [lines[2:] for lines in said] == [[], [f"left out 1 run folder (runs/{first})"],
+                                             [f"left out 2 run folders (runs/{first}, runs/{second})"]]
+    assert len({path.read_bytes() for path in folder.glob("runs/*/model.safetensors")}) == 1
+
+
 @pytest.mark.parametrize("command", ["train", "plan"])
 def test_what_is_read_and_left_out_is_listed(run, folder, command):
     (folder / "notes.txt").write_bytes(b"\xff\xfeh\0i\0")
@@ -86,6 +95,11 @@ def test_data_that_differs_at_resume_is_told_by_its_files(run, folder):
                            "more.txt (1,000 bytes) is new", "--resume-changed")
     (folder / "more.txt").unlink()
     text = (folder / "fortunes.txt").read_bytes()
+    (folder / "fortunes.txt").write_bytes(text[:-5000])
+    run(*again).refused(2, "has changed: fortunes.txt ", f"{size:,}", f"{size - 5000:,} bytes")
+    (folder / "fortunes.txt").rename(folder / "other.txt")
+    run(*again).refused(2, "has changed: ", "fortunes.txt", "is gone", "other.txt")
+    (folder / "other.txt").rename(folder / "fortunes.txt")
     (folder / "fortunes.txt").write_bytes(b"#" + text[1:])
     run(*again).refused(2, f"the data of . has changed: fortunes.txt still has {size:,} bytes, but other ones")
     told = run(*again, "--resume-changed").ok().stdout

@@ -207,6 +207,7 @@ def test_an_interrupt_that_ends_tee_first_leaves_a_checkpoint(run):
     shell = subprocess.Popen(["bash", "-c", 'trap : INT; "$@" | tee log; echo ${PIPESTATUS[0]} > code', "bash", *words],
                              cwd=run.folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                              start_new_session=True)
+    run.started.append(shell)
     wait_for(lambda: lines_of(run) >= 3, shell)
     children = pathlib.Path(f"/proc/{shell.pid}/task/{shell.pid}/children").read_text().split()
     (tee,) = (int(child) for child in children if pathlib.Path(f"/proc/{child}/comm").read_text() == "tee\n")
