@@ -21,7 +21,7 @@ at::Tensor random_tokens(const GptConfig& config) {
     return at::randint(0, config.vocabulary, {8, config.length}, at::kLong);
 }
 
-at::Tensor loss_of(Gpt& model, const at::Tensor& tokens) {
+at::Tensor loss_on_tokens(Gpt& model, const at::Tensor& tokens) {
     return cross_entropy_sum(model->forward(tokens), tokens.roll(-1, 1));
 }
 
@@ -33,7 +33,7 @@ TEST(GptRecompute, ChangesNoBitWithDropout) {
         EXPECT_EQ(model->recomputes(), on);
         std::vector<at::Tensor> all;
         for (int micro_batch = 0; micro_batch < 3; ++micro_batch) {
-            const at::Tensor loss = loss_of(model, random_tokens(config));
+            const at::Tensor loss = loss_on_tokens(model, random_tokens(config));
             loss.backward();
             all.push_back(loss.detach());
         }
@@ -56,10 +56,10 @@ TEST(GptRecompute, KeepsOneInputABlock) {
         Gpt model = make(config);
         model->set_recompute(on);
         const at::Tensor tokens = random_tokens(config);
-        loss_of(model, tokens).backward();  // the gradients exist from now on
+        loss_on_tokens(model, tokens).backward();  // the gradients exist from now on
         const std::int64_t before = memory_use().live_bytes;
         reset_peak_memory();
-        loss_of(model, tokens).backward();
+        loss_on_tokens(model, tokens).backward();
         return static_cast<double>(memory_use().peak_bytes - before);
     };
     const double input_bytes = 8 * 64 * 32 * 4;

@@ -35,7 +35,7 @@ at::Tensor random_tokens(const GptConfig& config, std::int64_t samples) {
     return at::randint(0, config.vocabulary, {samples, config.length}, at::kLong);
 }
 
-at::Tensor loss_of(Gpt& model, const at::Tensor& tokens) {
+at::Tensor loss_on_tokens(Gpt& model, const at::Tensor& tokens) {
     return microbatch::cross_entropy_sum(model->forward(tokens), tokens.roll(-1, 1));
 }
 
@@ -75,9 +75,9 @@ double numerical_slope(Gpt& model, const at::Tensor& tokens, const at::Tensor& p
     at::Tensor number = parameter.view({-1})[index];
     const double value = number.item<double>(), step = 1e-5;
     number.fill_(value + step);
-    const double above = loss_of(model, tokens).item<double>();
+    const double above = loss_on_tokens(model, tokens).item<double>();
     number.fill_(value - step);
-    const double below = loss_of(model, tokens).item<double>();
+    const double below = loss_on_tokens(model, tokens).item<double>();
     number.fill_(value);
     return (above - below) / (2 * step);
 }
@@ -167,7 +167,7 @@ TEST(Gpt, HasOneParameterForEmbeddingAndHead) {
     EXPECT_EQ(of_the_vocabulary, 1);
     EXPECT_EQ(storages.size(), parameters.size());
     const at::Tensor tokens = at::tensor({1, 2, 3}, at::kLong).view({1, 3});
-    loss_of(model, tokens).backward();
+    loss_on_tokens(model, tokens).backward();
     const at::Tensor weight = parameters["token_embedding.weight"];
     // Row 9 is no input: its gradient is the head's. Row 2 is input and score: the slope has both parts.
     for (const std::int64_t row : {9, 2}) {
@@ -185,7 +185,7 @@ TEST(Gpt, HasTheGradientOfItsLoss) {
     const at::Tensor tokens = random_tokens(toy, 3);
     // Weights of 0.02 hide errors behind small gradients; these make attention sharp.
     for (auto& parameter : model->parameters()) parameter.data().add_(at::randn_like(parameter) * 0.5);
-    loss_of(model, tokens).backward();
+    loss_on_tokens(model, tokens).backward();
     for (const auto& parameter : model->named_parameters()) {
         for (int trial = 0; trial < 3; ++trial) {
             const std::int64_t index = at::randint(parameter.value().numel(), {1}, at::kLong).item<std::int64_t>();
@@ -258,7 +258,7 @@ TEST(Gpt, LearnsAFixedBatch) {
     Gpt model(config);
     const at::Tensor tokens = random_tokens(config, 4);
     microbatch::test::expect_learns(
-        *model, [&] { return loss_of(model, tokens) / 24; }, 0.5, 100);
+        *model, [&] { return loss_on_tokens(model, tokens) / 24; }, 0.5, 100);
 }
 
 TEST(Gpt, RefusesSamplesThatItCannotRead) {
