@@ -28,7 +28,8 @@ def test_a_folder_of_text_is_the_same_data_once_it_holds_runs(run, folder):
     assert second.column("loss") == first.column("loss")
     third = run.text("train", data=".", run=".").ok()
     assert third.column("loss") == first.column("loss")
-    assert run("train", "--run", ".", "--resume", "--steps", "4").ok().column("step") == [1, 2, 3, 4]
+    resumed = run.in_folder(".", ["train", "--run", ".", "--resume", "--steps", "4"]).ok()
+    assert resumed.column("step") == [1, 2, 3, 4]
 
 
 def test_runs_that_name_themselves_in_the_data_folder_are_left_out(run, folder):
@@ -91,7 +92,7 @@ def test_data_that_differs_at_resume_is_told_by_its_files(run, folder):
     size = (folder / "fortunes.txt").stat().st_size
     (folder / "more.txt").write_bytes(b"more " * 200)
     again = ["train", "--run", "run", "--resume", "--steps", "4"]
-    run(*again).refused(2, f"the data of . has changed: 1 file of {size:,} bytes became 2 files of {size + 1000:,} bytes: "
+    run(*again).refused(2, f"the data of {folder}/. has changed: 1 file of {size:,} bytes became 2 files of {size + 1000:,} bytes: "
                            "more.txt (1,000 bytes) is new", "--resume-changed")
     (folder / "more.txt").unlink()
     text = (folder / "fortunes.txt").read_bytes()
@@ -101,6 +102,6 @@ def test_data_that_differs_at_resume_is_told_by_its_files(run, folder):
     run(*again).refused(2, "has changed: ", "fortunes.txt", "is gone", "other.txt")
     (folder / "other.txt").rename(folder / "fortunes.txt")
     (folder / "fortunes.txt").write_bytes(b"#" + text[1:])
-    run(*again).refused(2, f"the data of . has changed: fortunes.txt still has {size:,} bytes, but other ones")
+    run(*again).refused(2, f"the data of {folder}/. has changed: fortunes.txt still has {size:,} bytes, but other ones")
     told = run(*again, "--resume-changed").ok().stdout
     assert f"fortunes.txt still has {size:,} bytes, but other ones: another run from here on" in told
