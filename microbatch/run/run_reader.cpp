@@ -15,7 +15,7 @@ namespace {
 std::optional<StepRecord> read_step(std::string_view text) {
     try {
         const StepRecord step = step_record_from(text);
-        const bool sound = step.step > 0 && step.peak_bytes > 0 && step.step_seconds > 0.0 && step.micro_batch > 0;
+        const bool sound = step.step > 0 && step.peak_bytes >= 0 && step.step_seconds > 0.0 && step.micro_batch > 0;
         return sound ? std::optional(step) : std::nullopt;
     } catch (const std::invalid_argument&) {
         return std::nullopt;

@@ -197,7 +197,7 @@ Accumulator::Attempt Accumulator::first_attempt(const BatchSource& batch, StepOp
 std::variant<Gathered, PartialBatch> Accumulator::try_gather(const BatchSource& batch, const LossFunction& loss,
                                                              const StopToken& stop, Attempt& attempt) {
     attempt.shape.clear();
-    attempt.plan_of_shape = attempt.plan;
+    attempt.plan_of_shape = attempt.caps.within(attempt.plan, {});  // where not even a micro-batch begins
     std::optional<PartialBatch> partial = std::exchange(attempt.partial, std::nullopt);
     try {
         before_ = partial ? std::move(partial->before) : forward_state(*model_);

@@ -257,6 +257,23 @@ TEST_F(CapsWithinABatch, ABatchThatGivesUpIsForgotten) {
     EXPECT_EQ(report.out_of_memory, 0);
 }
 
+TEST_F(CapsWithinABatch, MemoryThatRunsOutBeforeTheFirstMicroBatchCapsAllAndEndsInAnError) {
+    const TwoLengths data(4);
+    Job job = make({.micro_batch = 4});
+    const DatasetBatch batch(data, first(8));
+    {
+        const BudgetScope budget(memory_use().live_bytes + 1);  // not even the generator's state can be copied
+        expect_error(ErrorKind::does_not_fit, {"a micro-batch of 1 sample"},
+                     [&] { job.accumulator->step(batch, job.loss); });
+    }
+    EXPECT_TRUE(job.accumulator->caps().empty());
+    fail_allocation(1);
+    const StepReport report = job.accumulator->step(batch, job.loss);
+    EXPECT_EQ(report.out_of_memory, 1);
+    EXPECT_EQ(report.plan.micro_batch, 2);
+    EXPECT_EQ(report.micro_batches, 4);
+}
+
 TEST_F(CapsWithinABatch, NoiseIsMeasuredWhereACapCutsABatchThatThePlanDoesNot) {
     const TwoLengths data(4);
     Job job = make({.micro_batch = 8});

@@ -153,7 +153,7 @@ TEST(PartialBatches, GiveTheirWarningWhenTheyEnd) {
         stopping.stop.after(1);
         ASSERT_TRUE(stopping.run->step().paused);
     }
-    EXPECT_NE(stopping.run->step().warning.find("no snapshot"), std::string::npos);
+    EXPECT_NE(stopping.run->step().warning.find("no more snapshots"), std::string::npos);
     EXPECT_EQ(stopping.run->step().warning, "");
 }
 

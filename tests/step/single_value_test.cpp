@@ -27,7 +27,10 @@ struct SingleValue : testing::Test {
     Gathered gather(std::int64_t batch, std::int64_t micro_batch) {
         at::Generator random = test::generator(1);
         Gatherer gatherer(parameters_of(*model));
-        return gatherer.gather({{test::normal({batch, 3}, random, at::kFloat)}}, {.micro_batch = micro_batch}, loss);
+        const Batch samples{{test::normal({batch, 3}, random, at::kFloat)}};
+        const Gathered gathered = gatherer.gather(samples, {.micro_batch = micro_batch}, loss);
+        gatherer.clear();
+        return gathered;
     }
 };
 
