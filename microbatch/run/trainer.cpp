@@ -225,7 +225,7 @@ double mean_loss(const Dataset& dataset, std::int64_t micro_batch, const LossFun
         const Slice slice = micro_batch_slice(dataset.size(), micro_batch, i);
         std::vector<std::int64_t> indices(static_cast<std::size_t>(slice.size()));
         std::iota(indices.begin(), indices.end(), slice.begin);
-        const WeightedLoss result = loss(dataset.get(indices));
+        const WeightedLoss result = loss(DatasetBatch(dataset, std::move(indices)).fetch({0, slice.size()}));
         validate(result);
         if (result.weight == 0.0) continue;
         sum += result.sum.item<double>();

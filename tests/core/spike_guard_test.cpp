@@ -143,10 +143,11 @@ TEST(SpikeGuard, IsNotSwitchedOffByNan) {
     }
 }
 
-TEST(SpikeGuard, HasNoOpinionBeforeItHasSeenEnough) {
+TEST(SpikeGuard, LeavesRoomToTheFirstLossesAndDoesNotJudgeTheFirstNorms) {
     Trace trace;
-    for (int i = 0; i < 63; ++i)
-        EXPECT_EQ(trace.step(i % 2 == 0 ? 1.0 : 3.0, i % 3 == 0 ? 1.0 : 100.0), Verdict::apply);
+    for (int i = 0; i < 63; ++i) {
+        EXPECT_EQ(trace.step(1.0 + 0.25 * (i % 5), i % 3 == 0 ? 1.0 : 100.0), Verdict::apply) << i;
+    }
 }
 
 TEST(SpikeGuard, WhatIsRefusedDoesNotChangeWhatIsUsual) {

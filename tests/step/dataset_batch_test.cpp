@@ -77,6 +77,34 @@ TEST(DatasetBatchSteps, AFetchThatFailsUndoesTheStep) {
     test::expect_same_bits(test::values_of(job.parameters), test::values_of(other.parameters));
 }
 
+TEST(DatasetBatchSteps, ADatasetThatReturnsAnotherNumberOfSamplesIsAnErrorThatUndoesTheStep) {
+    /// Drops the last sample of each fetch from some fetch on.
+    struct Dropping final : Dataset {
+        explicit Dropping(const Dataset& inner, int from) : inner_(inner), fetches_(from) {}
+        std::int64_t size() const override { return inner_.size(); }
+        Batch get(std::span<const std::int64_t> indices) const override {
+            return inner_.get(fetches_-- > 0 ? indices : indices.first(indices.size() - 1));
+        }
+
+    private:
+        const Dataset& inner_;
+        mutable int fetches_;
+    };
+    const Tokens data(16);
+    for (const int from : {0, 2}) {
+        const Dropping dropping(data, from);
+        test::Job job = test::gpt_job(small_gpt(), {.micro_batch = 3});
+        const test::Named before = job.state();
+        const DatasetBatch batch(dropping, {4, 5, 6, 7, 8, 9, 10, 11});
+        test::expect_usage_error({"get()", "asked for"}, [&] { job.accumulator->step(batch, job.loss); });
+        test::expect_same_bits(job.state(), before);
+        test::expect_no_gradients(job.parameters);
+        const Dropping other(data, from);
+        test::expect_usage_error({"get()", "asked for 3 samples and returned 2"},
+                                 [&] { mean_loss(other, 3, job.loss); });
+    }
+}
+
 // Issue 4's bar: within 1 % from 2 micro-batches to 64, the batch's own samples included.
 TEST(DatasetBatchSteps, ThePeakOfARunDoesNotGrowWithTheNumberOfMicroBatches) {
     install_budget_allocator();
