@@ -33,7 +33,7 @@ def test_without_rights_it_lists_what_to_install_and_stops(tmp_path):
     result, installed = run_setup(tmp_path, "test", installed=False)
     assert result.returncode == 1 and not installed
     assert "apt-get install" in result.stderr
-    for package in ("cmake", "ninja-build", "libcli11-dev", "libgtest-dev", "clang-tidy", "fortunes", "dataset-fashion-mnist"):
+    for package in ("cmake", "ninja-build", "libcli11-dev", "libgtest-dev", "clang-format", "fortunes", "dataset-fashion-mnist"):
         assert package in result.stderr
 
 

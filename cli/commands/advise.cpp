@@ -9,7 +9,6 @@
 
 #include "cli/commands/commands.h"
 #include "cli/commands/interrupt.h"
-#include "microbatch/run/outcome.h"
 #include "cli/commands/plan_job.h"
 #include "cli/commands/watch.h"
 #include "cli/print/output.h"
@@ -20,6 +19,7 @@
 #include "microbatch/core/units.h"
 #include "microbatch/io/json_number.h"
 #include "microbatch/memory/budget_allocator.h"
+#include "microbatch/run/outcome.h"
 
 namespace microbatch::cli {
 namespace {
@@ -207,12 +207,12 @@ void print_advice(std::FILE* out, const Settings& settings, const Noise& noise, 
     const std::int64_t few_steps = batch_of_few_steps(advice.noise_batch);
     const std::int64_t knee = std::max<std::int64_t>(1, std::llround(advice.noise_batch));
     print(out, "\nfewest steps     a batch of {} or more: within 10 % of the fewest that any batch needs{}\n",
-               format_count(few_steps), beyond_data(few_steps, advice));
+          format_count(few_steps), beyond_data(few_steps, advice));
     print(out, "fewest samples   a batch of {} or less: within 10 % of the fewest\n",
-               format_count(batch_of_few_samples(advice.noise_batch)));
+          format_count(batch_of_few_samples(advice.noise_batch)));
     print(out, "knee             {}: twice the fewest of both{}\n", format_count(knee), beyond_data(knee, advice));
     print(out, "soonest          {}, by the time of a step on this machine\n",
-               format_count(advice.table[advice.soonest].batch));
+          format_count(advice.table[advice.soonest].batch));
     print(out, "accumulation     {}\n", describe_accumulation(advice));
 }
 
@@ -264,8 +264,7 @@ void print_branches(std::FILE* out, const std::vector<Branch>& branches) {
 
 void print_too_few(std::FILE* out, const JobPlan& plan) {
     print(out, "check            not made: {} steps at twice the batch take {} samples, and the data has {}\n",
-               branch_steps, format_count(2 * branch_steps * plan.settings.batch),
-               format_count(plan.data.train->size()));
+          branch_steps, format_count(2 * branch_steps * plan.settings.batch), format_count(plan.data.train->size()));
 }
 
 nlohmann::ordered_json to_json(const BatchCost& cost, const Settings& settings) {

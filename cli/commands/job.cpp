@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "cli/commands/interrupt.h"
-#include "cli/print/output.h"
 #include "cli/options/options.h"
+#include "cli/print/output.h"
 #include "microbatch/core/error.h"
 #include "microbatch/core/units.h"
 #include "microbatch/models/gpt.h"
@@ -212,8 +212,8 @@ Job make_job(const JobPlan& plan, const Plan& cut, std::optional<std::int64_t> b
         use_classifier(job, Mlp(mlp_config(plan)));
     }
     use_optimizer(job, plan.settings, batch.value_or(plan.settings.batch));
-    job.accumulator = std::make_unique<Accumulator>(
-        *job.model, *job.optimizer, AccumulatorOptions{.plan = cut, .clip_norm = plan.settings.clip});
+    job.accumulator = std::make_unique<Accumulator>(*job.model, *job.optimizer,
+                                                    AccumulatorOptions{.plan = cut, .clip_norm = plan.settings.clip});
     return job;
 }
 

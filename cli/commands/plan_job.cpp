@@ -72,8 +72,7 @@ void require_room_for_numbers(std::int64_t batch, std::int64_t budget_bytes) {
 PlanReport make_report(const JobPlan& plan, const Job& job, const PlannerOptions& options) {
     require_room_for_numbers(plan.batch, options.budget_bytes);
     const Dataset& data = *plan.data.train;
-    const PlanReport report =
-        plan_batch(*job.accumulator, DatasetBatch::longest(data, plan.batch), job.loss, options);
+    const PlanReport report = plan_batch(*job.accumulator, DatasetBatch::longest(data, plan.batch), job.loss, options);
     if (interrupted()) throw Interrupted();
     return report;
 }

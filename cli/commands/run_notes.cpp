@@ -25,8 +25,8 @@ DataListing files_from(const StateReader& reader) {
     const std::int64_t listed = reader.count("listed", 0, DataListing::most_files);
     for (std::int64_t i = 0; i < listed; ++i) {
         const StateReader file = reader.section(std::to_string(i));
-        listing.files.push_back({file.word("name"), file.seed("bytes"),
-                                 static_cast<std::uint32_t>(file.count("checksum", 0, UINT32_MAX))});
+        listing.files.push_back(
+            {file.word("name"), file.seed("bytes"), static_cast<std::uint32_t>(file.count("checksum", 0, UINT32_MAX))});
     }
     return listing;
 }

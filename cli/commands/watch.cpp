@@ -4,8 +4,8 @@
 
 #include <algorithm>
 
-#include "microbatch/run/outcome.h"
 #include "microbatch/core/units.h"
+#include "microbatch/run/outcome.h"
 
 namespace microbatch::cli {
 namespace {

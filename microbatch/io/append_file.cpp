@@ -46,7 +46,8 @@ AppendFile::~AppendFile() {
 void AppendFile::open(int flags) {
     // O_NONBLOCK: a pipe that nobody reads from is refused, not waited for.
     descriptor_ = ::open(path_.c_str(), O_WRONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK | flags, 0666);
-    if (descriptor_ < 0) throw Error(ErrorKind::not_written, str_cat("cannot write ", path_.string(), ": ", last_error()));
+    if (descriptor_ < 0)
+        throw Error(ErrorKind::not_written, str_cat("cannot write ", path_.string(), ": ", last_error()));
 }
 
 std::string AppendFile::append(std::string_view record) {

@@ -19,8 +19,8 @@ public:
     /// A new file. Errors: ErrorKind::not_written if it cannot be made, or there is a file, or a link, of that name.
     explicit AppendFile(std::filesystem::path path);
 
-    /// One that is there, of which the first `bytes` stay. Errors: ErrorKind::not_written if it cannot be opened or cut, or
-    /// is no regular file; ErrorKind::bad_data if it is shorter.
+    /// One that is there, of which the first `bytes` stay. Errors: ErrorKind::not_written if it cannot be opened or
+    /// cut, or is no regular file; ErrorKind::bad_data if it is shorter.
     AppendFile(std::filesystem::path path, std::uint64_t bytes);
 
     AppendFile(const AppendFile&) = delete;

@@ -47,7 +47,8 @@ private:
 // The tensors of a section, by the rest of their names.
 StoredTensors tensors_in(const StateDict& state, const std::string& section) {
     StoredTensors tensors;
-    for (const auto& [name, tensor] : StateReader(state).section(section).tensors()) tensors.emplace_back(name, *tensor);
+    for (const auto& [name, tensor] : StateReader(state).section(section).tensors())
+        tensors.emplace_back(name, *tensor);
     return tensors;
 }
 

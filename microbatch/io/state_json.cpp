@@ -67,8 +67,8 @@ std::string scalars_to_json(const StateDict& state) {
     }
     std::string text = json.dump(0, ' ', false, Written::error_handler_t::replace) + "\n";
     if (text.size() > most_scalar_bytes || values > most_values) {
-        throw Error(ErrorKind::usage, str_cat("the state's scalars are too many: ", values, " values, ", text.size(),
-                                              " bytes"));
+        throw Error(ErrorKind::usage,
+                    str_cat("the state's scalars are too many: ", values, " values, ", text.size(), " bytes"));
     }
     return text;
 }

@@ -190,8 +190,9 @@ Commit FusedOptimizer::prepare(const StateReader& reader) {
         }
     }
     if (known != reader.tensors().size()) {
-        throw Error(ErrorKind::bad_data, str_cat(name_, ": the state is of other parameters: it has ",
-                                                 reader.tensors().size(), " tensors, of which ", known, " belong here"));
+        throw Error(ErrorKind::bad_data,
+                    str_cat(name_, ": the state is of other parameters: it has ", reader.tensors().size(),
+                            " tensors, of which ", known, " belong here"));
     }
     return [this, states = std::move(states)] {
         const at::NoGradGuard no_grad;

@@ -22,7 +22,8 @@ public:
     /// Updates every parameter that has a gradient among these by the gradient over `divisor`; the others keep value
     /// and state. The gradients of a batch are sums: the divisor is its weight over the clip coefficient. Gradients of
     /// parameters of others are ignored.
-    /// State: gradients may be left divided. If it throws c10::OutOfMemoryError no parameter has changed, nor any state.
+    /// State: gradients may be left divided. If it throws c10::OutOfMemoryError no parameter has changed, nor any
+    /// state.
     virtual void step(std::span<const GradientView> gradients, double divisor) = 0;
 
     /// The same with what is in .grad, for a loop that calls backward() itself.

@@ -43,7 +43,6 @@ public:
     std::vector<at::Tensor> parameters() const override;
 
 private:
-
     torch::optim::Optimizer& optimizer_;
     std::vector<double> scales_;
     std::vector<std::unique_ptr<torch::optim::OptimizerParamState>> dry_run_state_;  // one for each parameter, in order

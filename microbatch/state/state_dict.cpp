@@ -168,7 +168,8 @@ double StateReader::number(std::string_view name) const {
 
 double StateReader::positive(std::string_view name) const {
     const double value = number(name);
-    if (!std::isfinite(value) || value < 0.0) refuse(name, str_cat("it is ", value, "; it must be finite and at least 0"));
+    if (!std::isfinite(value) || value < 0.0)
+        refuse(name, str_cat("it is ", value, "; it must be finite and at least 0"));
     return value;
 }
 

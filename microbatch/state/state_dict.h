@@ -15,7 +15,7 @@ namespace microbatch {
 
 /// What a state holds beside tensors.
 using StateScalar = std::variant<bool, std::int64_t, std::uint64_t, double, std::string, std::vector<std::int64_t>,
-                            std::vector<double>>;
+                                 std::vector<double>>;
 
 /// State by name: tensors (in memory or in a file) and scalars. Names are paths, such as `optimizer/fc.weight/1`; what
 /// comes before a slash is a section. A run's sections are `model/ optimizer/ gate/ data/ rng/ batch/ recovery/ run/`.

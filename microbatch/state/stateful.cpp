@@ -20,8 +20,8 @@ Commit prepare_tensors(const StateReader& reader, const NamedTensors& live, cons
         if (found == known.end()) refuse("there is no ", what, " ", name, " in this model");
         const at::Tensor& tensor = found->second;
         const at::Tensor& shape = stored->shape();
-        const bool fits = tensor.scalar_type() == shape.scalar_type() &&
-                          (fit == Fit::resize || tensor.sizes() == shape.sizes());
+        const bool fits =
+            tensor.scalar_type() == shape.scalar_type() && (fit == Fit::resize || tensor.sizes() == shape.sizes());
         if (!fits) {
             refuse(what, " ", name, " is ", shape.scalar_type(), " of shape ", shape.sizes(), ", in this model ",
                    tensor.scalar_type(), " of shape ", tensor.sizes());

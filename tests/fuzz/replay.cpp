@@ -1,4 +1,5 @@
-// Gives every file of a corpus to the fuzz target that this is linked with: what fuzzing found, in any build. Usage: replay CORPUS
+// Gives every file of a corpus to the fuzz target that this is linked with: what fuzzing found, in any build. Usage:
+// replay CORPUS
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>

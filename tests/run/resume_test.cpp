@@ -192,8 +192,7 @@ TEST(Resume, SnapshotsInFilesAreThoseOfBefore) {
 TEST(Resume, SnapshotsMoveFromMemoryToFilesAndTheOtherWayRound) {
     const TempFolder folder;
     TrainingOptions in_memory = recovering();
-    TrainingOptions in_files =
-        recovering({.every = 8, .margin = 4, .warmup = 3, .memory_bytes = 0});
+    TrainingOptions in_files = recovering({.every = 8, .margin = 4, .warmup = 3, .memory_bytes = 0});
     in_memory.snapshots = in_files.snapshots = folder.path();
     const Undisturbed one(in_memory, 44), other(in_files, 44);
     for (const std::size_t from : {1U, 20U, 31U, 36U}) {
@@ -291,8 +290,7 @@ struct Stop {
 
 TEST(Resume, ABatchThatIsLeftAtAnyMicroBatchOfAnyStepIsTheSameBatch) {
     const TempFolder folder;
-    TrainingOptions in_files =
-        recovering({.every = 8, .margin = 4, .warmup = 3, .memory_bytes = 0});
+    TrainingOptions in_files = recovering({.every = 8, .margin = 4, .warmup = 3, .memory_bytes = 0});
     in_files.snapshots = folder.path();
     TrainingOptions gpt{.model = "gpt"}, resnet{.model = "resnet", .optimizer = "torch sgd"};
     for (TrainingOptions how : {gpt, resnet, recovering(), in_files}) {

@@ -64,7 +64,6 @@ RunOptions of_steps(std::int64_t steps) {
     return options;
 }
 
-
 TEST(Run, ResumedAfterEveryMicroBatchMakesTheSameBits) {
     const test::TempFolder temp;
     Process whole;
@@ -80,7 +79,8 @@ TEST(Run, ResumedAfterEveryMicroBatchMakesTheSameBits) {
             done = !process.train(path, options).interrupted;
             ASSERT_LT(processes, 100);
         }
-        EXPECT_EQ(test::read_file(path / "model.safetensors"), test::read_file(temp.path() / "whole" / "model.safetensors"));
+        EXPECT_EQ(test::read_file(path / "model.safetensors"),
+                  test::read_file(temp.path() / "whole" / "model.safetensors"));
         const LoggedRun log = read_run_log(path), all = read_run_log(temp.path() / "whole");
         ASSERT_EQ(log.steps.size(), all.steps.size());
         for (std::size_t i = 0; i < all.steps.size(); ++i) {
@@ -151,7 +151,8 @@ TEST(Run, SaysThatLinesOfTheLogAreMissing) {
     std::filesystem::remove(temp.path() / "run" / "metrics.jsonl");
     RunFolder folder(temp.path() / "run", /*resume=*/true);
     Process process;
-    microbatch::Run run(folder, *process.accumulator, process.data, [](const Batch&) { return WeightedLoss{}; }, of_steps(6));
+    microbatch::Run run(
+        folder, *process.accumulator, process.data, [](const Batch&) { return WeightedLoss{}; }, of_steps(6));
     EXPECT_EQ(run.missing_lines(), 4);
 }
 
