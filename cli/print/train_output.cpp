@@ -63,10 +63,11 @@ std::string describe_divergence(const Outcome& outcome, const Settings& settings
 }
 
 std::string describe_bad_end(const Outcome& outcome, const Settings& settings) {
+    const std::string held_out = outcome.held_out ? fmt::format(", {:.4g} held out", *outcome.held_out) : std::string();
     return fmt::format(
-        "the run ended worse than it began, with a loss of {:.4g} after {:.4g} at the first step; take a smaller --lr "
-        "than {:g}, a --warmup or a smaller --clip",
-        outcome.last.step.loss, outcome.first_loss, learning_rate_of(settings));
+        "the run ended worse than it began: its loss was {:.4g} at the first step, and is {:.4g} at the last{}; take a "
+        "smaller --lr than {:g}, a --warmup or a smaller --clip",
+        outcome.first_loss, outcome.last.step.loss, held_out, learning_rate_of(settings));
 }
 
 }  // namespace
@@ -203,7 +204,7 @@ void print_json(const JobPlan& plan, const PlanReport& report, const Outcome& ou
     print(stdout, "{}\n", document.dump(2));
 }
 
-bool has_ended_worse(const std::filesystem::path& folder) {
+bool has_ended_worse(const std::filesystem::path& folder, std::optional<double> held_out) {
     std::vector<StepRecord> kept;
     try {
         for (const StepRecord& step : read_run_log(folder).steps) {
@@ -216,7 +217,7 @@ bool has_ended_worse(const std::filesystem::path& folder) {
     }
     std::vector<double> losses;
     for (const StepRecord& step : kept) losses.push_back(step.loss);
-    return ends_worse(losses);
+    return ends_worse(losses, held_out);
 }
 
 void report_divergence(const Outcome& outcome, const Settings& settings) {
