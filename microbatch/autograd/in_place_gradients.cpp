@@ -190,11 +190,16 @@ at::Tensor embedding(c10::DispatchKeySet keys, const at::Tensor& weight, const a
                                            sparse);
 }
 
-// At program start: torch's operator table must not change while another thread computes.
-TORCH_LIBRARY_IMPL(aten, AutogradCPU, library) {
-    library.impl("mm", TORCH_FN(mm));
-    library.impl("addmm", TORCH_FN(addmm));
-    library.impl("embedding", TORCH_FN(embedding));
+// Not before somebody needs it: a program that only loads the library has torch's own operators. For good, since a
+// backward may run after the scope has ended.
+void override_operators() {
+    [[maybe_unused]] static const auto* const library = [] {
+        auto* made = new torch::Library(torch::Library::IMPL, "aten", c10::DispatchKey::AutogradCPU, __FILE__, __LINE__);
+        made->impl("mm", TORCH_FN(mm));
+        made->impl("addmm", TORCH_FN(addmm));
+        made->impl("embedding", TORCH_FN(embedding));
+        return made;
+    }();
 }
 
 }  // namespace
@@ -204,6 +209,7 @@ bool InPlaceGradients::active() {
 }
 
 InPlaceGradients::InPlaceGradients() : scopes_(scopes_of_this_thread()) {
+    override_operators();
     ++*scopes_;
 }
 

@@ -20,7 +20,8 @@ namespace microbatch {
 ///           count-scaled embeddings; complex numbers. Hooks after accumulation are called, once.
 /// State:    backward may run after the scope has ended. If it throws, .grad holds a part of the gradient, as torch's
 ///           would.
-/// Threads:  a scope belongs to the thread that created it, whichever thread ends it. Threads may share weights.
+/// Threads:  a scope belongs to the thread that created it, whichever thread ends it. Threads may share weights. The
+///           first scope of a process overrides the operators: no other thread may compute meanwhile.
 class InPlaceGradients {
 public:
     InPlaceGradients();

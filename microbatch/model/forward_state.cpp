@@ -15,6 +15,15 @@ std::vector<at::Device> devices_of(const Model& model) {
     return generator_devices(tensors);
 }
 
+// Generators of another language, apart from torch's, which are named as their devices.
+constexpr const char* foreign = "foreign";
+
+NamedTensors foreign_states(const StateReader& rng) {
+    NamedTensors states;
+    for (const auto& [name, stored] : rng.section(foreign).tensors()) states.push_back({name, stored->get()});
+    return states;
+}
+
 }  // namespace
 
 StateDict forward_state(const Model& model) {
@@ -30,9 +39,10 @@ StateDict forward_state(const Model& model) {
 
 void save_generators(const Model& model, const StateWriter& writer) {
     for (const at::Device& device : devices_of(model)) writer.put(device.str(), generator_state(device));
+    writer.section(foreign).put(model.generator_states());
 }
 
-Commit prepare_generators(const Model& model, const StateReader& reader) {
+Commit prepare_generators(Model& model, const StateReader& reader) {
     std::vector<std::pair<at::Device, at::Tensor>> states;
     for (const at::Device& device : devices_of(model)) {
         states.emplace_back(device, reader.tensor(device.str()).get());
@@ -40,9 +50,13 @@ Commit prepare_generators(const Model& model, const StateReader& reader) {
             reader.refuse(device.str(), "it is not a state of this generator");
         }
     }
-    if (reader.tensors().size() != states.size()) reader.refuse("", "it has generators of other devices");
-    return [states = std::move(states)] {
+    NamedTensors others = foreign_states(reader);
+    if (reader.tensors().size() != states.size() + others.size()) {
+        reader.refuse("", "it has generators of other devices");
+    }
+    return [&model, states = std::move(states), others = std::move(others)] {
         for (const auto& [device, state] : states) set_generator_state(device, state);
+        if (!others.empty()) model.set_generator_states(others);
     };
 }
 
@@ -66,9 +80,12 @@ void restore_forward_state(Model& model, const StateDict& state, bool generators
     model.set_training_flags(reader.counts("training_flags"));
     prepare_tensors(saved, buffers, "buffer", Fit::resize)();
     if (!generators) return;
-    for (const auto& [device, stored] : reader.section("rng").tensors()) {
-        set_generator_state(at::Device(device), stored->get());
+    const StateReader rng = reader.section("rng");
+    for (const at::Device& device : devices_of(model)) {
+        if (rng.has(device.str())) set_generator_state(device, rng.tensor(device.str()).get());
     }
+    const NamedTensors others = foreign_states(rng);
+    if (!others.empty()) model.set_generator_states(others);
 }
 
 }  // namespace microbatch

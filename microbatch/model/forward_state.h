@@ -6,7 +6,7 @@
 namespace microbatch {
 
 /// A copy of what a forward pass may change beside gradients: buffers and training flags in `model/`, torch's
-/// generators (the CPU's and those of the parameters' devices) in `rng/`.
+/// generators (the CPU's and those of the parameters' devices) and those of the model in `rng/`.
 ///
 /// Cost: one copy of the buffers, 5 KB a generator.
 StateDict forward_state(const Model& model);
@@ -15,7 +15,7 @@ StateDict forward_state(const Model& model);
 void save_generators(const Model& model, const StateWriter& writer);
 
 /// Validates generators' states that save_generators() wrote. Errors: ErrorKind::bad_data.
-Commit prepare_generators(const Model& model, const StateReader& reader);
+Commit prepare_generators(Model& model, const StateReader& reader);
 
 /// Validates what forward_state() returned. Errors: ErrorKind::bad_data.
 Commit prepare_forward_state(Model& model, const StateReader& reader);

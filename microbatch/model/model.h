@@ -34,11 +34,19 @@ public:
     virtual std::vector<std::int64_t> training_flags() const { return {}; }
     virtual void set_training_flags(const std::vector<std::int64_t>&) {}
 
+    /// The state of generators beside torch's own that a forward pass may draw from, as tensors of bytes.
+    virtual NamedTensors generator_states() const { return {}; }
+    virtual void set_generator_states(const NamedTensors&) {}
+
     /// True if the model can compute the activations of its blocks again in backward instead of keeping them.
     virtual bool offers_checkpointing() const { return false; }
 
     /// Switches that for every forward from now on. Requires: offers_checkpointing(), or `on` is false.
     virtual void set_checkpointing(bool) {}
+
+    /// Differentiates a micro-batch's loss into .grad: loss.backward(), with what another language throws on the way as
+    /// an exception of ours.
+    virtual void backward(const at::Tensor& loss) const;
 };
 
 /// A torch::nn::Module, borrowed: it must outlive the result. Its blocks are checkpointed if it is a Recomputable.

@@ -63,6 +63,10 @@ private:
 
 }  // namespace
 
+void Model::backward(const at::Tensor& loss) const {
+    loss.backward();
+}
+
 std::shared_ptr<Model> make_model(torch::nn::Module& module) {
     return std::make_shared<NnModule>(module);
 }

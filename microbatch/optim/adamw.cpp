@@ -17,12 +17,18 @@ namespace microbatch {
 
 AdamW::AdamW(const std::vector<ParameterGroup>& groups, AdamWOptions options)
     : FusedOptimizer("AdamW", groups, options.learning_rate), options_(options) {
-    auto in_range = [](double beta) { return beta >= 0.0 && beta < 1.0; };
-    if (!in_range(options.beta1) || !in_range(options.beta2)) {
-        throw Error(ErrorKind::usage, str_cat("AdamW: the betas are ", options.beta1, " and ", options.beta2,
-                                              "; each must be at least 0 and below 1"));
-    }
+    set_betas(options.beta1, options.beta2);
     validate_setting("AdamW", "epsilon", options.epsilon);
+}
+
+void AdamW::set_betas(double beta1, double beta2) {
+    auto in_range = [](double beta) { return beta >= 0.0 && beta < 1.0; };
+    if (!in_range(beta1) || !in_range(beta2)) {
+        throw Error(ErrorKind::usage,
+                    str_cat("AdamW: the betas are ", beta1, " and ", beta2, "; each must be at least 0 and below 1"));
+    }
+    options_.beta1 = beta1;
+    options_.beta2 = beta2;
 }
 
 std::vector<at::Tensor> AdamW::make_state(const at::Tensor& parameter) const {

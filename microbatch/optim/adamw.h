@@ -26,6 +26,9 @@ public:
     /// parameter is not a dense floating-point tensor, or one is in two groups.
     explicit AdamW(const std::vector<ParameterGroup>& groups, AdamWOptions options = {});
 
+    /// Other betas from the next step on, as some schedules have them. Errors: ErrorKind::usage as the constructor.
+    void set_betas(double beta1, double beta2);
+
 private:
     std::size_t state_count() const override { return 3; }
     std::vector<at::Tensor> make_state(const at::Tensor& parameter) const override;

@@ -29,6 +29,10 @@ public:
     /// in a group already; nothing has changed then.
     void add_group(const ParameterGroup& group);
 
+    /// Other settings for the group with this number, in the order in which groups were added.
+    /// Errors: ErrorKind::usage if a setting is out of range or there is no such group; nothing has changed then.
+    void set_group(std::size_t group, double learning_rate_scale, double weight_decay);
+
 protected:
     /// Tensors that are updated together. state[i] holds the i-th state tensor of every parameter.
     struct Bucket {

@@ -13,13 +13,21 @@ namespace microbatch {
 
 Sgd::Sgd(const std::vector<ParameterGroup>& groups, SgdOptions options)
     : FusedOptimizer("Sgd", groups, options.learning_rate), options_(options) {
-    if (!(options.momentum >= 0.0 && options.momentum < 1.0)) {
-        throw Error(ErrorKind::usage,
-                    str_cat("Sgd: momentum is ", options.momentum, "; it must be at least 0 and below 1"));
-    }
+    set_momentum(options.momentum);
     if (options.nesterov && options.momentum == 0.0) {
         throw Error(ErrorKind::usage, "Sgd: Nesterov needs a momentum above 0");
     }
+}
+
+void Sgd::set_momentum(double momentum) {
+    if (!(momentum >= 0.0 && momentum < 1.0)) {
+        throw Error(ErrorKind::usage, str_cat("Sgd: momentum is ", momentum, "; it must be at least 0 and below 1"));
+    }
+    if ((momentum == 0.0) != (options_.momentum == 0.0)) {
+        throw Error(ErrorKind::usage, str_cat("Sgd: momentum was ", options_.momentum, " and cannot become ", momentum,
+                                              ": make the optimizer anew"));
+    }
+    options_.momentum = momentum;
 }
 
 std::vector<at::Tensor> Sgd::make_state(const at::Tensor& parameter) const {

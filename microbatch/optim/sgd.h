@@ -23,6 +23,10 @@ public:
     /// parameter is not a dense floating-point tensor, or one is in two groups.
     explicit Sgd(const std::vector<ParameterGroup>& groups, SgdOptions options = {});
 
+    /// Another momentum from the next step on, as some schedules have it.
+    /// Errors: ErrorKind::usage as the constructor, or if it becomes 0 or was 0: there is no buffer then.
+    void set_momentum(double momentum);
+
 private:
     std::size_t state_count() const override { return options_.momentum == 0.0 ? 0 : 1; }
     std::vector<at::Tensor> make_state(const at::Tensor& parameter) const override;

@@ -1,7 +1,10 @@
 #include "microbatch/step/accumulator.h"
 
+#include <c10/util/Exception.h>
+
 #include <algorithm>
 #include <chrono>
+#include <stdexcept>
 #include <unordered_set>
 
 #include "microbatch/core/error.h"
@@ -221,8 +224,10 @@ std::variant<Gathered, PartialBatch> Accumulator::try_gather(const BatchSource& 
             std::rethrow_exception(failure);
         } catch (const Error& error) {
             if (error.kind() == ErrorKind::bad_data) throw;
-        } catch (const std::exception&) {
-        }
+        } catch (const c10::Error&) {
+        } catch (const std::runtime_error&) {
+        } catch (const std::logic_error&) {
+        }  // any other is another language's, and passes as it is
         const std::string why = message_of(failure);
         throw Error(ErrorKind::does_not_fit,
                     str_cat("out of memory, and with a micro-batch of ", attempt.plan_of_shape.micro_batch,
@@ -292,6 +297,16 @@ StepReport Accumulator::apply() {
     result.applied = true;
     before_.reset();
     discard({});
+    return result;
+}
+
+StepReport Accumulator::hand_over() {
+    if (!gathered_) throw Error(ErrorKind::usage, "nothing is gathered to hand over: call gather() or finish() first");
+    StepReport result = report();
+    const double weight = gathered_->weight;
+    gatherer_.hand_over(gathered_->sums, weight > 0.0 ? weight * options_.precision->loss_scale() : 1.0);
+    gathered_.reset();
+    before_.reset();
     return result;
 }
 

@@ -121,6 +121,11 @@ public:
     /// before gather(); generators go on.
     StepReport discard(std::string_view reason);
 
+    /// Leaves the batch's mean gradient in .grad, without a copy, for an optimizer of your own: what is gathered is no
+    /// longer known here, and .grad is to be cleared before the next batch. Of a batch of weight 0 there are no gradients.
+    /// Errors: ErrorKind::usage if nothing is gathered.
+    StepReport hand_over();
+
     /// Does to memory and time what apply() would do, and leaves parameters and optimizer as they are; what is gathered
     /// is lost. The optimizer keeps the state of the dry run until its end_dry_run(). Errors: as apply().
     void dry_run_apply();

@@ -1,6 +1,7 @@
 #include "microbatch/step/gatherer.h"
 
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/_foreach_div.h>
 #include <ATen/ops/count_nonzero.h>
 #include <ATen/ops/full.h>
 
@@ -16,10 +17,10 @@
 namespace microbatch {
 
 Gatherer::Gatherer(const AnyModel& model, bool sum_in_product, std::shared_ptr<Precision> precision)
-    : precision_(std::move(precision)) {
+    : model_(model.get()), precision_(std::move(precision)) {
     if (sum_in_product) scopes_.push_back(std::make_shared<InProductSums>());
-    if (model.get()->offers_checkpointing()) scopes_.push_back(std::make_shared<ActivationCheckpointing>(model.get()));
-    track(model.get()->parameters());
+    if (model_->offers_checkpointing()) scopes_.push_back(std::make_shared<ActivationCheckpointing>(model_));
+    track(model_->parameters());
 }
 
 void Gatherer::track(const Parameters& parameters) {
@@ -171,7 +172,7 @@ void Gatherer::add_checked(const WeightedLoss& loss) {
         throw Error(ErrorKind::usage, "the weights of the batch add up to more than a double holds; scale them down");
     }
     const double scale = precision_->loss_scale();
-    (scale == 1.0 ? loss.sum : loss.sum * scale).backward();
+    model_->backward(scale == 1.0 ? loss.sum : loss.sum * scale);
     refuse_sparse_gradients();
     if (norms_) gathered_.parts.add({loss.weight, norms_->added(parameters_) / (loss.weight * loss.weight)});
     const at::Tensor value = loss.sum.detach().to(at::kDouble).reshape({});
@@ -191,6 +192,14 @@ Gathered Gatherer::finish() {
     for (const auto& scope : scopes_) scope->leave();
     state_ = State::gathered;
     return std::exchange(gathered_, {});
+}
+
+void Gatherer::hand_over(std::span<const GradientView> sums, double divisor) {
+    if (state_ != State::gathered) throw Error(ErrorKind::usage, "nothing is gathered to hand over");
+    const at::NoGradGuard no_grad;
+    if (divisor != 1.0 && !sums.empty()) at::_foreach_div_(sums_of(sums), divisor);
+    state_ = State::idle;
+    loss_sum_ = at::Tensor();
 }
 
 void Gatherer::refuse_sparse_gradients() const {

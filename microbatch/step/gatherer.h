@@ -4,6 +4,7 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <span>
 #include <variant>
 #include <vector>
 
@@ -81,6 +82,10 @@ public:
     /// else changed a .grad since the last add().
     Gathered finish();
 
+    /// Divides what was gathered in place, for who steps by himself: .grad is his from now on, and must be cleared
+    /// before the next batch. Requires: finish(), and nothing cleared since.
+    void hand_over(std::span<const GradientView> sums, double divisor);
+
     /// Drops all gradients and closes the window; allowed at any time.
     void clear();
 
@@ -110,6 +115,7 @@ private:
     void enter(const Plan& plan);
     void measure();
 
+    std::shared_ptr<Model> model_;
     Parameters parameters_;
     std::shared_ptr<Precision> precision_;
     MicroBatchScopes scopes_;

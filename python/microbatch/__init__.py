@@ -1,0 +1,44 @@
+"""Train a PyTorch model with the batch size you want in the memory you have.
+
+    import microbatch as mb
+
+    accumulator = mb.Accumulator(model, optimizer, loss, memory="4GiB")
+    for batch in loader:                     # whole batches
+        report = accumulator.step(batch)     # one exact update, however the batch was cut
+
+`loss(model, micro)` returns the sum of the loss over a micro-batch and what it is averaged over. The package is a thin
+layer over the C++ library of the same name: both make the same update, bit for bit.
+"""
+
+from microbatch import _torch_version
+
+_torch_version.require()
+
+from microbatch import losses, memory  # noqa: E402
+from microbatch.accumulator import Accumulator, StepReport  # noqa: E402
+from microbatch.errors import BadData, DoesNotFit, Error, NotWritten, Stopped, UsageError  # noqa: E402
+from microbatch.guard import SpikeGuard  # noqa: E402
+from microbatch.optimizers import SGD, AdamW  # noqa: E402
+from microbatch.planning import Candidate, Plan, PlanReport, plan  # noqa: E402
+
+__version__ = "0.2.0"
+
+__all__ = [
+    "SGD",
+    "Accumulator",
+    "AdamW",
+    "BadData",
+    "Candidate",
+    "DoesNotFit",
+    "Error",
+    "NotWritten",
+    "Plan",
+    "PlanReport",
+    "SpikeGuard",
+    "StepReport",
+    "Stopped",
+    "UsageError",
+    "losses",
+    "memory",
+    "plan",
+]

@@ -1,0 +1,298 @@
+"""One optimizer step for a whole batch, however it is cut."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from microbatch import _core, batches, memory, planning
+from microbatch.errors import UsageError
+from microbatch.guard import SpikeGuard
+from microbatch.model import Adapter, own_memory
+from microbatch.optimizers import driver_of
+from microbatch.planning import Plan, PlanReport
+from microbatch.recompute import lever_of
+
+LossFunction = Callable[[Any, Any], tuple[Tensor, float | Tensor]]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepReport:
+    """What became of one batch."""
+
+    loss: float  #: mean over the batch's weight, at the parameters before the step
+    weight: float  #: samples or target tokens, as the loss function counts
+    gradient_norm: float  #: of the batch's mean gradient, before clipping
+    learning_rate: float
+    micro_batches: int
+    plan: Plan  #: how it was run in the end; micro_batch is 0 if the caller cut it
+    peak_bytes: int  #: the most that CPU tensors took during it
+    out_of_memory: int  #: how often it ran out of memory and was begun again
+    applied: bool  #: False: the parameters are as they were
+    diverged: bool  #: the guard says that refusing batches does not help
+    reason: str  #: why it was not applied
+    noise_batch: float | None  #: weight at which noise is as large as the gradient, of this batch alone; None: not measured
+
+
+class Accumulator:
+    """Makes the update of the whole batch, in the memory there is.
+
+        accumulator = mb.Accumulator(model, optimizer, loss, memory="4GiB")
+        report = accumulator.step(batch)
+
+    model: any nn.Module. optimizer: mb.AdamW, mb.SGD, any of torch.optim or alike; None if you step by yourself, with the
+    gradients that gather() leaves. loss: `loss(model, micro)` returns the SUM over the micro-batch and what it is averaged
+    over (samples or target tokens); see mb.losses.
+
+    memory: the budget of all CPU tensors, such as "4GiB", from now on; None leaves the budget as it is.
+    micro_batch: samples per forward and backward; "auto" finds the fastest that fits, at the first step or in
+    make_plan(). clip_norm: largest norm of the mean gradient that is applied. recompute: whether activations may be
+    computed again in backward: "auto", "never", "always", or the class of the blocks. guard: a SpikeGuard. noise_every:
+    steps from one measure of the gradient's noise to the next, 0 for none. collate: batches are lists of samples, which
+    this makes into a micro-batch. trim_padding: the name of the mask by which trailing padding is cut off.
+    generators: torch.Generators that the loss draws from, beside torch's default, Python's and NumPy's.
+
+    Out of memory: a batch that runs out is undone (gradients, buffers, generators) and run again with half the
+    micro-batch; the update has the same bits as with the smaller one from the start.
+    Whatever step() raises before the update, the state is as before it; KeyboardInterrupt included.
+
+    Raises UsageError for settings out of range, or an optimizer with parameters that the model does not have.
+    Not to be pickled or copied; in a forked child, make a new one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        loss: LossFunction | None = None,
+        *,
+        memory: int | str | None = None,
+        micro_batch: int | str = "auto",
+        clip_norm: float = math.inf,
+        recompute: Any = "auto",
+        guard: SpikeGuard | None = None,
+        noise_every: int = 0,
+        collate: Callable[[list[Any]], Any] | None = None,
+        trim_padding: str | None = None,
+        generators: Sequence[torch.Generator] = (),
+        sum_in_product: bool = True,
+    ) -> None:
+        _check_micro_batch(micro_batch)
+        if guard is not None and not isinstance(guard, SpikeGuard):
+            raise UsageError(f"guard is a {type(guard).__name__}; give an mb.SpikeGuard()")
+        if isinstance(noise_every, bool) or not isinstance(noise_every, int) or noise_every < 0:
+            raise UsageError(f"noise_every is {noise_every!r}; it is a number of steps, 0 for never")
+        if not isinstance(model, nn.Module):
+            raise UsageError(f"the model is a {type(model).__name__}, not a torch.nn.Module")
+        lever = lever_of(model, recompute)
+        adapter = Adapter(model, lever, generators)
+        driver = None if optimizer is None else driver_of(optimizer)
+        _set_memory(model, memory)
+        self.model = model
+        self.optimizer = optimizer
+        self.loss = loss
+        self.guard = guard
+        self.noise_every = noise_every
+        self.collate = collate
+        self.trim_padding = trim_padding
+        self._recompute = recompute if recompute in ("never", "always") else "auto"
+        self._native: Any = _core.Accumulator(adapter, driver, float(clip_norm), sum_in_product)
+        self._auto = micro_batch == "auto"
+        self._planned = 0  # samples of the largest batch that a plan was made for
+        self._steps = 0
+        self.last_plan: PlanReport | None = None  #: of the last make_plan()
+        if micro_batch != "auto":
+            self.plan = Plan(micro_batch, self._recompute == "always")  # type: ignore[arg-type]
+
+    @property
+    def plan(self) -> Plan:
+        """How batches are run. Setting it forgets what was learned from running out of memory."""
+        return planning.from_native(self._native.plan)
+
+    @plan.setter
+    def plan(self, plan: Plan) -> None:
+        self._native.plan = planning.native(plan)
+        self._auto = False
+
+    def step(self, batch: Any, loss: LossFunction | None = None, *, length: int | None = None) -> StepReport:
+        """Gathers the gradients of the whole batch and steps once, or says in the report why not.
+
+        length: the number of samples, where the tensors of the batch differ along dimension 0.
+        Raises DoesNotFit if no micro-batch fits, UsageError for a batch or a loss that cannot be used, and whatever the
+        loss function raises; the state is then as before.
+        """
+        if self.optimizer is None:
+            raise UsageError("this Accumulator has no optimizer: call gather(batch), then step with your own")
+        source, function = self._prepared(batch, loss, length)
+        memory_before = self._begin()
+        gate = None if self.guard is None else self.guard._gate
+        report = self._native.step(source, function, self._measures_noise(), gate)
+        self._steps += 1
+        return self._report(report, memory_before)
+
+    def gather(self, batch: Any, loss: LossFunction | None = None, *, length: int | None = None) -> StepReport | None:
+        """The gradients of the whole batch, and no update yet.
+
+        Without an optimizer, the batch's mean gradient is in `.grad` afterwards, without a copy: step with any optimizer,
+        and clear the gradients before the next batch. With one, call apply() or discard(); returns None.
+        """
+        source, function = self._prepared(batch, loss, length)
+        memory_before = self._begin()
+        self._native.gather(source, function, self._measures_noise())
+        self._steps += 1
+        if self.optimizer is not None:
+            return None
+        return self._report(self._native.hand_over(), memory_before)
+
+    def begin(self) -> None:
+        """Opens a batch whose micro-batches you cut by yourself: `add()` each, then `finish()` and `apply()`."""
+        self._begin()
+        self._native.begin(self._measures_noise())
+
+    def add(self, loss_sum: Tensor, weight: float | Tensor) -> None:
+        """Backward of one micro-batch's summed loss, now."""
+        self._native.add(loss_sum, weight)
+
+    def finish(self) -> StepReport | None:
+        """Closes the batch that begin() opened. Without an optimizer, the mean gradient is in `.grad` afterwards."""
+        self._native.finish()
+        self._steps += 1
+        return self._report(self._native.hand_over(), 0) if self.optimizer is None else None
+
+    def apply(self) -> StepReport:
+        """Divides by the weight, clips, steps and clears."""
+        return self._report(self._native.apply(), 0)
+
+    def discard(self, reason: str = "discarded") -> StepReport:
+        """Drops what is gathered; parameters and buffers are as before the batch."""
+        return self._report(self._native.discard(reason), 0)
+
+    def make_plan(
+        self, batch: Any, loss: LossFunction | None = None, *, memory: int | str | None = None, length: int | None = None
+    ) -> PlanReport:
+        """Finds the fastest plan for batches like this one within the budget, and takes it over.
+
+        Tries a few micro-batches on the job itself, for about the time of three steps, and leaves no trace. memory: the
+        budget, set as by memory.set_budget(); None plans for the one that is set, or four fifths of what is free. The
+        batch should be the longest that there will be.
+        Raises DoesNotFit if nothing fits, saying what is missing.
+        """
+        source, function = self._sourced(batch, loss, length)
+        return self._make_plan(source, function, memory)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The plan, and what was learned from running out of memory and from past steps: to go on with."""
+        plan = self.plan
+        return {
+            "plan": {"micro_batch": plan.micro_batch, "recompute": plan.recompute},
+            "caps": self._native.caps(),
+            "steps": self._steps,
+            "planned": self._planned,
+            "auto": self._auto,
+            "guard": None if self.guard is None else self.guard.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._native.plan = planning.native(Plan(**state["plan"]))
+        self._native.load_caps(state["caps"])
+        self._steps, self._planned, self._auto = state["steps"], state["planned"], state["auto"]
+        if self.guard is not None and state["guard"] is not None:
+            self.guard.load_state_dict(state["guard"])
+
+    def __repr__(self) -> str:
+        plan = "not planned yet" if self._auto and not self._planned else str(self.plan)
+        return f"Accumulator({type(self.model).__name__}, {type(self.optimizer).__name__}, {plan})"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("an Accumulator cannot be pickled or copied: save its state_dict() and make a new one")
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self.__reduce__()
+
+    def _sourced(self, batch: Any, loss: LossFunction | None, length: int | None) -> tuple[Any, Any]:
+        function = loss or self.loss
+        if function is None:
+            raise UsageError("there is no loss function: give one to the Accumulator or to step()")
+        source: Any
+        if self.collate is not None:
+            source = batches.Samples(batch, self.collate)
+        else:
+            source = batches.Structure(batch, length, self.trim_padding)
+        model = self.model
+        return source, lambda micro: function(model, micro)
+
+    def _prepared(self, batch: Any, loss: LossFunction | None, length: int | None) -> tuple[Any, Any]:
+        source, function = self._sourced(batch, loss, length)
+        _check_devices(self.model, source)
+        if self._auto and source.size > self._planned:
+            self._make_plan(source, function, None)
+        return source, function
+
+    def _make_plan(self, source: Any, function: Any, budget: int | str | None) -> PlanReport:
+        if budget is not None:
+            memory.set_budget(budget)
+        options = _core.PlannerOptions()
+        limit = memory.stats().budget_bytes
+        options.budget_bytes = limit if limit is not None else memory.available() // 5 * 4
+        options.recompute = getattr(_core.Recompute, self._recompute)
+        report = planning.report_of(self._native.plan_batch(source, function, options, None))
+        self._native.plan = planning.native(report.plan)
+        self._planned = max(self._planned, source.size)
+        self.last_plan = report
+        return report
+
+    def _begin(self) -> int:
+        memory.reset_peak()
+        return memory.stats().live_bytes
+
+    def _measures_noise(self) -> bool:
+        return self.noise_every > 0 and self._steps % self.noise_every == 0
+
+    def _report(self, report: Any, _: int) -> StepReport:
+        noise = report.noise
+        known = noise is not None and noise.variance > 0.0 and noise.squared_gradient > 0.0
+        return StepReport(
+            loss=report.loss,
+            weight=report.weight,
+            gradient_norm=report.gradient_norm,
+            learning_rate=report.learning_rate,
+            micro_batches=report.micro_batches,
+            plan=planning.from_native(report.plan),
+            peak_bytes=memory.peak(),
+            out_of_memory=report.out_of_memory,
+            applied=report.applied,
+            diverged=report.diverged,
+            reason=report.reason,
+            noise_batch=noise.variance / noise.squared_gradient if known else None,
+        )
+
+
+def _check_micro_batch(micro_batch: Any) -> None:
+    if micro_batch == "auto" or (isinstance(micro_batch, int) and not isinstance(micro_batch, bool) and micro_batch > 0):
+        return
+    raise UsageError(f"micro_batch is {micro_batch!r}; it is a number of samples, at least 1, or 'auto'")
+
+
+def _set_memory(model: nn.Module, budget: int | str | None) -> None:
+    size = None if budget is None else memory.parse_size(budget)  # refused before anything is changed
+    memory.install()
+    own_memory(model)
+    if size is not None:
+        memory.set_budget(size)
+
+
+def _devices(tensors: Iterable[Tensor]) -> list[torch.device]:
+    return list(dict.fromkeys(one.device for one in tensors))
+
+
+def _check_devices(model: nn.Module, source: Any) -> None:
+    """A batch on another device than the model ends in a message of torch's that names neither."""
+    if not isinstance(source, batches.Structure):
+        return
+    of_model = _devices(model.parameters())
+    of_batch = _devices(leaf for _, leaf in batches._leaves(source.batch) if isinstance(leaf, Tensor))
+    if len(of_model) == 1 and of_batch and not set(of_batch) & set(of_model):
+        raise UsageError(f"the model is on {of_model[0]}, and the batch on {of_batch[0]}: move one to the other")

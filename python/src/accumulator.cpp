@@ -1,0 +1,196 @@
+#include "microbatch/step/accumulator.h"
+
+#include <memory>
+#include <string>
+#include <utility>
+#include <variant>
+
+#include "microbatch/step/probe.h"
+#include "python/src/batch.h"
+#include "python/src/bindings.h"
+#include "python/src/model.h"
+#include "python/src/optimizer.h"
+
+namespace microbatch::python {
+namespace {
+
+/// An optimizer that updates nothing: the caller has one of his own, and takes the gradients from .grad.
+class NoOptimizer final : public Optimizer {
+public:
+    void step(std::span<const GradientView>, double) override { refuse(); }
+    void dry_run(std::span<const GradientView>, double) override {}
+    void end_dry_run() override {}
+    bool has_state() const override { return true; }
+    double learning_rate() const override { return 0.0; }
+    void set_learning_rate(double) override { refuse(); }
+    std::vector<at::Tensor> parameters() const override { return {}; }
+    void save(const StateWriter&) const override {}
+    Commit prepare(const StateReader&) override {
+        return [] {};
+    }
+
+private:
+    [[noreturn]] static void refuse() {
+        throw Error(ErrorKind::usage, "this Accumulator has no optimizer: gather() leaves the gradients in .grad");
+    }
+};
+
+std::unique_ptr<Optimizer> optimizer_of(py::object driver) {
+    if (driver.is_none()) return std::make_unique<NoOptimizer>();
+    return std::make_unique<PythonOptimizer>(std::move(driver));
+}
+
+// An exception that was raised in Python may be held by one of its frames, and holds the tensors of the attempt: only
+// the collector of cycles lets them go. Nothing else is lost by it.
+Reclaimer collect_garbage() {
+    return {[] {
+                const py::gil_scoped_acquire gil;
+                py::module_::import("gc").attr("collect")();
+                return false;
+            },
+            /*counts=*/false};
+}
+
+/// The library's Accumulator on a Python model and optimizer, which it owns.
+class PythonAccumulator {
+public:
+    PythonAccumulator(py::object model, py::object driver, double clip_norm, bool sum_in_product)
+        : model_(std::make_shared<PythonModel>(std::move(model))), optimizer_(optimizer_of(std::move(driver))) {
+        const py::gil_scoped_release released;
+        accumulator_.emplace(AnyModel(model_), *optimizer_,
+                             AccumulatorOptions{.clip_norm = clip_norm, .sum_in_product = sum_in_product});
+    }
+
+    StepReport step(const py::object& source, const py::object& loss, bool measure_noise, SpikeGate* gate) {
+        const PythonBatch batch(source);
+        const LossFunction function = loss_of(batch, loss);
+        const py::gil_scoped_release released;
+        return accumulator_->step(batch, function, options(measure_noise, gate));
+    }
+
+    void gather(const py::object& source, const py::object& loss, bool measure_noise) {
+        const PythonBatch batch(source);
+        const LossFunction function = loss_of(batch, loss);
+        const py::gil_scoped_release released;
+        accumulator_->gather(batch, function, options(measure_noise, nullptr));
+    }
+
+    PlanReport plan(const py::object& source, const py::object& loss, PlannerOptions how, const py::object& on_trial) {
+        const PythonBatch batch(source);
+        const LossFunction function = loss_of(batch, loss);
+        how.on_trial = [&on_trial](const Plan& plan) {
+            const py::gil_scoped_acquire gil;
+            if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+            if (!on_trial.is_none()) on_trial(plan);
+        };
+        const py::gil_scoped_release released;
+        return plan_batch(*accumulator_, batch, function, how);
+    }
+
+    void add(const py::object& sum, const py::object& weight) {
+        WeightedLoss loss = weighted_loss(py::make_tuple(sum, weight));
+        const py::gil_scoped_release released;
+        accumulator_->add(loss);
+    }
+
+    Accumulator& get() { return *accumulator_; }
+
+private:
+    static StepOptions options(bool measure_noise, StepGate* gate) {
+        return {.gate = gate, .measure_noise = measure_noise, .before_noise = {collect_garbage()}};
+    }
+
+    std::shared_ptr<PythonModel> model_;
+    std::unique_ptr<Optimizer> optimizer_;
+    std::optional<Accumulator> accumulator_;
+};
+
+// Scalars and tensors by name, as a Python dict.
+py::dict to_dict(const StateDict& state) {
+    py::dict result;
+    for (const auto& [name, tensor] : state.tensors()) result[py::str(name)] = tensor.get();
+    for (const auto& [name, scalar] : state.scalars()) result[py::str(name)] = scalar;
+    return result;
+}
+
+StateDict from_dict(const py::dict& values) {
+    StateDict state;
+    for (const auto& [name, value] : values) {
+        if (THPVariable_Check(value.ptr())) {
+            state.put(name.cast<std::string>(), StoredTensor(value.cast<at::Tensor>()));
+        } else {
+            state.put(name.cast<std::string>(), value.cast<StateScalar>());
+        }
+    }
+    return state;
+}
+
+}  // namespace
+
+void bind_accumulator(py::module_& module) {
+    const auto released = py::call_guard<py::gil_scoped_release>();
+    py::class_<NoiseMeasure>(module, "NoiseMeasure")
+        .def_readonly("variance", &NoiseMeasure::variance)
+        .def_readonly("squared_gradient", &NoiseMeasure::squared_gradient);
+    py::class_<StepReport>(module, "StepReport")
+        .def_readonly("loss", &StepReport::loss)
+        .def_readonly("weight", &StepReport::weight)
+        .def_readonly("gradient_norm", &StepReport::gradient_norm)
+        .def_readonly("learning_rate", &StepReport::learning_rate)
+        .def_readonly("update_seconds", &StepReport::update_seconds)
+        .def_readonly("micro_batches", &StepReport::micro_batches)
+        .def_readonly("plan", &StepReport::plan)
+        .def_readonly("noise", &StepReport::noise)
+        .def_readonly("out_of_memory", &StepReport::out_of_memory)
+        .def_readonly("applied", &StepReport::applied)
+        .def_readonly("diverged", &StepReport::diverged)
+        .def_readonly("reason", &StepReport::reason);
+    py::class_<SpikeGate>(module, "SpikeGate")
+        .def(py::init([](std::int64_t window, std::int64_t least, double sigmas, std::int64_t most_refused) {
+                 return std::make_unique<SpikeGate>(SpikeGuardOptions{
+                     .window = window, .least = least, .sigmas = sigmas, .most_refused = most_refused});
+             }),
+             py::arg("window"), py::arg("least"), py::arg("sigmas"), py::arg("most_refused"))
+        .def("state", [](const SpikeGate& self) { return to_dict(state_of(self)); })
+        .def("load_state", [](SpikeGate& self, const py::dict& values) {
+            const StateDict state = from_dict(values);
+            load(self, StateReader(state));
+        });
+    py::class_<PythonAccumulator>(module, "Accumulator")
+        .def(py::init<py::object, py::object, double, bool>(), py::arg("model"), py::arg("optimizer"),
+             py::arg("clip_norm"), py::arg("sum_in_product"))
+        .def("step", &PythonAccumulator::step, py::arg("batch"), py::arg("loss"), py::arg("measure_noise"),
+             py::arg("gate"))
+        .def("gather", &PythonAccumulator::gather, py::arg("batch"), py::arg("loss"), py::arg("measure_noise"))
+        .def("plan_batch", &PythonAccumulator::plan, py::arg("batch"), py::arg("loss"), py::arg("options"),
+             py::arg("on_trial"))
+        .def("add", &PythonAccumulator::add, py::arg("sum"), py::arg("weight"))
+        .def(
+            "begin", [](PythonAccumulator& self, bool measure_noise) { self.get().begin(measure_noise); },
+            py::arg("measure_noise"), released)
+        .def(
+            "finish", [](PythonAccumulator& self) { self.get().finish(); }, released)
+        .def(
+            "apply", [](PythonAccumulator& self) { return self.get().apply(); }, released)
+        .def(
+            "hand_over", [](PythonAccumulator& self) { return self.get().hand_over(); }, released)
+        .def(
+            "discard", [](PythonAccumulator& self, const std::string& reason) { return self.get().discard(reason); },
+            py::arg("reason"), released)
+        .def("require_idle", [](PythonAccumulator& self) { self.get().require_idle(); })
+        .def(
+            "track", [](PythonAccumulator& self) { self.get().track(self.get().model().parameters()); }, released)
+        .def_property(
+            "plan", [](PythonAccumulator& self) { return self.get().plan(); },
+            [](PythonAccumulator& self, const Plan& plan) {
+                const py::gil_scoped_release no_gil;
+                self.get().set_plan(plan);
+            })
+        .def("caps", [](PythonAccumulator& self) { return to_dict(state_of(self.get().caps())); })
+        .def("load_caps", [](PythonAccumulator& self, const py::dict& values) {
+            const StateDict state = from_dict(values);
+            load(self.get().caps(), StateReader(state));
+        });
+}
+
+}  // namespace microbatch::python

@@ -1,0 +1,17 @@
+#pragma once
+
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+namespace microbatch::python {
+
+namespace py = pybind11;
+
+// One for each file of this folder.
+void bind_errors(py::module_& module);
+void bind_memory(py::module_& module);
+void bind_optimizers(py::module_& module);
+void bind_accumulator(py::module_& module);
+void bind_plan(py::module_& module);
+
+}  // namespace microbatch::python
