@@ -119,10 +119,11 @@ def _rebuilt(value: Any, members: list[Any]) -> Any:
         result = dict(zip(value, members, strict=True))
         if type(value) is dict:
             return result
+        kind: Any = type(value)
         try:
-            return type(value)(result)
+            return kind(result)
         except TypeError:
-            other = copy.copy(value)
+            other: Any = copy.copy(value)
             other.update(result)
             return other
     if isinstance(value, tuple) and hasattr(value, "_fields"):

@@ -17,7 +17,7 @@ class SpikeGuard:
         self._gate: Any = _core.SpikeGate(window, least, sigmas, most_refused)
 
     def state_dict(self) -> dict[str, Any]:
-        return self._gate.state()
+        return dict(self._gate.state())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._gate.load_state(state)

@@ -131,7 +131,8 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
 def _shifted_right(model: Any, labels: Tensor) -> Tensor:
     for name in ("prepare_decoder_input_ids_from_labels", "_shift_right"):
         if hasattr(model, name):
-            return getattr(model, name)(labels)
+            shifted: Tensor = getattr(model, name)(labels)
+            return shifted
     config = getattr(model, "config", None)
     start, padding = getattr(config, "decoder_start_token_id", None), getattr(config, "pad_token_id", None)
     if start is None or padding is None:

@@ -68,8 +68,8 @@ def own_memory(module: nn.Module) -> None:
 
     Tensors that share memory with others stay where they are.
     """
-    tensors = {id(one): one for one in [*module.parameters(), *module.buffers()]}.values()
-    tensors = [one for one in tensors if one.device.type == "cpu" and one.layout == torch.strided and one.numel() > 0]
+    distinct = {id(one): one for one in [*module.parameters(), *module.buffers()]}.values()
+    tensors = [one for one in distinct if one.device.type == "cpu" and one.layout == torch.strided and one.numel() > 0]
     owners = collections.Counter(one.untyped_storage().data_ptr() for one in tensors)
     with torch.no_grad():
         for tensor in tensors:

@@ -38,8 +38,8 @@ class _OnePass(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        parameters = [one for one in self._parameters() if one.grad is not None]
-        self._step(parameters, [one.grad for one in parameters], 1.0)
+        found = [(one, one.grad) for one in self._parameters() if one.grad is not None]
+        self._step([parameter for parameter, _ in found], [gradient for _, gradient in found], 1.0)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -236,10 +236,10 @@ class OnePassDriver(_OfGroups):
         self.optimizer._synced().end_dry_run()
 
     def has_state(self) -> bool:
-        return self.optimizer._synced().has_state()
+        return bool(self.optimizer._synced().has_state())
 
     def state(self) -> Named:
-        return self.optimizer._synced().state()
+        return list(self.optimizer._synced().state())
 
     def prepare(self, tensors: dict[str, Tensor]) -> Callable[[], None]:
         return lambda: self.optimizer._synced().load_state(list(tensors.items()))

@@ -111,7 +111,7 @@ class _Checkpointed:
         else:
             self.block.forward = self.before
 
-    def _contexts(self) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+    def _contexts(self) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
         return contextlib.nullcontext(), _keep_buffers(self.block)
 
 
