@@ -5,6 +5,8 @@ build := build/$(preset)
 # Another clone of the same sources finds the same compiler cache.
 export CCACHE_BASEDIR := $(CURDIR)
 export CCACHE_NOHASHDIR := 1
+# It hashes a precompiled header, and not what went into it.
+export CCACHE_SLOPPINESS := pch_defines,time_macros
 
 # Setup, configuration and build follow one another, whatever -j says; ninja does the building in parallel.
 .NOTPARALLEL:
