@@ -167,7 +167,7 @@ Json train_guarded(Job& job, Spike& spike, const LossFunction& loss, std::int64_
         diverged = report.diverged;
         if (report.step.applied) continue;
         Json event{{"step", report.progress.steps}, {"reason", report.step.reason}};
-        if (report.went_back_to) event["went_back_to"] = *report.went_back_to;
+        if (report.rolled_back_to) event["rolled_back_to"] = *report.rolled_back_to;
         events.push_back(event);
     }
     return events;

@@ -36,7 +36,7 @@ std::vector<std::pair<std::string, std::string>> tiles_of(const LoggedRun& run, 
         seconds += step.step_seconds;
         times.push_back(step.step_seconds);
         refused += step.applied ? 0 : 1;
-        restores += step.went_back_to ? 1 : 0;
+        restores += step.rolled_back_to ? 1 : 0;
     }
     std::vector<std::pair<std::string, std::string>> tiles{
         {"steps", format_count(last.step)},
@@ -49,7 +49,7 @@ std::vector<std::pair<std::string, std::string>> tiles_of(const LoggedRun& run, 
     tiles.push_back({"time in all", clock_time(seconds)});
     if (last.noise_batch) tiles.push_back({"noise batch", format_count(std::llround(*last.noise_batch))});
     tiles.push_back({"steps refused", format_count(refused)});
-    if (restores > 0) tiles.push_back({"times gone back", format_count(restores)});
+    if (restores > 0) tiles.push_back({"roll-backs", format_count(restores)});
     return tiles;
 }
 

@@ -44,14 +44,15 @@ std::string describe_divergence(const Outcome& outcome, const Settings& settings
     const std::string before = outcome.refused_in_a_row > 1 ? fmt::format(", and the {} steps before were refused, too",
                                                                           outcome.refused_in_a_row - 1)
                                                             : std::string();
-    const std::string restored =
-        outcome.restores > 1 ? fmt::format("; it had gone back {} times before", outcome.restores - 1) : std::string();
+    const std::string restored = outcome.restores > 1
+                                     ? fmt::format("; it had already rolled back {} times", outcome.restores - 1)
+                                     : std::string();
     const std::string weights =
         !outcome.weights_written
             ? "model.safetensors is still that of the run before"
             : fmt::format("model.safetensors holds the weights of {}",
-                          outcome.last.went_back_to ? fmt::format("step {}", *outcome.last.went_back_to)
-                                                    : "the last step that was applied");
+                          outcome.last.rolled_back_to ? fmt::format("step {}", *outcome.last.rolled_back_to)
+                                                      : "the last step that was applied");
     const std::string cure =
         outcome.healthy_checkpoint
             ? fmt::format("resume from the healthy checkpoint of step {} (--resume) with", *outcome.healthy_checkpoint)
@@ -106,11 +107,11 @@ void note_refusal(ProgressLine& progress, const TrainerReport& report) {
 }
 
 void note_going_back(ProgressLine& progress, const TrainerReport& report, const RecoveryOptions& recovery) {
-    if (!report.went_back_to) return;
+    if (!report.rolled_back_to) return;
     progress.note(
         fmt::format("step {}: diverged; back to the weights of step {}; the learning rate warms up over {} steps and "
                     "stays below {:g} times the one that diverged; the data since then is skipped",
-                    report.progress.steps, *report.went_back_to, recovery.warmup, recovery.rate_factor));
+                    report.progress.steps, *report.rolled_back_to, recovery.warmup, recovery.rate_factor));
 }
 
 void print_summary(std::FILE* out, const JobPlan& plan, const PlanReport& report, const Watch& watch,
@@ -144,7 +145,7 @@ void print_summary(std::FILE* out, const JobPlan& plan, const PlanReport& report
               outcome.out_of_memory, outcome.plan.micro_batch, outcome.plan.recompute ? " with recompute" : "");
     }
     if (outcome.restores > 0) {
-        print(out, "restores  {} times the run diverged and went back to weights from before, at a smaller rate\n",
+        print(out, "restores  the run diverged and rolled back to earlier weights {} times, at a lower rate\n",
               outcome.restores);
     }
     if (outcome.refused > 0) {
@@ -208,8 +209,8 @@ bool has_ended_worse(const std::filesystem::path& folder) {
     try {
         for (const StepRecord& step : read_run_log(folder).steps) {
             if (step.applied) kept.push_back(step);
-            if (!step.went_back_to) continue;
-            std::erase_if(kept, [&](const StepRecord& one) { return one.step > *step.went_back_to; });
+            if (!step.rolled_back_to) continue;
+            std::erase_if(kept, [&](const StepRecord& one) { return one.step > *step.rolled_back_to; });
         }
     } catch (const Error&) {
         return false;  // the log could not be written, which was said

@@ -59,9 +59,9 @@ struct Outcome {
         out_of_memory += last.step.out_of_memory;
         if (last.progress.steps == 1) first_loss = last.step.loss;
         if (!last.step.applied) ++refused;
-        if (last.went_back_to) ++restores;
+        if (last.rolled_back_to) ++restores;
         const bool bad = !last.step.applied && last.step.weight > 0.0;
-        refused_in_a_row = bad && !last.went_back_to ? refused_in_a_row + 1 : 0;
+        refused_in_a_row = bad && !last.rolled_back_to ? refused_in_a_row + 1 : 0;
     }
 };
 

@@ -63,7 +63,8 @@ void add_events(const LoggedRun& run, Json& document) {
                 str_cat("made again in micro-batches of ", step.micro_batch, step.recompute ? " with recompute" : "")));
         }
         if (!step.applied) add(event(step, "refused", step.reason));
-        if (step.went_back_to) add(event(step, "went back", str_cat("to the weights of step ", *step.went_back_to)));
+        if (step.rolled_back_to)
+            add(event(step, "rolled back", str_cat("to the weights of step ", *step.rolled_back_to)));
     }
     document["events"] = std::move(events);
     document["events_left_out"] = left_out;

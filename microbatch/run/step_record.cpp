@@ -72,7 +72,7 @@ std::span<const StepField> step_fields() {
         {"predicted_peak_bytes", &R::predicted_peak_bytes, "memory/predicted_peak_bytes", true},
         {"applied", &R::applied, "train/applied"},
         {"reason", &R::reason},
-        {"went_back_to", &R::went_back_to},
+        {"rolled_back_to", &R::rolled_back_to},
         {"gradient_variance", &R::gradient_variance},
         {"squared_gradient", &R::squared_gradient},
         {"noise_batch", &R::noise_batch, "noise/noise_batch", true},

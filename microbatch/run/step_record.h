@@ -23,9 +23,9 @@ struct StepRecord {
     std::int64_t peak_bytes = 0;
     std::optional<std::int64_t> predicted_peak_bytes = {};
     bool applied = true;
-    std::string reason = {};                        ///< why not applied
-    std::optional<std::int64_t> went_back_to = {};  ///< the step after which the parameters now are
-    std::optional<double> gradient_variance = {};   ///< see NoiseMeasure
+    std::string reason = {};                          ///< why not applied
+    std::optional<std::int64_t> rolled_back_to = {};  ///< the step after which the parameters now are
+    std::optional<double> gradient_variance = {};     ///< see NoiseMeasure
     std::optional<double> squared_gradient = {};
     std::optional<double> noise_batch = {};  ///< in samples
 };

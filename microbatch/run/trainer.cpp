@@ -158,16 +158,16 @@ void Trainer::roll_back(TrainerReport& report) {
     if (!recovery_) return;
     if (recovery_->times() == 0) at_.own_rate = accumulator_.optimizer().learning_rate();
     try {
-        report.went_back_to = retry_on_oom(
+        report.rolled_back_to = retry_on_oom(
             options_.reclaimers, [&] { return recovery_->roll_back(at_.progress.steps, *gate_); }, [] {},
             [](const Reclaimer&, const std::string&) {},
             [](const std::string&) { throw Error(ErrorKind::does_not_fit, "out of memory"); });
     } catch (const Error& error) {
         report.warning = str_cat("the run could not be rolled back: ", error.what());
     }
-    if (!report.went_back_to) return;
+    if (!report.rolled_back_to) return;
     // The gate of a larger batch would refuse the noise of this one.
-    if (*report.went_back_to < at_.shrunk_at) gate_->reset();
+    if (*report.rolled_back_to < at_.shrunk_at) gate_->reset();
     report.diverged = !recovery_->may_go_on();
 }
 
@@ -207,7 +207,7 @@ StepRecord record_of(const TrainerReport& report, const StepMeasures& measures) 
                       .predicted_peak_bytes = measures.predicted_peak_bytes,
                       .applied = step.applied,
                       .reason = step.reason,
-                      .went_back_to = report.went_back_to,
+                      .rolled_back_to = report.rolled_back_to,
                       .noise_batch = report.noise_batch};
     if (step.noise) {
         record.gradient_variance = step.noise->variance;

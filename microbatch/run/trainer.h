@@ -51,7 +51,7 @@ struct TrainerReport {
     bool diverged = false;     ///< the guard says that going on does not help; not applied, step.reason says why
     /// The run had diverged, step.reason says why, and was rolled back: parameters and optimizer are as after so many
     /// steps.
-    std::optional<std::int64_t> went_back_to = {};
+    std::optional<std::int64_t> rolled_back_to = {};
     /// Batch, in samples, at which the gradient's noise is as large as the gradient; averaged over the measures so far,
     /// none where it is undefined: see NoiseAverage.
     std::optional<double> noise_batch = {};

@@ -75,9 +75,9 @@ def refuses(run):
 
 
 def rolls_back(run):
-    seen, back = refuses(run), [line for line in run.lines if line["went_back_to"] is not None]
-    require(back, "the run never went back to a snapshot")
-    require(any(line["applied"] for line in run.lines[int(back[0]["step"]):]), "no step was applied after going back")
+    seen, back = refuses(run), [line for line in run.lines if line["rolled_back_to"] is not None]
+    require(back, "the run never rolled back to a snapshot")
+    require(any(line["applied"] for line in run.lines[int(back[0]["step"]):]), "no step was applied after the roll-back")
     return f"{seen}, {len(back)} roll-backs"
 
 

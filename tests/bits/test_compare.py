@@ -78,7 +78,7 @@ def test_an_expected_difference_that_is_not_there_is_said():
 @pytest.mark.parametrize("case, lines, words", [
     ("spike", "words.append('--no-guard')", "no step was refused"),
     ("guard", "words[words.index('--warmup') + 1] = '1M steps'", "no step was refused"),
-    ("guard", "words[words.index('--restores') + 1] = '0'", "never went back"),
+    ("guard", "words[words.index('--restores') + 1] = '0'", "never rolled back"),
     ("out-of-memory", "del os.environ['MICROBATCH_BUDGET_DRILL']", "memory never ran out"),
     ("recompute", "words[words.index('--recompute') + 1] = 'never'", "not recomputed"),
     ("noise", "words[words.index('--noise-every') + 1] = '0'", "the noise was measured less than twice"),
@@ -103,7 +103,7 @@ def test_a_run_that_resumes_with_other_bits_is_seen(changed):
 @pytest.fixture
 def run():
     def make(**changes):
-        line = dict.fromkeys(compare.STEP_FIELDS, "1") | {"applied": True, "reason": "", "went_back_to": None}
+        line = dict.fromkeys(compare.STEP_FIELDS, "1") | {"applied": True, "reason": "", "rolled_back_to": None}
         lines = [line | {"step": str(step), "loss": f"{step}.125"} for step in (1, 2)]
         tensors = {"head": ("F32", ["2"], bytes(8)), "body": ("F32", ["1"], bytes(4))}
         return compare.Run(**{"lines": lines, "exit_code": 0, "held_out_loss": "2.5", "tensors": tensors,

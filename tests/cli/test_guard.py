@@ -53,15 +53,15 @@ def test_a_run_that_diverges_goes_back_to_before_at_a_smaller_rate(run, place):
         plan = run.text("plan", json=True, batch=4, micro_batch=4, optimizer="sgd", momentum=0).ok().document
         flags["memory"] = f"{plan['candidates'][0]['measured_peak_bytes'] + 1000}B"
     result = run.text("train", json=True, **flags)
-    back = [line for line in result.metrics if line["went_back_to"] is not None]
-    assert back and back[0]["went_back_to"] <= back[0]["step"] - 16
+    back = [line for line in result.metrics if line["rolled_back_to"] is not None]
+    assert back and back[0]["rolled_back_to"] <= back[0]["step"] - 16
     steps = result.column("step")
     assert steps == list(range(1, len(steps) + 1))
     after = result.metrics[back[0]["step"]]
     assert after["learning_rate"] < 0.1 * back[0]["learning_rate"]  # half, and the first step of a new warmup
-    assert f"back to the weights of step {back[0]['went_back_to']}" in result.stderr
+    assert f"back to the weights of step {back[0]['rolled_back_to']}" in result.stderr
     assert result.document["restores"] == len(back)
     assert place in result.stderr
     assert result.files == FILES
     if result.returncode == 4:
-        assert "it had gone back 2 times before" in result.stderr
+        assert "it had already rolled back 2 times" in result.stderr

@@ -317,15 +317,15 @@ def test_every_process_has_a_file_of_events_and_every_step_is_drawn_once(killed,
 
 # Guard
 
-def test_a_run_that_went_back_goes_back_to_the_same_where_it_is_resumed(run, resume):
+def test_a_resumed_run_rolls_back_at_the_same_steps_as_the_uninterrupted_one(run, resume):
     flags = CLIMB | {"lr": 4.8, "warmup": "240 steps", "steps": 240, "restores": 20, "checkpoint_every": "30 steps", "keep": 9}
     reference = run.text("train", run="reference", **flags).ok()
-    assert sum(line["went_back_to"] is not None for line in reference.metrics) >= 2
-    places = [(line["step"], line["went_back_to"]) for line in reference.metrics if line["went_back_to"] is not None]
+    assert sum(line["rolled_back_to"] is not None for line in reference.metrics) >= 2
+    places = [(line["step"], line["rolled_back_to"]) for line in reference.metrics if line["rolled_back_to"] is not None]
     for after in (90, 120, 150):
         shutil.rmtree(run.folder / "run", ignore_errors=True)
         cut(reference.folder, run.folder / "run", after, log=after + 5)
         result = resume("--json").ok()
-        assert [(line["step"], line["went_back_to"]) for line in result.metrics if line["went_back_to"] is not None] == places
+        assert [(line["step"], line["rolled_back_to"]) for line in result.metrics if line["rolled_back_to"] is not None] == places
         assert result.document["restores"] == len(places)
         assert_same(result, reference)

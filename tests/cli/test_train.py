@@ -8,7 +8,7 @@ from conftest import FILES
 
 KEYS = {"step", "samples", "tokens", "batch", "loss", "weight", "learning_rate", "gradient_norm", "micro_batch", "micro_batches",
         "recompute", "out_of_memory", "step_seconds", "predicted_step_seconds", "update_seconds", "peak_bytes", "predicted_peak_bytes",
-        "applied", "reason", "went_back_to", "gradient_variance", "squared_gradient", "noise_batch"}
+        "applied", "reason", "rolled_back_to", "gradient_variance", "squared_gradient", "noise_batch"}
 
 
 def without_time(metrics):

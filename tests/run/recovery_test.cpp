@@ -74,7 +74,7 @@ struct Training {
         for (int i = 0; i < most; ++i) {
             TrainerReport report = step();
             EXPECT_FALSE(report.step.applied);
-            if (report.went_back_to || report.diverged) return report;
+            if (report.rolled_back_to || report.diverged) return report;
         }
         ADD_FAILURE() << "the run did not go back";
         return {};
@@ -88,7 +88,7 @@ TEST(Recovery, GoesBackToTheBitsOfBeforeAndGoesOn) {
     const TrainerReport report = run.until_back();
     EXPECT_FALSE(report.diverged);
     EXPECT_EQ(report.progress.steps, 52);
-    EXPECT_EQ(report.went_back_to, 40);
+    EXPECT_EQ(report.rolled_back_to, 40);
     EXPECT_EQ(report.step.reason.find("loss of "), 0u) << report.step.reason;
     expect_same_bits(values_of(run.parameters), run.after[40]);
     run.quiet(60);
@@ -110,7 +110,7 @@ TEST(Recovery, ASnapshotThatMayBeDamagedIsPassedOver) {
     run.damage();
     run.step();  // before the next one a snapshot is due
     const TrainerReport report = run.until_back();
-    EXPECT_EQ(report.went_back_to, 40);
+    EXPECT_EQ(report.rolled_back_to, 40);
     expect_same_bits(values_of(run.parameters), run.after[40]);
 }
 
@@ -171,8 +171,8 @@ TEST(Recovery, SnapshotsInMemoryAreGivenUpBeforeTheMicroBatchIsMadeSmaller) {
         EXPECT_EQ(run.step().snapshot_bytes, 0);
         run.damage();
         const TrainerReport report = run.until_back();
-        EXPECT_EQ(report.went_back_to.has_value(), !place.empty());
-        if (!place.empty()) expect_same_bits(values_of(run.parameters), run.after[*report.went_back_to]);
+        EXPECT_EQ(report.rolled_back_to.has_value(), !place.empty());
+        if (!place.empty()) expect_same_bits(values_of(run.parameters), run.after[*report.rolled_back_to]);
     }
 }
 
@@ -214,7 +214,7 @@ TEST(Recovery, EndsAfterSoManyTimesWithTheLastGoodWeights) {
         for (std::int64_t i = 0; i < most; ++i) EXPECT_FALSE(run.until_back().diverged);
         const TrainerReport report = run.until_back();
         EXPECT_TRUE(report.diverged);
-        EXPECT_EQ(report.went_back_to, 40);
+        EXPECT_EQ(report.rolled_back_to, 40);
         EXPECT_EQ(report.progress.steps, 47 + 5 * (most + 1));
         expect_same_bits(values_of(run.parameters), run.after[40]);
     }
@@ -225,7 +225,7 @@ TEST(Recovery, ARunThatNeverMadeAStepHasNothingToGoBackTo) {
     run.dataset.rows().fields[1].fill_(nan_value);
     const TrainerReport report = run.until_back();
     EXPECT_TRUE(report.diverged);
-    EXPECT_FALSE(report.went_back_to);
+    EXPECT_FALSE(report.rolled_back_to);
 }
 
 TEST(Recovery, SnapshotsThatDoNotFitTheMemoryAreFiles) {
@@ -237,7 +237,7 @@ TEST(Recovery, SnapshotsThatDoNotFitTheMemoryAreFiles) {
         EXPECT_EQ(run.step().snapshot_bytes, 0);
         EXPECT_FALSE(std::filesystem::is_empty(folder.path()));
         run.damage();
-        EXPECT_EQ(run.until_back().went_back_to, 40);
+        EXPECT_EQ(run.until_back().rolled_back_to, 40);
         expect_same_bits(values_of(run.parameters), run.after[40]);
         twin.quiet(46);
         EXPECT_GT(twin.step().snapshot_bytes, 0);
@@ -275,7 +275,7 @@ TEST(Recovery, GoesBackFromFilesInTheMemoryThatThereIs) {
     }
     TrainerReport report;
     for (int i = 0; i < 5; ++i) report = trainer.step();
-    EXPECT_EQ(report.went_back_to, 30) << report.warning;
+    EXPECT_EQ(report.rolled_back_to, 30) << report.warning;
     EXPECT_FALSE(report.diverged);
     EXPECT_TRUE(trainer.step().step.applied);
 }
@@ -288,7 +288,7 @@ TEST(Recovery, ASnapshotThatIsGoneEndsTheRunWithAWarning) {
     run.damage();
     const TrainerReport report = run.until_back();
     EXPECT_TRUE(report.diverged);
-    EXPECT_FALSE(report.went_back_to);
+    EXPECT_FALSE(report.rolled_back_to);
     EXPECT_NE(report.warning.find("could not be rolled back"), std::string::npos) << report.warning;
 }
 
@@ -298,7 +298,7 @@ TEST(Recovery, ASnapshotWhoseFileWasRemovedIsStillRead) {
     run.quiet(47);
     for (const auto& file : std::filesystem::directory_iterator(folder.path())) std::filesystem::remove(file);
     run.damage();
-    EXPECT_EQ(run.until_back().went_back_to, 40);
+    EXPECT_EQ(run.until_back().rolled_back_to, 40);
     expect_same_bits(values_of(run.parameters), run.after[40]);
 }
 
@@ -309,7 +309,7 @@ TEST(Recovery, GoingBackBeforeTheBatchBecameSmallerBringsNoGuardOfTheLargerOne) 
     run.quiet(47);
     run.model->first->bias.detach().fill_(nan_value);
     const TrainerReport report = run.until_back();
-    EXPECT_EQ(report.went_back_to, 30);
+    EXPECT_EQ(report.rolled_back_to, 30);
     run.quiet(40);
 }
 
@@ -322,7 +322,7 @@ TEST(Recovery, WhereNoSnapshotCanBeTakenTheRunSaysSoOnceAndGoesOn) {
         run.damage();
         const TrainerReport report = run.until_back();
         EXPECT_TRUE(report.diverged);
-        EXPECT_FALSE(report.went_back_to);
+        EXPECT_FALSE(report.rolled_back_to);
     }
 }
 

@@ -29,12 +29,12 @@ struct Undisturbed {
 
     int refused() const {
         return static_cast<int>(std::count_if(steps.begin(), steps.end(), [](const Seen& seen) {
-            return !seen.report.step.applied && !seen.report.went_back_to;
+            return !seen.report.step.applied && !seen.report.rolled_back_to;
         }));
     }
     int times_back() const {
         return static_cast<int>(
-            std::count_if(steps.begin(), steps.end(), [](const Seen& seen) { return seen.report.went_back_to; }));
+            std::count_if(steps.begin(), steps.end(), [](const Seen& seen) { return seen.report.rolled_back_to; }));
     }
 };
 

@@ -199,7 +199,7 @@ inline void expect_same(const TrainerReport& left, const TrainerReport& right) {
     EXPECT_EQ(left.progress, right.progress);
     EXPECT_EQ(left.samples, right.samples);
     EXPECT_EQ(left.diverged, right.diverged);
-    EXPECT_EQ(left.went_back_to, right.went_back_to);
+    EXPECT_EQ(left.rolled_back_to, right.rolled_back_to);
     EXPECT_EQ(left.snapshot_bytes, right.snapshot_bytes);
     EXPECT_EQ(left.warning, right.warning);
 }
