@@ -275,7 +275,7 @@ int train_in(RunFolder& folder, const Planned& planned) {
     if (run.trainer().done() && outcome.last.progress.steps > 0 && !outcome.diverged()) {
         measure_held_out(planned, outcome);
     }
-    outcome.ended_worse = !outcome.interrupted && !outcome.diverged() && has_ended_worse(folder.path());
+    if (!outcome.interrupted && !outcome.diverged()) judge_end(outcome, folder.path());
     const int code = conclude(planned, run, outcome, folder.path());
     if (const std::string failure = run.flush(); !failure.empty()) {
         throw Error(ErrorKind::not_written, failure + "; its last lines are lost");

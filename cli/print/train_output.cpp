@@ -64,10 +64,11 @@ std::string describe_divergence(const Outcome& outcome, const Settings& settings
 }
 
 std::string describe_bad_end(const Outcome& outcome, const Settings& settings) {
+    const std::string held_out = outcome.held_out ? fmt::format(", {:.4g} held out", *outcome.held_out) : std::string();
     return fmt::format(
-        "the run ended worse than it began, with a loss of {:.4g} after {:.4g} at the first step; take a smaller --lr "
-        "than {:g}, a --warmup or a smaller --clip",
-        outcome.last.step.loss, outcome.first_loss, learning_rate_of(settings));
+        "the run ended worse than it began: its loss was {:.4g} at the first step, and is {:.4g} at the last{}; take a "
+        "smaller --lr than {:g}, a --warmup or a smaller --clip",
+        outcome.first_loss, outcome.last.step.loss, held_out, learning_rate_of(settings));
 }
 
 }  // namespace
@@ -125,6 +126,9 @@ void print_summary(std::FILE* out, const JobPlan& plan, const PlanReport& report
           speed_unit(plan));
     print(out, "loss      {:.4f} at the first step, {:.4f} at the last", outcome.first_loss, outcome.last.step.loss);
     print(out, "{}\n", outcome.held_out ? fmt::format(", {:.4f} held out", *outcome.held_out) : std::string());
+    if (outcome.overfits) {
+        print(out, "          warning: the held-out loss is above the first training losses: the model overfits\n");
+    }
     print(out, "memory    peak {} measured, {} predicted ({}), budget {}\n", format_bytes(outcome.peak_bytes),
           format_bytes(predicted), percent_off(static_cast<double>(predicted), static_cast<double>(outcome.peak_bytes)),
           format_bytes(report.budget_bytes));
@@ -204,7 +208,7 @@ void print_json(const JobPlan& plan, const PlanReport& report, const Outcome& ou
     print(stdout, "{}\n", document.dump(2));
 }
 
-bool has_ended_worse(const std::filesystem::path& folder) {
+void judge_end(Outcome& outcome, const std::filesystem::path& folder) {
     std::vector<StepRecord> kept;
     try {
         for (const StepRecord& step : read_run_log(folder).steps) {
@@ -213,11 +217,14 @@ bool has_ended_worse(const std::filesystem::path& folder) {
             std::erase_if(kept, [&](const StepRecord& one) { return one.step > *step.rolled_back_to; });
         }
     } catch (const Error&) {
-        return false;  // the log could not be written, which was said
+        return;  // the log could not be written, which was said
     }
     std::vector<double> losses;
     for (const StepRecord& step : kept) losses.push_back(step.loss);
-    return ends_worse(losses);
+    // A model may overfit on purpose; after a roll-back, or where it is no number, the training losses hide the damage.
+    const bool counts = outcome.restores > 0 || !std::isfinite(outcome.held_out.value_or(0.0));
+    outcome.ended_worse = ends_worse(losses, counts ? outcome.held_out : std::nullopt);
+    outcome.overfits = !outcome.ended_worse && ends_worse(losses, outcome.held_out);
 }
 
 void report_divergence(const Outcome& outcome, const Settings& settings) {

@@ -29,8 +29,9 @@ void print_json(const JobPlan& plan, const PlanReport& report, const Outcome& ou
 /// What the report's reader should see first; empty if all went well.
 std::string banner_of(const Outcome& outcome, const Settings& settings);
 
-/// True if the steps of the folder's log that were applied and not undone end worse than they began: see ends_worse().
-bool has_ended_worse(const std::filesystem::path& folder);
+/// Judges how the run ended, by its held-out loss and the steps in the folder's log that were applied and not undone:
+/// see ends_worse().
+void judge_end(Outcome& outcome, const std::filesystem::path& folder);
 
 /// Throws ErrorKind::stopped if the run diverged or ended worse than it began, saying where and what to do.
 void report_divergence(const Outcome& outcome, const Settings& settings);

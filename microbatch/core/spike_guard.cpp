@@ -197,12 +197,14 @@ void SpikeGuard::lower_bounds() {
     state_.bounds->calm = std::min(state_.bounds->calm, now.calm);
 }
 
-bool ends_worse(const std::vector<double>& losses) {
+bool ends_worse(const std::vector<double>& losses, std::optional<double> held_out) {
     const std::size_t count = std::min(level_steps, losses.size() / 2);
     if (count == 0) return false;
-    const double last = median_of({losses.end() - static_cast<std::ptrdiff_t>(count), losses.end()});
+    double last = median_of({losses.end() - static_cast<std::ptrdiff_t>(count), losses.end()});
+    if (held_out) last = std::isfinite(*held_out) ? std::max(last, *held_out) : *held_out;
+    if (!std::isfinite(last)) return true;
     // The fewer the first losses are, the less they say.
-    for (const auto& [steps, factor] : {std::pair{1U, 10.0}, {4U, 2.0}, {16U, 1.1}}) {
+    for (const auto& [steps, factor] : {std::pair{1U, count < 4 ? 10.0 : 3.0}, {4U, 2.0}, {16U, 1.1}}) {
         if (count < steps) break;
         const double largest = *std::max_element(losses.begin(), losses.begin() + steps);
         if (last > largest + (factor - 1.0) * std::abs(largest)) return true;

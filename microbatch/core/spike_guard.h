@@ -106,9 +106,12 @@ private:
     SpikeGuardState state_;
 };
 
-/// True if a run ends clearly worse than it began: the median of its last losses, 16 or half of them, is above ten
-/// times the first, twice the largest of the first four, or a tenth more than the largest of the first 16. `losses`:
-/// those of all steps that were applied and not undone, in order. Fewer than two say nothing.
-bool ends_worse(const std::vector<double>& losses);
+/// True if a run ends clearly worse than it began. `losses`: those of all steps that were applied and not undone, in
+/// order; fewer than two say nothing. `held_out`: the loss on other data at the end, if it was measured.
+///
+/// Formula:  the median of the last losses, 16 or half of them, or the held-out loss is not finite, or is above three
+///           times the first loss (ten times, of fewer than 8 losses), twice the largest of the first 4, or 1.1 times
+///           the largest of the first 16.
+bool ends_worse(const std::vector<double>& losses, std::optional<double> held_out = {});
 
 }  // namespace microbatch

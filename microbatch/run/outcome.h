@@ -33,6 +33,7 @@ struct Outcome {
     std::optional<std::int64_t> healthy_checkpoint = {};  ///< steps of the newest one of a run that diverged
     bool weights_written = false;                         ///< false: those of a run before stay
     bool interrupted = false;
+    bool overfits = false;      ///< the length was reached, and the held-out loss alone is above the first losses
     bool ended_worse = false;   ///< the length was reached, with losses above the first: see ends_worse()
     bool ended_in_nan = false;  ///< the length was reached, by steps that were refused because they are not finite
 

@@ -68,7 +68,10 @@ std::int64_t Gatherer::add_next(const BatchSource& source, std::int64_t begin, c
     const SampleShape shape = shape_of(micro);
     if (options.caps != nullptr) {
         plan = options.caps->within(plan, shape);
-        if (plan.micro_batch < micro.size()) micro = fetch();
+        if (plan.micro_batch < micro.size()) {
+            micro = {};  // not beside the smaller one
+            micro = fetch();
+        }
     }
     if (options.on_micro_batch) options.on_micro_batch(shape, plan);
     enter(plan);

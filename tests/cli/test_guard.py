@@ -1,10 +1,12 @@
 """Steps that are beyond what is usual are refused, said and logged; a run that diverges is stopped."""
 
+import statistics
+
 import pytest
 
 from conftest import FILES
 
-# The rate rises until the loss climbs: sgd without clipping, from step 64 on seen by the guard.
+# The rate rises until the loss climbs: sgd without clipping.
 CLIMB = {"optimizer": "sgd", "momentum": 0, "weight_decay": 0, "clip": "inf", "schedule": "constant", "lr": 15,
          "warmup": "1500 steps", "steps": 1500, "batch": 4, "micro_batch": 4, "restores": 0}
 
@@ -65,3 +67,25 @@ def test_a_run_that_diverges_goes_back_to_before_at_a_smaller_rate(run, place):
     assert result.files == FILES
     if result.returncode == 4:
         assert "it had already rolled back 2 times" in result.stderr
+
+
+def test_a_rate_that_is_far_too_large_is_noticed_in_the_first_steps_and_does_not_come_back(run):
+    result = run.text("train", lr=60, warmup="80 steps", steps=150, micro_batch=8, seed=5)
+    metrics = result.metrics
+    back = next(i for i, line in enumerate(metrics) if line["rolled_back_to"] is not None)
+    assert back < 64
+    limit = max(line["learning_rate"] for line in metrics[:back] if line["applied"]) / 2
+    assert max(line["learning_rate"] for line in metrics[back + 1 :]) <= limit
+    # Either the run is stopped, or it trains after all.
+    assert result.returncode in (0, 4)
+    if result.returncode == 0:
+        assert statistics.median(line["loss"] for line in metrics[-16:]) < metrics[0]["loss"]
+
+
+def test_a_run_that_ends_worse_than_it_began_says_so_and_ends_with_4(run):
+    result = run.text("train", lr=10, schedule="constant", steps=40, micro_batch=8, no_guard=True)
+    assert result.column("loss")[-1] > 3 * result.column("loss")[0]
+    assert result.returncode == 4
+    assert "the run ended worse than it began" in result.stderr and "--lr" in result.stderr
+    assert "ended worse than it began" in (result.folder / "summary.json").read_text()
+    assert len(result.metrics) == 40 and (result.folder / "model.safetensors").exists()
