@@ -62,7 +62,7 @@ def test_checkpoints_are_written_when_it_is_time_and_the_last_ones_stay(run, fla
 
 def test_a_run_says_how_often_it_writes_them(run):
     result = run.text("train", checkpoint_every="2 steps", keep=2, keep_every="40 samples").ok()
-    assert re.search(r"^saved     every 2 steps, the newest 2 stay, and one every 40 samples$", result.stdout, re.MULTILINE)
+    assert re.search(r"^saved     every 2 steps, keeping the newest 2, and one every 40 samples$", result.stdout, re.MULTILINE)
 
 
 def test_no_checkpoints_means_none(run):

@@ -104,4 +104,4 @@ def test_data_that_differs_at_resume_is_told_by_its_files(run, folder):
     (folder / "fortunes.txt").write_bytes(b"#" + text[1:])
     run(*again).refused(2, f"the data of {folder}/. has changed: fortunes.txt still has {size:,} bytes, but other ones")
     told = run(*again, "--resume-changed").ok().stdout
-    assert f"fortunes.txt still has {size:,} bytes, but other ones: another run from here on" in told
+    assert f"fortunes.txt still has {size:,} bytes, but other ones: a different run from here on" in told

@@ -33,7 +33,7 @@ def test_the_last_healthy_checkpoint_stays_and_is_named(spoiled):
     assert bad.returncode == 4, bad.stderr
     found = healthy_of(bad.folder)
     assert found[150] and sum(found.values()) == 1 and max(found) > 150, found
-    assert re.search(r"resume from the healthy checkpoint of step 150 \(--resume\) with a smaller --lr than 30",
+    assert re.search(r"resume from the healthy checkpoint of step 150 \(--resume\) with a lower --lr than 30",
                      bad.stderr), bad.stderr
     assert "healthy checkpoint of step 150" in (bad.folder / "report.html").read_text()
 
@@ -41,7 +41,7 @@ def test_the_last_healthy_checkpoint_stays_and_is_named(spoiled):
 def test_weights_of_the_finished_run_are_not_written_over(spoiled):
     _, bad, weights = spoiled
     assert weights_file(bad) == weights
-    assert "model.safetensors is still that of the run before" in bad.stderr
+    assert "model.safetensors still holds the weights of the previous run" in bad.stderr
     written = re.search(r"^written   .*$", bad.stdout, re.MULTILINE)[0]
     assert "metrics.jsonl" in written and "model.safetensors" not in written
 
@@ -52,7 +52,7 @@ def test_the_advised_cure_works_and_says_from_where(spoiled, run):
     spoilt = max(healthy_of(bad.folder))
     result = run("train", "--run", "run", "--resume", "--lr", "0.001").ok()
     first, notes = told_of(result)
-    assert first == f"from step 150, the newest healthy checkpoint: that of step {spoilt} is of a run that diverged"
+    assert first == f"from step 150, the newest healthy checkpoint: at that of step {spoilt}, the run was diverging"
     assert "steps was 150, is 260" in notes
     assert result.column("step") == list(range(1, 261)) and all(result.column("applied"))
     assert result.column("loss")[:150] == good.column("loss")[:150]

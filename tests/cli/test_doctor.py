@@ -50,4 +50,4 @@ def test_it_writes_nothing(run):
 
 def test_what_is_broken_is_told_by_exit_code_2(run):
     text = " ".join(run("doctor", "--help").ok().stdout.split())
-    assert "Exit code 2 if Microbatch does not work here" in text
+    assert "Exit code 2 if Microbatch does not work on this machine" in text

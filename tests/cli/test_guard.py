@@ -61,7 +61,7 @@ def test_a_run_that_diverges_goes_back_to_before_at_a_smaller_rate(run, place):
     assert steps == list(range(1, len(steps) + 1))
     after = result.metrics[back[0]["step"]]
     assert after["learning_rate"] < 0.1 * back[0]["learning_rate"]  # half, and the first step of a new warmup
-    assert f"back to the weights of step {back[0]['rolled_back_to']}" in result.stderr
+    assert f"rolled back to the weights of step {back[0]['rolled_back_to']}" in result.stderr
     assert result.document["restores"] == len(back)
     assert place in result.stderr
     assert result.files == FILES

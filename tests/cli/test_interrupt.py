@@ -122,7 +122,7 @@ def test_a_signal_ends_the_run_inside_a_batch_and_nothing_of_it_is_lost(run, sen
     (checkpoint,) = (run.folder / "run" / "checkpoints").iterdir()
     samples = int(re.fullmatch(r"step-00000000-(\d+)", checkpoint.name)[1])
     assert 0 < samples < 100_000
-    assert lines_of(run) == 0 and re.search(r"^go on +microbatch train --run run --resume$", out, re.MULTILINE)
+    assert lines_of(run) == 0 and re.search(r"^continue +microbatch train --run run --resume$", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("first, second", [

@@ -65,7 +65,7 @@ def test_where_a_copy_of_the_gradients_does_not_fit_it_says_so(run):
 
 def test_one_micro_batch_says_nothing(run):
     result = run.text("train", batch=8, micro_batch=8).ok()
-    assert "it takes two" in result.stdout and set(result.column("gradient_variance")) == {None}
+    assert "measuring requires two" in result.stdout and set(result.column("gradient_variance")) == {None}
 
 
 # Advice
@@ -86,7 +86,7 @@ def test_the_table_is_that_of_the_noise(advised):
 
 def test_it_says_what_to_do_in_words(run):
     result = run.text("advise", **CUT | {"steps": 20}).ok()
-    for word in ("fewest steps", "fewest samples", "knee", "soonest", "accumulation", "time to the same loss"):
+    for word in ("fewest steps", "fewest samples", "knee", "fastest", "accumulation", "time to reach the same loss"):
         assert word in result.stdout
     assert "\x1b" not in result.stdout and list(run.folder.iterdir()) == []
 
@@ -133,7 +133,7 @@ def test_no_batch_beyond_the_data_is_advised_or_tried(run, data):
     assert [branch["batch"] for branch in result.document["branches"]] == [4, 8]
     again = run.text("advise", data=small, check=True, json=True, batch=samples // 10, micro_batch=1, steps=20).ok()
     assert again.document["branches"] == [] and "critical" not in again.stderr
-    assert re.search(r"check +not made: 8 steps at twice the batch take \d+ samples, and the data has \d+", again.stderr)
+    assert re.search(r"check +skipped: 8 steps at twice the batch need \d+ samples, and the data has \d+", again.stderr)
 
 
 def test_a_batch_that_cannot_be_cut_is_refused(run):

@@ -85,7 +85,7 @@ def test_a_run_that_falls_says_so(run, drilled):
     budget = halfway(run, {"micro_batch": 4}, {"micro_batch": 8})
     result = drilled(2, budget, steps=4, json=True).ok()
     assert "step 3: out of memory" in result.stderr and "micro-batches of 4" in result.stderr
-    assert re.search(r"^undone +1 ", result.stderr, re.MULTILINE)
+    assert re.search(r"^retried +1 ", result.stderr, re.MULTILINE)
     told = result.document
     assert (told["micro_batch"], told["out_of_memory"], told["steps"]) == (4, 1, 4) and "\x1b" not in result.stderr
 

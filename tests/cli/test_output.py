@@ -116,7 +116,7 @@ def test_a_summary_is_at_the_end(run):
     first, last = (f"{result.column('loss')[at]:.4f}" for at in (0, -1))
     assert re.match(rf"loss +{first} at the first step, {last} at the last, [\d.]+ held out", loss)
     assert re.match(r"memory +peak .* measured, .* predicted .*, budget 64 MiB", memory)
-    assert re.match(r"time +[\d.]+ s a step measured, [\d.]+ s predicted \([+-][\d.]+ %\)$", time_)
+    assert re.match(r"time +[\d.]+ s per step measured, [\d.]+ s predicted \([+-][\d.]+ %\)$", time_)
     assert written.split()[1] == "run:" and "metrics.jsonl" in written
 
 

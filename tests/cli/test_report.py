@@ -87,10 +87,10 @@ def test_what_the_guard_did_is_told_with_its_reasons(stopped, tmp_path):
             assert f"<td>{line['step']}</td><td>refused</td>" in dom and line["reason"] in dom
 
 
-def test_what_the_noise_says_of_the_batch_is_told(trained, tmp_path):
+def test_the_report_shows_which_batches_the_noise_suggests(trained, tmp_path):
     noise = trained.metrics[-1]["noise_batch"]
     _, _, dom = look(trained.folder, tmp_path, "1280,900")
-    assert ("What the noise says of the batch" in dom) == (noise is not None)
+    assert ("Batch sizes that the noise suggests" in dom) == (noise is not None)
     if noise is not None:
         assert f"<td>{math.ceil(10 * noise):,} or more</td>" in dom
 

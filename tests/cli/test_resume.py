@@ -123,7 +123,7 @@ def test_without_a_checkpoint_it_begins_from_the_start_and_says_so(run, resume, 
     if folder == "no checkpoint yet":
         shutil.rmtree(cut(whole.folder, run.folder / "run", log=2) / "checkpoints")
     result = resume(*job_words(run)).ok()
-    assert re.fullmatch(r"no checkpoint in run yet: starts from the beginning", told_of(result)[0])
+    assert re.fullmatch(r"no checkpoint in run yet: starting from the beginning", told_of(result)[0])
     assert_same(result, whole)
 
 
@@ -226,7 +226,7 @@ def test_with_a_length_that_is_behind_already_it_is_done(run, whole, resume):
     folder = shutil.copytree(whole.folder, run.folder / "run")
     (folder / "model.safetensors").unlink()
     result = resume("--steps", "5").ok()
-    assert told_of(result) == ("from step 12, the last one: to continue, give a greater length", ["steps was 12, is 5"])
+    assert told_of(result) == ("from step 12, the last one: to train further, give a greater length", ["steps was 12, is 5"])
     assert weights_file(result) == weights_file(whole) and result.column("step") == list(range(1, 13))
 
 
