@@ -68,7 +68,7 @@ void for_each_micro_batch(const Batch& batch, std::int64_t micro_batch, const st
 }
 
 [[noreturn]] void refuse_weight() {
-    throw Error(ErrorKind::usage, "curvature: the batch has weight 0, and no mean loss");
+    throw Error(ErrorKind::usage, "curvature: the batch has weight 0, so its mean loss is undefined");
 }
 
 class Hessian {

@@ -183,22 +183,24 @@ private:
 std::string_view describe(Cause cause) {
     switch (cause) {
         case Cause::averaged_loss:
-            return "the loss is averaged already: return its sum over the micro-batch, and as weight what it would be "
-                   "averaged over (samples or target tokens)";
+            return "the loss is already averaged: return the sum over the micro-batch, and as weight the number of "
+                   "samples or "
+                   "target tokens";
         case Cause::batch_statistics:
-            return "a layer normalises by the micro-batch it sees (BatchNorm): its update depends on the micro-batch; "
-                   "GroupNorm or LayerNorm does not";
+            return "a layer normalises over the micro-batch (BatchNorm), so its update depends on the micro-batch; "
+                   "GroupNorm "
+                   "and LayerNorm do not";
         case Cause::randomness:
-            return "the forward pass draws random numbers (dropout): other draws for another cut, but no bias";
+            return "the forward pass draws random numbers (dropout): another split draws other numbers, without bias";
         case Cause::coupled_samples:
             return "the loss of a sample depends on the other samples of its micro-batch (in-batch negatives, batch "
-                   "statistics): cutting the batch changes what is trained";
+                   "statistics): splitting the batch changes what is trained";
         case Cause::not_finite:
             return "the loss or a gradient is not finite";
         case Cause::unknown:
             break;
     }
-    return "the cause is not known: does the loss function keep state between calls?";
+    return "unknown cause: does the loss function keep state between calls?";
 }
 
 Verification verify(torch::nn::Module& model, const Batch& batch, const LossFunction& loss, std::int64_t micro_batch) {

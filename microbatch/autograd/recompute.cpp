@@ -215,8 +215,8 @@ public:
     static variable_list backward(AutogradContext* context, variable_list gradients) {
         if (at::GradMode::is_enabled()) {
             throw Error(ErrorKind::usage,
-                        "recompute: a gradient of a gradient (create_graph) does not go through a recomputed block; "
-                        "turn recompute off for it");
+                        "recompute: a recomputed block does not support gradients of gradients (create_graph); "
+                        "turn recompute off");
         }
         const variable_list saved = context->get_saved_variables();
         const std::size_t inputs = saved.size();

@@ -167,7 +167,7 @@ void validate(const PlannerOptions& options) {
                 "from 1 to the batch");
     }
     if (options.recompute == Recompute::always && !options.offers_recompute) {
-        throw Error(ErrorKind::usage, "recompute is asked of a model that does not offer it");
+        throw Error(ErrorKind::usage, "recompute was requested for a model that does not support it");
     }
 }
 

@@ -90,7 +90,8 @@ void validate(const SpikeGuardOptions& options) {
     const auto refuse = [](const std::string& what) { throw Error(ErrorKind::usage, "spike guard: " + what); };
     if (options.least < 2) refuse(str_cat("least is ", options.least, "; a spread needs at least 2 steps"));
     if (options.window < options.least) {
-        refuse(str_cat("the window of ", options.window, " steps is shorter than the ", options.least, " it needs"));
+        refuse(
+            str_cat("the window of ", options.window, " steps is shorter than the required ", options.least, " steps"));
     }
     if (!std::isfinite(options.sigmas) || options.sigmas <= 0.0) {
         refuse(str_cat("sigmas is ", options.sigmas, "; it must be finite and above 0"));
@@ -152,7 +153,7 @@ std::string SpikeGuard::why_unusual(double loss, double gradient_norm) const {
     if (!std::isfinite(gradient_norm)) return "gradient norm is not finite";
     if (state_.accepted.empty()) return {};
     const auto exceeds = [](const char* what, double value, double bound) {
-        return str_cat(what, " of ", value, " exceeds ", bound, ", the most that the steps before allow");
+        return str_cat(what, " of ", value, " exceeds ", bound, ", the bound from the previous steps");
     };
     if (const double bound = bound_of_losses(); loss > bound) return exceeds("loss", loss, bound);
     if (steps() < options_.least) return {};
@@ -168,7 +169,7 @@ std::string SpikeGuard::why_climbing(double loss) const {
     if (!state_.bounds) return {};
     const double level = level_of(state_.accepted, loss);
     if (level <= state_.bounds->diverged) return {};
-    return str_cat("median loss of the last ", level_steps, " steps has climbed to ", level, ", beyond the bound of ",
+    return str_cat("median loss of the last ", level_steps, " steps has climbed to ", level, ", above the bound of ",
                    state_.bounds->diverged);
 }
 

@@ -24,7 +24,7 @@ constexpr std::array signatures{
     Signature{"\x28\xb5\x2f\xfd"sv, "Zstandard-compressed"},
     Signature{"\xfd\x37zXZ\0"sv, "xz-compressed"},
     Signature{"BZh91AY&SY"sv, "bzip2-compressed"},
-    Signature{"PK\x03\x04"sv, "a zip archive (as of torch.save or numpy.savez)"},
+    Signature{"PK\x03\x04"sv, "a zip archive (such as from torch.save or numpy.savez)"},
     Signature{"\x93NUMPY"sv, "a NumPy array (.npy)"},
     Signature{"PAR1"sv, "a Parquet table"},
     Signature{"ARROW1\0\0"sv, "an Arrow table"},

@@ -49,7 +49,7 @@ public:
         int state = Z_OK;
         const char* reason = ::gzerror(file_.get(), &state);
         // A stream cut off before its checksum gives what it has and sets only the state.
-        if (count < 0 || state == Z_BUF_ERROR) refuse(str_cat("is damaged: ", reason, "; fetch it again"));
+        if (count < 0 || state == Z_BUF_ERROR) refuse(str_cat("is corrupted: ", reason, "; download it again"));
         return static_cast<std::size_t>(count);
     }
 
@@ -94,15 +94,15 @@ std::vector<std::int64_t> read_shape(Reader& file, int dimensions, std::uint64_t
     std::uint64_t elements = 1;
     for (int i = 0; i < dimensions; ++i) {
         if (file.read(word) < word.size()) {
-            file.refuse(str_cat("is truncated within its header, expected ", 4 + 4 * dimensions, " bytes of it"));
+            file.refuse(str_cat("is truncated within its header, expected ", 4 + 4 * dimensions, " bytes of header"));
         }
         shape.push_back(std::int64_t{word[0]} << 24 | word[1] << 16 | word[2] << 8 | word[3]);
-        if (shape.back() == 0) file.refuse(str_cat("has nothing in it: dimension ", i, " is 0, expected at least 1"));
+        if (shape.back() == 0) file.refuse(str_cat("is empty: dimension ", i, " is 0, expected at least 1"));
         const auto length = static_cast<std::uint64_t>(shape.back());
         if (length > most_bytes / elements) {
-            file.refuse(str_cat("has a header that announces more than ",
+            file.refuse(str_cat("has a header that claims more than ",
                                 format_bytes(static_cast<std::int64_t>(most_bytes)), " (dimension ", i, " is ", length,
-                                "), which is what it may take of memory: give a smaller data set"));
+                                "), its limit in memory: use a smaller data set"));
         }
         elements *= length;
     }
@@ -119,11 +119,11 @@ std::vector<std::uint8_t> read_elements(Reader& file, std::size_t announced) {
         const std::size_t count = file.read(std::span(bytes).subspan(before));
         if (count < wanted) {
             file.refuse(
-                str_cat("is truncated: it holds ", before + count, " bytes after its header, expected ", announced));
+                str_cat("is truncated: it has ", before + count, " bytes after its header, expected ", announced));
         }
     }
     if (std::array<std::uint8_t, 1> next{}; file.read(next) != 0) {
-        file.refuse(str_cat("goes on after its end: its header announces ", announced, " bytes, expected no more"));
+        file.refuse(str_cat("has extra bytes at the end: its header claims ", announced, " bytes"));
     }
     return bytes;
 }

@@ -82,13 +82,13 @@ void warn_of_text(OpenedData& data, const std::vector<LeftOut>& left_out) {
     std::uint64_t in_records = 0;
     for (const DataFile& file : data.files.files) in_records += has_records(file.name) ? file.bytes : 0;
     if (in_records > data.files.bytes / 2) {
-        warn("most of it is JSON or a table, read as it is: to train on a field alone, write that into a text file");
+        warn("most of the text is JSON or a table, read verbatim: to train on one field only, write it to a text file");
     }
     for (const LeftOut& one : left_out) {
         if (one.what == "UTF-16 file") {
-            warn(describe({one}), " left out: convert to UTF-8 what is to be trained on");
+            warn(describe({one}), " skipped: to train on it, convert it to UTF-8");
         } else if (one.what == "binary file" && one.bytes > data.files.bytes) {
-            warn(describe({one}), " left out, with more bytes (", format_bytes(static_cast<std::int64_t>(one.bytes)),
+            warn(describe({one}), " skipped, with more bytes (", format_bytes(static_cast<std::int64_t>(one.bytes)),
                  ") than the text that was read");
         }
     }
@@ -107,7 +107,7 @@ OpenedData open_text(const fs::path& path, std::int64_t length) {
                                format_count(length), " bytes");
     data.files = std::move(text.files);
     note_files(data);
-    if (!text.left_out.empty()) data.notes.push_back(str_cat("left out ", describe(text.left_out)));
+    if (!text.left_out.empty()) data.notes.push_back(str_cat("skipped ", describe(text.left_out)));
     warn_of_text(data, text.left_out);
     return data;
 }
@@ -168,7 +168,7 @@ void require_no_token_files(const std::vector<std::string>& bin, bool others, co
     const auto is_there = [&](const char* name) { return std::find(bin.begin(), bin.end(), name) != bin.end(); };
     if (bin.empty() || (others && !is_there("train.bin") && !is_there("val.bin"))) return;
     const fs::path example = folder / (is_there("train.bin") ? "train.bin" : bin.front());
-    throw Error(ErrorKind::bad_data, str_cat("the folder ", folder.string(), " holds .bin files (", list_names(bin),
+    throw Error(ErrorKind::bad_data, str_cat("the folder ", folder.string(), " has .bin files (", list_names(bin),
                                              "), which are read as uint16 tokens: name the one to train on, such as ",
                                              example.string(), others ? ", or a text file" : ""));
 }
@@ -191,7 +191,7 @@ std::shared_ptr<const LabelledImages> read_set(const fs::path& folder, const std
     if (!images || !labels) {
         throw Error(ErrorKind::bad_data,
                     str_cat(folder.string(), " has ", (images ? *images : *labels).filename().string(), " but no ",
-                            images ? labels_name : images_name, " (.gz or not): put it there"));
+                            images ? labels_name : images_name, " (.gz or not): add it"));
     }
     auto set = std::make_shared<LabelledImages>(
         LabelledImages{read_idx(*images, 3, most_bytes()), read_idx(*labels, 1, most_bytes()),
@@ -211,7 +211,7 @@ void note_unread(OpenedData& data, const std::vector<std::string>& found) {
     const auto read = names_of(data.files);
     std::copy_if(found.begin(), found.end(), std::back_inserter(unread),
                  [&](const std::string& name) { return std::find(read.begin(), read.end(), name) == read.end(); });
-    if (!unread.empty()) data.notes.push_back(str_cat("left out ", list_names(unread)));
+    if (!unread.empty()) data.notes.push_back(str_cat("skipped ", list_names(unread)));
 }
 
 OpenedData open_images(const fs::path& folder, const std::vector<std::string>& found) {
@@ -221,7 +221,7 @@ OpenedData open_images(const fs::path& folder, const std::vector<std::string>& f
     if (!train) {
         throw Error(ErrorKind::bad_data, str_cat(folder.string(), " has ", list_names(found),
                                                  " but no train-images-idx3-ubyte and train-labels-idx1-ubyte "
-                                                 "(.gz or not): put them there, or rename what is theirs"));
+                                                 "(.gz or not): add them, or rename the files"));
     }
     const auto test = read_set(folder, "t10k", data.files);
     const auto& shape = train->images.shape;
@@ -268,14 +268,14 @@ OpenedData open_data(const fs::path& path, std::int64_t length) {
         require_no_token_files(found.bin, found.others, path);
         OpenedData data = open_text(path, length);
         if (!found.bin.empty()) {
-            data.warnings.push_back(str_cat(list_names(found.bin), " left out: to train on tokens, name their file"));
+            data.warnings.push_back(str_cat(list_names(found.bin), " skipped: to train on tokens, name their file"));
         }
         return data;
     }
     if (is_idx_name(path.filename().string()) && fs::exists(path, ignored)) {
         throw Error(ErrorKind::bad_data, str_cat(path.string(),
-                                                 " is an IDX file, which holds images or labels alone: "
-                                                 "give the folder with both"));
+                                                 " is an IDX file, which has only images or only labels: "
+                                                 "give the folder that has both"));
     }
     return path.extension() == ".bin" ? open_tokens(path, length) : open_text(path, length);
 }

@@ -136,7 +136,7 @@ std::vector<TextFile> only_text(const fs::path& path) {
                                                      "iconv -f UTF-16 -t UTF-8"));
         case FileFormat::known:
             throw Error(ErrorKind::bad_data,
-                        str_cat(path.string(), " is ", format.name, ", not text: give the plain text that is in it"));
+                        str_cat(path.string(), " is ", format.name, ", not text: extract the plain text"));
         case FileFormat::binary:
             break;
     }
@@ -152,9 +152,9 @@ std::size_t total_size(const std::vector<TextFile>& files, const fs::path& path,
         if (file.size > most - total) {
             throw Error(
                 ErrorKind::bad_data,
-                str_cat(path.string(), " holds more text than the ", format_bytes(static_cast<std::int64_t>(most)),
-                        " of memory that it may take: give less, or a .bin of uint16 tokens, "
-                        "which is not kept in memory"));
+                str_cat(path.string(), " has more text than the ", format_bytes(static_cast<std::int64_t>(most)),
+                        " of memory that it may use: give less, or a .bin file of uint16 tokens, "
+                        "which is not loaded into memory"));
         }
         total += file.size;
     }
@@ -165,15 +165,16 @@ std::size_t total_size(const std::vector<TextFile>& files, const fs::path& path,
 std::vector<TextFile> text_of_folder(const fs::path& path, std::vector<LeftOut>& left_out) {
     if (is_dataset(path)) {
         throw Error(ErrorKind::bad_data, str_cat(path.string(),
-                                                 " is a dataset that Hugging Face's save_to_disk wrote: load it with "
-                                                 "datasets.load_from_disk, and write its text into a file or its "
-                                                 "tokens into a .bin of uint16"));
+                                                 " is a dataset written by Hugging Face's save_to_disk: load it with "
+                                                 "datasets.load_from_disk, and write its text to a file or its "
+                                                 "tokens to a .bin file of uint16"));
     }
     std::vector<TextFile> files = text_below(path, left_out);
     if (files.empty()) {
-        throw Error(ErrorKind::bad_data, str_cat("the folder ", path.string(), " holds no text",
-                                                 left_out.empty() ? "" : "; left out: ", describe(left_out),
-                                                 ": give one with text files, or name a .bin file of uint16 tokens"));
+        throw Error(ErrorKind::bad_data,
+                    str_cat("the folder ", path.string(), " has no text",
+                            left_out.empty() ? "" : "; skipped: ", describe(left_out),
+                            ": give a folder with text files, or name a .bin file of uint16 tokens"));
     }
     return files;
 }

@@ -41,12 +41,12 @@ void check_bare(const InputFile& file) {
     constexpr std::uint64_t enough = 4096;  // tokens without a zero byte are not as many
     const FileFormat format = format_of(file);
     if (format.kind == FileFormat::known) {
-        refuse(file, str_cat("is ", format.name, ", not a file of uint16 tokens: write the tokens alone into it"));
+        refuse(file, str_cat("is ", format.name, ", not a file of uint16 tokens: write only the tokens"));
     }
     if (format.kind == FileFormat::text && file.size() >= enough) {
         refuse(file,
-               "looks like text, not like uint16 tokens (no byte is 0): give text under a name that does not end in "
-               ".bin, or write two bytes for each token");
+               "looks like text, not like uint16 tokens (no byte is 0): give text a name that does not end in .bin, "
+               "or write two bytes per token");
     }
 }
 
@@ -54,7 +54,7 @@ void check_bare(const InputFile& file) {
 void check_header(std::span<const std::int32_t, 3> header, const InputFile& file) {
     if (file.size() < header_bytes) {
         refuse(file, str_cat("is truncated: it has ", file.size(), " bytes of the ", header_bytes,
-                             " of an llm.c header; write or fetch it again"));
+                             " of an llm.c header; write or download it again"));
     }
     const std::int32_t version = header[1], count = header[2];
     if (version != known_version) {
@@ -63,8 +63,8 @@ void check_header(std::span<const std::int32_t, 3> header, const InputFile& file
     }
     const auto following = static_cast<std::int64_t>(file.size() - header_bytes);
     if (following != std::int64_t{count} * 2) {
-        refuse(file, str_cat("is truncated or damaged: its header announces ", count, " tokens of 2 bytes, but ",
-                             following, " bytes follow it; write or fetch it again"));
+        refuse(file, str_cat("is truncated or corrupted: its header claims ", count, " tokens of 2 bytes, but ",
+                             following, " bytes follow it; write or download it again"));
     }
 }
 
@@ -75,9 +75,8 @@ Tokens open_token_file(const std::filesystem::path& path) {
     if (file->size() == 0) refuse(*file, "is empty: give a file of uint16 tokens");
     const auto header = read_header(*file);
     if (header[0] == uint32_magic) {
-        refuse(*file,
-               str_cat("holds uint32 tokens (llm.c's ", uint32_magic,
-                       ", the Llama 3 tokenizer), but only uint16 tokens can be read: write it with another one"));
+        refuse(*file, str_cat("holds uint32 tokens (llm.c's ", uint32_magic,
+                              ", the Llama 3 tokenizer), but only uint16 tokens can be read: use another tokenizer"));
     }
     const bool has_header = header[0] == uint16_magic;
     has_header ? check_header(header, *file) : check_bare(*file);

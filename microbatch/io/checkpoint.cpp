@@ -101,7 +101,7 @@ private:
 InputFile open_plain(const std::filesystem::path& path) {
     std::error_code failure;
     if (std::filesystem::is_symlink(path, failure)) {
-        throw Error(ErrorKind::bad_data, str_cat("cannot read ", path.string(), ": it is a link that leads elsewhere"));
+        throw Error(ErrorKind::bad_data, str_cat("cannot read ", path.string(), ": it is a symbolic link"));
     }
     return InputFile(path);
 }
@@ -109,8 +109,8 @@ InputFile open_plain(const std::filesystem::path& path) {
 void verify(const std::filesystem::path& path, const CheckpointFile& wanted) {
     const InputFile file = open_plain(path);
     if (file.size() != wanted.bytes) {
-        throw Error(ErrorKind::bad_data, str_cat(path.string(), " is corrupted: it has ", file.size(), " bytes of the ",
-                                                 wanted.bytes, " that were written"));
+        throw Error(ErrorKind::bad_data, str_cat(path.string(), " is corrupted: it has ", file.size(), " of the ",
+                                                 wanted.bytes, " bytes that were written"));
     }
     std::string chunk;
     std::uint32_t crc = 0;
@@ -174,7 +174,7 @@ StateDict read_checkpoint(const std::filesystem::path& folder) {
         throw Error(ErrorKind::bad_data, str_cat((folder / state_name).string(), ": ", error.what()));
     }
     if (found.progress != manifest.progress || found.open_samples != manifest.open_samples) {
-        throw Error(ErrorKind::bad_data, str_cat(folder.string(), ": the manifest is of another state"));
+        throw Error(ErrorKind::bad_data, str_cat(folder.string(), ": the manifest does not match the state"));
     }
     return state;
 }

@@ -58,7 +58,7 @@ std::string failure_of(const std::function<void()>& call) {
     } catch (const std::exception& error) {
         return error.what();
     } catch (...) {
-        return "it is not known why";
+        return "unknown error";
     }
 }
 
@@ -156,9 +156,9 @@ std::optional<StateDict> CheckpointStore::newest(bool healthy) {
         }
     }
     if (damaged.empty()) return std::nullopt;
-    std::string message = str_cat("no checkpoint in ", folder_.string(), " is whole");
+    std::string message = str_cat("no checkpoint in ", folder_.string(), " is valid");
     for (const std::string& why : damaged) message += "; " + why;
-    throw Error(ErrorKind::bad_data, message + "; start the run again in another folder");
+    throw Error(ErrorKind::bad_data, message + "; start the run again in a new folder");
 }
 
 void CheckpointStore::go_on_from(const StateDict& state, const std::vector<std::filesystem::path>& damaged) {
@@ -251,7 +251,7 @@ std::string CheckpointStore::write_once(const StateDict& state) const {
         // A log is no reason to have no checkpoint.
         for (const auto& file : options_.sync_first) {
             const std::string why = failure_of([&] { files_.sync(file); });
-            if (!why.empty()) warning = str_cat("before a checkpoint, ", why);
+            if (!why.empty()) warning = str_cat("before writing a checkpoint: ", why);
         }
         // One of that name is damaged, or it would have been gone on from, or is not known to be on the disk.
         if (std::filesystem::exists(place.path)) remove(place.path);
@@ -264,7 +264,7 @@ std::string CheckpointStore::write_once(const StateDict& state) const {
     files_.sync(folder_);
     const std::string left = failure_of([&] { remove_old(place); });
     if (left.empty()) return warning;
-    return (warning.empty() ? "" : warning + "; ") + "a checkpoint that is not to be kept is still there: " + left;
+    return (warning.empty() ? "" : warning + "; ") + "an old checkpoint could not be deleted: " + left;
 }
 
 void CheckpointStore::remove_old(const Place& newest) const {
@@ -340,7 +340,7 @@ bool CheckpointStore::conclude(const CheckpointManifest& what, const std::functi
     std::string warning;
     const std::string failure = failure_of([&] { warning = write(); });
     if (!failure.empty()) {
-        warnings_.push_back(str_cat("the checkpoint of step ", what.progress.steps, " is not written: ", failure));
+        warnings_.push_back(str_cat("the checkpoint of step ", what.progress.steps, " was not written: ", failure));
         return false;
     }
     if (!warning.empty()) warnings_.push_back(std::move(warning));

@@ -67,7 +67,7 @@ public:
     void make_folder(const std::filesystem::path& folder) override {
         std::error_code failure;
         std::filesystem::create_directories(folder, failure);
-        if (failure) refuse("make the folder", folder, failure);
+        if (failure) refuse("create the folder", folder, failure);
     }
 
     void rename(const std::filesystem::path& from, const std::filesystem::path& to) override {

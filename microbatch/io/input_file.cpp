@@ -69,7 +69,7 @@ void InputFile::read(std::uint64_t offset, std::span<std::byte> into) const {
 }
 
 std::string InputFile::read_all(std::uint64_t most) const {
-    if (size_ > most) refuse(path_, str_cat("it has ", size_, " bytes, more than the ", most, " that are allowed"));
+    if (size_ > most) refuse(path_, str_cat("it has ", size_, " bytes, more than the allowed ", most));
     std::string content(static_cast<std::size_t>(size_), '\0');
     read(0, std::as_writable_bytes(std::span(content)));
     return content;

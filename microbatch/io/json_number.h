@@ -30,7 +30,7 @@ inline double number_from(const nlohmann::json& value) {
 /// 63 bits is undefined.
 inline std::int64_t count_from(const nlohmann::json& number) {
     const bool sound = number.is_number_unsigned() && number.get<std::uint64_t>() <= INT64_MAX;
-    if (!sound) throw std::invalid_argument("a count is none");
+    if (!sound) throw std::invalid_argument("invalid count");
     return number.get<std::int64_t>();
 }
 

@@ -24,8 +24,8 @@ RunLock::RunLock(const std::filesystem::path& folder) {
     held_ = ::flock(descriptor_, LOCK_EX | LOCK_NB) == 0;
     if (held_ || errno != EWOULDBLOCK) return;
     ::close(descriptor_);
-    throw Error(ErrorKind::usage, str_cat("another process trains in ", folder.string(),
-                                          ": wait for it, end it, or name another folder for this run"));
+    throw Error(ErrorKind::usage, str_cat("another process is training in ", folder.string(),
+                                          ": wait for it, stop it, or name another folder for this run"));
 }
 
 RunLock::~RunLock() {

@@ -106,7 +106,7 @@ Answer request_for_a_moment(std::size_t bytes) {
     c10::reportOutOfMemoryToProfiler(size, static_cast<std::size_t>(answer.live),
                                      static_cast<std::size_t>(answer.live + answer.cached), at::kCPU);
     TORCH_CHECK_WITH(OutOfMemoryError, answer.refusal != Refusal::rehearsed, what, " of ", format_bytes(size),
-                     " is refused because fail_allocation() asked for it");
+                     " is refused because of fail_allocation()");
     TORCH_CHECK_WITH(OutOfMemoryError, answer.refusal != Refusal::system, "the machine has no ", format_bytes(size),
                      " left for ", what, "; ", format_bytes(answer.live), " are in use");
     TORCH_CHECK_WITH(OutOfMemoryError, false, what, " of ", format_bytes(size),

@@ -76,7 +76,7 @@ std::unique_ptr<Meter> make_meter(at::Device device) {
     if (allocator == nullptr) {
         throw Error(ErrorKind::usage,
                     str_cat("the memory of device ", device.str(),
-                            " cannot be metered: its allocator keeps no statistics; use the CPU or an "
+                            " cannot be measured: its allocator keeps no statistics; use the CPU or an "
                             "accelerator that this LibTorch supports"));
     }
     return std::make_unique<DeviceMeter>(device, allocator);

@@ -132,7 +132,7 @@ void require_valid(const ResNetConfig& config) {
     require_size("resnet", "blocks", config.blocks);
     if (config.norm == ImageNorm::group && config.width % norm_groups != 0) {
         throw Error(ErrorKind::usage, str_cat("resnet: width ", config.width, " is not a multiple of the ", norm_groups,
-                                              " groups of group norm; give such a width or norm batch"));
+                                              " groups of group norm; change the width or use batch norm"));
     }
 }
 
@@ -145,7 +145,7 @@ std::string_view to_string(ImageNorm norm) {
 ImageNorm parse_image_norm(std::string_view name) {
     if (name == "batch") return ImageNorm::batch;
     if (name == "group") return ImageNorm::group;
-    throw Error(ErrorKind::usage, str_cat("no image norm is called \"", name, "\"; there are batch and group"));
+    throw Error(ErrorKind::usage, str_cat("unknown image norm \"", name, "\"; choose batch or group"));
 }
 
 ResNetImpl::ResNetImpl(const ResNetConfig& config) : config_(config) {
@@ -168,7 +168,7 @@ ResNetImpl::ResNetImpl(const ResNetConfig& config) : config_(config) {
 
 at::Tensor ResNetImpl::forward(const at::Tensor& images) {
     if (images.dim() != 4 || images.size(1) != config_.channels) {
-        throw Error(ErrorKind::usage, str_cat("resnet: images of shape ", images.sizes(), "; give [samples, ",
+        throw Error(ErrorKind::usage, str_cat("resnet: images have shape ", images.sizes(), "; give [samples, ",
                                               config_.channels, ", height, width] or set channels"));
     }
     at::Tensor x = stem_->forward(channels_last(images), {.relu = true});

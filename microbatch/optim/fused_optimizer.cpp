@@ -41,15 +41,15 @@ bool same_layout(const at::Tensor& left, const at::Tensor& right) {
 at::Tensor dense_gradient(const Parameter& parameter, const at::Tensor& gradient) {
     if (gradient.layout() != at::kStrided) {
         throw Error(ErrorKind::usage, str_cat("parameter ", parameter.name,
-                                              " has a sparse gradient; make its embedding with sparse = false"));
+                                              " has a sparse gradient; create its embedding with sparse = false"));
     }
     if (gradient.scalar_type() != parameter.tensor.scalar_type()) {
         throw Error(ErrorKind::usage, str_cat("parameter ", parameter.name, " is ", parameter.tensor.scalar_type(),
-                                              ", its gradient ", gradient.scalar_type()));
+                                              ", but its gradient is ", gradient.scalar_type()));
     }
     if (gradient.sizes() != parameter.tensor.sizes()) {
         throw Error(ErrorKind::usage, str_cat("parameter ", parameter.name, " has the shape ", parameter.tensor.sizes(),
-                                              ", its gradient ", gradient.sizes()));
+                                              ", but its gradient has ", gradient.sizes()));
     }
     if (same_layout(gradient, parameter.tensor)) return gradient;
     return at::empty_like(parameter.tensor).copy_(gradient);
@@ -65,7 +65,7 @@ void require_same_layout(const Parameter& parameter, const at::Tensor& state) {
     }
     throw Error(ErrorKind::usage,
                 str_cat("parameter ", parameter.name, " is now ", tensor.scalar_type(), " of shape ", tensor.sizes(),
-                        " and not as when its state was made: make the optimizer anew"));
+                        ", unlike when its state was created: create a new optimizer"));
 }
 
 }  // namespace
@@ -100,7 +100,7 @@ void FusedOptimizer::add_group(const ParameterGroup& group) {
         for (const at::Tensor& tensor : known) {
             if (tensor.is_same(parameter.tensor)) {
                 throw Error(ErrorKind::usage,
-                            str_cat(name_, ": parameter ", parameter.name, " is in another group already"));
+                            str_cat(name_, ": parameter ", parameter.name, " is already in another group"));
             }
         }
         made.slots.push_back({.parameter = parameter});
@@ -191,7 +191,7 @@ Commit FusedOptimizer::prepare(const StateReader& reader) {
     }
     if (known != reader.tensors().size()) {
         throw Error(ErrorKind::bad_data,
-                    str_cat(name_, ": the state is of other parameters: it has ", reader.tensors().size(),
+                    str_cat(name_, ": the state belongs to other parameters: it has ", reader.tensors().size(),
                             " tensors, of which ", known, " belong here"));
     }
     return [this, states = std::move(states)] {
@@ -216,7 +216,7 @@ std::vector<StoredTensor> FusedOptimizer::state_of(const Slot& slot, const State
         throw Error(ErrorKind::bad_data,
                     str_cat(name_, ": a state tensor of parameter ", name, " is ", tensor.scalar_type(), " of shape ",
                             tensor.sizes(), ", not ", wanted.scalar_type(), " of shape ", wanted.sizes(),
-                            " laid out as the parameter"));
+                            " with the memory layout of the parameter"));
     }
     return state;
 }

@@ -18,7 +18,7 @@ Sgd::Sgd(const std::vector<ParameterGroup>& groups, SgdOptions options)
                     str_cat("Sgd: momentum is ", options.momentum, "; it must be at least 0 and below 1"));
     }
     if (options.nesterov && options.momentum == 0.0) {
-        throw Error(ErrorKind::usage, "Sgd: Nesterov needs a momentum above 0");
+        throw Error(ErrorKind::usage, "Sgd: Nesterov requires a momentum above 0");
     }
 }
 

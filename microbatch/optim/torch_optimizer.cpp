@@ -70,8 +70,8 @@ void TorchOptimizer::step(std::span<const GradientView> gradients, double diviso
         throw Error(
             ErrorKind::does_not_fit,
             str_cat("the torch optimizer ran out of memory between its updates, and some parameters may have been "
-                    "updated: go on from weights that were saved before, with a larger budget (AdamW and Sgd of "
-                    "this library update all or none); ",
+                    "updated: continue from saved weights with a larger budget (this library's AdamW and Sgd "
+                    "update all parameters or none); ",
                     error.what_without_backtrace()));
     }
 }
@@ -203,8 +203,8 @@ std::unique_ptr<ParamState> new_state(const torch::optim::Optimizer& optimizer) 
 
 [[noreturn]] void refuse_kind() {
     throw Error(ErrorKind::usage,
-                "the state of this torch optimizer cannot be kept: it can of Adam, AdamW, SGD, RMSprop and Adagrad, "
-                "and of this library's own");
+                "the state of this torch optimizer cannot be saved; use Adam, AdamW, SGD, RMSprop or Adagrad, "
+                "or an optimizer of this library");
 }
 
 // A parameter's state as it is read; null if it is not one of such an optimizer and parameter.
@@ -220,11 +220,11 @@ std::unique_ptr<ParamState> read_state(const torch::optim::Optimizer& optimizer,
         ++known;
         const StoredTensor& stored = reader.tensor(name);
         if (stored.shape().sizes() != parameter.sizes() || stored.shape().scalar_type() != parameter.scalar_type()) {
-            reader.refuse(name, "its shape or dtype is not the parameter's");
+            reader.refuse(name, "its shape or dtype differs from the parameter");
         }
         if (with_values) *tensor = stored.get_own().to(parameter.options());
     }
-    if (known != reader.tensors().size()) reader.refuse("", "it has tensors that this optimizer does not keep");
+    if (known != reader.tensors().size()) reader.refuse("", "it has tensors that this optimizer does not have");
     return state;
 }
 
@@ -266,7 +266,7 @@ Commit TorchOptimizer::prepare(const StateReader& reader) {
             states.push_back({parameter, section, needed});
         }
     }
-    if (known != reader.tensors().size()) reader.refuse("", "it is of another torch optimizer's parameters");
+    if (known != reader.tensors().size()) reader.refuse("", "it belongs to other parameters");
     return [this, states = std::move(states)] {
         const at::NoGradGuard no_grad;
         std::remove_reference_t<decltype(optimizer_.state())> restored;

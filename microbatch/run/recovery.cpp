@@ -86,7 +86,7 @@ Recovery::Point Recovery::make_point(std::int64_t steps, const SpikeGate& gate) 
     } else if (!options_.folder.empty()) {
         point.state = moved_to_file(point.state, new_file());
     } else {
-        throw Error(ErrorKind::usage, "it does not fit the memory that is left for it");
+        throw Error(ErrorKind::usage, "it does not fit in the remaining memory");
     }
     return point;
 }
@@ -208,7 +208,7 @@ void Recovery::take_over(Point point) {
     };
     try {
         if (!in_memory()) {
-            if (options_.folder.empty()) throw Error(ErrorKind::usage, "there is no memory for them, and no folder");
+            if (options_.folder.empty()) throw Error(ErrorKind::usage, "there is neither memory nor a folder for them");
             options_.memory_bytes = 0;
             point.state = moved_to_file(point.state, new_file());
         }

@@ -60,7 +60,7 @@ void add_events(const LoggedRun& run, Json& document) {
         if (step.out_of_memory > 0) {
             add(event(
                 step, "out of memory",
-                str_cat("made again in micro-batches of ", step.micro_batch, step.recompute ? " with recompute" : "")));
+                str_cat("repeated in micro-batches of ", step.micro_batch, step.recompute ? " with recompute" : "")));
         }
         if (!step.applied) add(event(step, "refused", step.reason));
         if (step.rolled_back_to)

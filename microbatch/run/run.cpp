@@ -97,7 +97,7 @@ void Run::compare_with_disk() const {
     const std::string lack = lack_of_space(folder_.path(), std::max<std::int64_t>(0, needed));
     if (lack.empty()) return;
     note(str_cat("warning: checkpoints and weights may fill the disk", lack, " in ", folder_.path().string(),
-                 checkpoints.enabled ? ": older checkpoints give way to new ones then" : ""));
+                 checkpoints.enabled ? ": older checkpoints will then be deleted for new ones" : ""));
 }
 
 StateDict Run::state() const {
@@ -149,9 +149,8 @@ bool Run::step() {
     const std::string event_failure = events_.write(record.step, scalars_of(record));
     if (options_.observer != nullptr) options_.observer->on_step(outcome_);
     if (!outcome_.diverged()) save_where_due();
-    note_once(log_fails_, log_failure, "; the run goes on, and the lines are written when they can be");
-    note_once(events_fail_, event_failure,
-              "; the run goes on without what TensorBoard would draw, until it can be written");
+    note_once(log_fails_, log_failure, "; the run continues, and the lines will be written when possible");
+    note_once(events_fail_, event_failure, "; the run continues without TensorBoard events until they can be written");
     note_checkpoints();
     return true;
 }
@@ -216,7 +215,7 @@ void Run::note_checkpoints() {
     for (const std::string& warning : checkpoints_.warnings()) {
         if (warning == checkpoint_warning_) continue;  // such as that the log is gone, each time
         checkpoint_warning_ = warning;
-        note(str_cat("warning: ", warning, "; the run goes on, and earlier checkpoints are unchanged"));
+        note(str_cat("warning: ", warning, "; the run continues, and earlier checkpoints are unchanged"));
     }
 }
 

@@ -30,7 +30,7 @@ std::optional<StateDict> RunCheckpoints::state_of(const Progress& progress, cons
     } catch (const std::exception&) {
         const std::string why = message_of(std::current_exception());
         warnings_.push_back(
-            str_cat("the checkpoint of step ", progress.steps, " is not written: ", why.substr(0, why.find('\n'))));
+            str_cat("the checkpoint of step ", progress.steps, " was not written: ", why.substr(0, why.find('\n'))));
         return std::nullopt;
     }
 }

@@ -54,7 +54,7 @@ void RunFolder::refuse_used() const {
     for (const char* name : {"config.toml", "metrics.jsonl", "model.safetensors", "report.html", "summary.json"}) {
         if (!is_there(path_ / name)) continue;
         throw Error(ErrorKind::usage, str_cat(path_.string(), ": ", name,
-                                              " exists already; resume that run (--resume), or name a new folder for "
+                                              " already exists; resume that run (--resume), or name a new folder for "
                                               "this one"));
     }
 }

@@ -17,7 +17,8 @@ void make_folder(const std::filesystem::path& folder) {
     std::error_code failure;
     std::filesystem::create_directories(folder, failure);
     if (failure) {
-        throw Error(ErrorKind::usage, str_cat("cannot make the run folder ", folder.string(), ": ", failure.message()));
+        throw Error(ErrorKind::usage,
+                    str_cat("cannot create the run folder ", folder.string(), ": ", failure.message()));
     }
 }
 
@@ -80,7 +81,7 @@ RunLog::RunLog(const std::filesystem::path& folder) : path_(folder / "metrics.js
     // A link that leads nowhere counts, too: writing through it would write elsewhere.
     std::error_code failure;
     if (std::filesystem::exists(std::filesystem::symlink_status(path_, failure))) {
-        throw Error(ErrorKind::usage, str_cat(path_.string(), " exists already: name a new folder for this run"));
+        throw Error(ErrorKind::usage, str_cat(path_.string(), " already exists: name a new folder for this run"));
     }
     file_.emplace(path_);
 }
@@ -94,7 +95,8 @@ RunLog::RunLog(const std::filesystem::path& folder, std::int64_t steps, FileSyst
         return;
     }
     if (!std::filesystem::is_regular_file(std::filesystem::symlink_status(path_, failure))) {
-        throw Error(ErrorKind::usage, str_cat(path_.string(), " is no file: it is in the way of the run's log"));
+        throw Error(ErrorKind::usage,
+                    str_cat(path_.string(), " is not a file: the log of the run cannot be written there"));
     }
     const Kept kept = kept_of(path_, steps);
     if (!kept.is_begin()) mend(path_, steps, files);

@@ -46,10 +46,12 @@ void Trainer::validate_options() const {
     }
     if (options_.schedule) validate(*options_.schedule);
     if (options_.batches) validate(*options_.batches);
-    if (options_.recovery && !options_.guard) refuse("recovery needs a guard that says when the run has diverged");
+    if (options_.recovery && !options_.guard) {
+        refuse("recovery requires a guard, which detects when the run has diverged");
+    }
     if (options_.rate_rule == RateRule::adam_sde || options_.rate_rule == RateRule::beta2_time) {
-        refuse("a batch that changes during the run goes with the rules none, linear and sqrt; ",
-               to_string(options_.rate_rule), " would have to change the optimizer's betas");
+        refuse("a batch that changes during the run requires the rule none, linear or sqrt; ",
+               to_string(options_.rate_rule), " would change the optimizer's betas");
     }
     if (options_.noise_every < 0) refuse("noise_every is ", options_.noise_every, "; it must be at least 0 steps");
 }
@@ -67,7 +69,7 @@ std::int64_t Trainer::samples_left() const {
 }
 
 TrainerReport Trainer::step() {
-    if (done()) throw Error(ErrorKind::usage, str_cat("the run of ", to_string(options_.length), " is done"));
+    if (done()) throw Error(ErrorKind::usage, str_cat("the run of ", to_string(options_.length), " is complete"));
     const auto started = std::chrono::steady_clock::now();
     const double seconds_before = std::exchange(at_.partial_seconds, 0.0);
     const auto seconds = [&] {

@@ -180,7 +180,7 @@ std::string StateReader::word(std::string_view name) const {
 std::vector<std::int64_t> StateReader::counts(std::string_view name) const {
     const auto& values = get<std::vector<std::int64_t>>(name, "a list of whole numbers");
     for (const std::int64_t value : values) {
-        if (value < 0) refuse(name, str_cat("it holds ", value, ", which is below 0"));
+        if (value < 0) refuse(name, str_cat("it has ", value, ", which is below 0"));
     }
     return values;
 }

@@ -54,7 +54,7 @@ void Accumulator::set_plan(const Plan& plan) {
         throw Error(ErrorKind::usage, str_cat("the micro-batch is ", plan.micro_batch, "; it must be at least 1"));
     }
     if (plan.recompute && !model_->offers_checkpointing()) {
-        throw Error(ErrorKind::usage, "the plan recomputes, but the accumulator has no model that offers it");
+        throw Error(ErrorKind::usage, "the plan uses recompute, but the accumulator has no model that supports it");
     }
     options_.plan = plan;
     caps_.clear();
@@ -72,7 +72,7 @@ void Accumulator::refuse_unknown_parameters() {
     for (const at::Tensor& tensor : updated) {
         if (known.count(tensor.unsafeGetTensorImpl()) == 0) {
             throw Error(ErrorKind::usage, str_cat("the optimizer updates a parameter of shape ", tensor.sizes(),
-                                                  " that the accumulator does not know; give it to track()"));
+                                                  " that the accumulator does not know; pass it to track()"));
         }
     }
     known_ = std::move(updated);
@@ -117,7 +117,7 @@ StepReport Accumulator::step(const BatchSource& batch, const LossFunction& loss,
         [](const std::string& message) {
             throw Error(ErrorKind::does_not_fit,
                         str_cat("the optimizer's step ran out of memory, whatever the micro-batch; parameters and "
-                                "optimizer are as before it: raise the memory budget, or take an optimizer with less "
+                                "optimizer are unchanged: raise the memory budget, or use an optimizer with less "
                                 "state (SGD); ",
                                 message));
         });
@@ -158,7 +158,7 @@ std::variant<Gathered, PartialBatch> Accumulator::gather_batch(const BatchSource
         [](const std::string& message) {
             throw Error(ErrorKind::does_not_fit,
                         str_cat("out of memory with a micro-batch of 1 sample: ", message,
-                                "; everything is as before the step: raise the memory budget, or take shorter "
+                                "; the step changed nothing: raise the memory budget, or use shorter "
                                 "samples"));
         });
     // Not before they have shown that they can run.
@@ -227,7 +227,7 @@ std::variant<Gathered, PartialBatch> Accumulator::try_gather(const BatchSource& 
         throw Error(ErrorKind::does_not_fit,
                     str_cat("out of memory, and with a micro-batch of ", attempt.plan_of_shape.micro_batch,
                             " the loss function fails: ", why.substr(0, why.find('\n')), "; ", attempt.message,
-                            "; everything is as before the step: raise the memory budget, or take shorter samples"));
+                            "; the step changed nothing: raise the memory budget, or use shorter samples"));
     }
 }
 
@@ -277,7 +277,9 @@ const Gathered& Accumulator::finish() {
 }
 
 StepReport Accumulator::apply() {
-    if (!gathered_) throw Error(ErrorKind::usage, "nothing is gathered to apply: call gather() or finish() first");
+    if (!gathered_) {
+        throw Error(ErrorKind::usage, "there is no gathered batch to apply: call gather() or finish() first");
+    }
     if (gathered_->weight == 0.0) return discard("zero weight");
     StepReport result = report();
     const auto started = std::chrono::steady_clock::now();
@@ -296,7 +298,9 @@ StepReport Accumulator::apply() {
 }
 
 void Accumulator::dry_run_apply() {
-    if (!gathered_) throw Error(ErrorKind::usage, "nothing is gathered for a dry run: call gather() or finish() first");
+    if (!gathered_) {
+        throw Error(ErrorKind::usage, "there is no gathered batch for a dry run: call gather() or finish() first");
+    }
     optimizer_.dry_run(gathered_->sums, gathered_->weight > 0.0 ? divisor() : 1.0);
 }
 

@@ -101,7 +101,7 @@ at::Device device_of(const Accumulator& accumulator) {
         if (parameter.tensor.device() == device) continue;
         throw Error(ErrorKind::usage,
                     str_cat("parameter ", parameters.front().name, " is on ", device.str(), ", ", parameter.name,
-                            " on ", parameter.tensor.device().str(), ": a plan is for one device"));
+                            " on ", parameter.tensor.device().str(), ": a plan is for a single device"));
     }
     return device;
 }
@@ -325,8 +325,9 @@ PlanReport plan_batch(Accumulator& accumulator, const BatchSource& batch, const 
                       PlannerOptions options) {
     accumulator.require_idle();
     options.batch = batch.size();
-    if (options.batch < 1)
-        throw Error(ErrorKind::usage, "the batch to plan with is empty: give it at least one sample");
+    if (options.batch < 1) {
+        throw Error(ErrorKind::usage, "the batch for planning is empty: give it at least one sample");
+    }
     options.offers_recompute = accumulator.model().offers_checkpointing();
     LiveJob job(accumulator, batch, loss);
     if (options.budget_bytes == 0) options.budget_bytes = job.budget();

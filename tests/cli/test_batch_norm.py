@@ -5,7 +5,7 @@ import struct
 
 import pytest
 
-SENTENCE = ["BatchNorm", "single value per channel", "micro-batch of 2 or more"]
+SENTENCE = ["BatchNorm", "single value per channel", "micro-batch of at least 2"]
 
 
 def write_tiny(folder, split, count):

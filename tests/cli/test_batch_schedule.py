@@ -58,7 +58,7 @@ def test_seesaw_doubles_the_batch_where_the_rate_has_halved(run):
     ({"batch_schedule": "4 at 0, 2 at 8 samples", "micro_batch": 4, "batch": None}, ["--batch-schedule", "2", "below --micro-batch 4"]),
     ({"batch_schedule": "4 at 0, 0 at 8 samples", "batch": None}, ["--batch-schedule", "0", "at least 1"]),
     ({"batch_schedule": "4 at 3 steps", "batch": None}, ["--batch-schedule", "start"]),
-    ({"batch_schedule": "4", "batch": None}, ["--batch-schedule", "for a stage"]),
+    ({"batch_schedule": "4", "batch": None}, ["--batch-schedule", "invalid stage"]),
     ({"batch_schedule": "4 at 0", "batch": 8}, ["--batch 8", "--batch-schedule"]),
     ({"batch_schedule": "seesaws"}, ["--batch-schedule", "seesaw"]),
     ({"batch_schedule": "seesaw to many"}, ["--batch-schedule", "many"]),

@@ -116,7 +116,7 @@ def nine(run):
 
 @pytest.mark.parametrize("batch, words", [(16, ["times"]), (4, ["%"])])
 def test_data_too_small_for_the_statement_is_refused(run, nine, batch, words):
-    run.text("advise", data=nine, batch=batch).refused(2, "too small to tell the noise", f"batch of {batch}", "samples", *words)
+    run.text("advise", data=nine, batch=batch).refused(2, "too small to measure the noise", f"batch of {batch}", "samples", *words)
 
 
 def test_a_batch_larger_than_the_run_is_not_advised_on(run):

@@ -129,8 +129,8 @@ def test_a_log_that_ends_in_the_midst_of_a_line_is_reported_without_it(run, trai
 
 
 @pytest.mark.parametrize("change, words", [
-    (None, ["is no run"]), (lambda text: "", ["no step"]), (lambda text: "x\n" + text, ["line 1"]),
-    (lambda text: text[:50], ["no step"]), (lambda text: text.replace('"loss":', '"lost":'), ["line 1"]),
+    (None, ["is not a run"]), (lambda text: "", ["no steps"]), (lambda text: "x\n" + text, ["line 1"]),
+    (lambda text: text[:50], ["no steps"]), (lambda text: text.replace('"loss":', '"lost":'), ["line 1"]),
     (lambda text: text.replace('"step":1,', '"step":1e99,'), ["line 1"]),
 ], ids=["no log", "empty", "no json", "half a line", "another key", "too large"])
 def test_a_folder_that_is_no_run_is_bad_data(run, trained, change, words):

@@ -23,7 +23,7 @@ RateConstants adam(double rate = 1e-3) {
 
 TEST(RateRule, NamesAreReadAndWritten) {
     for (const RateRule rule : all_rules) EXPECT_EQ(parse_rate_rule(to_string(rule)), rule);
-    expect_usage_error({"no rule is called \"cubic\"", "none, linear, sqrt, adam-sde, beta2-time"},
+    expect_usage_error({"unknown rule \"cubic\"", "none, linear, sqrt, adam-sde, beta2-time"},
                        [] { parse_rate_rule("cubic"); });
 }
 

@@ -231,7 +231,7 @@ TEST(Planner, ALeastThatIsNotKnownToFitInTheMachineIsNotNamed) {
     const PlanReport report =
         plan(job, {.batch = 64, .budget_bytes = 500, .offers_recompute = true, .most_bytes = 4000});
     EXPECT_EQ(smallest(report), nullptr);
-    EXPECT_NE(explain_misfit(report).find("no room to measure"), std::string::npos) << explain_misfit(report);
+    EXPECT_NE(explain_misfit(report).find("not enough memory to measure"), std::string::npos) << explain_misfit(report);
 }
 
 TEST(Planner, NamesTheLeastOfAGivenMicroBatchWithRecomputeOrWithout) {
@@ -319,7 +319,7 @@ TEST(Planner, RefusesOptionsThatMeanNothing) {
         expect_usage_error({"micro-batch is", "from 1 to the batch"},
                            [&] { make_plan({.batch = 8, .budget_bytes = 1, .micro_batch = size}, job); });
     }
-    expect_usage_error({"does not offer it"},
+    expect_usage_error({"does not support it"},
                        [&] { make_plan({.batch = 8, .budget_bytes = 1, .recompute = Recompute::always}, job); });
     EXPECT_TRUE(job.asked.empty());
 }

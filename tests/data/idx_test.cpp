@@ -176,7 +176,7 @@ TEST(Idx, AGzipBombTakesNoMoreMemoryThanItsHeaderAnnounces) {
     const test::TempFolder folder;
     const fs::path path = write_bomb(folder, idx(0x803, {10, 28, 28}, ""), 64 << 20);
     ASSERT_LT(fs::file_size(path), 1U << 20);
-    expect_bad_data(path, 3, {"goes on after its end", "announces 7840 bytes"});
+    expect_bad_data(path, 3, {"has extra bytes at the end", "claims 7840 bytes"});
     const auto peak = peak_bytes([&] { test::error_message(ErrorKind::bad_data, [&] { read(path, 3); }); });
     EXPECT_GE(peak, 0);
     EXPECT_LT(peak, 16 << 20);
@@ -231,8 +231,8 @@ TEST(Idx, RefusesATruncatedFileWhereverItEnds) {
 TEST(Idx, RefusesBytesAfterTheEnd) {
     const test::TempFolder folder;
     const std::string bytes = idx(0x801, {3}, "abcd");
-    expect_bad_data(folder.write("a", bytes), 1, {"goes on after its end", "announces 3 bytes"});
-    expect_bad_data(folder.write("b", gzipped(folder, bytes)), 1, {"goes on after its end"});
+    expect_bad_data(folder.write("a", bytes), 1, {"has extra bytes at the end", "claims 3 bytes"});
+    expect_bad_data(folder.write("b", gzipped(folder, bytes)), 1, {"has extra bytes at the end"});
 }
 
 TEST(Idx, RefusesAGzipStreamCutOffAnywhere) {
@@ -245,7 +245,7 @@ TEST(Idx, RefusesAGzipStreamCutOffAnywhere) {
     // From 2 bytes on it is recognised as gzip; the last 8 are its checksum and size.
     for (std::size_t size = 2; size < bytes.size(); ++size) {
         SCOPED_TRACE(size);
-        expect_bad_data(folder.write("a", bytes.substr(0, size)), 1, {"is damaged", "fetch it again"});
+        expect_bad_data(folder.write("a", bytes.substr(0, size)), 1, {"is corrupted", "download it again"});
     }
 }
 
@@ -254,7 +254,7 @@ TEST(Idx, RefusesAGzipStreamWithAFlippedByte) {
     std::string elements(300, 'a');
     std::string bytes = gzipped(folder, idx(0x801, {300}, elements));
     bytes[bytes.size() - 8] ^= 1;  // the checksum
-    expect_bad_data(folder.write("a", bytes), 1, {"is damaged", "incorrect data check"});
+    expect_bad_data(folder.write("a", bytes), 1, {"is corrupted", "incorrect data check"});
 }
 
 TEST(Idx, RefusesAMissingOrEmptyFileOrAFolder) {

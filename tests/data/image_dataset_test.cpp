@@ -102,7 +102,7 @@ TEST(ImageDataset, RefusesAScaleThatWouldGiveNoNumbers) {
     const double infinity = std::numeric_limits<double>::infinity();
     const std::vector<PixelScale> wrong{{0, 0}, {0, -1}, {0, nan}, {0, infinity}, {nan, 1}, {infinity, 1}};
     for (const PixelScale& scale : wrong) {
-        expect_usage_error({"positive deviation"}, [&] { ImageDataset(data, scale, 0, 1); });
+        expect_usage_error({"deviation finite and above 0"}, [&] { ImageDataset(data, scale, 0, 1); });
     }
 }
 

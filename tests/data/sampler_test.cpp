@@ -201,7 +201,7 @@ TEST(Sampler, TheLastEpochThatCanBeCountedEndsInAnError) {
     Sampler sampler = sampler_at(2, {.seed = 1, .epoch = largest, .position = 0});
     EXPECT_EQ(sampler.next(1).size(), 1U);
     const SamplerState before = sampler.state();
-    expect_usage_error({"is the last that 64 bits can count"}, [&] { sampler.next(1); });
+    expect_usage_error({"is the last one that fits in 64 bits"}, [&] { sampler.next(1); });
     EXPECT_EQ(sampler.state(), before);
 }
 

@@ -112,7 +112,7 @@ TEST(ReadText, RefusesAFolderWithoutText) {
     folder.write("empty", "");
     folder.write("binary", std::string(3, '\0'));
     folder.write(".hidden", "text");
-    expect_bad_data(folder.path(), {"holds no text; left out: 1 hidden name (.hidden), 1 binary file (binary), "
+    expect_bad_data(folder.path(), {"has no text; skipped: 1 hidden name (.hidden), 1 binary file (binary), "
                                     "1 empty file (empty)",
                                     "name a .bin file"});
 }
@@ -194,7 +194,7 @@ TEST(ReadText, RefusesADatasetOfHuggingFaceAndLeavesItOutOfAFolder) {
         for (const char* name : names) folder.write(fs::path("set") / name, "{}");
         folder.write("set/data-00000-of-00001.arrow", std::string(8, '\xff'));
         expect_bad_data(folder.path() / "set", {(folder.path() / "set").string(), "save_to_disk", "load_from_disk"});
-        expect_bad_data(folder.path(), {"holds no text", "1 Hugging Face dataset (set)"});
+        expect_bad_data(folder.path(), {"has no text", "1 Hugging Face dataset (set)"});
         folder.write("text", "text");
         EXPECT_EQ(read(folder.path()), "text");
     }

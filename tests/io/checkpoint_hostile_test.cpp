@@ -55,14 +55,14 @@ TEST(CheckpointHostile, NamesThatLeadElsewhereAreRefused) {
         checkpoint.change_manifest([&](CheckpointManifest& manifest) {
             manifest.files.push_back({name, 7, crc32c("content")});
         });
-        checkpoint.expect_refused({"manifest.json", "leads elsewhere"});
+        checkpoint.expect_refused({"manifest.json", "invalid file name"});
     }
     const Forged checkpoint;
     for (const std::string& name : {std::string(1000, 'a'), std::string("a\0b", 3)}) {
         checkpoint.replace_manifest(R"({"version": 2, "steps": 0, "samples": 0, "tokens": 0, "open_samples": 0, )"
                                     R"("healthy": true, "kept": false, "files": {)" +
                                     Json(name).dump() + R"(: {"bytes": 0, "crc32c": "00000000"}})");
-        checkpoint.expect_refused({"manifest.json", "leads elsewhere"});
+        checkpoint.expect_refused({"manifest.json", "invalid file name"});
     }
 }
 

@@ -266,8 +266,8 @@ TEST(Gpt, RefusesSamplesThatItCannotRead) {
     const auto expect_refused = [&](const at::Tensor& tokens, const std::string& part) {
         microbatch::test::expect_usage_error({part}, [&] { model->forward(tokens); });
     };
-    expect_refused(at::zeros({1, 7}, at::kLong), "7 tokens, the model takes 1 to 6");
-    expect_refused(at::zeros({1, 0}, at::kLong), "0 tokens, the model takes 1 to 6");
+    expect_refused(at::zeros({1, 7}, at::kLong), "7 tokens, but the model accepts 1 to 6");
+    expect_refused(at::zeros({1, 0}, at::kLong), "0 tokens, but the model accepts 1 to 6");
     expect_refused(at::zeros({6}, at::kLong), "Long of shape [6]");
     expect_refused(at::zeros({1, 6}, at::kByte), "Byte of shape [1, 6]");
     EXPECT_THROW(model->forward(at::full({1, 6}, 11, at::kLong)), c10::IndexError);

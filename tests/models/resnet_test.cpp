@@ -171,5 +171,5 @@ TEST(ImageNorm, GoesToTextAndBack) {
         EXPECT_EQ(microbatch::parse_image_norm(microbatch::to_string(norm)), norm);
     }
     EXPECT_EQ(microbatch::to_string(ImageNorm::group), "group");
-    expect_usage_error({"\"Batch\"; there are batch and group"}, [] { microbatch::parse_image_norm("Batch"); });
+    expect_usage_error({"\"Batch\"; choose batch or group"}, [] { microbatch::parse_image_norm("Batch"); });
 }

@@ -119,7 +119,7 @@ TEST(CrossEntropy, RefusesTargetsOutsideTheClasses) {
 
 TEST(CrossEntropy, RefusesWhatDoesNotFitTogether) {
     const at::Tensor logits = at::randn({2, 3});
-    expect_usage(logits, at::zeros({3}, longs), "[2, 3] do not go with targets of shape [3]");
+    expect_usage(logits, at::zeros({3}, longs), "[2, 3] do not match targets of shape [3]");
     expect_usage(logits, at::zeros({2, 1}, longs), "shape [2, 1]");
     expect_usage(logits, at::zeros({}, longs), "shape []");
     expect_usage(at::randn({}), at::zeros({}, longs), "logits of shape []");

@@ -198,7 +198,7 @@ TEST(LinearCrossEntropy, PassesOnWhatIsNotFinite) {
 TEST(LinearCrossEntropy, RefusesAGradientOfAGradient) {
     const Problem p({3}, 2, 4, at::kDouble);
     const at::Tensor sum = linear_cross_entropy_sum(p.hidden, p.weight, p.targets);
-    expect_usage_error({"create_graph", "cross_entropy_sum of at::linear"},
+    expect_usage_error({"create_graph", "cross_entropy_sum and at::linear"},
                        [&] { torch::autograd::grad({sum}, {p.hidden}, {}, {}, /*create_graph=*/true); });
 }
 
@@ -266,10 +266,9 @@ TEST(LinearCrossEntropy, RefusesWhatDoesNotFitTogether) {
     const auto refuses = [](const std::string& part, const at::Tensor& h, const at::Tensor& w, const at::Tensor& t) {
         expect_usage_error({part}, [&] { linear_cross_entropy_sum(h, w, t); });
     };
-    refuses("hidden states of shape [2, 4] do not go with targets of shape [3]", hidden, weight, at::zeros({3}, longs));
+    refuses("hidden states of shape [2, 4] do not match targets of shape [3]", hidden, weight, at::zeros({3}, longs));
     refuses("give [..., width] and [...]", at::randn({}), weight, at::zeros({}, longs));
-    refuses("weight of shape [3, 5] does not go with hidden states of shape [2, 4]", hidden, at::randn({3, 5}),
-            targets);
+    refuses("weight of shape [3, 5] does not match hidden states of shape [2, 4]", hidden, at::randn({3, 5}), targets);
     refuses("weight of shape [4]", hidden, at::randn({4}), targets);
     refuses("weight of shape [0, 4] has no class", hidden, at::randn({0, 4}), targets);
     refuses("the weight is Double, the hidden states are Float", hidden, weight.to(at::kDouble), targets);

@@ -152,7 +152,7 @@ TEST(OptimizerState, OfATorchOptimizerThatItCannotHaveIsRefused) {
         refused({name, "dtype"}, with(before, name, at::zeros({4, 3}, at::kDouble)));
     }
     refused({"0/max_exp_avg_sq", "shape"}, with(before, "0/max_exp_avg_sq", at::zeros({3, 4})));
-    refused({"0/", "does not keep"}, with(before, "0/momentum_buffer", at::zeros({4, 3})));
+    refused({"0/", "does not have"}, with(before, "0/momentum_buffer", at::zeros({4, 3})));
     refused({"torch"}, with(before, "3/exp_avg", at::zeros({4, 3})));
     refused({"0/step", "missing"}, without(before, "0/step"));
     refused({"0/step", "-1"}, with(before, "0/step", StateScalar(std::int64_t{-1})));
