@@ -39,7 +39,7 @@ double trained_loss(Trainer& trainer, std::int64_t samples, const std::function<
     return weight > 0.0 ? sum / weight : std::numeric_limits<double>::quiet_NaN();
 }
 
-/// Puts the job back at its end.
+/// Restores the job when it is destroyed.
 class Undone {
 public:
     explicit Undone(Accumulator& accumulator)

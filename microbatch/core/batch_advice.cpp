@@ -21,7 +21,7 @@ std::int64_t to_batch(double samples) {
     return static_cast<std::int64_t>(std::clamp(samples, 1.0, largest));
 }
 
-// The fastest micro-batch into which the batch can be cut; in a tie the largest.
+// The fastest micro-batch into which the batch can be split; in a tie, the largest.
 const TimedCut* fastest(std::span<const TimedCut> cuts, std::int64_t batch) {
     const TimedCut* best = nullptr;
     for (const TimedCut& cut : cuts) {

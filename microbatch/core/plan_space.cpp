@@ -131,7 +131,7 @@ std::set<std::int64_t> PlanSpace::sizes(const Mode& mode) const {
         result.insert(size);
         if (!predicted_to_fit(mode, size)) break;
     }
-    // Once a size has failed the predictions are off: the limit of another is not worth a try.
+    // Once a size has failed, the predictions are off: do not try the limit of another mode.
     const std::int64_t largest = mode.trials.any_cut_failed() ? 0 : largest_that_fits(mode);
     if (largest > 0) result.insert(evened(largest));
     result.insert(options.batch);

@@ -32,7 +32,7 @@ constexpr std::array signatures{
     Signature{"%PDF-"sv, "a PDF document"},
 };
 
-/// Whether the characters at every second place are NUL and those between are ASCII text.
+/// True if every second character is NUL and the others are ASCII text.
 bool has_nul_beside_ascii(std::string_view head) {
     if (head.size() < 2) return false;
     const std::size_t nul = head[0] == '\0' ? 0 : 1;  // big-endian or little-endian

@@ -21,14 +21,14 @@ namespace {
 
 constexpr std::uint8_t unsigned_byte = 0x08;
 constexpr std::size_t chunk_bytes = 1 << 20;
-// The most that deflate makes of one byte: https://zlib.net/zlib_tech.html
+// The largest expansion of one byte by deflate: https://zlib.net/zlib_tech.html
 constexpr std::uint64_t largest_expansion = 1032;
 
 /// Bytes of a file in order, decompressed on the way if it is gzipped.
 class Reader {
 public:
     explicit Reader(const std::filesystem::path& path) : path_(path) {
-        // zlib opens folders and pipes and says little about why it cannot: let InputFile judge first.
+        // zlib opens folders and pipes and gives few reasons for errors, so InputFile checks first.
         size_ = InputFile(path).size();
         if (size_ == 0) refuse("is empty: give an IDX file");
         file_.reset(::gzopen(path.c_str(), "rbe"));
@@ -40,15 +40,15 @@ public:
         throw Error(ErrorKind::bad_data, str_cat(path_.string(), " ", reason));
     }
 
-    /// More bytes than the file can hold, gzipped or not.
+    /// An upper bound of the content, gzipped or not.
     std::uint64_t bound() const { return (size_ + 1) * largest_expansion; }
 
-    /// As many bytes as there are left, up to the length of `into`.
+    /// Reads as many bytes as are left, up to the length of `into`.
     std::size_t read(std::span<std::uint8_t> into) {
         const int count = ::gzread(file_.get(), into.data(), static_cast<unsigned>(into.size()));
         int state = Z_OK;
         const char* reason = ::gzerror(file_.get(), &state);
-        // A stream cut off before its checksum gives what it has and sets only the state.
+        // A stream that is truncated before its checksum returns its data and sets only the state.
         if (count < 0 || state == Z_BUF_ERROR) refuse(str_cat("is corrupted: ", reason, "; download it again"));
         return static_cast<std::size_t>(count);
     }

@@ -14,7 +14,7 @@
 namespace microbatch {
 namespace {
 
-/// Whether there are `dimensions` lengths whose product is the number of bytes.
+/// True if there are `dimensions` lengths whose product is the number of bytes.
 bool is_filled(const IdxArray& array, std::size_t dimensions) {
     if (array.shape.size() != dimensions) return false;
     std::uint64_t left = array.bytes.size();
@@ -46,7 +46,7 @@ PixelScale pixel_scale(std::span<const std::uint8_t> pixels) {
     const auto total = static_cast<double>(pixels.size());
     double sum = 0.0;
     for (std::size_t x = 0; x < count.size(); ++x) sum += static_cast<double>(count[x]) * static_cast<double>(x);
-    const double mean = sum / total;  // in units of pixels, where equal pixels give exactly themselves
+    const double mean = sum / total;  // in units of pixels, where equal pixels have exactly their value as mean
     double squares = 0.0;
     for (std::size_t x = 0; x < count.size(); ++x) {
         const double distance = static_cast<double>(x) - mean;

@@ -27,7 +27,7 @@ const DataFile* find(const DataListing& listing, const std::string& name) {
     return found == listing.files.end() ? nullptr : &*found;
 }
 
-/// Whether a file that is not listed is not there: it may also come after the last one that is.
+/// True if a file that is not listed is missing: it may also come after the last listed one.
 bool lacks(const DataListing& listing, const std::string& name) {
     const bool complete = listing.count == static_cast<std::int64_t>(listing.files.size());
     return (complete || std::filesystem::path(name) < std::filesystem::path(listing.files.back().name)) &&

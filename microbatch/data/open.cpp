@@ -31,12 +31,12 @@ std::string samples_in_words(const OpenedData& data) {
                    " held-out ");
 }
 
-/// What text or an array may take: a part of what there is now, so that what is read next has some left.
+/// The most memory for text or an array: a part of what is free now, so that the next one has some left.
 std::uint64_t most_bytes() {
     return static_cast<std::uint64_t>(available_memory_bytes() / 2);
 }
 
-/// How many of all there are to be trained on: the others, the last 10 %, are held out.
+/// How many of all are training data: the last 10 % are held out.
 std::int64_t trained_of(std::int64_t all) {
     return all - all / 10;
 }
@@ -71,7 +71,7 @@ void split_tokens(OpenedData& data, const Tokens& tokens, std::int64_t length, c
     data.held_out = std::make_unique<TokenWindows>(tokens.slice(trained, total), length);
 }
 
-/// Whether a file of this name holds records: the names of their fields would be trained on, too.
+/// True if a file of this name has records: the names of their fields would be trained on, too.
 bool has_records(const std::string& name) {
     const auto ends = [&](const char* end) { return name.ends_with(end); };
     return ends(".json") || ends(".jsonl") || ends(".csv") || ends(".tsv");
@@ -163,7 +163,7 @@ TopLevel look_at(const fs::path& folder) {
     return found;
 }
 
-/// Which of several token files, or the text beside them, is meant is not guessed.
+/// Does not guess which of several token files, or the text next to them, is meant.
 void require_no_token_files(const std::vector<std::string>& bin, bool others, const fs::path& folder) {
     const auto is_there = [&](const char* name) { return std::find(bin.begin(), bin.end(), name) != bin.end(); };
     if (bin.empty() || (others && !is_there("train.bin") && !is_there("val.bin"))) return;
@@ -175,7 +175,7 @@ void require_no_token_files(const std::vector<std::string>& bin, bool others, co
 
 std::optional<fs::path> find_idx(const fs::path& folder, const std::string& name) {
     for (const fs::path& candidate : {folder / name, folder / (name + ".gz")}) {
-        std::error_code ignored;  // a link to nowhere and a missing file are the same here
+        std::error_code ignored;  // a broken link and a missing file are treated the same
         if (fs::exists(candidate, ignored)) return candidate;
     }
     return std::nullopt;
@@ -261,7 +261,7 @@ OpenedData open_images(const fs::path& folder, const std::vector<std::string>& f
 }  // namespace
 
 OpenedData open_data(const fs::path& path, std::int64_t length) {
-    std::error_code ignored;  // what cannot be looked at is reported by opening it
+    std::error_code ignored;  // opening it reports errors
     if (fs::is_directory(path, ignored)) {
         const TopLevel found = look_at(path);
         if (!found.idx.empty()) return open_images(path, found.idx);

@@ -16,7 +16,7 @@ namespace {
     throw Error(ErrorKind::bad_data, str_cat(source, ": ", reason));
 }
 
-/// The tokens that were seen, in increasing order.
+/// The tokens that occur, in increasing order.
 std::vector<std::int64_t> values_seen(const TokenScan& seen, bool even, bool odd) {
     std::vector<std::int64_t> values;
     for (std::size_t token = 0; token < TokenScan::values; ++token) {
@@ -96,8 +96,8 @@ std::vector<std::string> check_tokens(const TokenScan& seen, const std::string& 
     }
     refuse_wider_tokens(seen, source);
     refuse_narrower_tokens(values, source);
-    // Few tokens above a gap that is half of a large vocabulary, and dense ones below it: not the rare tokens of a
-    // small file.
+    // Few tokens above a gap of half of a large vocabulary, and dense ones below it: unlike the rare tokens of a small
+    // file.
     for (std::size_t i = 1; i < values.size() && seen.vocabulary >= 512; ++i) {
         const std::int64_t below = values[i - 1];
         const auto last = static_cast<std::int64_t>(i), stray = static_cast<std::int64_t>(values.size()) - last;

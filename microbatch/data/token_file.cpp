@@ -28,7 +28,7 @@ constexpr std::uint64_t header_bytes = 256 * sizeof(std::int32_t);
     throw Error(ErrorKind::bad_data, str_cat(file.path().string(), " ", reason));
 }
 
-/// The first words of a header of llm.c; 0 where the file is too short.
+/// The first words of an llm.c header; 0 if the file is too short.
 std::array<std::int32_t, 3> read_header(const InputFile& file) {
     std::array<std::int32_t, 3> words{};
     const auto bytes = std::as_writable_bytes(std::span(words));
@@ -36,9 +36,9 @@ std::array<std::int32_t, 3> read_header(const InputFile& file) {
     return words;
 }
 
-/// That a file without a header is not of a format with a name, nor text.
+/// Checks that a file without a header is neither a known format nor text.
 void check_bare(const InputFile& file) {
-    constexpr std::uint64_t enough = 4096;  // tokens without a zero byte are not as many
+    constexpr std::uint64_t enough = 4096;  // so many tokens without a zero byte are unlikely
     const FileFormat format = format_of(file);
     if (format.kind == FileFormat::known) {
         refuse(file, str_cat("is ", format.name, ", not a file of uint16 tokens: write only the tokens"));
@@ -50,7 +50,7 @@ void check_bare(const InputFile& file) {
     }
 }
 
-/// That the header of llm.c describes the file.
+/// Checks that the llm.c header describes the file.
 void check_header(std::span<const std::int32_t, 3> header, const InputFile& file) {
     if (file.size() < header_bytes) {
         refuse(file, str_cat("is truncated: it has ", file.size(), " bytes of the ", header_bytes,

@@ -23,7 +23,7 @@ constexpr const char* state_name = "state.json";
 constexpr std::string_view tensors_suffix = ".safetensors";
 constexpr std::uint64_t most_manifest_bytes = std::uint64_t{1} << 20U;
 
-/// Passes on what is written, and adds it up.
+/// Passes on the written bytes and computes their size and checksum.
 class CountedFile final : public OutputFile {
 public:
     explicit CountedFile(std::unique_ptr<OutputFile> file) : file_(std::move(file)) {}
@@ -52,7 +52,7 @@ StoredTensors tensors_in(const StateDict& state, const std::string& section) {
     return tensors;
 }
 
-// What could not be read again is refused: a section names a file.
+// Refuses what could not be read again: a section is part of a file name.
 std::set<std::string> sections_of(const StateDict& state) {
     std::set<std::string> sections;
     for (const auto& [name, tensor] : state.tensors()) {
@@ -68,7 +68,7 @@ std::set<std::string> sections_of(const StateDict& state) {
     return sections;
 }
 
-/// Writes files into a folder and keeps count of them.
+/// Writes files into a folder and lists them.
 class Writer {
 public:
     Writer(FileSystem& files, std::filesystem::path folder) : files_(files), folder_(std::move(folder)) {}
@@ -97,7 +97,7 @@ private:
     std::vector<CheckpointFile> written_;
 };
 
-// The file that it must be: a regular one of the folder itself, whatever else may have its name.
+// Opens the file itself: a regular file in the folder, not a link.
 InputFile open_plain(const std::filesystem::path& path) {
     std::error_code failure;
     if (std::filesystem::is_symlink(path, failure)) {

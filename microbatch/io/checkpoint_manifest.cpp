@@ -33,7 +33,7 @@ std::uint32_t crc_from(const std::string& digits) {
     return static_cast<std::uint32_t>(std::stoul(digits, nullptr, 16));
 }
 
-// A file of the folder itself, whatever the system makes of dots and slashes.
+// The name of a file in the folder itself, however the system treats dots and slashes.
 std::string name_from(std::string name) {
     const bool sound = !name.empty() && name.size() <= 100 && name.front() != '.' &&
                        std::all_of(name.begin(), name.end(), [](unsigned char c) {

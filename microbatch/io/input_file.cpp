@@ -25,7 +25,7 @@ namespace {
 }  // namespace
 
 InputFile::InputFile(std::filesystem::path path) : path_(std::move(path)) {
-    // O_NONBLOCK: opening a pipe that nobody writes to would wait for ever before it could be refused.
+    // O_NONBLOCK: opening a pipe without a writer would wait forever before it could be refused.
     descriptor_ = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (descriptor_ < 0) refuse(path_, errno);
     struct stat status {};

@@ -15,7 +15,7 @@ namespace microbatch {
 
 RunLock::RunLock(const std::filesystem::path& folder) {
     make_folders_to_the_disk(system_files(), folder);
-    // The folder itself: no file is left behind, and a process of its children does not hold it.
+    // Locks the folder itself: leaves no file behind, and child processes do not hold the lock.
     descriptor_ = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (descriptor_ < 0) {
         throw Error(ErrorKind::usage, str_cat("cannot open the run folder ", folder.string(), ": ",

@@ -74,7 +74,7 @@ std::string make_header(const StoredTensors& tensors) {
     } catch (const nlohmann::json::exception&) {
         throw Error(ErrorKind::usage, "a tensor's name is not UTF-8");
     }
-    // What is written must be something that can be read again.
+    // Ensures that what is written can be read again.
     try {
         parse_safetensors_header(std::string_view(header).substr(safetensors_length_bytes), offset, "the tensors");
     } catch (const Error& error) {
@@ -119,7 +119,7 @@ void write_safetensors(OutputFile& file, const StoredTensors& tensors) {
 void write_safetensors(const std::filesystem::path& path, const NamedTensors& tensors) {
     StoredTensors all;
     for (const NamedTensor& one : tensors) all.emplace_back(one.name, StoredTensor(one.tensor));
-    make_header(all);  // refuses before there is a file
+    make_header(all);  // validates before the file is created
     write_whole(path, [&all](OutputFile& file) { write_safetensors(file, all); });
 }
 

@@ -39,7 +39,7 @@ constexpr const char* empty_key = "microbatch.empty";
     throw Error(ErrorKind::bad_data, str_cat(file, " is not a valid safetensors file: ", why));
 }
 
-// Of the shape; none where it leaves 63 bits.
+// The size of the shape; empty if it exceeds 63 bits.
 std::optional<std::uint64_t> bytes_of(const SafetensorsEntry& entry) {
     std::int64_t count = safetensors_element_size(entry.dtype);
     for (const std::int64_t size : entry.shape) {
@@ -71,7 +71,7 @@ SafetensorsEntry read_entry(const std::string& name, const Json& json) {
     return entry;
 }
 
-// Whether every element of the shape has a place of its own and there are no others.
+// True if every element of the shape has its own position and there are no gaps.
 bool is_dense(const std::vector<std::int64_t>& shape, const std::vector<std::int64_t>& strides) {
     if (shape.size() != strides.size()) return false;
     std::vector<std::size_t> order(shape.size());
@@ -88,7 +88,7 @@ bool is_dense(const std::vector<std::int64_t>& shape, const std::vector<std::int
     return true;
 }
 
-// None of what they say is needed to read the numbers: what is not sound is passed over.
+// The metadata is not needed to read the numbers: invalid entries are ignored.
 void read_strides(const Json& header, std::vector<SafetensorsEntry>& entries) {
     try {
         const Json all = parse_bounded(header.at(metadata).at(strides_key).get_ref<const std::string&>(), most_values);
@@ -104,7 +104,7 @@ void read_strides(const Json& header, std::vector<SafetensorsEntry>& entries) {
     }
 }
 
-// The names of tensors without elements, in their order, which their offsets do not tell.
+// The names of tensors without elements, in order, which their offsets do not determine.
 std::unordered_map<std::string, std::size_t> read_order(const Json& header) {
     std::unordered_map<std::string, std::size_t> order;
     try {
@@ -142,7 +142,7 @@ std::vector<std::int64_t> row_major_strides(const std::vector<std::int64_t>& sha
     std::int64_t stride = 1;
     for (std::size_t i = shape.size(); i-- > 0;) {
         strides[i] = stride;
-        // A tensor with no elements may have sizes whose product means nothing.
+        // A tensor without elements may have sizes whose product is meaningless.
         if (__builtin_mul_overflow(stride, std::max<std::int64_t>(shape[i], 1), &stride)) stride = 1;
     }
     return strides;
@@ -165,7 +165,7 @@ std::string make_safetensors_header(const std::vector<SafetensorsEntry>& entries
             {"dtype", entry.dtype}, {"shape", entry.shape}, {"data_offsets", {entry.begin, entry.end}}};
     }
     std::string text = header.dump();
-    // The data begins at a multiple of 8 bytes, as the format's own writer has it.
+    // The data begins at a multiple of 8 bytes, as in the format's reference writer.
     text.append((8 - text.size() % 8) % 8, ' ');
     const std::uint64_t length = text.size();
     std::string result(safetensors_length_bytes, '\0');

@@ -67,7 +67,7 @@ private:
 
     at::Device device_;
     c10::DeviceAllocator* allocator_;
-    std::atomic<std::int64_t> budget_ = 0;  // 0: none was set
+    std::atomic<std::int64_t> budget_ = 0;  // 0: not set
 };
 
 std::unique_ptr<Meter> make_meter(at::Device device) {
@@ -88,7 +88,7 @@ Meter& meter_of(at::Device device) {
     const at::Device one =
         device.is_cpu() ? at::Device(at::kCPU) : at::Device(device.type(), device.has_index() ? device.index() : 0);
     static std::mutex mutex;
-    // Never destroyed: who meters may have static lifetime.
+    // Never destroyed: users may have static lifetime.
     static auto& meters = *new std::map<std::pair<at::DeviceType, at::DeviceIndex>, std::unique_ptr<Meter>>;
     const std::lock_guard lock(mutex);
     auto& meter = meters[{one.type(), one.index()}];

@@ -42,7 +42,7 @@ Linear make_projection(std::int64_t inputs, const GptConfig& config) {
     return make_linear(inputs, config.width, init_deviation / std::sqrt(2.0 * static_cast<double>(config.layers)));
 }
 
-/// Under the names of the parts of a block; what is done with them is transformer_block's.
+/// Under the names of the parts of a block; transformer_block() computes with them.
 class Attention : public torch::nn::Module {
 public:
     explicit Attention(const GptConfig& config)

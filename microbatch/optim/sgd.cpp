@@ -29,7 +29,7 @@ std::vector<at::Tensor> Sgd::make_state(const at::Tensor& parameter) const {
 }
 
 at::Tensor Sgd::make_constant(const at::Tensor& parameter, double learning_rate, double weight_decay) const {
-    return at::full({}, 1.0 - learning_rate * weight_decay, parameter.options());  // what decoupled decay leaves
+    return at::full({}, 1.0 - learning_rate * weight_decay, parameter.options());  // the factor of decoupled decay
 }
 
 void Sgd::update(const Bucket& bucket, const Settings& settings) const {

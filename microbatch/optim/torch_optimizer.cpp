@@ -31,7 +31,7 @@ TorchOptimizer::TorchOptimizer(torch::optim::Optimizer& optimizer) : optimizer_(
 
 namespace {
 
-// Torch's optimizers read .grad: the gradients stand there for one step, divided.
+// Torch's optimizers read .grad: during a step, it has the divided gradients.
 class GradientsInPlace {
 public:
     GradientsInPlace(const std::vector<at::Tensor>& parameters, std::span<const GradientView> gradients, double divisor)
@@ -80,7 +80,7 @@ namespace {
 
 using States = std::vector<std::unique_ptr<torch::optim::OptimizerParamState>>;
 
-// Puts gradients in the place of the parameters, and other states in the place of theirs; puts all back at its end.
+// Puts gradients in the place of the parameters, and temporary states in the place of theirs; restores all at its end.
 class StandIns {
 public:
     StandIns(torch::optim::Optimizer& optimizer, States& states) : optimizer_(optimizer), states_(states) {
@@ -144,7 +144,7 @@ namespace {
 
 using ParamState = torch::optim::OptimizerParamState;
 
-/// What torch keeps of a parameter.
+/// Torch's state of a parameter.
 struct Fields {
     std::int64_t* step;
     std::vector<std::pair<const char*, at::Tensor*>> tensors;
@@ -174,7 +174,7 @@ std::optional<Fields> fields_of(ParamState& state) {
     return std::nullopt;
 }
 
-// Which of the tensors there must be, by what the optimizer is to do with them.
+// Which tensors must exist, by the settings of the optimizer.
 std::vector<bool> needed_tensors(const torch::optim::OptimizerOptions& options) {
     if (const auto* adamw = dynamic_cast<const torch::optim::AdamWOptions*>(&options)) {
         return {true, true, adamw->amsgrad()};
@@ -207,7 +207,7 @@ std::unique_ptr<ParamState> new_state(const torch::optim::Optimizer& optimizer) 
                 "or an optimizer of this library");
 }
 
-// A parameter's state as it is read; null if it is not one of such an optimizer and parameter.
+// The state of a parameter, as read; null if it does not match the optimizer and the parameter.
 std::unique_ptr<ParamState> read_state(const torch::optim::Optimizer& optimizer, const StateReader& reader,
                                        const at::Tensor& parameter, const std::vector<bool>& needed, bool with_values) {
     std::unique_ptr<ParamState> state = new_state(optimizer);
@@ -252,7 +252,7 @@ Commit TorchOptimizer::prepare(const StateReader& reader) {
         StateReader reader;
         std::vector<bool> needed;
     };
-    // Torch makes Adagrad's state with the optimizer, others' in the first step.
+    // Torch creates Adagrad's state at construction, others' in the first step.
     const bool may_be_empty = dynamic_cast<const torch::optim::Adagrad*>(&optimizer_) == nullptr;
     std::vector<One> states;
     std::size_t number = 0, known = 0;

@@ -11,7 +11,7 @@
 namespace microbatch {
 namespace {
 
-// None if the line is not a step.
+// Empty if the line is not a step.
 std::optional<StepRecord> read_step(std::string_view text) {
     try {
         const StepRecord step = step_record_from(text);

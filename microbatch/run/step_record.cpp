@@ -105,7 +105,7 @@ std::string to_json(const StepRecord& record) {
 }
 
 StepRecord step_record_from(std::string_view json) {
-    constexpr std::size_t most_values = 1000;  // of a record, which has some 25
+    constexpr std::size_t most_values = 1000;  // of a record, which has about 25
     const Json values = parse_bounded(json, most_values);
     StepRecord record;
     try {

@@ -16,7 +16,7 @@
 namespace microbatch {
 namespace {
 
-// Noise changes as a model trains: the average remembers some 20 measures, or 200 steps where that is less.
+// The noise changes as a model trains: the average remembers about 20 measurements, or 200 steps if that is less.
 double decay_of_noise(std::int64_t every) {
     return 1.0 - std::clamp(static_cast<double>(every) / 200.0, 0.05, 0.5);
 }
@@ -113,7 +113,7 @@ void Trainer::begin_step(TrainerReport& report) {
     report.samples = batch.samples;
     report.progress = at_.progress + batch;
     report.warning = std::exchange(partial_warning_, {});
-    // The snapshot before a batch that was left half-way was taken before it.
+    // The snapshot of a partial batch was taken before the batch.
     if (!recovery_) return;
     if (!partial_) report.warning = recovery_->keep(at_.progress.steps, *gate_, options_.reclaimers);
     report.snapshot_bytes = recovery_->memory_bytes();
@@ -137,7 +137,7 @@ double Trainer::next_learning_rate() const {
 
 StepOptions Trainer::step_options(const TrainerReport& report) {
     const std::int64_t full = full_batch();
-    // Smaller batches are noisier: what was usual says nothing of them.
+    // Smaller batches are noisier: the statistics do not apply to them.
     if (gate_ && full < at_.last_batch) gate_->reset();
     StepOptions how{.measure_noise = options_.noise_every > 0 && at_.progress.steps % options_.noise_every == 0,
                     .before_noise = options_.reclaimers,
@@ -173,7 +173,7 @@ void Trainer::roll_back(TrainerReport& report) {
     report.diverged = !recovery_->may_go_on();
 }
 
-// The run was resumed with options that make it another batch: it is begun anew.
+// The run was resumed with options that change the batch: it is started again.
 void Trainer::drop_partial_of_another(const BatchSource& batch) {
     if (!partial_) return;
     if (partial_->fingerprint == batch.fingerprint() && partial_->samples < batch.size()) return;

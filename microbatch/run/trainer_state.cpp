@@ -65,7 +65,7 @@ void load_partial(const StateReader& reader, const Parameters& parameters, Parti
     partial.before.own();
 }
 
-// What is said of a value that cannot be, in the words of who found it.
+// Reports an invalid value with the message of the check that found it.
 void as_bad_data(const std::function<void()>& call) {
     try {
         call();

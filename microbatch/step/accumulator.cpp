@@ -18,14 +18,14 @@ Reclaimers joined(Reclaimers first, const Reclaimers& second) {
     return first;
 }
 
-// The first time only: memory that others used may be free again.
+// Only the first time: memory that others used may be free again.
 Reclaimer once() {
     return {[tried = std::make_shared<bool>(false)] { return !std::exchange(*tried, true); }};
 }
 
 }  // namespace
 
-/// A batch that is run, perhaps several times.
+/// A batch that runs, possibly several times.
 struct Accumulator::Attempt {
     Plan plan = {};
     bool measure_noise = false;
@@ -59,7 +59,7 @@ void Accumulator::set_plan(const Plan& plan) {
     options_.plan = plan;
     caps_.clear();
     model_->set_checkpointing(plan.recompute);
-    // The blocks of another plan's sizes would be in the way of this one's.
+    // Cached blocks of another plan's sizes would only take memory.
     release_cached_memory();
 }
 
@@ -123,7 +123,7 @@ StepReport Accumulator::step(const BatchSource& batch, const LossFunction& loss,
         });
     report.out_of_memory += lost;
     if (report.partial) report.partial->out_of_memory = report.out_of_memory;
-    // Not in the attempt: a gate that runs out of memory here must not make the update again.
+    // Outside the attempt: a gate that runs out of memory here must not repeat the update.
     if (decided) gates.record(decided->first, decided->second);
     return report;
 }
@@ -161,7 +161,7 @@ std::variant<Gathered, PartialBatch> Accumulator::gather_batch(const BatchSource
                                 "; the step changed nothing: raise the memory budget, or use shorter "
                                 "samples"));
         });
-    // Not before they have shown that they can run.
+    // Only after an attempt with them has succeeded.
     caps_ = std::move(attempt.caps);
     out_of_memory_ = attempt.out_of_memory;
     if (auto* partial = std::get_if<PartialBatch>(&result)) {
@@ -180,7 +180,7 @@ Accumulator::Attempt Accumulator::first_attempt(const BatchSource& batch, StepOp
     Attempt attempt{.plan = options_.plan, .caps = caps_, .partial = std::exchange(options.partial, std::nullopt)};
     attempt.plan.micro_batch =
         std::clamp<std::int64_t>(attempt.plan.micro_batch, 1, std::max<std::int64_t>(samples, 1));
-    // One micro-batch alone says nothing of noise.
+    // A single micro-batch does not show noise.
     attempt.measure_noise = options.measure_noise && (attempt.plan.micro_batch < samples || !caps_.empty());
     if (const auto& partial = attempt.partial) {
         gatherer_.require_partial(batch, *partial);
@@ -197,7 +197,7 @@ Accumulator::Attempt Accumulator::first_attempt(const BatchSource& batch, StepOp
 std::variant<Gathered, PartialBatch> Accumulator::try_gather(const BatchSource& batch, const LossFunction& loss,
                                                              const StopToken& stop, Attempt& attempt) {
     attempt.shape.clear();
-    attempt.plan_of_shape = attempt.caps.within(attempt.plan, {});  // where not even a micro-batch begins
+    attempt.plan_of_shape = attempt.caps.within(attempt.plan, {});  // if not even a micro-batch could start
     std::optional<PartialBatch> partial = std::exchange(attempt.partial, std::nullopt);
     try {
         before_ = partial ? std::move(partial->before) : forward_state(*model_);
@@ -231,7 +231,7 @@ std::variant<Gathered, PartialBatch> Accumulator::try_gather(const BatchSource& 
     }
 }
 
-// For the samples at which memory ran out, and larger ones.
+// For samples of the shape at which memory ran out, and larger ones.
 bool Accumulator::make_plan_smaller(Attempt& attempt) const {
     Plan plan = attempt.plan_of_shape;
     if (plan.micro_batch > 2) {
@@ -271,7 +271,7 @@ void Accumulator::add(const WeightedLoss& loss) {
 }
 
 const Gathered& Accumulator::finish() {
-    throttle_.poll();  // a first batch that was streamed or tried may have been slow
+    throttle_.poll();  // a first batch that was streamed or used for planning may have been slow
     gathered_ = gatherer_.finish();
     return *gathered_;
 }

@@ -35,7 +35,7 @@ std::variant<Gathered, PartialBatch> Gatherer::gather(const BatchSource& source,
                                                       std::optional<PartialBatch> partial) {
     const std::int64_t samples = source.size();
     if (samples == 0) throw Error(ErrorKind::usage, "the batch is empty: give it at least one sample");
-    micro_batch_count(samples, options.plan.micro_batch);  // refuses a plan that cuts nothing
+    micro_batch_count(samples, options.plan.micro_batch);  // refuses an invalid plan
     std::int64_t done = 0;
     if (partial) {
         done = partial->samples;
@@ -59,7 +59,7 @@ Gathered Gatherer::gather(const Batch& batch, const Plan& plan, const LossFuncti
     return std::get<Gathered>(gather(TensorBatch(batch), loss, {.plan = plan, .measure_noise = measure_noise}));
 }
 
-// Fetches, runs and adds the micro-batch that begins there; returns where it ends.
+// Loads, runs and adds the micro-batch that begins there; returns where it ends.
 std::int64_t Gatherer::add_next(const BatchSource& source, std::int64_t begin, const LossFunction& loss,
                                 const GatherOptions& options) {
     Plan plan = options.plan;
@@ -69,7 +69,7 @@ std::int64_t Gatherer::add_next(const BatchSource& source, std::int64_t begin, c
     if (options.caps != nullptr) {
         plan = options.caps->within(plan, shape);
         if (plan.micro_batch < micro.size()) {
-            micro = {};  // not beside the smaller one
+            micro = {};  // freed before the smaller one is loaded
             micro = fetch();
         }
     }
@@ -79,7 +79,7 @@ std::int64_t Gatherer::add_next(const BatchSource& source, std::int64_t begin, c
     gathered_.plan.recompute = gathered_.plan.recompute || plan.recompute;
     const std::int64_t end = begin + micro.size();
     const WeightedLoss sum = loss_of(loss, micro);
-    micro = {};  // what the backward pass does not need is gone before it, as in a trial of the planner
+    micro = {};  // freed before the backward pass, which does not need it, as in a trial of the planner
     add(sum);
     return end;
 }
@@ -184,7 +184,7 @@ void Gatherer::add_checked(const WeightedLoss& loss) {
 
 Gathered Gatherer::finish() {
     if (state_ != State::open) throw Error(ErrorKind::usage, "no batch is open: call begin() before finish()");
-    norms_.reset();  // its memory is not in the way of the update
+    norms_.reset();  // frees its memory before the update
     try {
         refuse_changed_gradients();
         measure();
@@ -217,7 +217,7 @@ void Gatherer::measure() {
             "no parameter received a gradient: are these the parameters of the model that the loss function uses?");
     }
     if (loss_sum_.defined()) gathered_.loss_sum = loss_sum_.item<double>();
-    // Its sign says nothing, and would be printed.
+    // The sign of NaN is meaningless, and would be printed.
     if (std::isnan(gathered_.loss_sum)) gathered_.loss_sum = std::numeric_limits<double>::quiet_NaN();
     if (gathered_.weight == 0.0) return;
     gathered_.gradient_norm = joint_norm(sums_of(gathered_.sums)) / (gathered_.weight * precision_->loss_scale());
@@ -256,7 +256,7 @@ void Gatherer::resume(const BatchSource& source, PartialBatch& partial, const Pl
     begin(partial.measure_noise, plan);
     try {
         for (const GradientView& view : partial.so_far.sums) {
-            // A copy of the partial batch stays what it is.
+            // A copy, so the partial batch does not change.
             view.parameter.mutable_grad() = view.sum.use_count() > 1 ? view.sum.clone() : view.sum;
         }
         gathered_ = std::exchange(partial.so_far, {});
