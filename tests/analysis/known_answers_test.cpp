@@ -66,7 +66,7 @@ double measured_variance(double rate, std::int64_t batch, std::int64_t micro_bat
     return sum;
 }
 
-TEST(KnownAnswers, TheStationaryVarianceIsThatOfTheWholeBatchHoweverItIsCut) {
+TEST(KnownAnswers, TheStationaryVarianceIsThatOfTheWholeBatchHoweverItIsSplit) {
     for (const auto& [batch, micro_batch] : {std::pair{4, 4}, {4, 1}, {7, 3}}) {
         const double rate = 0.8;
         // 80,000 numbers, those of a direction hardly alike: good to half a percent.

@@ -29,7 +29,7 @@ def test_flags_win_over_the_file(config):
     assert result.metrics[0]["learning_rate"] == 0.25
 
 
-def test_a_flag_that_says_how_long_replaces_the_files_other_way_of_saying_it(config):
+def test_a_length_flag_replaces_a_length_in_another_unit_from_the_file(config):
     assert config("batch = 8\nsteps = 2\n", "--tokens", "512", "--run", "run").ok().column("tokens")[-1] == 512
 
 

@@ -32,7 +32,7 @@ def test_a_folder_of_text_is_the_same_data_once_it_holds_runs(run, folder):
     assert resumed.column("step") == [1, 2, 3, 4]
 
 
-def test_runs_that_name_themselves_in_the_data_folder_are_left_out(run, folder):
+def test_runs_with_default_names_in_the_data_folder_are_skipped(run, folder):
     """cd d; microbatch train --data .: three times."""
     said = [said_of_data(run.text("train", data=".", run=None, micro_batch=8).ok()) for _ in range(3)]
     first, second, third = sorted(path.name for path in (folder / "runs").iterdir())
@@ -42,7 +42,7 @@ def test_runs_that_name_themselves_in_the_data_folder_are_left_out(run, folder):
 
 
 @pytest.mark.parametrize("command", ["train", "plan"])
-def test_what_is_read_and_left_out_is_listed(run, folder, command):
+def test_what_is_read_and_skipped_is_listed(run, folder, command):
     (folder / "notes.txt").write_bytes(b"\xff\xfeh\0i\0")
     (folder / "link").symlink_to("fortunes.txt")
     described, *lines = said_of_data(run.text(command, data=".").ok())
@@ -51,7 +51,7 @@ def test_what_is_read_and_left_out_is_listed(run, folder, command):
                      "warning: 1 UTF-16 file (notes.txt) skipped: to train on it, convert it to UTF-8"]
 
 
-def test_a_stray_token_is_warned_of(run, folder, data):
+def test_a_stray_token_causes_a_warning(run, folder, data):
     tokens = bytearray(data.tokens.read_bytes())
     tokens[100:102] = struct.pack("<H", 65535)
     (folder / "stray.bin").write_bytes(tokens)
@@ -72,7 +72,7 @@ def test_data_of_another_kind_is_refused(run, folder, data):
     run.text("train", data=".").refused(5, "train.bin, val.bin", "name the one to train on")
 
 
-def test_a_broken_set_of_images_names_the_file_that_is_there(run, broken_images):
+def test_an_incomplete_set_of_images_names_the_existing_file(run, broken_images):
     run.images("train", data=broken_images("train-labels-idx1-ubyte", lambda raw: None)).refused(
         5, "has train-images-idx3-ubyte but no train-labels-idx1-ubyte")
 
@@ -87,7 +87,7 @@ def test_other_commands_list_what_they_read(run, folder, command):
     assert said_of_data(run.text(command, data=".").ok())[1] == "read fortunes.txt"
 
 
-def test_data_that_differs_at_resume_is_told_by_its_files(run, folder):
+def test_data_that_differs_at_resume_is_reported_by_file(run, folder):
     run.text("train", data=".").ok()
     size = (folder / "fortunes.txt").stat().st_size
     (folder / "more.txt").write_bytes(b"more " * 200)

@@ -28,7 +28,7 @@ def spoiled(shared_run, request):
     return good, shared_run.in_folder(name, words), weights
 
 
-def test_the_last_healthy_checkpoint_stays_and_is_named(spoiled):
+def test_the_last_healthy_checkpoint_is_kept_and_named(spoiled):
     _, bad, _ = spoiled
     assert bad.returncode == 4, bad.stderr
     found = healthy_of(bad.folder)
@@ -38,7 +38,7 @@ def test_the_last_healthy_checkpoint_stays_and_is_named(spoiled):
     assert "healthy checkpoint of step 150" in (bad.folder / "report.html").read_text()
 
 
-def test_weights_of_the_finished_run_are_not_written_over(spoiled):
+def test_weights_of_the_finished_run_are_not_overwritten(spoiled):
     _, bad, weights = spoiled
     assert weights_file(bad) == weights
     assert "model.safetensors still holds the weights of the previous run" in bad.stderr
@@ -46,7 +46,7 @@ def test_weights_of_the_finished_run_are_not_written_over(spoiled):
     assert "metrics.jsonl" in written and "model.safetensors" not in written
 
 
-def test_the_advised_cure_works_and_says_from_where(spoiled, run):
+def test_the_recommended_recovery_works_and_says_from_where(spoiled, run):
     good, bad, weights = spoiled
     shutil.copytree(bad.folder, run.folder / "run")
     spoilt = max(healthy_of(bad.folder))
@@ -59,7 +59,7 @@ def test_the_advised_cure_works_and_says_from_where(spoiled, run):
     assert result.metrics[-1]["loss"] < result.metrics[0]["loss"] and weights_file(result) != weights
 
 
-def test_a_cure_that_is_interrupted_goes_on_from_itself(spoiled, run):
+def test_an_interrupted_recovery_resumes_from_its_own_checkpoint(spoiled, run):
     _, bad, _ = spoiled
     folder = shutil.copytree(bad.folder, run.folder / "run")
     run("train", "--run", "run", "--resume", "--lr", "0.001", "--steps", "152").ok()
@@ -68,7 +68,7 @@ def test_a_cure_that_is_interrupted_goes_on_from_itself(spoiled, run):
     assert result.document["resumed_from"] == 152 and result.column("step") == list(range(1, 161))
 
 
-def test_a_run_that_diverges_without_weights_of_before_says_whose_it_has_written(run):
+def test_a_run_that_diverges_without_previous_weights_says_which_it_has_written(run):
     result = run.text("train", micro_batch=8, **dict(steps=260, lr=30, schedule="constant", clip="inf", restores=0))
     assert result.returncode == 4 and "model.safetensors holds the weights of " in result.stderr
     assert (result.folder / "model.safetensors").exists()

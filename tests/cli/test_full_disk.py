@@ -41,14 +41,14 @@ def on_disk(run):
 FULL = r"^warning: checkpoints and weights may fill the disk; [\d.]+ [KM]iB are needed, [\d.]+ [KM]iB are free in run: older "
 
 
-def test_the_space_is_compared_at_the_start(on_disk, run):
+def test_the_free_space_is_checked_at_the_start(on_disk, run):
     result = on_disk(2000).ok()
     assert re.search(FULL + "checkpoints will then be deleted for new ones$", result.stdout, re.MULTILINE), result.stdout
     enough = on_disk(4000, steps=2).ok()
     assert "fill the disk" not in enough.stdout
 
 
-def test_on_a_full_disk_the_oldest_checkpoint_gives_way(on_disk, run):
+def test_on_a_full_disk_the_oldest_checkpoint_is_deleted(on_disk, run):
     result = on_disk(2000, steps=80).ok()
     assert "was not written" not in result.stdout
     left = [checkpoint.name for checkpoint in checkpoints_of(result.folder)]
@@ -56,7 +56,7 @@ def test_on_a_full_disk_the_oldest_checkpoint_gives_way(on_disk, run):
     assert "model.safetensors" in result.files
 
 
-def test_the_only_checkpoint_does_not_give_way_and_the_space_needed_is_named(on_disk):
+def test_the_only_checkpoint_is_not_deleted_and_the_needed_space_is_named(on_disk):
     result = on_disk(900, steps=80).ok()
     (warning, *_) = re.findall(r"^warning: the checkpoint of step \d+ was not written: .*$", result.stdout, re.MULTILINE)
     assert re.search(r"No space left on device; [\d.]+ [KM]iB are needed, [\d.]+ [KM]iB are free; the run goes on", warning)

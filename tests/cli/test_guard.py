@@ -16,7 +16,7 @@ def climbing(shared_run):
     return shared_run.text("train", run="climbing", **CLIMB)
 
 
-def test_a_run_that_climbs_away_is_stopped_with_the_weights_from_before(climbing):
+def test_a_run_whose_loss_climbs_is_stopped_with_the_weights_from_before(climbing):
     assert climbing.returncode == 4, climbing.stdout[-500:]
     assert "the run diverged at step" in climbing.stderr and "--lr" in climbing.stderr
     assert "stopped" in climbing.stdout
@@ -49,7 +49,7 @@ def test_a_quiet_run_is_the_same_with_and_without_it(run):
 
 
 @pytest.mark.parametrize("place", ["in memory", "on disk"])
-def test_a_run_that_diverges_goes_back_to_before_at_a_smaller_rate(run, place):
+def test_a_run_that_diverges_rolls_back_and_continues_at_a_lower_rate(run, place):
     flags = CLIMB | {"restores": 2}
     if place == "on disk":
         plan = run.text("plan", json=True, batch=4, micro_batch=4, optimizer="sgd", momentum=0).ok().document
@@ -69,7 +69,7 @@ def test_a_run_that_diverges_goes_back_to_before_at_a_smaller_rate(run, place):
         assert "it had already rolled back 2 times" in result.stderr
 
 
-def test_a_rate_that_is_far_too_large_is_noticed_in_the_first_steps_and_does_not_come_back(run):
+def test_a_rate_that_is_far_too_large_is_detected_in_the_first_steps_and_not_used_again(run):
     result = run.text("train", lr=60, warmup="80 steps", steps=150, micro_batch=8, seed=5)
     metrics = result.metrics
     back = next(i for i, line in enumerate(metrics) if line["rolled_back_to"] is not None)

@@ -50,14 +50,14 @@ def test_a_signal_ends_the_run_with_everything_written(interrupted, sent):
     assert f"{len(steps):,} steps" in summary and "model.safetensors" in summary and "peak" in summary
 
 
-def test_the_document_tells_that_the_run_was_interrupted(interrupted):
+def test_the_document_says_that_the_run_was_interrupted(interrupted):
     result = interrupted(signal.SIGINT, json=True)
     assert result.returncode == 130
     assert result.document["interrupted"] is True and result.document["steps"] == len(result.metrics)
 
 
 @pytest.mark.parametrize("seconds", [0.5, 1])
-def test_a_signal_while_the_micro_batch_is_sought_ends_the_command(run, seconds):
+def test_a_signal_during_planning_ends_the_command(run, seconds):
     process = run.start("plan", data=FORTUNES, model="gpt-small", layers=6, width=384, length=256, batch=512,
                         memory="2GiB")
     time.sleep(seconds)
@@ -129,7 +129,7 @@ def test_a_signal_ends_the_run_inside_a_batch_and_nothing_of_it_is_lost(run, sen
     (signal.SIGINT, signal.SIGINT), (signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT),
     (signal.SIGHUP, signal.SIGINT),
 ], ids=lambda sent: sent.name)
-def test_two_signals_end_at_once(run, first, second):
+def test_two_signals_end_the_run_immediately(run, first, second):
     # A micro-batch of many seconds, so that the first signal cannot have ended the run by itself.
     process = run.start("train", data=FORTUNES, layers=2, width=256, length=256, batch=128, micro_batch=128,
                         recompute="always", memory="4GiB", no_verify=True, noise_every=0, steps=100)
@@ -144,7 +144,7 @@ def test_two_signals_end_at_once(run, first, second):
     assert list((run.folder / "run").glob("checkpoints/step-*")) == []
 
 
-def test_a_signal_that_comes_twice_at_once_is_one(run):
+def test_a_signal_that_is_sent_twice_at_once_counts_once(run):
     """As coreutils' timeout sends it: to the process and to its group."""
     process = run.start("train", batch=100_000, micro_batch=1, steps=100)
     wait_for(lambda: lines_of(run) == 0, process)

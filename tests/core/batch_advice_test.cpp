@@ -87,7 +87,7 @@ TEST(BatchAdvice, AStepThatCostsMuchMakesAccumulationPay) {
     EXPECT_TRUE(advice.accumulation_pays());
 }
 
-TEST(BatchAdvice, WhereLargerMicroBatchesAreFasterTheUncutBatchMayBeAsGood) {
+TEST(BatchAdvice, WhereLargerMicroBatchesAreFasterTheWholeBatchMayBeAsGood) {
     const std::vector<TimedCut> cuts = {{1, 0.1}, {2, 0.06}, {4, 0.03}, {8, 0.02}, {16, 0.0101}, {32, 0.01}};
     const BatchAdvice advice = advise_batch(64.0, cuts, 0.001, 1024, most);
     EXPECT_EQ(advice.table[advice.soonest].batch, 16);

@@ -220,7 +220,7 @@ TEST(PlannerSearch, NoiseOfTheClockCostsLittle) {
     EXPECT_LE(excess[500], 0.02);
 }
 
-TEST(PlannerSearch, GoesOnWhereTheFirstSizesWereDisturbed) {
+TEST(PlannerSearch, ContinuesWhereTheFirstSizesWereDisturbed) {
     FakeJob job;
     job.batch = 512;
     job.time = [](std::int64_t b) {

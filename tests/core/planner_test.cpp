@@ -14,7 +14,7 @@ namespace {
 
 using namespace test;
 
-TEST(Planner, TakesTheWholeBatchWhereItFitsAndSaysThatNothingIsCut) {
+TEST(Planner, TakesTheWholeBatchWhereItFitsAndSaysThatNothingIsSplit) {
     for (const std::int64_t batch : {1, 2, 3, 7, 64, 100}) {
         FakeJob job;
         job.time = curve(0.1, 1e9, 0);
@@ -57,7 +57,7 @@ TEST(Planner, ATieGoesToTheSmallerPeak) {
     }
 }
 
-TEST(Planner, TakesTheUncutBatchWhereNotEvenOneSampleFitsOtherwise) {
+TEST(Planner, TakesTheWholeBatchWhereNotEvenOneSampleFitsOtherwise) {
     FakeJob job;
     job.batch = 8;
     job.state = 0;
@@ -70,7 +70,7 @@ TEST(Planner, TakesTheUncutBatchWhereNotEvenOneSampleFitsOtherwise) {
     EXPECT_TRUE(report.choice().measured);
 }
 
-TEST(Planner, PrefersAnUncutBatchThatFitsToRecomputeThatFitsInPieces) {
+TEST(Planner, PrefersAnWholeBatchThatFitsToRecomputeThatFitsInPieces) {
     FakeJob job;
     job.batch = 8;
     job.state = 0;
@@ -207,7 +207,7 @@ TEST(Planner, SaysWhatTheSmallestNeedsWhereThatIsKnownOnlyBeyondTheBudget) {
 }
 
 // Gradients larger than all activations: an output layer over a large vocabulary.
-TEST(Planner, NamesTheUncutBatchAsTheLeastWhereGradientsAreLargerThanActivations) {
+TEST(Planner, NamesTheWholeBatchAsTheLeastWhereGradientsAreLargerThanActivations) {
     FakeJob job;
     job.batch = 8;
     job.gradients = job.state = 50'000;
@@ -271,7 +271,7 @@ TEST(Planner, ABatchOrAGivenMicroBatchThatTheModelCannotTrainOnIsAnError) {
     EXPECT_THROW(plan(never, {.batch = 8, .budget_bytes = 1 << 20}), TooFewSamples);
 }
 
-TEST(Planner, ABatchAtTheEndOfInt64IsCutLikeAnyOther) {
+TEST(Planner, ABatchAtTheEndOfInt64IsSplitLikeAnyOther) {
     FakeJob job;
     job.time = curve(1.0, 64, 0.05);
     const PlannerOptions options{.batch = largest_int64, .budget_bytes = 1 << 30};

@@ -25,7 +25,7 @@ TEST(Trials, SaysNothingOfMemoryBeforeTwoSizesWereTried) {
     EXPECT_FALSE(trials.peaks(2));
 }
 
-TEST(Trials, PredictsTheUncutBatchWithoutLaterMicroBatches) {
+TEST(Trials, PredictsTheWholeBatchWithoutLaterMicroBatches) {
     Trials trials(8);
     trials.add(1, trial(110, 210, 1.0));
     trials.add(2, trial(120, 220, 2.0));
@@ -61,7 +61,7 @@ TEST(Trials, TellsWhetherTheLastTwoAllocatedAlike) {
     EXPECT_TRUE(trials.matched());
 }
 
-TEST(Trials, ASizeThatFailedFailsEveryLargerOneButTheUncutBatch) {
+TEST(Trials, ASizeThatFailedFailsEveryLargerOneButTheWholeBatch) {
     Trials trials(8);
     EXPECT_FALSE(trials.any_cut_failed());
     trials.add_failure(8);

@@ -34,7 +34,7 @@ TEST(TensorBatch, GivesViewsOfTheBatch) {
     EXPECT_EQ(TensorBatch(Batch{}).size(), 0);
 }
 
-TEST(TensorBatch, RefusesWhatIsNoBatch) {
+TEST(TensorBatch, RefusesInvalidBatches) {
     expect_usage_error({"no dimension"}, [] { TensorBatch(Batch{{at::scalar_tensor(1)}}); });
     expect_usage_error({"field 1", "3", "5"}, [] { TensorBatch(Batch{{at::zeros({5}), at::zeros({3})}}); });
     expect_usage_error({"undefined"}, [] { TensorBatch(Batch{{at::Tensor()}}); });

@@ -172,7 +172,7 @@ fs::path write_bomb(const test::TempFolder& folder, const std::string& first, st
     return path;
 }
 
-TEST(Idx, AGzipBombTakesNoMoreMemoryThanItsHeaderAnnounces) {
+TEST(Idx, AGzipBombTakesNoMoreMemoryThanItsHeaderClaims) {
     const test::TempFolder folder;
     const fs::path path = write_bomb(folder, idx(0x803, {10, 28, 28}, ""), 64 << 20);
     ASSERT_LT(fs::file_size(path), 1U << 20);
@@ -182,7 +182,7 @@ TEST(Idx, AGzipBombTakesNoMoreMemoryThanItsHeaderAnnounces) {
     EXPECT_LT(peak, 16 << 20);
 }
 
-TEST(Idx, AGzipBombThatAnnouncesItsSizeIsRefusedBeforeItIsExpanded) {
+TEST(Idx, AGzipBombThatClaimsItsSizeIsRefusedBeforeItIsExpanded) {
     const test::TempFolder folder;
     const fs::path path = write_bomb(folder, idx(0x802, {1 << 20, 1 << 20}, ""), 64 << 20);
     const auto refusal = [&] {
@@ -195,7 +195,7 @@ TEST(Idx, AGzipBombThatAnnouncesItsSizeIsRefusedBeforeItIsExpanded) {
     EXPECT_LT(peak, 16 << 20);
 }
 
-TEST(Idx, TakesUpToTheLimitAndNoByteMore) {
+TEST(Idx, AcceptsUpToTheLimitAndNotAByteMore) {
     const test::TempFolder folder;
     const fs::path path = folder.write("a", idx(0x803, {2, 3, 5}, std::string(30, 'x')));
     EXPECT_EQ(read_idx(path, 3, 30).bytes.size(), 30U);
@@ -235,7 +235,7 @@ TEST(Idx, RefusesBytesAfterTheEnd) {
     expect_bad_data(folder.write("b", gzipped(folder, bytes)), 1, {"has extra bytes at the end"});
 }
 
-TEST(Idx, RefusesAGzipStreamCutOffAnywhere) {
+TEST(Idx, RefusesAGzipStreamTruncatedAnywhere) {
     const test::TempFolder folder;
     std::mt19937 random(4);
     std::string elements(300, '\0');

@@ -77,7 +77,7 @@ TEST(ImageDataset, RefusesCountsThatDiffer) {
     });
 }
 
-TEST(ImageDataset, RefusesBytesThatDoNotFillTheShape) {
+TEST(ImageDataset, RefusesBytesThatDoNotMatchTheShape) {
     const IdxArray labels{{2}, {0, 0}};
     const std::vector<IdxArray> wrong{{{2, 2, 2}, Bytes(7)}, {{2, 2, 2}, Bytes(16)},  {{2, 4}, Bytes(8)},
                                       {{2, 0, 4}, Bytes(8)}, {{2, -2, -2}, Bytes(8)}, {{}, {}}};
@@ -89,7 +89,7 @@ TEST(ImageDataset, RefusesBytesThatDoNotFillTheShape) {
     expect_error(ErrorKind::bad_data, {"here", "shape"}, [&] { ImageDataset(data, {}, 0, 2); });
 }
 
-TEST(ImageDataset, RefusesARangeThatIsEmptyOrNotWithin) {
+TEST(ImageDataset, RefusesARangeThatIsEmptyOrOutOfBounds) {
     const auto data = data_of(1, 1, {1, 2}, {0, 0});
     for (const auto& [begin, end] : {std::pair{0, 3}, std::pair{-1, 1}, std::pair{1, 1}, std::pair{2, 1}}) {
         expect_usage_error({"the 2 there are"}, [&, b = begin, e = end] { ImageDataset(data, {}, b, e); });

@@ -34,7 +34,7 @@ TEST(DataListing, CountsAllFilesAndKeepsTheFirst) {
     EXPECT_EQ(all.files.back().name, numbered(255));
 }
 
-TEST(DataListing, NamesWhatIsNewGoneOrDifferent) {
+TEST(DataListing, NamesWhatIsNewMissingOrDifferent) {
     const DataListing before = listing({{"a", 1000, 1}, {"b", 2000, 2}, {"c", 3000, 3}});
     const auto to = [&](const std::vector<DataFile>& now) { return describe_difference(before, listing(now)); };
     EXPECT_EQ(to({{"a", 1000, 1}, {"b", 2000, 2}, {"c", 3000, 3}}), "");
@@ -50,7 +50,7 @@ TEST(DataListing, NamesWhatIsNewGoneOrDifferent) {
         "b (2,000 bytes) is missing and 1 more");
 }
 
-TEST(DataListing, SaysNothingOfFilesThatMayBeThereUnlisted) {
+TEST(DataListing, IgnoresFilesThatMayExistUnlisted) {
     // A file that is new at the front pushes the last one off the list.
     DataListing now = listing({{"a", 7, 0}});
     for (int i = 0; i < 300; ++i) now.add({numbered(i), 1, 0});
@@ -65,7 +65,7 @@ TEST(DataListing, SaysNothingOfFilesThatMayBeThereUnlisted) {
               "of the 300 files of 300 bytes, files after the first 256 have changed");
 }
 
-TEST(DataListing, SaysNothingWhereOneIsNotKnown) {
+TEST(DataListing, IsEmptyIfOneListingIsEmpty) {
     EXPECT_EQ(describe_difference({}, many(1)), "");
     EXPECT_EQ(describe_difference(many(1), {}), "");
 }

@@ -29,7 +29,7 @@ TEST(OpenOtherData, AsksForTheFolderOfAnIdxFile) {
     expect_refused(path, {path.string(), "an IDX file", "the folder"});
 }
 
-TEST(OpenOtherData, RefusesImagesOfWhichTheLastTenthIsOneClass) {
+TEST(OpenOtherData, RefusesImagesWhoseLastTenthIsASingleClass) {
     const test::TempFolder folder;
     std::string images{0, 0, 8, 3, 0, 0, 0, 100, 0, 0, 0, 1, 0, 0, 0, 1}, labels{0, 0, 8, 1, 0, 0, 0, 100};
     for (int i = 0; i < 100; ++i) {
@@ -114,7 +114,7 @@ TEST(OpenOtherData, ListsWhatItReadsAndWhatItLeavesOut) {
     EXPECT_EQ(open_data(folder.path() / "a.txt", 8).notes, Lines{"read a.txt"});
 }
 
-TEST(OpenOtherData, OpensTheSameAfterRunsWereMadeInTheFolder) {
+TEST(OpenOtherData, OpensTheSameDataWhenTheFolderHasRuns) {
     const test::TempFolder folder;
     folder.write("a.txt", std::string(500, 'a'));
     const OpenedData before = open_data(folder.path(), 8);

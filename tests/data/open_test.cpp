@@ -154,7 +154,7 @@ TEST(OpenData, NamesTheMissingFileOfAPartialSet) {
         {"has emnist-train-images-idx3-ubyte, t10k-labels-idx1-ubyte but no train-images-idx3-ubyte", "rename"});
 }
 
-TEST(OpenData, TakesThePlainFileWhereBothAreThere) {
+TEST(OpenData, PrefersTheUncompressedFile) {
     const test::TempFolder folder;
     folder.write("train-images-idx3-ubyte", images_file({1, 2}));
     folder.write("train-labels-idx1-ubyte", labels_file({7, 8}));
@@ -248,7 +248,7 @@ TEST(OpenData, FingerprintTellsOtherImagesAndOtherLabels) {
     EXPECT_EQ(of_images("d", 4, 1, 7), first);
 }
 
-TEST(OpenData, RefusesWhatWouldTakeMoreMemoryThanThereIs) {
+TEST(OpenData, RefusesDataThatWouldNotFitInMemory) {
     const test::TempFolder folder;
     const fs::path path = folder.write("text", std::string(8192, 'a'));
     fs::resize_file(path, std::uintmax_t{1} << 42);  // a hole: it takes no disk

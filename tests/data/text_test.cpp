@@ -88,7 +88,7 @@ TEST(ReadText, LeavesOutFilesWithANulByteInTheFirst8KiB) {
     EXPECT_EQ(read(folder.path()), first_unchecked);
 }
 
-TEST(ReadText, RefusesABinaryFileThatIsAskedFor) {
+TEST(ReadText, RefusesABinaryFileGivenByName) {
     const test::TempFolder folder;
     const fs::path path = folder.write("model", std::string("ab\0c", 4));
     expect_bad_data(path, {path.string(), "is not text", "NUL"});
@@ -117,7 +117,7 @@ TEST(ReadText, RefusesAFolderWithoutText) {
                                     "name a .bin file"});
 }
 
-TEST(ReadText, RefusesAFolderOfWhichAPartCannotBeRead) {
+TEST(ReadText, RefusesAFolderIfAPartCannotBeRead) {
     for (const bool subfolder : {false, true}) {
         const test::TempFolder folder;
         folder.write("readable", "text");
@@ -187,7 +187,7 @@ TEST(ReadText, LeavesOutWhatARunWroteIntoTheFolderItself) {
     EXPECT_EQ(left.left_out[0].count, 8);
 }
 
-TEST(ReadText, RefusesADatasetOfHuggingFaceAndLeavesItOutOfAFolder) {
+TEST(ReadText, RefusesAHuggingFaceDatasetAndSkipsItInAFolder) {
     const std::vector<std::vector<const char*>> signs{{"dataset_info.json", "state.json"}, {"dataset_dict.json"}};
     for (const auto& names : signs) {
         const test::TempFolder folder;
@@ -217,7 +217,7 @@ TEST(ReadText, NamesTheFormatOfAFileThatIsNotText) {
     EXPECT_EQ(read(folder.path()), "text");
 }
 
-TEST(ReadText, RefusesMoreThanItMayTakeOfMemory) {
+TEST(ReadText, RefusesMoreTextThanItsMemoryLimit) {
     const test::TempFolder folder;
     folder.write("a", std::string(600, 'a'));
     const fs::path path = folder.write("b", std::string(424, 'b'));
@@ -239,7 +239,7 @@ TEST(ReadText, RefusesAHugeFileBeforeItTakesMemory) {
     expect_bad_data(folder.path(), {folder.path().string(), "more text than the 1 GiB"});
 }
 
-TEST(ReadText, RefusesAFileThatIsShorterThanItWas) {
+TEST(ReadText, RefusesAFileThatWasTruncated) {
     // The system says 4096 bytes of each file there, whatever it holds: to a reader, one that has been cut since.
     const fs::path path = "/sys/devices/system/cpu/online";
     if (!fs::exists(path)) GTEST_SKIP() << path << " is missing";

@@ -32,7 +32,7 @@ TEST(AppendFile, EachRecordIsThereAtOnce) {
     EXPECT_EQ(read_file(file.path()), all);
 }
 
-TEST(AppendFile, GoesOnAfterWhatIsToStay) {
+TEST(AppendFile, ContinuesAfterWhatIsToStay) {
     const TempFolder folder;
     const fs::path path = folder.write("log", "one\ntwo\nhal");
     for (const std::uint64_t bytes : {8U, 8U, 4U, 0U}) {
@@ -90,7 +90,7 @@ TEST(AppendFile, LeavesAloneWhatHasItsNameAlready) {
     EXPECT_FALSE(fs::exists(folder.path() / "elsewhere"));
 }
 
-TEST(AppendFile, GoesOnWithAPlainFileAlone) {
+TEST(AppendFile, ContinuesWithAPlainFileAlone) {
     const TempFolder folder;
     const fs::path file = folder.write("file", "text"), link = folder.path() / "link", pipe = folder.path() / "pipe";
     fs::create_symlink(file, link);

@@ -44,7 +44,7 @@ TEST(CheckpointDamage, EveryBitThatIsFlippedIsFound) {
     EXPECT_FALSE(is_refused(checkpoint.path()));
 }
 
-TEST(CheckpointDamage, EveryFileThatIsCutShortOrGrewIsFoundAndNamed) {
+TEST(CheckpointDamage, EveryFileThatIsTruncatedOrGrewIsFoundAndNamed) {
     const Forged checkpoint;
     for (const std::string& name : checkpoint.names()) {
         const std::string whole = checkpoint.read(name);

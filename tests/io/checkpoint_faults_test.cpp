@@ -107,7 +107,7 @@ int operations_of_a_save(bool with_damaged = false) {
     return files.operations();
 }
 
-TEST(CheckpointFaults, AnErrorAtAnyOperationIsAWarningAndTheRunGoesOn) {
+TEST(CheckpointFaults, AnErrorAtAnyOperationIsAWarningAndTheRunContinues) {
     const int operations = operations_of_a_save();
     ASSERT_GT(operations, 60);
     for (const Fault fault : {Fault::error, Fault::half_error}) {
@@ -173,12 +173,12 @@ void crash_everywhere(Fault fault, Loss loss, bool with_damaged) {
 
 class CheckpointCrash : public ::testing::TestWithParam<std::tuple<Fault, Loss>> {};
 
-TEST_P(CheckpointCrash, AtAnyOperationLeavesACheckpointThatIsWhole) {
+TEST_P(CheckpointCrash, AtAnyOperationLeavesAValidCheckpoint) {
     const auto& [fault, loss] = GetParam();
     crash_everywhere(fault, loss, false);
 }
 
-TEST_P(CheckpointCrash, WhereADamagedOneHasItsNameToo) {
+TEST_P(CheckpointCrash, WithACorruptedOneOfTheSameName) {
     const auto& [fault, loss] = GetParam();
     crash_everywhere(fault, loss, true);
 }
@@ -187,7 +187,7 @@ INSTANTIATE_TEST_SUITE_P(Everywhere, CheckpointCrash,
                          ::testing::Combine(::testing::Values(Fault::crash, Fault::half_crash, Fault::crash_after),
                                             ::testing::Values(Loss::none, Loss::contents, Loss::names)));
 
-TEST(CheckpointFaults, OnceItIsSavedTheLossOfPowerTakesNothing) {
+TEST(CheckpointFaults, OnceItIsSavedALossOfPowerLosesNothing) {
     for (const Loss loss : {Loss::contents, Loss::names}) {
         const Disk disk;
         FaultyFiles files(disk.attic());
@@ -255,7 +255,7 @@ std::string found_after(int n, Fault fault, Loss loss, int* operations = nullptr
     return read_file(file);
 }
 
-TEST(CheckpointFaults, AFileThatIsWrittenWholeIsTheOldOneOrTheNewOneWhateverHappens) {
+TEST(CheckpointFaults, AnAtomicallyWrittenFileIsAlwaysTheOldOrTheNewOne) {
     int operations = 0;
     EXPECT_EQ(found_after(0, Fault::error, Loss::names, &operations), "new content at last");
     EXPECT_EQ(operations, 9);

@@ -47,7 +47,7 @@ TEST(CheckpointHostile, ASoundOneIsSound) {
     EXPECT_FALSE(Forged().is_refused());
 }
 
-TEST(CheckpointHostile, NamesThatLeadElsewhereAreRefused) {
+TEST(CheckpointHostile, NamesThatLeaveTheFolderAreRefused) {
     for (const std::string name : {"../x", "..", ".", "/etc/passwd", "a/b", "", ".hidden", "model.safetensors/", "A",
                                    "a b", "a\\b", "a\nb", "é", "~", "a:b", "%2e%2e"}) {
         const Forged checkpoint;
@@ -107,7 +107,7 @@ TEST(CheckpointHostile, AManifestOfAnythingElseIsRefused) {
     }
 }
 
-TEST(CheckpointHostile, AManifestThatLeavesOutAFileIsRefused) {
+TEST(CheckpointHostile, AManifestWithoutAFileIsRefused) {
     for (const std::string& name : Forged().names()) {
         if (name == "manifest.json") continue;
         const Forged checkpoint;
@@ -128,7 +128,7 @@ TEST(CheckpointHostile, ALargeManifestIsRefusedInLittleMemory) {
 }
 
 // Whatever stands at a place of the state, the run is refused or can be gone on with; nothing else happens.
-TEST(CheckpointHostile, AnythingAtAnyPlaceOfTheStateIsRefusedOrHarmless) {
+TEST(CheckpointHostile, AnyValueAnywhereInTheStateIsRefusedOrHarmless) {
     const Forged checkpoint;
     const Json good = Json::parse(checkpoint.read("state.json"));
     const std::vector<Json> values = {nullptr,
@@ -177,7 +177,7 @@ TEST(CheckpointHostile, AnythingAtAnyPlaceOfTheStateIsRefusedOrHarmless) {
     EXPECT_GT(refused, tried / 2);
 }
 
-TEST(CheckpointHostile, AStateThatAsksForMuchIsRefusedInLittleMemory) {
+TEST(CheckpointHostile, AHugeStateIsRefusedInLittleMemory) {
     const Forged checkpoint;
     const Json good = Json::parse(checkpoint.read("state.json"));
     const auto refused = [&](const char* name, const Json& value) {
@@ -200,7 +200,7 @@ TEST(CheckpointHostile, AStateThatAsksForMuchIsRefusedInLittleMemory) {
     refused("caps/0/0", Json(500'000, 1));
 }
 
-TEST(CheckpointHostile, AStateThatIsNoneIsRefusedInLittleMemory) {
+TEST(CheckpointHostile, AnInvalidStateIsRefusedInLittleMemory) {
     const Forged checkpoint;
     const auto refused = [&](const std::string& text) {
         checkpoint.replace("state.json", text);
@@ -225,7 +225,7 @@ std::string with_header(const std::string& header, const std::string& data = {})
     return std::string(reinterpret_cast<const char*>(&length), sizeof(length)) + header + data;
 }
 
-TEST(CheckpointHostile, TensorsThatAreNotThoseOfTheStateAreRefused) {
+TEST(CheckpointHostile, TensorsThatDoNotMatchTheStateAreRefused) {
     for (const std::string& name : Forged().names()) {
         if (!name.ends_with(".safetensors")) continue;
         SCOPED_TRACE(name);
@@ -293,7 +293,7 @@ TEST(CheckpointHostile, StridesThatWouldLeadOutOfATensorAreNotFollowed) {
     }
 }
 
-TEST(CheckpointHostile, AHeaderThatAsksForMuchIsRefusedInLittleMemory) {
+TEST(CheckpointHostile, AHugeHeaderIsRefusedInLittleMemory) {
     const Forged checkpoint;
     const auto refused = [&](const std::string& content) {
         checkpoint.replace("model.safetensors", content);

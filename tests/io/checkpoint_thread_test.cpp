@@ -20,7 +20,7 @@ namespace fs = std::filesystem;
 
 using CheckpointThread = CheckpointFolder;
 
-TEST_F(CheckpointThread, AThreadWritesTheBytesThatWouldBeWrittenAtOnceAlthoughTheRunGoesOn) {
+TEST_F(CheckpointThread, AThreadWritesTheBytesThatWouldBeWrittenAtOnceAlthoughTheRunContinues) {
     for (const TrainingOptions& how : {TrainingOptions{.model = "gpt"}, rich()}) {
         const TempFolder now, later;
         Training run(how);

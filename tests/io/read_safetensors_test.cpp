@@ -73,7 +73,7 @@ TEST(ReadSafetensors, GivesBackHowATensorLay) {
     }
 }
 
-TEST(ReadSafetensors, TensorsCanBeHadAfterTheFileIsGone) {
+TEST(ReadSafetensors, TensorsCanBeReadAfterTheFileIsDeleted) {
     const TempFolder folder;
     const auto path = folder.path() / "model.safetensors";
     write_safetensors(path, some_tensors());
@@ -105,7 +105,7 @@ TEST(ReadSafetensors, ATensorThatIsNotAskedForIsNotRead) {
     expect_error(ErrorKind::bad_data, {"model.safetensors"}, [&] { tensors[1].second.get(); });
 }
 
-TEST(ReadSafetensors, EveryFileThatIsCutShortIsRefused) {
+TEST(ReadSafetensors, EveryTruncatedFileIsRefused) {
     const TempFolder folder;
     const auto path = folder.path() / "model.safetensors";
     write_safetensors(path, some_tensors());
@@ -118,7 +118,7 @@ TEST(ReadSafetensors, EveryFileThatIsCutShortIsRefused) {
     expect_error(ErrorKind::bad_data, {"long"}, [&] { read_safetensors(folder.path() / "long"); });
 }
 
-TEST(ReadSafetensors, AHeaderThatDoesNotHoldTogetherIsRefused) {
+TEST(ReadSafetensors, AnInconsistentHeaderIsRefused) {
     const TempFolder folder;
     const auto refused = [&](const std::string& word, const std::string& header, const std::string& data) {
         const auto path = folder.write("bad", with_header(header, data));

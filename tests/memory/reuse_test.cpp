@@ -241,7 +241,7 @@ TEST_F(Reuse, ABlockThatAnotherThreadFreesIsReused) {
     EXPECT_EQ(bytes(5 * mebi).data_ptr(), place);
 }
 
-TEST_F(Reuse, AForkedChildGoesOnAllocatingWhateverOtherThreadsDid) {
+TEST_F(Reuse, AForkedChildContinuesAllocatingWhateverOtherThreadsDid) {
     std::atomic<bool> done = false;
     std::thread busy([&done] {
         while (!done) bytes(1000);

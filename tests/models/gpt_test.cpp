@@ -124,7 +124,7 @@ TEST(Gpt, IsTheNetworkOfThePaper) {
     }
 }
 
-TEST(Gpt, LooksBackOnly) {
+TEST(Gpt, DependsOnlyOnEarlierTokens) {
     Gpt model(toy);
     const at::Tensor tokens = random_tokens(toy, 2);
     const at::Tensor before = model->forward(tokens);
@@ -197,7 +197,7 @@ TEST(Gpt, HasTheGradientOfItsLoss) {
     }
 }
 
-TEST(Gpt, TakesTheBlockInOneAndWithDropoutTheAttentionOfLinearMemory) {
+TEST(Gpt, UsesTheFusedBlockAndWithDropoutAttentionOfLinearMemory) {
     for (const double dropout : {0.0, 0.1}) {
         GptConfig config = toy;
         config.dropout = dropout;
@@ -241,7 +241,7 @@ TEST(Gpt, DropsInTheEmbeddingAndBothBranches) {
     }
 }
 
-TEST(Gpt, TakesNoRandomNumbersWithoutDropout) {
+TEST(Gpt, DrawsNoRandomNumbersWithoutDropout) {
     Gpt model(toy);
     const at::Tensor tokens = random_tokens(toy, 2);
     at::manual_seed(5);
@@ -261,7 +261,7 @@ TEST(Gpt, LearnsAFixedBatch) {
         *model, [&] { return loss_on_tokens(model, tokens) / 24; }, 0.5, 100);
 }
 
-TEST(Gpt, RefusesSamplesThatItCannotRead) {
+TEST(Gpt, RefusesInvalidSamples) {
     Gpt model(toy);
     const auto expect_refused = [&](const at::Tensor& tokens, const std::string& part) {
         microbatch::test::expect_usage_error({part}, [&] { model->forward(tokens); });

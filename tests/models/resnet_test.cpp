@@ -45,7 +45,7 @@ TEST(ResNet, HasTheParametersOfThePaper) {
     EXPECT_EQ(count_numbers(*ResNet(ResNetConfig{})), count_numbers(*ResNet(ResNetConfig{.norm = ImageNorm::group})));
 }
 
-TEST(ResNet, TakesImagesOfAnySize) {
+TEST(ResNet, AcceptsImagesOfAnySize) {
     for (const ImageNorm norm : {ImageNorm::batch, ImageNorm::group}) {
         ResNet model(small(norm));
         for (const auto& [height, width] : {std::pair{28, 28}, {32, 32}, {33, 17}, {7, 5}, {1, 1}}) {

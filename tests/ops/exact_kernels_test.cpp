@@ -170,7 +170,7 @@ TEST_P(SoftmaxRow, EqualsTheExponentialsInFp64ForEveryLength) {
     }
 }
 
-TEST_P(SoftmaxRow, TakesMinusInfinityForZero) {
+TEST_P(SoftmaxRow, TreatsMinusInfinityAsZero) {
     std::vector<float> row(100, 1e30F);
     row[3] = -std::numeric_limits<float>::infinity();
     row[99] = -1e30F;

@@ -142,7 +142,7 @@ TEST(LinearCrossEntropy, DifferentiatesOnlyWhatRequiresIt) {
     EXPECT_EQ(sum(p.hidden, p.weight).item<double>(), 1.5 * both.sum.item<double>());
 }
 
-TEST(LinearCrossEntropy, TakesTransposedTensors) {
+TEST(LinearCrossEntropy, AcceptsTransposedTensors) {
     at::manual_seed(1);
     Problem p({6, 5}, 8, 12, at::kDouble);
     const Result plain = in_chunks(p, 500);
@@ -239,7 +239,7 @@ TEST(LinearCrossEntropy, HasTheGradientAtTheWeightThatForwardSaw) {
     EXPECT_TRUE(at::equal(p.hidden.grad(), right.hidden_gradient));
 }
 
-TEST(LinearCrossEntropy, TakesAVocabularyOfSeveralTilesOfAnOddSize) {
+TEST(LinearCrossEntropy, AcceptsAVocabularyOfSeveralTilesOfAnOddSize) {
     at::manual_seed(1);
     for (const at::ScalarType type : {at::kFloat, at::kDouble}) {
         const Problem p({70}, 8, 2501, type);
@@ -261,7 +261,7 @@ TEST(LinearCrossEntropy, RefusesTargetsOutsideTheVocabulary) {
     }
 }
 
-TEST(LinearCrossEntropy, RefusesWhatDoesNotFitTogether) {
+TEST(LinearCrossEntropy, RefusesMismatchedInputs) {
     const at::Tensor hidden = at::randn({2, 4}), weight = at::randn({3, 4}), targets = at::zeros({2}, longs);
     const auto refuses = [](const std::string& part, const at::Tensor& h, const at::Tensor& w, const at::Tensor& t) {
         expect_usage_error({part}, [&] { linear_cross_entropy_sum(h, w, t); });

@@ -113,7 +113,7 @@ INSTANTIATE_TEST_SUITE_P(All, OptimizerStates,
                          testing::Values("AdamW", "Sgd", "Sgd without momentum", "torch AdamW", "torch Adam",
                                          "torch SGD", "torch RMSprop", "torch Adagrad"));
 
-TEST(OptimizerState, OfOtherParametersIsRefusedAndChangesNothing) {
+TEST(OptimizerState, OfOtherParametersIsRefusedAndNothingChanges) {
     Case run("AdamW");
     for (int i = 0; i < 5; ++i) run.step(i);
     const StateDict before = run.copy();
@@ -128,7 +128,7 @@ TEST(OptimizerState, OfOtherParametersIsRefusedAndChangesNothing) {
     refused({"late"}, with(before, "late/0", at::zeros({3, 4}).t()));  // laid out in another way
 }
 
-TEST(OptimizerState, OfParametersWithoutAGradientSoFarIsNone) {
+TEST(OptimizerState, OfParametersWithoutAGradientIsEmpty) {
     Case run("AdamW"), other("AdamW");
     EXPECT_TRUE(run.copy().tensors().empty());
     run.step(0);
@@ -138,7 +138,7 @@ TEST(OptimizerState, OfParametersWithoutAGradientSoFarIsNone) {
     expect_same(state_of(*other.optimizer), run.copy());
 }
 
-TEST(OptimizerState, OfATorchOptimizerThatItCannotHaveIsRefused) {
+TEST(OptimizerState, OfATorchOptimizerThatDoesNotMatchIsRefused) {
     Case run("torch AdamW");
     for (int i = 0; i < 5; ++i) run.step(i);
     const StateDict before = run.copy();

@@ -81,7 +81,7 @@ struct Training {
     }
 };
 
-TEST(Recovery, GoesBackToTheBitsOfBeforeAndGoesOn) {
+TEST(Recovery, RestoresTheBitsOfASnapshotAndContinues) {
     Training run;
     run.quiet(47);
     run.damage();
@@ -104,7 +104,7 @@ TEST(Recovery, TheOptimizerIsThatOfBeforeToo) {
     expect_same(state_of(run.optimizer), state_of(twin.optimizer));
 }
 
-TEST(Recovery, ASnapshotThatMayBeDamagedIsPassedOver) {
+TEST(Recovery, ASnapshotThatMayBeCorruptedIsSkipped) {
     Training run;
     run.quiet(49);
     run.damage();
@@ -139,7 +139,7 @@ TEST(Recovery, TheLimitIsByTheRateAtWhichTheRunWasLastCalm) {
     for (int i = 0; i < 100; ++i) EXPECT_DOUBLE_EQ(run.step().step.learning_rate, 0.5 * calm) << i;
 }
 
-TEST(Recovery, AScheduleThatFallsBelowTheLimitGoesOn) {
+TEST(Recovery, AScheduleThatFallsBelowTheLimitApplies) {
     TrainerOptions options = recovering({.every = 10, .margin = 5, .warmup = 1});
     options.schedule = Schedule{.shape = ScheduleShape::linear, .peak = 0.01, .length = {120, Unit::steps}};
     Training run(options);
@@ -152,7 +152,7 @@ TEST(Recovery, AScheduleThatFallsBelowTheLimitGoesOn) {
     }
 }
 
-TEST(Recovery, SnapshotsInMemoryAreGivenUpBeforeTheMicroBatchIsMadeSmaller) {
+TEST(Recovery, SnapshotsInMemoryAreReclaimedBeforeTheMicroBatchIsReduced) {
     install_budget_allocator();
     const TempFolder folder;
     for (const std::filesystem::path& place : {folder.path(), std::filesystem::path()}) {
@@ -220,7 +220,7 @@ TEST(Recovery, EndsAfterSoManyTimesWithTheLastGoodWeights) {
     }
 }
 
-TEST(Recovery, ARunThatNeverMadeAStepHasNothingToGoBackTo) {
+TEST(Recovery, ARunWithoutAnAppliedStepCannotBeRolledBack) {
     Training run;
     run.dataset.rows().fields[1].fill_(nan_value);
     const TrainerReport report = run.until_back();
@@ -252,7 +252,7 @@ TEST(Recovery, SnapshotsThatDoNotFitTheMemoryAreFiles) {
     EXPECT_TRUE(std::filesystem::is_empty(folder.path()));
 }
 
-TEST(Recovery, GoesBackFromFilesInTheMemoryThatThereIs) {
+TEST(Recovery, RollsBackFromFilesWithinTheBudget) {
     install_budget_allocator();
     const TempFolder folder;
     const auto model = make_mlp(1, at::kFloat, 64, 1024, 64);  // half a MiB of parameters, and twice that of state
@@ -280,7 +280,7 @@ TEST(Recovery, GoesBackFromFilesInTheMemoryThatThereIs) {
     EXPECT_TRUE(trainer.step().step.applied);
 }
 
-TEST(Recovery, ASnapshotThatIsGoneEndsTheRunWithAWarning) {
+TEST(Recovery, AMissingSnapshotEndsTheRunWithAWarning) {
     const TempFolder folder;
     Training run(recovering({.every = 10, .margin = 5, .warmup = 8, .memory_bytes = 0, .folder = folder.path()}));
     run.quiet(47);
@@ -313,7 +313,7 @@ TEST(Recovery, GoingBackBeforeTheBatchBecameSmallerBringsNoGuardOfTheLargerOne) 
     run.quiet(40);
 }
 
-TEST(Recovery, WhereNoSnapshotCanBeTakenTheRunSaysSoOnceAndGoesOn) {
+TEST(Recovery, IfNoSnapshotCanBeTakenTheRunWarnsOnceAndContinues) {
     const TempFolder folder;
     for (const std::filesystem::path& place : {std::filesystem::path(), folder.path() / "nowhere"}) {
         Training run(recovering({.every = 10, .memory_bytes = 0, .folder = place}));
@@ -326,7 +326,7 @@ TEST(Recovery, WhereNoSnapshotCanBeTakenTheRunSaysSoOnceAndGoesOn) {
     }
 }
 
-TEST(Recovery, RefusesWhatMeansNothing) {
+TEST(Recovery, RefusesInvalidOptions) {
     const auto refused = [](const char* word, RecoveryOptions options) {
         expect_usage_error({word}, [&] { Training(recovering(options)); });
     };

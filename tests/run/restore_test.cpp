@@ -190,7 +190,7 @@ TEST(Restore, ANameThatNobodyAsksForIsHarmless) {
     EXPECT_FALSE(victim.refuses(with(more, "another/tensor", at::ones({2}))));
 }
 
-TEST(Restore, ASectionThatIsMissingIsRefusedUnlessARunNeedsNone) {
+TEST(Restore, AMissingSectionIsRefusedUnlessTheRunDoesNotNeedIt) {
     Victim victim;
     for (const char* section :
          {"model/", "optimizer/", "data/", "rng/", "run/", "noise/", "caps/", "gate/", "recovery/", "batch/",
@@ -236,7 +236,7 @@ TEST(Restore, RefusesTheTensorsOfAnotherOptimizer) {
     victim.expect_refused(state);
 }
 
-TEST(Restore, RefusesWhatTorchCannotReadAsTheStateOfItsOptimizer) {
+TEST(Restore, RefusesInvalidStatesOfTorchsOptimizers) {
     const StateDict& ours = rich_state("adamw");
     Victim victim("torch adamw");
     victim.expect_refused(ours);
@@ -247,7 +247,7 @@ TEST(Restore, RefusesWhatTorchCannotReadAsTheStateOfItsOptimizer) {
     victim.expect_refused(state);
 }
 
-TEST(Restore, RefusesGeneratorsThatAreNone) {
+TEST(Restore, RefusesInvalidGenerators) {
     Victim victim;
     damage_tensors(victim, "rng/");
     const std::string name = "rng/cpu";
@@ -271,7 +271,7 @@ TEST(Restore, RefusesAnotherDataset) {
     victim.expect_refused(with(victim.good, "data/position", std::int64_t{23}));
 }
 
-TEST(Restore, RefusesNumbersThatNoRunHas) {
+TEST(Restore, RefusesInvalidNumbers) {
     Victim victim;
     for (const char* section : {"run/", "noise/", "gate/", "caps/"}) damage_scalars(victim, section);
     const auto refused = [&](const char* name, const StateScalar& value) {
@@ -307,7 +307,7 @@ TEST(Restore, RefusesSnapshotsOfAnotherModel) {
     victim.expect_refused(three);
 }
 
-TEST(Restore, RefusesAnOpenBatchThatIsNone) {
+TEST(Restore, RefusesAnInvalidPartialBatch) {
     Victim victim;
     for (const char* section : {"batch/gradient/", "batch/before/model/", "batch/before/rng/"}) {
         damage_tensors(victim, section);
@@ -366,7 +366,7 @@ struct Growing {
                     {.batch = 4, .length = {10, Unit::steps}, .stop = [this] { return stops; }}};
 };
 
-TEST(Restore, ABufferThatChangedItsShapeIsRefusedWhenItIsSaved) {
+TEST(Restore, ABufferThatChangedItsShapeIsRefusedOnSaving) {
     Growing run;
     run.trainer.step();
     const StateDict good = state_of(run.trainer);

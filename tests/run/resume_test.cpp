@@ -91,7 +91,7 @@ TEST(Resume, AResNetWithBatchNormMakesTheSameSteps) {
     expect_resumes(how, 6);
 }
 
-TEST(Resume, EveryOptimizerGoesOnWithWhatItHadMade) {
+TEST(Resume, EveryOptimizerContinuesWithItsState) {
     for (const char* optimizer : {"adamw", "sgd", "torch adamw", "torch sgd"}) {
         for (const bool scheduled : {false, true}) {
             SCOPED_TRACE(::testing::Message() << optimizer << (scheduled ? ", scheduled" : ""));
@@ -118,7 +118,7 @@ TEST(Resume, ARateThatTheCallerHasSetHoldsOn) {
     }
 }
 
-TEST(Resume, EveryMicroBatchOfEveryBatchGoesOnInTheDataWhereItWas) {
+TEST(Resume, EveryMicroBatchOfEveryBatchResumesAtItsPositionInTheData) {
     for (const std::int64_t micro_batch : {1, 2, 5, 23, 50}) {
         TrainingOptions how{.plan = {.micro_batch = micro_batch}};
         how.trainer.batch = 9;
@@ -159,7 +159,7 @@ TEST(Resume, TheGuardRefusesWhatItWouldHaveRefused) {
     expect_resumes(how, run);
 }
 
-TEST(Resume, ARunThatDivergesGoesBackToTheSamePoint) {
+TEST(Resume, ARunThatDivergesRollsBackToTheSamePoint) {
     for (const bool scheduled : {false, true}) {
         TrainingOptions how = recovering();
         if (scheduled) how.trainer.schedule = cosine;
@@ -170,7 +170,7 @@ TEST(Resume, ARunThatDivergesGoesBackToTheSamePoint) {
     }
 }
 
-TEST(Resume, ARunThatGoesBackAgainAndAgainEndsWhenItWouldHave) {
+TEST(Resume, ARunThatRollsBackRepeatedlyEndsAtTheSameStep) {
     TrainingOptions how = recovering({.most = 1, .every = 8, .margin = 4, .warmup = 3});
     how.spikes = {30, 31, 32, 33, 44, 45, 46, 47};
     const Undisturbed run(how, 48);
@@ -217,7 +217,7 @@ TEST(Resume, TheSnapshotsOfAProcessThatWasKilledAreNotInTheWay) {
     }
 }
 
-TEST(Resume, APlanThatHadToBecomeSmallerStaysSmaller) {
+TEST(Resume, AReducedPlanStaysReduced) {
     install_budget_allocator();
     for (const char* model : {"gpt", "resnet"}) {
         TrainingOptions how{.model = model, .plan = {.micro_batch = 4}, .out_of_memory = 1};
@@ -231,7 +231,7 @@ TEST(Resume, APlanThatHadToBecomeSmallerStaysSmaller) {
     }
 }
 
-TEST(Resume, ATrainerThatHasBeenElsewhereGoesOnAsOneThatHasNot) {
+TEST(Resume, AUsedTrainerResumesLikeANewOne) {
     TrainingOptions how = recovering();
     how.trainer.noise_every = 2;
     const Undisturbed run(how, 44);

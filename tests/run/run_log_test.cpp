@@ -240,7 +240,7 @@ TEST(RunLog, MakesTheFoldersThatAreMissing) {
     EXPECT_EQ(lines(nested).size(), 1u);
 }
 
-TEST(RunLog, RefusesAFolderThatCannotBeMade) {
+TEST(RunLog, RefusesAFolderThatCannotBeCreated) {
     const TempFolder folder;
     const auto file = folder.write("in_the_way", "text");
     expect_usage_error({file.string()}, [&] { RunLog{file}; });
@@ -255,7 +255,7 @@ TEST(RunLog, RefusesTheLogOfAnotherRunAndLeavesItAlone) {
     EXPECT_EQ(read_file(file), "{\"step\":1}\n");
 }
 
-TEST(RunLog, RefusesWhateverElseHasTheNameOfTheLog) {
+TEST(RunLog, RefusesAnythingElseWithTheNameOfTheLog) {
     const TempFolder folder, other;
     std::filesystem::create_directory(folder.path() / "metrics.jsonl");
     expect_usage_error({"metrics.jsonl"}, [&] { RunLog{folder.path()}; });

@@ -102,7 +102,7 @@ TEST(Run, WritesItsConfigurationAndKeepsItsNotes) {
     EXPECT_EQ(StateReader(*folder.state()).section("notes").count("threads"), 3);
 }
 
-TEST(Run, OfAFolderThatHoldsOneIsRefusedUnlessItIsResumed) {
+TEST(Run, InAFolderThatHasARunIsRefusedUnlessItIsResumed) {
     const test::TempFolder temp;
     Process().train(temp.path() / "run", of_steps(2));
     EXPECT_THROW(RunFolder(temp.path() / "run"), Error);
@@ -145,7 +145,7 @@ TEST(Run, KeepsAHealthyCheckpointThroughStepsThatAreAllRefused) {
     EXPECT_EQ(StateReader(*folder.state()).section("data").count("steps"), 4);
 }
 
-TEST(Run, SaysThatLinesOfTheLogAreMissing) {
+TEST(Run, ReportsMissingLinesOfTheLog) {
     const test::TempFolder temp;
     Process().train(temp.path() / "run", of_steps(4));
     std::filesystem::remove(temp.path() / "run" / "metrics.jsonl");

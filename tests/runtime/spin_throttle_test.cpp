@@ -74,7 +74,7 @@ TEST(SpinThrottle, EndWhereverTheyAre) {
     EXPECT_TRUE(comes_down_to(before));
 }
 
-TEST(SpinThrottle, ANumberThatIsNoneChangesNothing) {
+TEST(SpinThrottle, AnInvalidNumberChangesNothing) {
     SpinThrottle threads;
     threads.decide(std::numeric_limits<double>::quiet_NaN());
     EXPECT_FALSE(threads.active());

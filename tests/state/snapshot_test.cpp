@@ -144,7 +144,7 @@ TEST(Snapshot, OnADiskThatIsFullLeavesNothing) {
     EXPECT_TRUE(std::filesystem::is_empty(folder.path()));
 }
 
-TEST(Snapshot, InAFileThatWasCutShortIsBadData) {
+TEST(Snapshot, InATruncatedFileIsBadData) {
     const TempFolder folder;
     const auto path = folder.path() / "snapshot";
     StateDict snapshot = moved_to_file(shared({{"large", at::ones({1000})}}), path);

@@ -215,7 +215,7 @@ TEST(PartialBatches, AreTheSameToRoundingWithAnotherMicroBatchForTheRest) {
     }
 }
 
-TEST(PartialBatches, AreBegunAnewWhereTheRestRunsOutOfMemory) {
+TEST(PartialBatches, AreBegunAgainWhereTheRestRunsOutOfMemory) {
     install_budget_allocator();
     for (const bool elsewhere : {false, true}) {
         for (const char* model : {"gpt", "resnet"}) {
@@ -279,7 +279,7 @@ TEST(PartialBatches, WhoseLossThrowsInTheThirtySeventhMicroBatchLeaveAllAsBefore
     }
 }
 
-TEST(PartialBatches, OfARunThatIsShorterNowAreBegunAnew) {
+TEST(PartialBatches, OfARunThatIsShorterNowAreBegunAgain) {
     TrainingOptions how{.model = "resnet", .plan = {.micro_batch = 2}};
     how.trainer.length = {7, Unit::samples};
     Stopping stopping(how);

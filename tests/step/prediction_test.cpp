@@ -137,7 +137,7 @@ TEST_F(Prediction, ABudgetBelowTheParametersIsExplained) {
     for (int i = 0; i < 2; ++i) EXPECT_EQ(again.accumulator->step(batch, again.loss).out_of_memory, 0);
 }
 
-TEST_F(Prediction, RefusesWhatMeansNothing) {
+TEST_F(Prediction, RefusesInvalidOptions) {
     Job job = test::gpt_job(small_gpt());
     test::expect_usage_error({"empty"}, [&] { plan_of(job, {}); });
     const Batch batch = job.make_batch(2);

@@ -107,7 +107,7 @@ TEST_F(ReclaimedMemory, IsFollowedByTheSnapshotsWhereItIsNotEnough) {
     EXPECT_EQ(asked, (std::vector<std::string>{"copy", "snapshots"}));
 }
 
-TEST_F(ReclaimedMemory, DoesNotKeepASignalFromStoppingTheBatchThatIsMadeAgain) {
+TEST_F(ReclaimedMemory, DoesNotKeepASignalFromStoppingTheBatchThatIsRepeated) {
     bool taken = true;
     int micro_batches = 0;
     TrainingOptions how = rich();

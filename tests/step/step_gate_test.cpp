@@ -249,7 +249,7 @@ struct Throwing final : StepGate {
     void record(const Gathered&, const Judgement&) override { throw std::runtime_error("told"); }
 };
 
-TEST(GatedStep, AGateThatThrowsWhenItIsAskedLeavesEverythingAsItWas) {
+TEST(GatedStep, AGateThatThrowsWhenItIsAskedLeavesEverythingUnchanged) {
     Job job = gpt_job({.layers = 1, .heads = 1, .width = 8, .length = 4, .vocabulary = 16, .dropout = 0.2},
                       {.micro_batch = 3});
     const Batch batch = job.make_batch(7);
@@ -299,7 +299,7 @@ protected:
     ~GatedStepInMemory() override { fail_allocation(0); }
 };
 
-TEST_F(GatedStepInMemory, AGateThatRunsOutOfMemoryHasTheStepMadeAgain) {
+TEST_F(GatedStepInMemory, AGateThatRunsOutOfMemoryHasTheStepRepeated) {
     Job job = small_job(), other = small_job();
     const Batch batch = job.make_batch(7);
     Hungry gate(/*asked=*/true, 1);
