@@ -1,4 +1,4 @@
-// One run with a spike made on purpose, guarded or not; one line of JSON. `bench/spikes` runs them all.
+// One run with a deliberate spike, guarded or not; one line of JSON. `bench/spikes` runs them all.
 //   spike_case MODEL SPIKE guarded|unguarded STEPS SEED
 // MODEL is gpt (0.8M parameters), resnet (0.2M, group norm), or gpt-mini or resnet-mini, which take a second.
 // SPIKE is none, or at two fifths of the run:

@@ -1,4 +1,4 @@
-// A module, data and a loss of your own: Microbatch needs nothing of them but tensors.
+// Your own module, data and loss: Microbatch only needs tensors.
 #include <torch/nn/modules/linear.h>
 
 #include <cstdio>

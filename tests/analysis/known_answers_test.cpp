@@ -1,4 +1,4 @@
-// Stochastic gradient descent on quadratics, of which everything is known: what is measured is what the formulas say.
+// Stochastic gradient descent on quadratics with known answers: the measurements must match the formulas.
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 

@@ -1,4 +1,4 @@
-// Cases in which verify() could easily blame the wrong thing, or nothing.
+// Cases in which verify() could easily name the wrong cause, or none.
 #include <ATen/ops/randn_like.h>
 #include <gtest/gtest.h>
 

@@ -1,4 +1,4 @@
-// Where autograd must have its way, and does.
+// Cases in which autograd must compute the gradient itself.
 #include <ATen/autocast_mode.h>
 #include <ATen/functorch/DynamicLayer.h>
 #include <ATen/functorch/TensorWrapper.h>

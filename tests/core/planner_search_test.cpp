@@ -1,4 +1,5 @@
-// The planner on jobs whose memory and time are known at every size, so that its choice can be held against all.
+// The planner on jobs whose memory and time are known at every size, so that its choice can be compared with all
+// others.
 #include "microbatch/core/planner.h"
 
 #include <gtest/gtest.h>

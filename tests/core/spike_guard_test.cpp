@@ -1,4 +1,4 @@
-// Traces of losses and gradient norms in the shapes of large runs, and what the guard makes of them.
+// Traces of losses and gradient norms shaped like those of large runs, and the decisions of the guard.
 #include "microbatch/core/spike_guard.h"
 
 #include <gtest/gtest.h>

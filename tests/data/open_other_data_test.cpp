@@ -1,4 +1,4 @@
-// Data that is not what it is taken for: refused, or opened with a warning; what is read and left out is listed.
+// Data of an unexpected kind: refused, or opened with a warning; files that are read and skipped are listed.
 #include <gtest/gtest.h>
 
 #include <string>

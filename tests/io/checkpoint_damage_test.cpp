@@ -1,4 +1,4 @@
-// A checkpoint that is damaged is never taken for a whole one.
+// A corrupted checkpoint is never taken for a valid one.
 #include <fcntl.h>
 #include <gtest/gtest.h>
 #include <sys/stat.h>

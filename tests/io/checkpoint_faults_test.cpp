@@ -1,4 +1,4 @@
-// A fault at any operation on a file: the run goes on, or is gone on with, from a checkpoint that is whole.
+// A fault at any operation on a file: the run continues, or is resumed from a valid checkpoint.
 #include <gtest/gtest.h>
 
 #include "microbatch/io/checkpoint_store.h"

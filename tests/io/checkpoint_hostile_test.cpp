@@ -1,4 +1,4 @@
-// A checkpoint of somebody who means harm, with checksums that are right: a clear error, in little memory.
+// A malicious checkpoint with correct checksums: a clear error, in little memory.
 #include <gtest/gtest.h>
 #include <malloc.h>
 

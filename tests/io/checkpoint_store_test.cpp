@@ -1,4 +1,4 @@
-// Which checkpoints there are, and which are gone on from.
+// Which checkpoints exist, and which one is resumed.
 #include "microbatch/io/checkpoint_store.h"
 
 #include <cstdio>

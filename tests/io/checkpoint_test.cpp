@@ -1,4 +1,4 @@
-// What is written of a run is all that it goes on from.
+// A checkpoint has everything that a run needs to resume.
 #include "microbatch/io/checkpoint.h"
 
 #include <ATen/ATen.h>

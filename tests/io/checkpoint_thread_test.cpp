@@ -1,4 +1,4 @@
-// A checkpoint that is written while the run goes on, and what can go wrong with it.
+// A checkpoint that is written while the run continues, and its possible failures.
 #include <ATen/ATen.h>
 
 #include <atomic>

@@ -1,4 +1,4 @@
-// What is written is read back; what is not sound is named and makes nothing.
+// What is written can be read back; invalid files are named and create nothing.
 #include <ATen/ATen.h>
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// Memory that is freed and given out again.
+// Memory that is freed and reused.
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/rand.h>

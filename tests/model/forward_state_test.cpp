@@ -1,4 +1,4 @@
-// What a forward pass may change beside gradients, saved and restored bit for bit.
+// Everything that a forward pass may change except gradients, saved and restored bit for bit.
 #include "microbatch/model/forward_state.h"
 
 #include <ATen/ATen.h>

@@ -1,4 +1,4 @@
-// The kernels that give the same bits for every kind of vector, on every kind that this processor runs.
+// The kernels that give the same bits for every vector width, with every width that this processor supports.
 #include "microbatch/ops/kernels/kernels.h"
 
 #include <gtest/gtest.h>

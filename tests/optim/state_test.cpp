@@ -1,4 +1,4 @@
-// An optimizer is loaded with what it was, and continues with the same bits.
+// An optimizer that is loaded from its saved state continues with the same bits.
 #include <ATen/ATen.h>
 #include <torch/optim/adagrad.h>
 #include <torch/optim/adam.h>

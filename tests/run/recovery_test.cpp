@@ -1,4 +1,4 @@
-// A run that diverges goes back to before, at a smaller rate, with other data; and does so a bounded number of times.
+// A run that diverges rolls back and continues at a lower rate with other data, a bounded number of times.
 #include "microbatch/run/recovery.h"
 
 #include <cmath>

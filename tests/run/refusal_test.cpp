@@ -1,4 +1,4 @@
-// Whatever goes wrong in a batch, the next one is as if it had never been.
+// Whatever goes wrong in a batch, it does not affect the next one.
 #include <c10/util/Exception.h>
 
 #include <functional>

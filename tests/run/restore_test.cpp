@@ -1,4 +1,4 @@
-// A state that is not one of this run's is refused, and changes nothing; or it does no harm.
+// A state that does not match this run is refused and changes nothing, or is harmless.
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 

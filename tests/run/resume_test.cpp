@@ -1,4 +1,4 @@
-// A run that is taken apart after any step and put together again elsewhere makes the same steps, bit for bit.
+// A run that is saved after any step and resumed elsewhere makes the same steps, bit for bit.
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 

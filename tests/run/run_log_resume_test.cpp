@@ -1,4 +1,4 @@
-// The log of a run that goes on: the lines of the steps that stay, and none other.
+// The log of a resumed run has the lines of the steps that remain, and no others.
 #include <gtest/gtest.h>
 #include <sys/stat.h>
 

@@ -1,4 +1,4 @@
-// A copy of tensors, in memory or in a file: what a run is rolled back to.
+// A copy of tensors, in memory or in a file, to which a run can be rolled back.
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 #include <sys/resource.h>

@@ -1,4 +1,4 @@
-// The update of a batch, however it is cut, on the library's own language model. The bounds are the contract's.
+// The update of a batch, however it is split, on the library's own language model. The bounds are those of the docs.
 #include <algorithm>
 #include <limits>
 

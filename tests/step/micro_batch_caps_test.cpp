@@ -1,4 +1,4 @@
-// The smaller plans that samples of some shapes turned out to need hold for those samples alone.
+// Smaller plans that samples of some shapes needed apply only to those samples.
 #include "microbatch/step/micro_batch_caps.h"
 
 #include <ATen/ATen.h>

@@ -1,4 +1,4 @@
-// A batch that is left between two of its micro-batches and resumed, here or in another process, is the same batch.
+// A batch that is interrupted between two micro-batches and resumed, here or in another process, is the same batch.
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 

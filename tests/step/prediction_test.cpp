@@ -1,4 +1,4 @@
-// What planning on a live job predicts is what is then measured, and what does not fit is explained.
+// The predictions from planning on a live job match the measurements, and a job that does not fit is explained.
 #include <ATen/ATen.h>
 
 #include <algorithm>

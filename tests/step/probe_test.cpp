@@ -1,4 +1,4 @@
-// Planning on a live job leaves no trace of it.
+// Planning on a live job has no side effects.
 #include "microbatch/step/probe.h"
 
 #include <ATen/ATen.h>

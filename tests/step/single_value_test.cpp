@@ -1,4 +1,4 @@
-// BatchNorm cannot normalise a single value per channel: micro-batches are cut so that none has one.
+// BatchNorm cannot normalise a single value per channel: batches are split so that no micro-batch has one.
 #include <gtest/gtest.h>
 #include <torch/nn/modules/batchnorm.h>
 

@@ -1,4 +1,4 @@
-// What decides between gather and apply, and what it learns from what was decided.
+// The decision between gather and apply, and what the gate learns from it.
 #include "microbatch/step/step_gate.h"
 
 #include <ATen/ATen.h>

@@ -1,4 +1,4 @@
-// Gradients that somebody else changes while a batch is gathered are an error, never a wrong update.
+// Gradients that other code changes while a batch is gathered are an error, never a wrong update.
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 #include <torch/csrc/autograd/autograd.h>
