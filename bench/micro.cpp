@@ -1,4 +1,4 @@
-// What the parts of a step cost alone, and the same made by torch, with Google Benchmark. `bench/speed micro` runs all
+// The cost of each part of a step, and of the same part in torch, with Google Benchmark. `bench/speed micro` runs all
 // of it and makes the table. On as many threads as OMP_NUM_THREADS says:
 //   micro --benchmark_filter='^(copy|adamw|sgd|norm)'   the optimizers' step beside a copy of memory
 //   micro --benchmark_filter='^linear/'                 the linear layers of a block, forward and backward

@@ -1,4 +1,4 @@
-"""What the README shows is run: its commands here, its C++ as examples/readme.cpp."""
+"""The content of the README runs: its commands here, its C++ as examples/readme.cpp."""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-"""scripts/setup.sh as somebody who may not install anything, and on a machine that has all."""
+"""scripts/setup.sh for a user without rights to install, and on a machine where everything is installed."""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-"""Spikes made on purpose, on small models: the guarded run ends as the clean one does, the unguarded one does not."""
+"""Deliberate spikes on small models: the guarded run ends like the clean one, the unguarded one does not."""
 
 import json
 import math

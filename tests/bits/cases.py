@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 import typing
 
-# No batch leaves a rest of one sample, which the cut avoids since the redesign: see next_cut().
+# No batch leaves a rest of one sample, which splitting avoids since the redesign: see next_cut().
 # Most cases read one file, so that a change to how folders are read shows only in the case "text".
 FOLDER = {"data": "/usr/share/games/fortunes"}
 TEXT = {"data": "/usr/share/games/fortunes/literature"}

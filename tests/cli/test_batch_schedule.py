@@ -1,4 +1,4 @@
-"""The batch may grow during a run: memory and micro-batch stay, the rate follows by the rule."""
+"""A batch that grows during a run: memory and micro-batch do not change, and the rule scales the rate."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Checkpoints: when they are written, what is in them, how many stay, and what happens where they cannot be written."""
+"""Checkpoints: when they are written, what is in them, how many are kept, and what happens if they cannot be written."""
 
 import json
 import os
@@ -211,7 +211,7 @@ def test_a_resumed_run_holds_no_files_of_deleted_checkpoints(run):
 # Where they cannot be written
 
 def limited(size):
-    """Files of this process end at so many bytes: a write beyond is short, the next fails, as on a disk that is full."""
+    """Limits the size of files of this process: a write beyond it is partial, and the next one fails, as on a full disk."""
 
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

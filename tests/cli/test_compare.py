@@ -1,4 +1,4 @@
-"""The three strategies side by side: the same samples, honest marks, the same gradient from both ways of a batch."""
+"""The three strategies side by side: the same samples, correct marks, and the same gradient from both ways to run a batch."""
 
 import json
 import os

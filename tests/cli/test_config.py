@@ -1,4 +1,4 @@
-"""The TOML file: flags win over it, what a run writes gives the run again, and its mistakes are named."""
+"""The TOML file: flags override it, the file of a run repeats the run, and errors in it are named."""
 
 import pytest
 import tomllib

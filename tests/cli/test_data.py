@@ -1,4 +1,4 @@
-"""What is taken for data, and what is said of it."""
+"""Which files are read as data, and what the command says about them."""
 
 import re
 import shutil

@@ -1,4 +1,4 @@
-"""A finished run that is resumed at a rate at which it diverges, and how it is cured."""
+"""A finished run that is resumed at a rate at which it diverges, and how it recovers."""
 
 import json
 import re
@@ -20,7 +20,7 @@ def healthy_of(folder):
 
 @pytest.fixture(scope="module", params=["3", "1"], ids=["keep 3", "keep 1"])
 def spoiled(shared_run, request):
-    """The finished run, what came of resuming it, and the weights of before."""
+    """The finished run, the result of resuming it, and the previous weights."""
     name = f"run{request.param}"
     good = shared_run.text("train", run=name, steps=150, micro_batch=8).ok()
     weights = weights_file(good)

@@ -1,4 +1,4 @@
-"""What `doctor` says of the machine is there, and it finds the machine of the tests fit."""
+"""`doctor` reports on the machine, and finds no problem on the machine of the tests."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Bad input of every kind: one clear line, the right exit code, and nothing left behind."""
+"""Bad input of every kind: one clear line, the right exit code, and no files left behind."""
 
 import struct
 

@@ -1,4 +1,4 @@
-"""Faults around a run: data that changes under it, a disk that is full, a clock that jumps."""
+"""Faults during a run: data that changes, a full disk, a clock that jumps."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def test_data_that_shrinks_while_it_is_read_ends_the_run_with_what_was_done(run,
     assert err.startswith("microbatch: ") and "own.bin" in err and len(err.splitlines()) == 1
     done = lines_of(run)
     assert done >= 3 and checkpoints_of(folder)[-1].name.split("-")[1] == f"{done:08}"
-    # With the data as it was it goes on, and ends as if nothing had been.
+    # With the original data it resumes, and ends as if nothing had happened.
     tokens.write_bytes(whole)
     resumed = run("train", "--run", "run", "--resume", "--steps", done + 5, "--json").ok()
     assert resumed.document["resumed_from"] == done
@@ -71,7 +71,7 @@ def ignore_large_files():
 
 
 def limit(process, size):
-    """From now on files of the process end at so many bytes, as on a disk that is full."""
+    """From now on, limits the size of files of the process, as on a full disk."""
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 

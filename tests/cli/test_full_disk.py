@@ -1,4 +1,4 @@
-"""A disk that is too small for what a run writes: a small file system of this test's own."""
+"""A disk that is too small for the files of a run: a small file system for this test."""
 
 import re
 import subprocess

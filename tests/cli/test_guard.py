@@ -1,4 +1,4 @@
-"""Steps that are beyond what is usual are refused, said and logged; a run that diverges is stopped."""
+"""Steps beyond the bounds are refused, reported and logged; a run that diverges is stopped."""
 
 import statistics
 
@@ -76,7 +76,7 @@ def test_a_rate_that_is_far_too_large_is_detected_in_the_first_steps_and_not_use
     assert back < 64
     limit = max(line["learning_rate"] for line in metrics[:back] if line["applied"]) / 2
     assert max(line["learning_rate"] for line in metrics[back + 1 :]) <= limit
-    # Either the run is stopped, or it trains after all.
+    # Either the run is stopped, or it recovers and trains.
     assert result.returncode in (0, 4)
     if result.returncode == 0:
         assert statistics.median(line["loss"] for line in metrics[-16:]) < metrics[0]["loss"]

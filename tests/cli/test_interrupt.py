@@ -1,4 +1,4 @@
-"""Ctrl-C at any moment: what was done is whole and on the disk, and the command ends soon."""
+"""Ctrl-C at any moment: all work is saved to the disk, and the command ends soon."""
 
 import json
 import pathlib
@@ -89,7 +89,7 @@ def test_a_comparison_can_be_interrupted_and_leaves_neither_processes_nor_folder
     assert process.returncode == 130
     assert processes_with(str(place)) == []
     if kept:
-        # The child has ended as a run does that is interrupted.
+        # The child has ended like an interrupted run.
         assert {path.name for path in (place / "kept").iterdir()} == {"small-batch-1"}
         assert (place / "kept" / "small-batch-1" / "model.safetensors").exists()
     else:

@@ -1,4 +1,4 @@
-"""Memory is predicted, kept and explained: the plan of micro-batch x recompute, out of memory, nothing that fits."""
+"""Memory is predicted, limited and explained: the plan of micro-batch x recompute, out of memory, nothing fits."""
 
 import math
 import re
@@ -22,7 +22,7 @@ def peak(result):
 
 @pytest.fixture(scope="module")
 def table(shared_run):
-    """A plan with a cut: the table of a budget in which the whole batch does not fit."""
+    """A plan that splits the batch: the table for a budget in which the whole batch does not fit."""
     return shared_run.text("plan", batch=64, memory="3MiB", json=True).ok().document
 
 
@@ -106,7 +106,7 @@ def test_the_table_has_predicted_and_measured_and_what_they_are_made_of(run):
         return [re.fullmatch(r"  (.+?) +([\d.]+ \w+)", line).groups() for line in told[: told.index("")]]
 
     parts, phases = block("predicted peak by part"), block("predicted peak by phase")
-    # What takes nothing is left out: a batch of text has no tensors of its own.
+    # Parts of size 0 are omitted: a batch of text has no tensors of its own.
     assert [name for name, _ in parts] == PARTS[:-1] and 3 <= len(phases) <= 4
     # 0.03: each of up to five sizes is rounded to three digits.
     largest = max(in_bytes(size) for _, size in phases)
@@ -154,7 +154,7 @@ def test_recompute_changes_no_bit_of_losses_weights_and_buffers(run, job, flags)
     assert peak(always) < peak(never)
 
 
-# What is predicted is what is measured; of what is beside the plan, see test_noise.py
+# Predictions match measurements; for memory in addition to the plan, see test_noise.py
 
 ALONE = {"noise_every": 0, "restores": 0}
 

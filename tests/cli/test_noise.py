@@ -1,4 +1,4 @@
-"""The gradient's noise is measured while a run trains, and turned into advice."""
+"""The gradient noise is measured while a run trains, and turned into advice."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""Out of memory in the middle of a run: the step is undone, made again in a smaller cut, and leaves no trace."""
+"""Out of memory in the middle of a run: the step is undone and repeated in smaller micro-batches, with no trace."""
 
 import re
 
@@ -29,7 +29,7 @@ def undrilled(run):
 
 
 def halfway(run, smaller, larger):
-    """Between what two cuts need."""
+    """Between the needs of two micro-batch sizes."""
     peaks = [chosen_of(run.text("plan", json=True, **TINY | {"steps": None, "memory": "8MiB"} | cut).ok().document)
              ["measured_peak_bytes"] for cut in (smaller, larger)]
     assert peaks[0] < peaks[1]
@@ -38,7 +38,7 @@ def halfway(run, smaller, larger):
 
 @pytest.mark.parametrize("dropout", [0, 0.1])
 def test_a_repeated_step_equals_that_of_a_run_with_the_smaller_micro_batch(run, drilled, undrilled, dropout):
-    # With a learning rate of 0 the first step, which is cut otherwise, leaves the same weights: what follows is equal.
+    # With a learning rate of 0, the first step, which is split differently, leaves the same weights: the rest is equal.
     flags = {"dropout": dropout, "lr": 0, "steps": 4}
     budget = halfway(run, {"micro_batch": 4}, {"micro_batch": 8})
     fallen = drilled(1, budget, **flags, run="fallen").ok()
@@ -62,7 +62,7 @@ def test_a_run_that_falls_back_to_recompute_ends_with_the_same_weights(run, dril
 
 
 def test_it_does_not_matter_where_in_the_step_memory_ran_out(run, drilled):
-    """In the first micro-batch or a later one, in forward or backward: what was done of the step leaves no trace."""
+    """In the first micro-batch or a later one, in forward or backward: the partial step leaves no trace."""
     flags = {"batch": 16, "steps": 3, "dropout": 0.1}
     small, large = ({"batch": 16, "micro_batch": size} for size in (4, 8))
     middle = halfway(run, small, large)

@@ -1,4 +1,4 @@
-"""What `plan` shows is measured, consistent, and what `train` does."""
+"""The output of `plan` is measured, consistent, and matches what `train` does."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""The learning rate follows the batch by the rule that was asked for, and the command says what it did."""
+"""The learning rate is scaled with the batch by the requested rule, and the command reports the result."""
 
 import pytest
 

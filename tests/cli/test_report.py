@@ -1,4 +1,4 @@
-"""The page of a run, looked at in a real browser, and its events, read by TensorBoard itself."""
+"""The page of a run, opened in a real browser, and its events, read by TensorBoard itself."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""A run goes on from its last checkpoint as if it had never been stopped."""
+"""A run resumes from its last checkpoint as if it had never been interrupted."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from resuming import (  # noqa: F401
 from test_guard import CLIMB
 from test_interrupt import lines_of, wait_for
 
-# It goes on as if nothing had been
+# It resumes as if nothing had happened
 
 @pytest.mark.parametrize("job", JOBS)
 def test_a_resumed_run_is_bit_for_bit_the_one_that_was_never_stopped(run, resume, job):
@@ -67,7 +67,7 @@ def test_a_folder_may_be_moved_and_resumed_from_elsewhere(run, data, killed, who
 
 def test_the_log_is_truncated_at_the_checkpoint(killed, resume, whole):
     log = killed / "metrics.jsonl"
-    log.write_text(log.read_text()[:-40])  # in the midst of a line
+    log.write_text(log.read_text()[:-40])  # in the middle of a line
     assert_same(resume().ok(), whole)
 
 
@@ -114,7 +114,7 @@ def test_a_run_that_was_stopped_inside_a_batch_is_the_same_too(run, resume, long
     assert_same(result, reference)
 
 
-# The same command line, first and ever after
+# The same command line for the first and every later launch
 
 @pytest.mark.parametrize("folder", ["missing", "empty", "no checkpoint yet"])
 def test_without_a_checkpoint_it_starts_from_the_beginning_and_says_so(run, resume, whole, folder):
@@ -188,7 +188,7 @@ def test_what_was_measured_at_first_is_not_measured_again(run, resume):
     flags = {"dropout": 0.1, "batch": 16, "memory": None}
     words = words_of({"data": run.data.text} | TEXT | flags)
     first = resume(*words, "--steps", "12", "--schedule", "constant").ok()
-    held = bytearray(2**28)  # memory that is not free any more
+    held = bytearray(2**28)  # memory that is no longer free
     result = resume(*words, "--steps", "24", "--schedule", "constant").ok()
     assert held is not None and told_of(result) == ("from step 12", ["steps was 12, is 24"])
     assert len(set(result.column("micro_batch"))) == 1

@@ -1,4 +1,4 @@
-"""Resumed with something else than before: what is noted, what is refused, what begins anew."""
+"""Resumed with changed settings: what is reported, what is refused, what starts again."""
 
 import re
 import shutil
@@ -13,7 +13,7 @@ from resuming import (  # noqa: F401
     assert_same, checkpoints_of, contents, cut, killed, long_steps, resume, told_of, train, whole)
 from test_interrupt import lines_of, wait_for
 
-# What may be another, with a note
+# What may change, with a note
 
 @pytest.mark.parametrize("words", [["--micro-batch", "2"], ["--memory", "32MiB"], ["--threads", "2"]],
                          ids=lambda words: words[0][2:])
@@ -120,7 +120,7 @@ def test_missing_data_at_resume_is_named(run, data, resume):
     assert_same(resume("--data", "moved.txt").ok(), reference)
 
 
-# What is another run
+# What makes a different run
 
 # A batch of 2 is below the recorded micro-batch.
 OTHERS = [("width", 32, 48), ("layers", 1, 2), ("length", 16, 8), ("dropout", 0.1, 0.2), ("batch", 8, 16), ("batch", 8, 2),

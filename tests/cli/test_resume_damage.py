@@ -1,4 +1,4 @@
-"""Resumed from damaged checkpoints: they are named, and the newest that is whole is used."""
+"""Resumed from corrupted checkpoints: they are named, and the newest valid one is used."""
 
 import re
 
@@ -6,7 +6,7 @@ import pytest
 
 from resuming import assert_same, checkpoints_of, contents, cut, killed, resume, whole  # noqa: F401
 
-# Damage
+# Corruption
 
 def flip(raw):
     return raw[: len(raw) // 2] + bytes([raw[len(raw) // 2] ^ 1]) + raw[len(raw) // 2 + 1 :]

@@ -1,4 +1,4 @@
-"""What a run writes is true: its numbers, its weights, its budget."""
+"""The output of a run is correct: its numbers, its weights, its budget."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The short version of tests/crash/kill: killed at random instants and resumed, a run is the one that nobody disturbed."""
+"""The short version of tests/crash/kill: a run that is killed at random instants and resumed equals the uninterrupted one."""
 
 import os
 import pathlib
