@@ -152,7 +152,7 @@ std::vector<Layer> layers_of_block(std::int64_t rows, std::int64_t width) {
 void forward_and_backward(std::vector<Layer>& layers) {
     std::vector<at::Tensor> outputs, gradients;
     for (Layer& layer : layers) {
-        layer.input.mutable_grad() = at::Tensor();  // of activations: made anew in every micro-batch, never summed
+        layer.input.mutable_grad() = at::Tensor();  // of activations: created again in every micro-batch, never summed
         outputs.push_back(at::linear(layer.input, layer.weight, layer.bias));
         gradients.push_back(layer.output_gradient);
     }

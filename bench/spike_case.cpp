@@ -41,7 +41,7 @@ using Json = nlohmann::ordered_json;
 struct Spike {
     std::string kind;
     std::int64_t step = 0;  // counted from 0
-    std::int64_t now = 0;   // the step that is being made
+    std::int64_t now = 0;   // the current step
     int micro_batch = 0;    // of the step
 
     bool is(const char* name) const { return kind == name && now == step; }

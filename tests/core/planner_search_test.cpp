@@ -216,7 +216,7 @@ TEST(PlannerSearch, NoiseOfTheClockCostsLittle) {
         excess.push_back(job.step_seconds(report.choice().plan) / best_of_all(job, options) - 1);
     }
     std::sort(excess.begin(), excess.end());
-    // Two plans may each be off by 2 %, and a tie is 1 %, beside the 5 %.
+    // Two plans may each be off by 2 %, and a tie is 1 %, in addition to the 5 %.
     EXPECT_LE(excess[950], 0.08);
     EXPECT_LE(excess[500], 0.02);
 }

@@ -51,7 +51,7 @@ TEST(Planner, ATieGoesToTheSmallerPeak) {
     for (const auto& [overhead, expected] : {std::pair{0.0001, 1}, {0.003, 2}}) {
         FakeJob job;
         job.time = curve(overhead, 1e9, 0);
-        job.gradients = 0;  // or the uncut batch, whose forward pass holds none, would be the smaller
+        job.gradients = 0;  // otherwise the whole batch, whose forward pass holds none, would be smaller
         job.update_seconds = 0;
         EXPECT_EQ(plan(job, {.batch = 2, .budget_bytes = 1 << 30}).choice().plan.micro_batch, expected) << overhead;
     }

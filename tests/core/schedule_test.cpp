@@ -162,7 +162,7 @@ TEST(Schedule, NeverRisesAfterWarmupAndStaysBetweenFloorAndPeak) {
 }
 
 TEST(Schedule, CountsInSamplesAndTokens) {
-    // 8 steps of 10 samples or 1,000 tokens each: the same rates, whatever the unit.
+    // 8 steps of 10 samples or 1,000 tokens each: the same rates in every unit.
     const Schedule in_steps{
         .shape = ScheduleShape::linear, .peak = 1, .warmup = {2, Unit::steps}, .length = {8, Unit::steps}};
     Schedule in_samples = in_steps;

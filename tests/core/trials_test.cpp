@@ -46,7 +46,7 @@ TEST(Trials, NeedsTwoCutTrialsToPredictACutSize) {
 TEST(Trials, PredictsFromTheLastTwoSizes) {
     Trials trials(100);
     trials.add(4, trial(150, 250, 1.0));
-    trials.add(1, trial(110, 210, 1.0));  // whatever the order
+    trials.add(1, trial(110, 210, 1.0));  // in any order
     trials.add(2, trial(120, 220, 1.0));
     EXPECT_EQ(trials.peaks(6)->first, 180);
     EXPECT_EQ(trials.largest(), 4);

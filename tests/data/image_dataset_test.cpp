@@ -107,7 +107,7 @@ TEST(ImageDataset, RefusesAScaleThatWouldGiveNoNumbers) {
 }
 
 TEST(PixelScale, IsMeanAndDeviationOfPixelsOver255) {
-    // Two values at equal distance: the mean lies between them, the deviation is the distance.
+    // Two values at equal distance from the mean: the deviation is this distance.
     const PixelScale scale = pixel_scale(Bytes{0, 255, 255, 0});
     EXPECT_EQ(scale.mean, 0.5);
     EXPECT_EQ(scale.deviation, 0.5);

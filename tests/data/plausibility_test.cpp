@@ -73,7 +73,7 @@ TEST(CheckTokens, RefusesUint32ReadAsUint16) {
     expect_refused(halves(small, false), {"every second token is 0", "uint32"});
     expect_refused(halves(characters), {"every second token is 0", "uint32"});
     expect_refused(halves(large), {"every second token is at most 1", "uint32"});
-    // Few tokens may be small at every second place by chance.
+    // With few tokens, every second one may be small by chance.
     EXPECT_EQ(warnings_of({50256, 1, 40000, 7, 30000, 9}), Lines());
 }
 

@@ -240,7 +240,7 @@ TEST(ReadText, RefusesAHugeFileBeforeItTakesMemory) {
 }
 
 TEST(ReadText, RefusesAFileThatWasTruncated) {
-    // The system says 4096 bytes of each file there, whatever it holds: to a reader, one that has been cut since.
+    // For every file there, the system reports 4096 bytes, whatever its content: like a file that was truncated since.
     const fs::path path = "/sys/devices/system/cpu/online";
     if (!fs::exists(path)) GTEST_SKIP() << path << " is missing";
     expect_bad_data(path, {"cannot read " + path.string() + ": it ends at byte ", "4096 bytes"});

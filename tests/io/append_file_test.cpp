@@ -98,7 +98,7 @@ TEST(AppendFile, ContinuesWithAPlainFileAlone) {
     for (const fs::path& path : {link, pipe, folder.path(), folder.path() / "nowhere", fs::path("/dev/null")}) {
         expect_write_error({path.string()}, [&] { AppendFile(path, 0); });
     }
-    // One that somebody reads from can be opened, and is none all the same.
+    // A pipe with a reader can be opened, but is still not a regular file.
     const int reader = ::open(pipe.c_str(), O_RDONLY | O_NONBLOCK);
     expect_write_error({pipe.string(), "not a regular file"}, [&] { AppendFile(pipe, 0); });
     ::close(reader);

@@ -34,7 +34,7 @@ const StateDict& of_step(std::int64_t steps) {
     return states()[static_cast<std::size_t>(steps)];
 }
 
-/// A folder with the checkpoints of steps 1 and 2; where asked for, a damaged one of step 3, too.
+/// A folder with the checkpoints of steps 1 and 2; on request, also a corrupted one of step 3.
 class Disk {
 public:
     explicit Disk(bool with_damaged = false) {
@@ -58,7 +58,7 @@ public:
 
     CheckpointOptions options() const { return {.keep = 2, .sync_first = {log()}}; }
 
-    /// The step of the checkpoint that a new process finds, which is as it was written, and the run can go on from.
+    /// The step of the checkpoint that a new process finds, which is unchanged and can be resumed.
     std::int64_t found() const {
         CheckpointStore store(checkpoints(), options());
         const std::optional<StateDict> newest = store.newest();
@@ -79,7 +79,7 @@ public:
     /// And saves again.
     void expect_goes_on() const {
         const auto run = Training::from(rich(), *CheckpointStore(checkpoints()).newest());
-        FaultyFiles files(attic());  // none of which is struck; they do not wait for the disk
+        FaultyFiles files(attic());  // no operation fails; they do not wait for the disk
         CheckpointStore store(checkpoints(), options(), files);
         store.newest();
         store.warnings();
@@ -131,7 +131,7 @@ TEST(CheckpointFaults, AnErrorAtAnyOperationIsAWarningAndTheRunContinues) {
                 const std::int64_t found = disk.found();
                 const bool written = warnings[0].find("was not written") == std::string::npos;
                 EXPECT_TRUE(found == 3 || (found == 2 && !written)) << found;
-                // The same process goes on.
+                // The same process continues.
                 EXPECT_TRUE(store.save_now(of_step(4)));
                 EXPECT_TRUE(store.warnings().empty());
                 EXPECT_EQ(disk.found(), 4);

@@ -26,7 +26,7 @@ std::int64_t status(const std::string& key) {
 template <class Call>
 std::int64_t memory_of(const Call& call) {
     ::malloc_trim(0);
-    std::ofstream("/proc/self/clear_refs") << 5;  // the peak begins anew
+    std::ofstream("/proc/self/clear_refs") << 5;  // resets the peak
     const std::int64_t before = status("VmRSS");
     call();
     return status("VmHWM") - before;
@@ -127,7 +127,7 @@ TEST(CheckpointHostile, ALargeManifestIsRefusedInLittleMemory) {
     expect_refused_in_bounds(checkpoint);
 }
 
-// Whatever stands at a place of the state, the run is refused or can be gone on with; nothing else happens.
+// Whatever value is anywhere in the state, the run is refused or can continue; nothing else happens.
 TEST(CheckpointHostile, AnyValueAnywhereInTheStateIsRefusedOrHarmless) {
     const Forged checkpoint;
     const Json good = Json::parse(checkpoint.read("state.json"));

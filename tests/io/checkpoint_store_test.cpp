@@ -19,7 +19,7 @@ using CheckpointStoreTest = CheckpointFolder;
 TEST_F(CheckpointStoreTest, KeepsTheNewestAndGivesBackTheLast) {
     CheckpointStore store(folder(), {.keep = 2});
     EXPECT_FALSE(store.newest());
-    EXPECT_FALSE(fs::exists(folder()));  // made with the first
+    EXPECT_FALSE(fs::exists(folder()));  // created with the first one
     for (int i = 0; i < 4; ++i) EXPECT_TRUE(store.save_now(after(3)));
     EXPECT_EQ(names_in(folder()), (Names{"step-00000009", "step-00000012"}));
     EXPECT_TRUE(store.warnings().empty());
@@ -111,7 +111,7 @@ TEST_F(CheckpointStoreTest, TheRunOverwritesCorruptedOnes) {
     CheckpointStore other(folder());
     load(run_.trainer(), StateReader(*other.newest()));
     other.warnings();
-    EXPECT_TRUE(other.save_now(after(1)));  // in the place of the damaged one
+    EXPECT_TRUE(other.save_now(after(1)));  // replaces the corrupted one
     EXPECT_TRUE(other.warnings().empty());
     EXPECT_EQ(steps_in(*CheckpointStore(folder()).newest()), 3);
     EXPECT_EQ(names_in(folder()).size(), 3U);
@@ -124,7 +124,7 @@ TEST_F(CheckpointStoreTest, ANewerCorruptedOneDoesNotDeleteAValidOne) {
     damage("step-00000004");
     CheckpointStore other(folder(), {.keep = 2});
     load(run_.trainer(), StateReader(*other.newest()));
-    EXPECT_TRUE(other.save_now(after(1)));  // step 3, below the damaged one
+    EXPECT_TRUE(other.save_now(after(1)));  // step 3, below the corrupted one
     EXPECT_EQ(steps_in(*CheckpointStore(folder()).newest()), 3);
     damage("step-00000003");
     EXPECT_EQ(steps_in(*CheckpointStore(folder()).newest()), 2);
@@ -204,7 +204,7 @@ TEST_F(CheckpointStoreTest, ACorruptedOneDoesNotCountAsKept) {
     const StateDict newest = *reader.newest();
     load(resumed.trainer(), StateReader(newest));
     other.go_on_from(newest, reader.damaged());
-    for (int i = 0; i < 2; ++i) resumed.step();  // 3 is not made again
+    for (int i = 0; i < 2; ++i) resumed.step();  // 3 is not written again
     EXPECT_TRUE(other.save_now(state_of(resumed.trainer())));
     EXPECT_EQ(names_in(folder()), (Names{"step-00000001", "step-00000002", "step-00000004"}));
     for (int i = 0; i < 3; ++i) {
@@ -276,7 +276,7 @@ TEST_F(CheckpointStoreTest, ACorruptedHealthyOneIsSkipped) {
     const std::vector<std::string> warnings = other.warnings();
     ASSERT_EQ(warnings.size(), 1U);
     EXPECT_NE(warnings[0].find("step-00000002"), std::string::npos) << warnings[0];
-    // And does not stay in the place of one that is whole.
+    // And does not count instead of a valid one.
     EXPECT_TRUE(other.save_now(with(after(1), "data/healthy", StateScalar(false))));
     EXPECT_EQ(names_in(folder()), (Names{"step-00000001", "step-00000004"}));
 }

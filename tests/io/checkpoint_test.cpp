@@ -241,7 +241,7 @@ TEST(Checkpoint, OneOfTheVersionBeforeIsRefusedWithASentence) {
 TEST(Checkpoint, IsLoadedInTheMemoryOfTheStateAndOneTensor) {
     install_budget_allocator();
     const TempFolder folder;
-    constexpr std::int64_t wide = 512;  // a tensor of a MiB, beside which all else is little
+    constexpr std::int64_t wide = 512;  // a tensor of 1 MiB, much larger than the rest
     const auto make = [] { return mlp_job({.inputs = wide, .layers = 4, .width = wide, .classes = 2}); };
     const auto options = TrainerOptions{.batch = 2, .length = {1000, Unit::steps}};
     std::filesystem::path path;

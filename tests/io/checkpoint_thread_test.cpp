@@ -37,7 +37,7 @@ TEST_F(CheckpointThread, AThreadWritesTheBytesThatWouldBeWrittenAtOnceAlthoughTh
     }
 }
 
-/// The system's files, of which none is made before the gate opens; and what then happens.
+/// The system's files, none of which is created before the gate opens; and what happens then.
 class GatedFiles final : public FileSystem {
 public:
     explicit GatedFiles(std::function<void()> then = [] {}) : then_(std::move(then)) {}

@@ -46,7 +46,7 @@ struct Stretch {
     }
 };
 
-// Of the loops' arithmetic, rounded after every operation, whatever the compiler makes of this file.
+// The arithmetic of the loops, rounded after every operation, however the compiler optimizes this file.
 template <class Number>
 Number rounded(Number x) {
     volatile Number result = x;

@@ -24,7 +24,7 @@ constexpr std::int64_t largest = std::numeric_limits<std::int64_t>::max();
 constexpr double nan_value = std::numeric_limits<double>::quiet_NaN();
 constexpr double infinity = std::numeric_limits<double>::infinity();
 
-/// A run some steps in, into which damaged states are loaded.
+/// A run after some steps, into which corrupted states are loaded.
 class Victim {
 public:
     explicit Victim(const std::string& optimizer = "adamw")
@@ -52,7 +52,7 @@ public:
 
     const StateDict& good;
 
-    /// True if the state was refused, and nothing has changed. If it was taken, a step can be made or says why not.
+    /// True if the state was refused and nothing has changed. If it was accepted, a step succeeds or reports why not.
     bool refuses(const StateDict& state, const std::vector<std::string>& parts = {}) {
         try {
             load(run_.trainer(), StateReader(state));
@@ -126,7 +126,7 @@ bool may_be_number(const std::string& name, const StateScalar& value) {
     return any || (std::isfinite(found) && (found >= 0.0 || !at_least_0));
 }
 
-/// True if a run's state may have this value in the place of that one, as far as its kind and sign tell.
+/// True if a run's state may have this value instead of that one, judging by type and sign.
 bool may_be(const std::string& name, const StateScalar& good, const StateScalar& value) {
     if (name == "data/healthy") return true;  // it is for the store alone
     if (std::holds_alternative<double>(good)) return may_be_number(name, value);
@@ -230,7 +230,7 @@ TEST(Restore, RefusesTheTensorsOfAnotherOptimizer) {
     refused("2", at::zeros({}, at::kDouble));
     refused("2", at::zeros({}, at::kByte));
     victim.expect_refused(rich_state("sgd"));
-    // All of a parameter, as if it had made no step yet.
+    // All tensors of a parameter, as if it had made no step yet.
     StateDict state = victim.good;
     state.erase("optimizer/0.weight/");
     victim.expect_refused(state);
@@ -279,7 +279,7 @@ TEST(Restore, RefusesInvalidNumbers) {
         victim.expect_refused(with(victim.good, name, value));
     };
     refused("noise/weight", 2.0);
-    refused("gate/refused_in_a_row", largest);  // more than steps were made
+    refused("gate/refused_in_a_row", largest);  // more than the number of steps
     refused("caps/caps", std::int64_t{2});
     refused("caps/0/micro_batch", std::int64_t{0});
     for (const char* list : {"gate/losses", "gate/gradient_norms"}) {
@@ -376,7 +376,7 @@ TEST(Restore, ABufferThatChangedItsShapeIsRefusedOnSaving) {
     expect_same(state_of(run.trainer), good);
     run.model.register_buffer("later", at::zeros({1}));
     expect_usage_error({"buffer later"}, [&] { state_of(run.trainer); });
-    // Before the batch that is left half-way it had another.
+    // Before the partial batch, it had another one.
     Growing paused;
     paused.model.cache.resize_({4});
     paused.in_loss = [&] { paused.model.cache.resize_({2}); };

@@ -13,7 +13,7 @@ namespace {
 
 using namespace test;
 
-/// The steps of a run that nobody disturbs, and what it could be made of before each of them.
+/// The steps of an uninterrupted run, and the state before each of them.
 struct Undisturbed {
     std::vector<Seen> steps;
     std::vector<StateDict> before;
@@ -38,7 +38,7 @@ struct Undisturbed {
     }
 };
 
-/// From every step on to the end; and put together anew after each.
+/// From every step to the end; and saved and loaded again after each.
 void expect_resumes(const TrainingOptions& how, const Undisturbed& run) {
     for (std::size_t from = 0; from < run.steps.size(); ++from) {
         SCOPED_TRACE(::testing::Message() << "from step " << from);
@@ -134,7 +134,7 @@ TEST(Resume, ABatchThatChangesOverTheRunChangesWhereItWould) {
     how.trainer.rate_rule = RateRule::sqrt;
     how.trainer.schedule = cosine;
     how.trainer.noise_every = 2;
-    how.spikes = {46, 72, 80};  // before and after the guard is begun anew
+    how.spikes = {46, 72, 80};  // before and after the guard's statistics are reset
     const Undisturbed run(how, 82);
     EXPECT_EQ(run.refused(), 3);
     expect_resumes(how, run);

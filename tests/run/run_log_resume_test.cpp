@@ -160,7 +160,7 @@ TEST(RunLogResume, MissingStepsAreReported) {
     EXPECT_EQ(log_of(without_first), first_lines(from_second, 3));
     write_log(shorter, first_lines(whole, 3));
     EXPECT_EQ(RunLog(shorter.path(), 4).lines(), 3);
-    RunLog log(none.path() / "run", 4);  // none at all
+    RunLog log(none.path() / "run", 4);  // no log at all
     EXPECT_EQ(log.lines(), 0);
     write_step(log, 5);
     EXPECT_EQ(log.lines(), 1);

@@ -30,7 +30,7 @@ private:
     at::Tensor inputs_ = (at::manual_seed(1), at::randn({40, 3}));
 };
 
-/// A job that is the same each time it is made, as in a new process.
+/// A job that is the same each time it is created, as in a new process.
 struct Process {
     Rows data;
     torch::nn::Linear model{nullptr};

@@ -134,7 +134,7 @@ TEST(PrepareTensors, ReadsOneTensorAtATimeAndOnlyInTheCommit) {
     StateDict state;
     for (const char* name : {"a", "b", "c"}) {
         const auto read = [&] {
-            for (const at::Tensor& before : given) EXPECT_EQ(before.use_count(), 1);  // nobody holds it any more
+            for (const at::Tensor& before : given) EXPECT_EQ(before.use_count(), 1);  // there is no other reference
             ++reads;
             given.push_back(at::ones({2}));
             return given.back();

@@ -25,7 +25,7 @@ std::int64_t peak_of_two_steps(Job& job, const Batch& batch, const Plan& plan) {
 struct Case {
     const char* name;
     std::function<Job(const std::string&)> make;
-    std::vector<std::int64_t> sizes;  // none of which planning tries
+    std::vector<std::int64_t> sizes;  // planning tries none of these
     bool recompute;
 };
 

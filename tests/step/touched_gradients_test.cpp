@@ -212,7 +212,7 @@ TEST(GradientKinds, ASparseOneIsAnErrorThatNamesTheParameterAndTheCure) {
             expect_usage_error(said, [&] { accumulator.add(loss(batch)); });
             expect_no_gradients(parameters_of(net));
             expect_same_bits(values_of(parameters_of(net)), before);
-            loss(batch).sum.backward();  // left there by somebody else
+            loss(batch).sum.backward();  // left by other code
             expect_usage_error({"embedding.weight"}, [&] { accumulator.begin(); });
             net.zero_grad();
         }

@@ -26,7 +26,7 @@
 
 namespace microbatch::test {
 
-/// How a run is made: twice by the same options is the same run.
+/// The options of a run: the same options give the same run.
 struct TrainingOptions {
     std::string model = "mlp";        ///< or gpt, where the generator matters; resnet or norm, where the buffers do
     std::string optimizer = "adamw";  ///< or sgd; "torch adamw" and "torch sgd" are torch's own
@@ -100,7 +100,7 @@ public:
         return result;
     }
 
-    /// Called with every micro-batch before its loss is made.
+    /// Called with every micro-batch before its loss is computed.
     std::function<void()> before_loss = [] {};
 
 private:
