@@ -128,7 +128,7 @@ PlanReport plan_native(const JobPlan& plan, const Job& job, std::int64_t budget_
 std::string describe_cut(const Candidate& candidate) {
     const std::string cut =
         candidate.micro_batches == 1
-            ? "uncut"
+            ? "in one piece"
             : fmt::format("in {} micro-batches of {}", candidate.micro_batches, candidate.plan.micro_batch);
     return cut + (candidate.plan.recompute ? ", with recompute" : "");
 }

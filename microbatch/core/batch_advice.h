@@ -58,8 +58,8 @@ void require_enough_data(std::int64_t batch, std::int64_t samples);
 /// Source:   McCandlish et al. 2018, arXiv:1812.06162, equation 2.11, with the noise scale for the critical batch: a
 ///           proxy, which is too small for language models (Merrill et al. 2025, arXiv:2505.23971).
 /// Units:    samples, seconds.
-/// Errors:   ErrorKind::usage unless noise_batch is finite and above 0, and some cut is of at most `largest` samples
-///           and of no more than the data has.
+/// Errors:   ErrorKind::usage unless noise_batch is finite and above 0, and a timed micro-batch has at most `largest`
+///           samples and no more than the data has.
 BatchAdvice advise_batch(double noise_batch, std::span<const TimedCut> cuts, double update_seconds,
                          std::int64_t largest, std::int64_t samples);
 

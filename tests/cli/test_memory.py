@@ -88,7 +88,7 @@ def test_a_plan_says_in_one_line_why(run, table):
 def test_a_plan_says_that_no_accumulation_is_needed(run):
     document = run.text("plan", batch=2, json=True).ok().document
     assert "no accumulation needed" in document["why"] and document["micro_batches"] == 1
-    assert re.search(r"^chosen  uncut: .*no accumulation needed$", run.text("plan", batch=2).ok().stdout, re.MULTILINE)
+    assert re.search(r"^chosen  in one piece: .*no accumulation needed$", run.text("plan", batch=2).ok().stdout, re.MULTILINE)
 
 
 def test_the_table_has_predicted_and_measured_and_what_they_are_made_of(run):
