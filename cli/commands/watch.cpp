@@ -12,7 +12,7 @@ namespace {
 
 std::string describe_noise(std::int64_t every, std::int64_t missing, bool cut) {
     if (every == 0) return "not measured";
-    if (!cut) return "not measured: the batch is one micro-batch, and measuring requires two";
+    if (!cut) return "not measured: the batch is one micro-batch, and noise needs two";
     if (missing > 0) {
         return fmt::format("not measured: a copy of the gradients needs {} more memory", format_bytes(missing));
     }

@@ -24,7 +24,7 @@ def test_the_rate_is_scaled_by_the_optimizers_default_rule(growing):
     rates = growing.column("learning_rate")
     assert rates[0] == pytest.approx(0.01) and rates[3] == pytest.approx(0.01 * 2**0.5)
     assert rates[7] == pytest.approx(0.02)
-    assert "4 at 0 steps, 8 at 12 samples" in growing.stdout and "by sqrt" in growing.stdout
+    assert "4 at 0 steps, 8 at 12 samples" in growing.stdout and "by the rule sqrt" in growing.stdout
 
 
 @pytest.mark.parametrize("rule, factor", [("linear", 4), ("none", 1)])

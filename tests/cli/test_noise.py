@@ -65,7 +65,7 @@ def test_if_a_copy_of_the_gradients_does_not_fit_it_says_so(run):
 
 def test_one_micro_batch_does_not_show_noise(run):
     result = run.text("train", batch=8, micro_batch=8).ok()
-    assert "measuring requires two" in result.stdout and set(result.column("gradient_variance")) == {None}
+    assert "noise needs two" in result.stdout and set(result.column("gradient_variance")) == {None}
 
 
 # Advice
