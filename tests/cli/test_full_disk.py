@@ -59,7 +59,7 @@ def test_on_a_full_disk_the_oldest_checkpoint_is_deleted(on_disk, run):
 def test_the_only_checkpoint_is_not_deleted_and_the_needed_space_is_named(on_disk):
     result = on_disk(900, steps=80).ok()
     (warning, *_) = re.findall(r"^warning: the checkpoint of step \d+ was not written: .*$", result.stdout, re.MULTILINE)
-    assert re.search(r"No space left on device; [\d.]+ [KM]iB are needed, [\d.]+ [KM]iB are free; the run goes on", warning)
+    assert re.search(r"No space left on device; [\d.]+ [KM]iB are needed, [\d.]+ [KM]iB are free; the run continues", warning)
     assert len(checkpoints_of(result.folder)) == 1 and result.column("step") == list(range(1, 81))
 
 
