@@ -266,7 +266,7 @@ Commit TorchOptimizer::prepare(const StateReader& reader) {
             states.push_back({parameter, section, needed});
         }
     }
-    if (known != reader.tensors().size()) reader.refuse("", "it belongs to other parameters");
+    if (known != reader.tensors().size()) reader.refuse("", "it belongs to the parameters of another torch optimizer");
     return [this, states = std::move(states)] {
         const at::NoGradGuard no_grad;
         std::remove_reference_t<decltype(optimizer_.state())> restored;

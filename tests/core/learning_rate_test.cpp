@@ -88,7 +88,7 @@ TEST(RateRule, ThereAndBackIsWhereItWas) {
 
 TEST(RateRule, SaysWhereAdamsEquationEnds) {
     EXPECT_NO_THROW(scale_to_batch(adam(), RateRule::adam_sde, 100, 999));
-    expect_usage_error({"adam-sde has no beta1", "10 times the reference", "Take a batch below 10 times", "sqrt"},
+    expect_usage_error({"adam-sde has no beta1", "10 times the reference", "Use a batch below 10 times", "sqrt"},
                        [] { scale_to_batch(adam(), RateRule::adam_sde, 100, 1000); });
     RateConstants fast = adam();
     fast.adam->beta1 = 0.99;

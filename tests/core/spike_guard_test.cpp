@@ -223,7 +223,7 @@ TEST(SpikeGuard, EvaluatingChangesNothing) {
 
 TEST(SpikeGuard, RefusesSettingsThatHaveNoMeaning) {
     expect_usage_error({"least is 1"}, [] { SpikeGuard({.least = 1}); });
-    expect_usage_error({"window of 10 steps is shorter than the 64"}, [] { SpikeGuard({.window = 10}); });
+    expect_usage_error({"window of 10 steps is shorter than the required 64"}, [] { SpikeGuard({.window = 10}); });
     for (const double sigmas : {0.0, -1.0, nan_value, infinity}) {
         expect_usage_error({"sigmas is"}, [sigmas] { SpikeGuard({.sigmas = sigmas}); });
     }

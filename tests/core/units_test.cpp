@@ -183,7 +183,7 @@ TEST(Units, ProgressAddsAndIsReadInEachUnit) {
 
 TEST(Units, ProgressThatLeavesSixtyFourBitsIsAnErrorAndChangesNothing) {
     Progress progress{.steps = 5, .samples = largest, .tokens = 7};
-    expect_usage_error({"progress leaves 64 bits: 9223372036854775807 + 1 samples"},
+    expect_usage_error({"progress exceeds 64 bits: 9223372036854775807 + 1 samples"},
                        [&] { progress += {.steps = 1, .samples = 1, .tokens = 1}; });
     EXPECT_EQ(progress, (Progress{.steps = 5, .samples = largest, .tokens = 7}));
     EXPECT_EQ((progress + Progress{.samples = -1}).samples, largest - 1);

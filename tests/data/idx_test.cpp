@@ -133,8 +133,8 @@ TEST(Idx, BelievesTheFileAndNotItsHeaderAboutMemory) {
     const test::TempFolder folder;
     // 10^12 bytes announced, more than this machine could allocate: an error of this library, not std::bad_alloc.
     const std::string bytes = idx(0x803, {10'000, 10'000, 10'000}, "abc");
-    expect_bad_data(folder.write("a", bytes), 3, {"truncated", "holds 3 bytes", "expected 1000000000000"});
-    expect_bad_data(folder.write("b", gzipped(folder, bytes)), 3, {"truncated", "holds 3 bytes"});
+    expect_bad_data(folder.write("a", bytes), 3, {"truncated", "has 3 bytes", "expected 1000000000000"});
+    expect_bad_data(folder.write("b", gzipped(folder, bytes)), 3, {"truncated", "has 3 bytes"});
 }
 
 /// Bytes of memory that a call takes at most, all that the process has meanwhile; of a process of its own, for a peak

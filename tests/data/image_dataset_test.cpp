@@ -92,7 +92,7 @@ TEST(ImageDataset, RefusesBytesThatDoNotMatchTheShape) {
 TEST(ImageDataset, RefusesARangeThatIsEmptyOrOutOfBounds) {
     const auto data = data_of(1, 1, {1, 2}, {0, 0});
     for (const auto& [begin, end] : {std::pair{0, 3}, std::pair{-1, 1}, std::pair{1, 1}, std::pair{2, 1}}) {
-        expect_usage_error({"the 2 there are"}, [&, b = begin, e = end] { ImageDataset(data, {}, b, e); });
+        expect_usage_error({"the 2 images"}, [&, b = begin, e = end] { ImageDataset(data, {}, b, e); });
     }
 }
 

@@ -151,7 +151,7 @@ TEST(RefuseGrouped, RefusesImagesInOrderOfTheirClass) {
         for (const std::uint8_t label : classes) labels.insert(labels.end(), each, label);
         return labels;
     };
-    const Lines parts{"set", "sorted by class", "nearly only label 1 of 3", "shuffle", "t10k-"};
+    const Lines parts{"set", "sorted by class", "almost only label 1 of 3", "shuffle", "t10k-"};
     for (const std::size_t each : {10U, 1000U}) {
         test::expect_error(ErrorKind::bad_data, parts, [&] { refuse_grouped(in_order({2, 0, 1}, each), "set"); });
     }

@@ -108,7 +108,7 @@ TEST(ReadText, RefusesAnEmptyFile) {
 
 TEST(ReadText, RefusesAFolderWithoutText) {
     const test::TempFolder folder;
-    expect_bad_data(folder.path(), {folder.path().string(), "holds no text: give"});
+    expect_bad_data(folder.path(), {folder.path().string(), "has no text: give"});
     folder.write("empty", "");
     folder.write("binary", std::string(3, '\0'));
     folder.write(".hidden", "text");

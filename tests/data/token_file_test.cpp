@@ -144,8 +144,8 @@ TEST(TokenFile, RefusesAHeaderThatContradictsTheSize) {
     const test::TempFolder folder;
     const std::string bytes = little_endian({1, 2, 3});
     expect_bad_data(folder.write("a.bin", header(20240520, 1, 4) + bytes), {"truncated", "4 tokens", "6 bytes"});
-    expect_bad_data(folder.write("b.bin", header(20240520, 1, 2) + bytes), {"damaged", "2 tokens", "6 bytes"});
-    expect_bad_data(folder.write("c.bin", header(20240520, 1, 0xffffffff) + bytes), {"damaged", "-1 tokens"});
+    expect_bad_data(folder.write("b.bin", header(20240520, 1, 2) + bytes), {"corrupted", "2 tokens", "6 bytes"});
+    expect_bad_data(folder.write("c.bin", header(20240520, 1, 0xffffffff) + bytes), {"corrupted", "-1 tokens"});
     expect_bad_data(folder.write("d.bin", header(20240520, 1, 0x7fffffff) + bytes), {"2147483647 tokens", "6 bytes"});
     // Twice this count is 6 in 32 bits.
     expect_bad_data(folder.write("f.bin", header(20240520, 1, 0x80000003) + bytes), {"-2147483645 tokens", "6 bytes"});

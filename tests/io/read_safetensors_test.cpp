@@ -137,9 +137,9 @@ TEST(ReadSafetensors, AnInconsistentHeaderIsRefused) {
     refused("shape", entry("F32", "[-2]", "[0,8]"), eight);
     refused("shape", entry("F32", "[2.5]", "[0,8]"), eight);
     refused("shape", entry("F32", "\"2\"", "[0,8]"), eight);
-    refused("stretch", entry("F32", "[2]", "[8,0]"), eight);
-    refused("stretch", entry("F32", "[2]", "[0,8,9]"), eight);
-    refused("stretch", entry("F32", "[2]", "[-8,0]"), eight);
+    refused("its offsets are invalid", entry("F32", "[2]", "[8,0]"), eight);
+    refused("its offsets are invalid", entry("F32", "[2]", "[0,8,9]"), eight);
+    refused("its offsets are invalid", entry("F32", "[2]", "[-8,0]"), eight);
     refused("follow", entry("F32", "[1]", "[4,8]"), eight);
     refused("has 8", entry("F32", "[1]", "[0,4]"), eight);
     refused("has 8", entry("F32", "[4]", "[0,16]"), eight);
