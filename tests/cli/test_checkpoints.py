@@ -1,4 +1,4 @@
-"""Checkpoints: when they are written, what is in them, how many stay, and what happens where they cannot be written."""
+"""Checkpoints: when they are written, what is in them, how many are kept, and what happens if they cannot be written."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def tensors_of(file):
     ({"steps": 9, "checkpoint_every": "0 steps"}, steps(9)),
     ({"steps": 3}, steps(3)),
 ], ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else "")
-def test_checkpoints_are_written_when_it_is_time_and_the_last_ones_stay(run, flags, names):
+def test_checkpoints_are_written_when_due_and_the_last_ones_are_kept(run, flags, names):
     result = run.text("train", memory=at_once(run, "text"), micro_batch=8, **flags).ok()
     assert names_of(result) == names
     assert result.files == FILES
@@ -62,7 +62,7 @@ def test_checkpoints_are_written_when_it_is_time_and_the_last_ones_stay(run, fla
 
 def test_a_run_says_how_often_it_writes_them(run):
     result = run.text("train", checkpoint_every="2 steps", keep=2, keep_every="40 samples").ok()
-    assert re.search(r"^saved     every 2 steps, the newest 2 stay, and one every 40 samples$", result.stdout, re.MULTILINE)
+    assert re.search(r"^saved     every 2 steps, keeping the newest 2, and one every 40 samples$", result.stdout, re.MULTILINE)
 
 
 def test_no_checkpoints_means_none(run):
@@ -87,7 +87,7 @@ def test_a_wrong_interval_or_number_is_refused(run, flag, values):
     assert not (run.folder / "run").exists()
 
 
-def test_a_configuration_keeps_how_often_they_are_written(run):
+def test_a_configuration_records_how_often_they_are_written(run):
     run.text("train", run="first", checkpoint_every="2 steps", keep=5, keep_every="4 steps", steps=8,
              memory=at_once(run, "text"), micro_batch=8).ok()
     again = run("train", "--config", "first/config.toml", "--run", "run").ok()
@@ -154,7 +154,7 @@ def test_no_pickle_and_nothing_that_runs(kept):
 # Interrupted
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_an_interrupted_run_has_a_checkpoint_of_where_it_was(run, sent):
+def test_an_interrupted_run_has_a_checkpoint_of_its_last_state(run, sent):
     process = run.start("train", **LONG | {"checkpoint_every": "0 steps"})
     wait_for(lambda: lines_of(run) >= 3, process)
     process.send_signal(sent)
@@ -193,7 +193,7 @@ def held_by(process):
     return held
 
 
-def test_a_resumed_run_holds_no_files_of_checkpoints_that_are_removed(run):
+def test_a_resumed_run_holds_no_files_of_deleted_checkpoints(run):
     # Two snapshots of the guard are in the checkpoint, too.
     run.text("train", **LONG | {"steps": 40}).ok()
     folder = run.folder / "run"
@@ -211,7 +211,7 @@ def test_a_resumed_run_holds_no_files_of_checkpoints_that_are_removed(run):
 # Where they cannot be written
 
 def limited(size):
-    """Files of this process end at so many bytes: a write beyond is short, the next fails, as on a disk that is full."""
+    """Limits the size of files of this process: a write beyond it is partial, and the next one fails, as on a full disk."""
 
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -224,7 +224,7 @@ def limited(size):
 FULL = limited(120_000)
 
 
-def test_a_full_disk_is_a_warning_and_the_run_goes_on(run):
+def test_a_full_disk_is_a_warning_and_the_run_continues(run):
     result = run.in_folder("run", ["train", *words_of({"data": run.data.text} | TEXT | {
         "run": "run", "steps": 9, "checkpoint_every": "4 steps", "micro_batch": 3, "restores": 0})], preexec_fn=FULL)
     assert result.returncode == 0, result.stderr
@@ -236,7 +236,7 @@ def test_a_full_disk_is_a_warning_and_the_run_goes_on(run):
     assert len(result.weights) > 0
 
 
-def test_a_full_disk_leaves_the_checkpoints_there_are_untouched_and_the_run_can_be_resumed(run):
+def test_a_full_disk_leaves_existing_checkpoints_untouched_and_the_run_can_be_resumed(run):
     flags = {"schedule": "constant", "checkpoint_every": "4 steps", "micro_batch": 3, "restores": 0}
     reference = run.text("train", run="reference", steps=16, **flags).ok()
     run.text("train", steps=8, **flags).ok()
@@ -250,7 +250,7 @@ def test_a_full_disk_leaves_the_checkpoints_there_are_untouched_and_the_run_can_
     assert_same(result, reference)
 
 
-def test_a_full_disk_when_it_is_interrupted_is_said_too(run):
+def test_a_full_disk_on_interrupt_is_reported_too(run):
     process = subprocess.Popen(
         [COMMAND, "train", *words_of({"data": run.data.text} | TEXT | LONG | {"run": "run", "restores": 0,
                                                                           "checkpoint_every": "0 steps"})],
@@ -263,7 +263,7 @@ def test_a_full_disk_when_it_is_interrupted_is_said_too(run):
     assert list((run.folder / "run" / "checkpoints").glob("step-*")) == []
 
 
-def test_a_folder_that_cannot_be_made_is_a_warning_and_the_run_goes_on(run):
+def test_a_folder_that_cannot_be_created_is_a_warning_and_the_run_continues(run):
     process = run.start("train", **LONG | {"steps": 400, "checkpoint_every": "50 steps"})
     folder = run.folder / "run"
     wait_for(lambda: checkpoints_of(folder), process)
@@ -278,7 +278,7 @@ def test_a_folder_that_cannot_be_made_is_a_warning_and_the_run_goes_on(run):
     assert len(list((run.folder / "away").glob("step-*"))) >= 1
 
 
-def test_checkpoints_that_are_removed_while_it_runs_are_written_again(run):
+def test_checkpoints_that_are_deleted_during_the_run_are_written_again(run):
     process = run.start("train", **LONG | {"steps": 400, "checkpoint_every": "50 steps"})
     folder = run.folder / "run"
     wait_for(lambda: checkpoints_of(folder), process)
@@ -317,7 +317,7 @@ def test_of_two_that_start_together_one_trains(run):
     assert lines_of(run) == 300
 
 
-def test_of_two_that_begin_the_one_that_planned_longer_does_not_begin_over_what_the_other_trained(run):
+def test_of_two_that_start_the_one_that_plans_longer_does_not_overwrite_the_other(run):
     process = run.start("train", resume=True, data=run.data.tokens, layers=4, width=128, length=128, batch=64, memory="1GiB")
     try:
         # It has its data open, so it has seen that there is no run; it plans for seconds.

@@ -1,4 +1,4 @@
-"""The three strategies side by side: the same samples, honest marks, the same gradient from both ways of a batch."""
+"""The three strategies side by side: the same samples, correct marks, and the same gradient from both ways to run a batch."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def test_there_are_three_strategies(strategies):
     assert small["batch"] == small["micro_batch"] == accumulated["micro_batch"] < 32
 
 
-def test_native_is_run_and_marked_when_it_is_over_the_budget(tight, strategies):
+def test_native_is_run_and_marked_if_it_exceeds_the_budget(tight, strategies):
     budget = tight.document["budget_bytes"]
     assert budget == 2**20
     assert all(each["ran"] and each["fits"] == (each["peak_bytes"] <= budget) for each in strategies.values())
@@ -116,7 +116,7 @@ def test_any_batches_can_be_compared(batches):
     assert told["seeds"] == 3
 
 
-def test_every_seed_has_a_loss_of_its_own_and_the_mean_is_told(batches):
+def test_every_seed_has_its_own_loss_and_the_mean_is_reported(batches):
     for each in batches.document["strategies"]:
         losses = each["held_out_losses"]
         assert len(set(losses)) == 3 and each["held_out_loss"] == pytest.approx(sum(losses) / 3)
@@ -142,7 +142,7 @@ def test_sharpness_and_the_loss_along_a_direction_are_measured(strategies, tight
     assert strategies["accumulated"]["sharpness"] == pytest.approx(strategies["native"]["sharpness"], rel=0.05)
 
 
-def test_a_run_that_diverges_is_told_as_such(run):
+def test_a_run_that_diverges_is_reported_as_such(run):
     document = run.text("compare", batch=8, micro_batch=4, samples=2000, optimizer="sgd", momentum=0, clip="inf", lr=1e6,
                         schedule="constant", seeds=1, json=True).ok().document
     assert any(each["diverged"] for each in document["strategies"])
@@ -177,7 +177,7 @@ def test_what_cannot_be_compared_is_refused(run, flags, words):
     run.text("compare", **flags).refused(2, *words)
 
 
-def test_a_folder_that_is_there_is_not_written_into(run):
+def test_an_existing_folder_is_not_written_to(run):
     (run.folder / "kept").mkdir()
     run.text("compare", run="kept").refused(2, "--run kept", "exists")
 
@@ -222,7 +222,7 @@ def test_the_child_is_killed_with_its_parent(comparing):
     until(lambda: processes_with(word) == [], seconds=10)
 
 
-def test_a_signal_ends_both_even_where_the_child_does_not_answer(comparing):
+def test_a_signal_ends_both_even_if_the_child_does_not_react(comparing):
     process, child, word = comparing
     os.kill(child, signal.SIGSTOP)
     process.send_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Faults around a run: data that changes under it, a disk that is full, a clock that jumps."""
+"""Faults during a run: data that changes, a full disk, a clock that jumps."""
 
 import json
 import os
@@ -41,20 +41,20 @@ def test_data_that_shrinks_while_it_is_read_ends_the_run_with_what_was_done(run,
     assert err.startswith("microbatch: ") and "own.bin" in err and len(err.splitlines()) == 1
     done = lines_of(run)
     assert done >= 3 and checkpoints_of(folder)[-1].name.split("-")[1] == f"{done:08}"
-    # With the data as it was it goes on, and ends as if nothing had been.
+    # With the original data it resumes, and ends as if nothing had happened.
     tokens.write_bytes(whole)
     resumed = run("train", "--run", "run", "--resume", "--steps", done + 5, "--json").ok()
     assert resumed.document["resumed_from"] == done
     assert_same(resumed, run.text("train", run="reference", data=tokens, **LONG | {"steps": done + 5}).ok())
 
 
-def test_data_that_shrank_is_refused_when_it_is_to_go_on(run, tokens):
+def test_data_that_shrank_is_refused_at_resume(run, tokens):
     run.text("train", data=tokens).ok()
     os.truncate(tokens, 6000)
     run("train", "--run", "run", "--resume", "--steps", "4").refused(2, "data", "own.bin", "--resume-changed")
 
 
-def test_data_that_vanishes_is_still_there_for_the_run(run, tokens):
+def test_data_that_is_deleted_stays_available_to_the_run(run, tokens):
     reference = run.text("train", run="reference", data=tokens, **LONG | {"steps": 300}).ok()
     process = run.start("train", data=tokens, **LONG | {"steps": 300})
     wait_for(lambda: lines_of(run) >= 3, process)
@@ -71,12 +71,12 @@ def ignore_large_files():
 
 
 def limit(process, size):
-    """From now on files of the process end at so many bytes, as on a disk that is full."""
+    """From now on, limits the size of files of the process, as on a full disk."""
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 @pytest.mark.parametrize("spare", [0, 100], ids=["at once", "in the midst of a line"])
-def test_a_full_disk_in_the_log_is_a_warning_and_what_is_missing_comes_later(run, spare):
+def test_a_full_disk_for_the_log_is_a_warning_and_missing_lines_are_written_later(run, spare):
     # No checkpoints meanwhile: they could not be written either.
     flags = LONG | {"steps": 400, "checkpoint_every": "0 steps"}
     words = [COMMAND, "train", *words_of({"data": run.data.text} | TEXT | {"run": "run"} | flags)]
@@ -104,7 +104,7 @@ def test_a_full_disk_in_the_log_is_a_warning_and_what_is_missing_comes_later(run
     assert [event[2] for event in events_of(events) if b"train/loss" in event.get(5, b"")] == list(range(1, 401))
 
 
-def test_a_log_that_could_not_be_written_to_the_end_is_made_whole_by_resuming(run):
+def test_an_incomplete_log_is_completed_by_resuming(run):
     flags = LONG | {"steps": 100, "checkpoint_every": "0 steps"}
     words = [COMMAND, "train", *words_of({"data": run.data.text} | TEXT | {"run": "run"} | flags)]
     process = subprocess.Popen(words, cwd=run.folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,

@@ -1,4 +1,4 @@
-"""Ctrl-C at any moment: what was done is whole and on the disk, and the command ends soon."""
+"""Ctrl-C at any moment: all work is saved to the disk, and the command ends soon."""
 
 import json
 import pathlib
@@ -50,14 +50,14 @@ def test_a_signal_ends_the_run_with_everything_written(interrupted, sent):
     assert f"{len(steps):,} steps" in summary and "model.safetensors" in summary and "peak" in summary
 
 
-def test_the_document_tells_that_the_run_was_interrupted(interrupted):
+def test_the_document_says_that_the_run_was_interrupted(interrupted):
     result = interrupted(signal.SIGINT, json=True)
     assert result.returncode == 130
     assert result.document["interrupted"] is True and result.document["steps"] == len(result.metrics)
 
 
 @pytest.mark.parametrize("seconds", [0.5, 1])
-def test_a_signal_while_the_micro_batch_is_sought_ends_the_command(run, seconds):
+def test_a_signal_during_planning_ends_the_command(run, seconds):
     process = run.start("plan", data=FORTUNES, model="gpt-small", layers=6, width=384, length=256, batch=512,
                         memory="2GiB")
     time.sleep(seconds)
@@ -89,7 +89,7 @@ def test_a_comparison_can_be_interrupted_and_leaves_neither_processes_nor_folder
     assert process.returncode == 130
     assert processes_with(str(place)) == []
     if kept:
-        # The child has ended as a run does that is interrupted.
+        # The child has ended like an interrupted run.
         assert {path.name for path in (place / "kept").iterdir()} == {"small-batch-1"}
         assert (place / "kept" / "small-batch-1" / "model.safetensors").exists()
     else:
@@ -122,14 +122,14 @@ def test_a_signal_ends_the_run_inside_a_batch_and_nothing_of_it_is_lost(run, sen
     (checkpoint,) = (run.folder / "run" / "checkpoints").iterdir()
     samples = int(re.fullmatch(r"step-00000000-(\d+)", checkpoint.name)[1])
     assert 0 < samples < 100_000
-    assert lines_of(run) == 0 and re.search(r"^go on +microbatch train --run run --resume$", out, re.MULTILINE)
+    assert lines_of(run) == 0 and re.search(r"^continue +microbatch train --run run --resume$", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("first, second", [
     (signal.SIGINT, signal.SIGINT), (signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT),
     (signal.SIGHUP, signal.SIGINT),
 ], ids=lambda sent: sent.name)
-def test_two_signals_end_at_once(run, first, second):
+def test_two_signals_end_the_run_immediately(run, first, second):
     # A micro-batch of many seconds, so that the first signal cannot have ended the run by itself.
     process = run.start("train", data=FORTUNES, layers=2, width=256, length=256, batch=128, micro_batch=128,
                         recompute="always", memory="4GiB", no_verify=True, noise_every=0, steps=100)
@@ -144,7 +144,7 @@ def test_two_signals_end_at_once(run, first, second):
     assert list((run.folder / "run").glob("checkpoints/step-*")) == []
 
 
-def test_a_signal_that_comes_twice_at_once_is_one(run):
+def test_a_signal_that_is_sent_twice_at_once_counts_once(run):
     """As coreutils' timeout sends it: to the process and to its group."""
     process = run.start("train", batch=100_000, micro_batch=1, steps=100)
     wait_for(lambda: lines_of(run) == 0, process)

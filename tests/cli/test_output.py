@@ -66,7 +66,7 @@ def told_defaults(text):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_the_defaults_that_help_tells_are_those_of_a_run(run, optimizer):
+def test_the_defaults_in_help_are_those_of_a_run(run, optimizer):
     told = told_defaults(run("train", "--help").ok().stdout)
     run("train", "--data", run.data.text, "--steps", "1", "--run", "run", "--optimizer", optimizer, "--memory", "1GiB",
         "--micro-batch", "16", "--no-verify").ok()
@@ -89,7 +89,7 @@ def test_help_says_that_the_head_of_a_gpt_is_its_embedding(run):
     assert "tied weights" in run("train", "--help").ok().stdout
 
 
-def test_help_tells_how_long_a_run_is_by_itself(run):
+def test_help_says_how_long_a_run_is_by_default(run):
     text = run("train", "--help").ok().stdout
     assert re.search(r"default.*100 steps|100 steps.*default", text.split("How long")[1])
 
@@ -116,7 +116,7 @@ def test_a_summary_is_at_the_end(run):
     first, last = (f"{result.column('loss')[at]:.4f}" for at in (0, -1))
     assert re.match(rf"loss +{first} at the first step, {last} at the last, [\d.]+ held out", loss)
     assert re.match(r"memory +peak .* measured, .* predicted .*, budget 64 MiB", memory)
-    assert re.match(r"time +[\d.]+ s a step measured, [\d.]+ s predicted \([+-][\d.]+ %\)$", time_)
+    assert re.match(r"time +[\d.]+ s per step measured, [\d.]+ s predicted \([+-][\d.]+ %\)$", time_)
     assert written.split()[1] == "run:" and "metrics.jsonl" in written
 
 
@@ -222,7 +222,7 @@ def test_an_interrupt_that_ends_tee_first_leaves_a_checkpoint(run):
     assert checkpoint.name.split("-")[1] == f"{lines_of(run):08}"
 
 
-def test_a_comparison_whose_reader_goes_away_ends_as_ever(run):
+def test_a_comparison_whose_reader_goes_away_ends_normally(run):
     process = subprocess.Popen(command("compare", run, samples=32, seeds=1), cwd=run.folder, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE)
     process.stdout.close()
@@ -267,7 +267,7 @@ def drawn(seen):
 
 
 @pytest.mark.parametrize("columns", [40, 120])
-def test_a_terminal_gets_one_line_that_is_drawn_again(terminal, columns):
+def test_a_terminal_gets_one_line_that_is_redrawn(terminal, columns):
     code, seen = terminal(columns, steps=1500, micro_batch=8)
     assert code == 0
     shown = [text for text in drawn(seen) if "%" in text]
@@ -313,7 +313,7 @@ def test_the_document_of_a_run_is_what_its_metrics_say(run):
     assert told["peak_bytes"] == max(result.column("peak_bytes")) <= told["budget_bytes"] == 64 * 2**20
 
 
-def test_an_error_leaves_the_document_away(run):
+def test_an_error_prints_no_document(run):
     run.text("plan", json=True, batch=0).refused(2, "--batch")
 
 

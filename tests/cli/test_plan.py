@@ -1,4 +1,4 @@
-"""What `plan` shows is measured, consistent, and what `train` does."""
+"""The output of `plan` is measured, consistent, and matches what `train` does."""
 
 import math
 import re
@@ -25,7 +25,7 @@ def peak_of(candidate):
     return candidate["measured_peak_bytes"] or candidate["predicted_peak_bytes"]
 
 
-def test_candidates_are_told_to_fit_exactly_when_they_do(plan):
+def test_candidates_are_reported_to_fit_exactly_when_they_do(plan):
     assert {each["fits"] for each in plan["candidates"]} == {True, False}
     for each in plan["candidates"]:
         assert each["fits"] == (peak_of(each) <= plan["budget_bytes"])
@@ -89,7 +89,7 @@ def test_images_can_be_planned(run):
     assert document["model"] == "resnet" and 1 <= document["micro_batch"] < 32
 
 
-def test_without_a_budget_the_free_memory_of_the_machine_is_taken(run):
+def test_without_a_budget_the_free_memory_of_the_machine_is_used(run):
     with open("/proc/meminfo") as file:
         total = int(next(line for line in file if line.startswith("MemTotal")).split()[1]) * 1024
     assert 0 < run.text("plan", memory=None, json=True).ok().document["budget_bytes"] < total
@@ -100,7 +100,7 @@ def test_planning_writes_nothing(run):
     assert list(run.folder.iterdir()) == []
 
 
-def test_the_peak_is_told_by_phase_and_by_part(run):
+def test_the_peak_is_reported_by_phase_and_by_part(run):
     document = run.text("plan", json=True).ok().document
     chosen = chosen_of(document)
     assert list(chosen["parts"]) == ["parameters", "gradients", "optimizer_state", "activations", "other"]

@@ -43,7 +43,7 @@ def test_memory_file_descriptors_and_threads_do_not_grow(job):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_it_notices_growth(tmp_path):
+def test_it_detects_growth(tmp_path):
     (tmp_path / "leak.c").write_text(LEAK)
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", tmp_path / "leak.so", tmp_path / "leak.c", "-lpthread"], check=True)
     leaking = tmp_path / "leaking"

@@ -1,4 +1,4 @@
-// A checkpoint that is written while the run goes on, and what can go wrong with it.
+// A checkpoint that is written while the run continues, and its possible failures.
 #include <ATen/ATen.h>
 
 #include <atomic>
@@ -20,7 +20,7 @@ namespace fs = std::filesystem;
 
 using CheckpointThread = CheckpointFolder;
 
-TEST_F(CheckpointThread, AThreadWritesTheBytesThatWouldBeWrittenAtOnceAlthoughTheRunGoesOn) {
+TEST_F(CheckpointThread, AThreadWritesTheBytesThatWouldBeWrittenAtOnceAlthoughTheRunContinues) {
     for (const TrainingOptions& how : {TrainingOptions{.model = "gpt"}, rich()}) {
         const TempFolder now, later;
         Training run(how);
@@ -37,7 +37,7 @@ TEST_F(CheckpointThread, AThreadWritesTheBytesThatWouldBeWrittenAtOnceAlthoughTh
     }
 }
 
-/// The system's files, of which none is made before the gate opens; and what then happens.
+/// The system's files, none of which is created before the gate opens; and what happens then.
 class GatedFiles final : public FileSystem {
 public:
     explicit GatedFiles(std::function<void()> then = [] {}) : then_(std::move(then)) {}

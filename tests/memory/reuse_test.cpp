@@ -1,4 +1,4 @@
-// Memory that is freed and given out again.
+// Memory that is freed and reused.
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/rand.h>
@@ -241,7 +241,7 @@ TEST_F(Reuse, ABlockThatAnotherThreadFreesIsReused) {
     EXPECT_EQ(bytes(5 * mebi).data_ptr(), place);
 }
 
-TEST_F(Reuse, AForkedChildGoesOnAllocatingWhateverOtherThreadsDid) {
+TEST_F(Reuse, AForkedChildContinuesAllocatingWhateverOtherThreadsDid) {
     std::atomic<bool> done = false;
     std::thread busy([&done] {
         while (!done) bytes(1000);

@@ -37,7 +37,7 @@ TEST(SpinThrottle, CrowdTheCoresOnlyWhileThreadsAreSeenToWait) {
     EXPECT_GT(threads_of_this_process() - before + at::get_num_threads(), cores);
     for (int i = 0; i < 19; ++i) threads.decide(0.0);
     EXPECT_TRUE(threads.active());
-    threads.decide(0.1);  // not quite quiet: counted anew
+    threads.decide(0.1);  // not quite quiet: the count starts again
     for (int i = 0; i < 19; ++i) threads.decide(0.0);
     EXPECT_TRUE(threads.active());
     threads.decide(0.0);
@@ -74,7 +74,7 @@ TEST(SpinThrottle, EndWhereverTheyAre) {
     EXPECT_TRUE(comes_down_to(before));
 }
 
-TEST(SpinThrottle, ANumberThatIsNoneChangesNothing) {
+TEST(SpinThrottle, AnInvalidNumberChangesNothing) {
     SpinThrottle threads;
     threads.decide(std::numeric_limits<double>::quiet_NaN());
     EXPECT_FALSE(threads.active());
