@@ -77,12 +77,12 @@ def test_a_missing_expected_difference_is_reported():
 
 @pytest.mark.parametrize("case, lines, words", [
     ("spike", "words.append('--no-guard')", "no step was refused"),
-    ("guard", "words[words.index('--warmup') + 1] = '1M steps'", "no step was refused"),
+    ("guard", "words[words.index('--lr') + 1] = '0.001'", "no step was refused"),
     ("guard", "words[words.index('--restores') + 1] = '0'", "never rolled back"),
     ("out-of-memory", "del os.environ['MICROBATCH_BUDGET_DRILL']", "memory never ran out"),
     ("recompute", "words[words.index('--recompute') + 1] = 'never'", "not recomputed"),
     ("noise", "words[words.index('--noise-every') + 1] = '0'", "the noise was measured less than twice"),
-    ("resume", "words[words.index('--micro-batch') + 1] = '256'", "new: 5 times the run was interrupted"),
+    ("resume", "words[words.index('--micro-batch') + 1] = '256'", "new: the run was interrupted between two steps"),
     ("images-batch", "words[words.index('--norm') + 1] = 'group'", "no running means"),
     ("text", "words[words.index('--micro-batch') + 1] = '10'", "no batch ends in a smaller micro-batch"),
     ("noise", "print('no such device', file=sys.stderr); sys.exit(1)", "new: exit code 1: no such device"),

@@ -107,5 +107,5 @@ def assert_same(result, other):
 
 @pytest.fixture(scope="module")
 def long_steps():
-    """Steps of some tenths of a second, in which a signal falls between micro-batches."""
-    return {"batch": 512, "micro_batch": 3, "dropout": 0.1, "steps": 4, "width": 64, "noise_every": 1, "restores": 3}
+    """Steps of many micro-batches, between which a signal falls."""
+    return {"batch": 64, "micro_batch": 3, "dropout": 0.1, "steps": 4, "noise_every": 1, "restores": 3}

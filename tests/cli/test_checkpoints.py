@@ -8,12 +8,12 @@ import resource
 import signal
 import struct
 import subprocess
-import time
 
 import pytest
 
-from conftest import COMMAND, FILES, IMAGES, TEXT, Result, weights_file, words_of
-from test_interrupt import interrupted_in_a_batch, lines_of, wait_for
+from conftest import (
+    COMMAND, FILES, IMAGES, TEXT, Result, ended, lines_of, stop_in_a_batch, weights_file, words_of)
+from gate import wait_until
 from resuming import assert_same, at_once, checkpoints_of, contents, without_times
 
 PARTS = {"model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "manifest.json"}
@@ -156,21 +156,21 @@ def test_no_pickle_and_nothing_that_runs(kept):
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_run_has_a_checkpoint_of_its_last_state(run, sent):
     process = run.start("train", **LONG | {"checkpoint_every": "0 steps"})
-    wait_for(lambda: lines_of(run) >= 3, process)
+    wait_until(lambda: lines_of(run) >= 3, process)
     process.send_signal(sent)
-    out, _ = process.communicate(timeout=60)
+    out, _ = ended(process)
     assert process.returncode == 130 and "checkpoint" in out[out.index("stopped") :]
     (checkpoint,) = checkpoints_of(run.folder / "run")
     assert checkpoint.name.split("-")[1] == f"{lines_of(run):08}"
     assert {file.name for file in checkpoint.iterdir()} >= PARTS
 
 
-def test_a_run_that_ended_inside_a_batch_has_the_weights_and_buffers_of_its_last_step(run):
-    # The second batch is many seconds long.
-    interrupted_in_a_batch(run, signal.SIGTERM, after=1, data=run.data.images, **IMAGES | {
-        "norm": "batch", "batch": None, "batch_schedule": "4 at 0, 100000 at 4 samples", "heads": None, "length": None})
+def test_a_run_that_ended_inside_a_batch_has_the_weights_and_buffers_of_its_last_step(run, gate):
+    stop_in_a_batch(run, gate, signal.SIGTERM, after_steps=1, micro_batches=3, data=run.data.images, **IMAGES | {
+        "norm": "batch", "batch": None, "batch_schedule": "4 at 0, 100 at 4 samples", "micro_batch": 1, "heads": None,
+        "length": None, "steps": 100})
     (checkpoint,) = checkpoints_of(run.folder / "run")
-    assert re.fullmatch(r"step-00000001-\d+", checkpoint.name)
+    assert checkpoint.name == "step-00000001-3"
     final, stored, opened = (tensors_of(file) for file in (
         run.folder / "run" / "model.safetensors", checkpoint / "model.safetensors", checkpoint / "batch.safetensors"))
     before = {name.removeprefix("before/model/"): tensor for name, tensor in opened.items()
@@ -200,9 +200,9 @@ def test_a_resumed_run_holds_no_files_of_deleted_checkpoints(run):
     before = checkpoints_of(folder)
     process = run.start("train", resume=True, **LONG | {"keep": 1})
     try:
-        wait_for(lambda: not any(checkpoint.exists() for checkpoint in before), process)
-        wait_for(lambda: not any(path.startswith(f"{folder}/checkpoints/") and path.endswith("(deleted)")
-                                 for path in held_by(process)), process, 5)
+        wait_until(lambda: not any(checkpoint.exists() for checkpoint in before), process)
+        wait_until(lambda: not any(path.startswith(f"{folder}/checkpoints/") and path.endswith("(deleted)")
+                                 for path in held_by(process)), process)
     finally:
         process.kill()
         process.communicate()
@@ -255,36 +255,42 @@ def test_a_full_disk_on_interrupt_is_reported_too(run):
         [COMMAND, "train", *words_of({"data": run.data.text} | TEXT | LONG | {"run": "run", "restores": 0,
                                                                           "checkpoint_every": "0 steps"})],
         cwd=run.folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=FULL)
-    wait_for(lambda: lines_of(run) >= 3, process)
+    wait_until(lambda: lines_of(run) >= 3, process)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
+    out, err = ended(process)
     assert process.returncode == 130
     assert re.search(r"warning.*checkpoint", out + err), out + err
     assert list((run.folder / "run" / "checkpoints").glob("step-*")) == []
 
 
-def test_a_folder_that_cannot_be_created_is_a_warning_and_the_run_continues(run):
-    process = run.start("train", **LONG | {"steps": 400, "checkpoint_every": "50 steps"})
+@pytest.fixture
+def between_checkpoints(run, gate):
+    """A run of 400 steps that stands after its 60th, with the checkpoint of step 50 written."""
+    process = run.start_closed("train", gate, lines=60, **LONG | {"steps": 400, "checkpoint_every": "50 steps"})
+    wait_until(lambda: checkpoints_of(run.folder / "run"), process)
+    return process
+
+
+def test_a_folder_that_cannot_be_created_is_a_warning_and_the_run_continues(run, gate, between_checkpoints):
     folder = run.folder / "run"
-    wait_for(lambda: checkpoints_of(folder), process)
     (folder / "checkpoints").rename(run.folder / "away")
     (folder / "checkpoints").write_text("in the way")
-    out, err = process.communicate(timeout=60)
-    result = Result(process.returncode, out, err, folder)
+    gate.open()
+    out, err = ended(between_checkpoints)
+    result = Result(between_checkpoints.returncode, out, err, folder)
     assert result.returncode == 0, err
     warning = next(line for line in (out + err).splitlines() if "warning" in line)
     assert "checkpoint" in warning and "Not a directory" in warning, warning
     assert result.column("step") == list(range(1, 401)) and (folder / "checkpoints").read_text() == "in the way"
-    assert len(list((run.folder / "away").glob("step-*"))) >= 1
+    assert [entry.name for entry in (run.folder / "away").glob("step-*")] == steps(50)
 
 
-def test_checkpoints_that_are_deleted_during_the_run_are_written_again(run):
-    process = run.start("train", **LONG | {"steps": 400, "checkpoint_every": "50 steps"})
+def test_checkpoints_that_are_deleted_during_the_run_are_written_again(run, gate, between_checkpoints):
     folder = run.folder / "run"
-    wait_for(lambda: checkpoints_of(folder), process)
     (folder / "checkpoints").rename(run.folder / "away")
-    process.communicate(timeout=60)
-    assert process.returncode == 0
+    gate.open()
+    ended(between_checkpoints)
+    assert between_checkpoints.returncode == 0
     assert (folder / "checkpoints" / "step-00000400" / "manifest.json").exists()
 
 
@@ -294,58 +300,59 @@ def test_checkpoints_that_are_deleted_during_the_run_are_written_again(run):
 def test_a_second_run_in_the_same_folder_is_refused(run, words):
     process = run.start("train", **LONG)
     try:
-        wait_for(lambda: lines_of(run) >= 3, process)
+        wait_until(lambda: lines_of(run) >= 3, process)
         second = run("train", *words_of({"data": run.data.text} | TEXT | {"run": "run"}), *words)
         second.refused(2, "run")
         if words:
             assert re.search(r"another|in use|still|already", second.stderr), second.stderr
         before = lines_of(run)
-        wait_for(lambda: lines_of(run) > before, process)
+        wait_until(lambda: lines_of(run) > before, process)
     finally:
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
+        ended(process)
     assert process.returncode == 130
     lines = [json.loads(line)["step"] for line in (run.folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines == list(range(1, len(lines) + 1))
 
 
-def test_of_two_that_start_together_one_trains(run):
-    begun = [run.start("train", resume=True, steps=300, micro_batch=8) for _ in range(2)]
-    ends = {process.returncode: err for process, (_, err) in ((each, each.communicate(timeout=60)) for each in begun)}
+def test_of_two_that_start_together_one_trains(run, new_gate):
+    begun = []
+    for gate in (new_gate(), new_gate()):
+        gate.close()  # it plans, and has seen that there is no run
+        begun.append((gate, run.start("train", gate, resume=True, steps=300, micro_batch=8)))
+    for gate, process in begun:
+        gate.wait(process)
+    for gate, _ in begun:
+        gate.open()
+    ends = {process.returncode: err for process, (_, err) in ((each, ended(each)) for _, each in begun)}
     assert set(ends) == {0, 2}, ends
     assert "run" in ends[2] and len(ends[2].splitlines()) <= 2
     assert lines_of(run) == 300
 
 
-def test_of_two_that_start_the_one_that_plans_longer_does_not_overwrite_the_other(run):
-    process = run.start("train", resume=True, data=run.data.tokens, layers=4, width=128, length=128, batch=64, memory="1GiB")
-    try:
-        # It has its data open, so it has seen that there is no run; it plans for seconds.
-        wait_for(lambda: str(run.data.tokens) in held_by(process), process)
-        process.send_signal(signal.SIGSTOP)
-        before = contents(run.text("train", resume=True, micro_batch=8).ok().folder)
-        process.send_signal(signal.SIGCONT)
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
+def test_of_two_that_start_the_one_that_plans_longer_does_not_overwrite_the_other(run, gate):
+    gate.close()  # it plans, and has seen that there is no run
+    process = run.start("train", gate, resume=True, data=run.data.tokens)
+    gate.wait(process)
+    before = contents(run.text("train", resume=True, micro_batch=8).ok().folder)
+    gate.open()
+    out, err = ended(process)
     Result(process.returncode, out, err, run.folder).refused(2, "run")
     assert contents(run.folder / "run") == before
 
 
 def test_a_run_that_was_killed_holds_no_lock(run):
     process = run.start("train", **LONG)
-    wait_for(lambda: checkpoints_of(run.folder / "run"), process)
+    wait_until(lambda: checkpoints_of(run.folder / "run"), process)
     process.kill()
     process.communicate()
     result = run("train", "--run", "run", "--resume", "--steps", lines_of(run) + 5, "--json").ok()
     assert result.document["resumed_from"] > 0
 
 
-def test_two_folders_do_not_wait_for_each_other(run):
-    process = run.start("train", **LONG)
-    wait_for(lambda: lines_of(run) >= 1, process)
-    begun = time.monotonic()
+def test_two_folders_do_not_wait_for_each_other(run, gate):
+    process = run.start_closed("train", gate, lines=1, **LONG)
     run.text("train", run="another").ok()
-    assert time.monotonic() - begun < 30 and process.poll() is None
+    assert gate.is_holding and process.poll() is None
     process.kill()
     process.communicate()

@@ -4,9 +4,11 @@ import json
 import os
 import pathlib
 import signal
-import time
 
 import pytest
+
+from conftest import ended
+from gate import wait_until
 
 NAMES = ["small batch", "accumulated", "native"]
 COLUMNS = ["strategy", "batch", "micro-batch", "peak memory", "fits", "gradient variance", "time per step",
@@ -14,8 +16,8 @@ COLUMNS = ["strategy", "batch", "micro-batch", "peak memory", "fits", "gradient 
 
 
 @pytest.fixture(scope="module")
-def tight(shared_run):
-    return shared_run.text("compare", batch=32, memory="1MiB", samples=128, json=True).ok()
+def tight(shared_paced):
+    return shared_paced.text("compare", batch=32, memory="1MiB", samples=128, json=True).ok()
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +61,8 @@ def test_times_are_positive(strategies):
     assert all(each["sample_seconds"] > 0 and each["step_seconds"] > 0 for each in strategies.values())
 
 
-def test_the_table_has_a_row_for_each_and_the_columns(run):
-    lines = run.text("compare", batch=32, memory="1MiB").ok().stdout.splitlines()
+def test_the_table_has_a_row_for_each_and_the_columns(paced):
+    lines = paced.text("compare", batch=32, memory="1MiB").ok().stdout.splitlines()
     head = next(line for line in lines if line.startswith("strategy"))
     assert [name for name in COLUMNS if name not in head] == []
     rows = lines[lines.index(head) + 1 :][:3]
@@ -195,13 +197,6 @@ def processes_with(word):
     return found
 
 
-def until(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 @pytest.fixture
 def comparing(run, monkeypatch):
     """A comparison whose child is at work, the child's process id, and the word that its command line has in it."""
@@ -209,24 +204,24 @@ def comparing(run, monkeypatch):
     place.mkdir()
     monkeypatch.setenv("TMPDIR", str(place))
     process = run.start("compare", samples="30M")
-    until(lambda: any(file.stat().st_size for file in place.glob("**/metrics.jsonl")))
+    wait_until(lambda: any(file.stat().st_size for file in place.glob("**/metrics.jsonl")), process)
     (child,) = processes_with(str(place))
     yield process, child, str(place)
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate()
 
 
 def test_the_child_is_killed_with_its_parent(comparing):
     process, child, word = comparing
     process.kill()
-    until(lambda: processes_with(word) == [], seconds=10)
+    wait_until(lambda: processes_with(word) == [])
 
 
 def test_a_signal_ends_both_even_if_the_child_does_not_react(comparing):
     process, child, word = comparing
     os.kill(child, signal.SIGSTOP)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=20)
+    ended(process)
     assert process.returncode == 130 and processes_with(word) == []
     assert os.listdir(word) == []
 
@@ -234,5 +229,5 @@ def test_a_signal_ends_both_even_if_the_child_does_not_react(comparing):
 def test_sigterm_ends_both(comparing):
     process, child, word = comparing
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=20)
+    ended(process)
     assert process.returncode == 130 and processes_with(word) == []

@@ -14,15 +14,15 @@ FLAGS = {"micro_batch": 8, "checkpoint_every": "4 steps", "no_verify": True}
 
 @pytest.fixture
 def on_disk(run):
-    """Trains in a file system of so many KiB, which lives as long as the process that has made it."""
+    """Trains in a file system of so many KiB, which lives as long as the process that has made it waits for its input."""
     place = run.folder / "disk"
     place.mkdir()
     begun = []
 
     def train(size, **flags):
-        mount = f'mount -t tmpfs -o size={size}k none "$1" && echo made && exec sleep 600'
+        mount = f'mount -t tmpfs -o size={size}k none "$1" && echo made && exec cat'
         holder = subprocess.Popen(["unshare", "--map-root-user", "--mount", "sh", "-c", mount, "sh", str(place)],
-                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         begun.append(holder)
         if holder.stdout.readline() != "made\n":
             pytest.skip(f"no right to make a file system: {holder.communicate()[1]}")

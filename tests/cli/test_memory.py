@@ -21,9 +21,9 @@ def peak(result):
 
 
 @pytest.fixture(scope="module")
-def table(shared_run):
+def table(shared_paced):
     """A plan that splits the batch: the table for a budget in which the whole batch does not fit."""
-    return shared_run.text("plan", batch=64, memory="3MiB", json=True).ok().document
+    return shared_paced.text("plan", batch=64, memory="3MiB", json=True).ok().document
 
 
 # The plan
@@ -35,9 +35,9 @@ def test_a_plan_is_over_micro_batch_and_recompute(table):
     assert all(each["time_measured"] in (False, True) for each in table["candidates"])
 
 
-def test_recompute_takes_less_memory_than_the_same_split_without_it(run):
+def test_recompute_takes_less_memory_than_the_same_split_without_it(paced):
     def peaks(recompute):
-        plan = run.text("plan", batch=64, layers=2, memory="3MiB", recompute=recompute, json=True).ok().document
+        plan = paced.text("plan", batch=64, layers=2, memory="3MiB", recompute=recompute, json=True).ok().document
         # Of a single sample there is as much to compute again as there was to keep.
         return {each["micro_batch"]: peak_of(each) for each in plan["candidates"] if each["micro_batch"] > 1}
 
@@ -85,10 +85,10 @@ def test_a_plan_says_in_one_line_why(run, table):
     assert run.text("plan", batch=4, micro_batch=2, json=True).ok().document["why"] == "as given"
 
 
-def test_a_plan_says_that_no_accumulation_is_needed(run):
-    document = run.text("plan", batch=2, json=True).ok().document
+def test_a_plan_says_that_no_accumulation_is_needed(paced):
+    document = paced.text("plan", batch=2, json=True).ok().document
     assert "no accumulation needed" in document["why"] and document["micro_batches"] == 1
-    assert re.search(r"^chosen  in one piece: .*no accumulation needed$", run.text("plan", batch=2).ok().stdout, re.MULTILINE)
+    assert re.search(r"^chosen  in one piece: .*no accumulation needed$", paced.text("plan", batch=2).ok().stdout, re.MULTILINE)
 
 
 def test_the_table_has_predicted_and_measured_and_what_they_are_made_of(run):
@@ -174,8 +174,8 @@ def test_the_peak_of_a_run_is_what_was_predicted(run, job, flags, recompute, opt
 
 
 @pytest.mark.parametrize("job, memory", [("text", "3MiB"), ("images", "6MiB")])
-def test_a_prediction_is_what_a_run_with_that_split_needs(run, job, memory):
-    plan = getattr(run, job)("plan", batch=64, memory=memory, json=True).ok().document
+def test_a_prediction_is_what_a_run_with_that_split_needs(run, paced, job, memory):
+    plan = getattr(paced, job)("plan", batch=64, memory=memory, json=True).ok().document
     only = [each for each in plan["candidates"] if each["predicted_peak_bytes"] and not each["measured_peak_bytes"]]
     assert {each["recompute"] for each in only} == {False, True}
     for each in only:

@@ -9,8 +9,8 @@ from conftest import chosen_of
 
 
 @pytest.fixture(scope="module")
-def plan(shared_run):
-    return shared_run.text("plan", batch=64, memory="3MiB", json=True).ok().document
+def plan(shared_paced):
+    return shared_paced.text("plan", batch=64, memory="3MiB", json=True).ok().document
 
 
 def test_the_document_has_the_choice_and_every_candidate(plan):
@@ -64,13 +64,13 @@ def test_the_table_marks_one_row(run):
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_train_uses_what_plan_chose(run, size):
-    # A budget in which this size fits, but one larger does not. Two at once are nearly twice as fast as one by one.
-    rows = run.text("plan", batch=64, memory="2MiB", json=True).ok().document["candidates"]
+def test_train_uses_what_plan_chose(paced, size):
+    # A budget in which this size fits, but one larger does not. Two at once are twice as fast as one by one.
+    rows = paced.text("plan", batch=64, memory="2MiB", json=True).ok().document["candidates"]
     peaks = {each["micro_batch"]: each["measured_peak_bytes"] for each in rows}
     budget = f"{int(peaks[size] + 0.25 * (peaks[2] - peaks[1]))}B"
-    chosen = run.text("plan", batch=64, memory=budget, json=True).ok().document["micro_batch"]
-    trained = run.text("train", batch=64, memory=budget, json=True).ok()
+    chosen = paced.text("plan", batch=64, memory=budget, json=True).ok().document["micro_batch"]
+    trained = paced.text("train", batch=64, memory=budget, json=True).ok()
     assert chosen == trained.document["micro_batch"] == size
     assert set(trained.column("micro_batch")) == {size}
 

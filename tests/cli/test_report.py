@@ -9,6 +9,7 @@ import subprocess
 
 import pytest
 
+from gate import HANG
 from test_guard import CLIMB
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -54,7 +55,7 @@ def look(folder, tmp_path, size, *flags):
     done = subprocess.run(
         [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
          f"--user-data-dir={tmp_path}/profile", f"--window-size={size}", "--enable-logging=stderr", "--dump-dom", *flags,
-         f"file://{page}"], capture_output=True, text=True, timeout=120)
+         f"file://{page}"], capture_output=True, text=True, timeout=HANG)
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     told = re.search(r'data-told="([^"]*)"', done.stdout)
     assert told, done.stderr[-2000:]
@@ -162,7 +163,7 @@ def test_names_and_reasons_cannot_break_out_of_the_page(run, trained):
 
 def test_tensorboard_reads_the_events(trained):
     python = ROOT / ".venv-test" / "bin" / "python"
-    done = subprocess.run([python, "-c", READ_EVENTS, trained.folder], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([python, "-c", READ_EVENTS, trained.folder], capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr[-2000:]
     read = json.loads(done.stdout)
     for tag, key in (("train/loss", "loss"), ("train/gradient_norm", "gradient_norm"), ("train/batch", "batch"),

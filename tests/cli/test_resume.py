@@ -5,16 +5,14 @@ import re
 import shutil
 import signal
 import struct
-import time
 import tomllib
 
 import pytest
 
-from conftest import TEXT, weights_file, words_of
+from conftest import TEXT, lines_of, stop_in_a_batch, weights_file, words_of
 from resuming import (  # noqa: F401
     JOBS, OFTEN, assert_same, at_once, checkpoints_of, contents, cut, killed, long_steps, resume, told_of, train, whole)
 from test_guard import CLIMB
-from test_interrupt import lines_of, wait_for
 
 # It resumes as if nothing had happened
 
@@ -99,18 +97,12 @@ def test_only_a_corrupted_line_of_the_log_is_dropped(killed, resume, whole, plac
 # From inside a batch
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_was_stopped_inside_a_batch_is_the_same_too(run, resume, long_steps, sent):
+def test_a_run_that_was_stopped_inside_a_batch_is_the_same_too(run, gate, resume, long_steps, sent):
     reference = run.text("train", run="reference", **long_steps).ok()
-    process = run.start("train", **long_steps)
-    wait_for(lambda: lines_of(run) >= 1, process)
-    time.sleep(0.4 * reference.metrics[1]["step_seconds"])
-    process.send_signal(sent)
-    process.communicate(timeout=60)
-    assert process.returncode == 130
-    steps, samples = map(int, re.fullmatch(r"step-(\d{8})-(\d+)", checkpoints_of(run.folder / "run")[-1].name).groups())
-    assert 1 <= steps == lines_of(run) and 0 < samples < 512 and samples % 3 == 0
+    stop_in_a_batch(run, gate, sent, after_steps=1, micro_batches=10, **long_steps)
+    assert checkpoints_of(run.folder / "run")[-1].name == "step-00000001-30" and lines_of(run) == 1
     result = resume("--json").ok()
-    assert result.document["resumed_from"] == steps
+    assert result.document["resumed_from"] == 1
     assert_same(result, reference)
 
 

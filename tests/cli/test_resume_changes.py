@@ -3,15 +3,13 @@
 import re
 import shutil
 import signal
-import time
 import tomllib
 
 import pytest
 
-from conftest import weights_file
+from conftest import stop_in_a_batch, weights_file
 from resuming import (  # noqa: F401
     assert_same, checkpoints_of, contents, cut, killed, long_steps, resume, told_of, train, whole)
-from test_interrupt import lines_of, wait_for
 
 # What may change, with a note
 
@@ -40,15 +38,11 @@ def test_another_split_gives_the_same_updates_without_random_draws(run, resume):
     assert result.column("loss") == pytest.approx(reference.column("loss"), rel=1e-4)
 
 
-def test_a_run_interrupted_inside_a_batch_may_resume_with_another_split(run, resume, long_steps):
+def test_a_run_interrupted_inside_a_batch_may_resume_with_another_split(run, gate, resume, long_steps):
     flags = long_steps | {"dropout": 0, "noise_every": 0}
     reference = run.text("train", run="reference", **flags).ok()
-    process = run.start("train", **flags)
-    wait_for(lambda: lines_of(run) >= 1, process)
-    time.sleep(0.4 * reference.metrics[1]["step_seconds"])
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert checkpoints_of(run.folder / "run")[-1].name.count("-") == 2
+    stop_in_a_batch(run, gate, signal.SIGTERM, after_steps=1, micro_batches=10, **flags)
+    assert checkpoints_of(run.folder / "run")[-1].name == "step-00000001-30"
     result = resume("--micro-batch", "5").ok()
     assert result.column("samples") == reference.column("samples") and result.column("weight") == reference.column("weight")
     assert result.column("loss") == pytest.approx(reference.column("loss"), rel=1e-4)

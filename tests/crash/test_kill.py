@@ -10,7 +10,7 @@ COMMAND = os.path.abspath(os.environ.get("MICROBATCH", HERE.parents[1] / "build"
 
 
 def kill(*words, command=COMMAND):
-    return subprocess.run([HERE / "kill", *words], capture_output=True, text=True, timeout=500,
+    return subprocess.run([HERE / "kill", *words], capture_output=True, text=True, timeout=1500,
                           env=os.environ | {"MICROBATCH": str(command)})
 
 
