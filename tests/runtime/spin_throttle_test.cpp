@@ -4,11 +4,12 @@
 #include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 
-#include <chrono>
 #include <filesystem>
 #include <iterator>
 #include <limits>
 #include <thread>
+
+#include "support/waiting.h"
 
 namespace microbatch {
 namespace {
@@ -19,10 +20,7 @@ std::ptrdiff_t threads_of_this_process() {
 
 // Those that have ended are still listed for a moment.
 bool comes_down_to(std::ptrdiff_t count) {
-    for (int i = 0; i < 200 && threads_of_this_process() > count; ++i) {
-        std::this_thread::sleep_for(std::chrono::milliseconds(10));
-    }
-    return threads_of_this_process() <= count;
+    return test::comes_true([count] { return threads_of_this_process() <= count; });
 }
 
 TEST(SpinThrottle, CrowdTheCoresOnlyWhileThreadsAreSeenToWait) {

@@ -212,7 +212,7 @@ TEST_F(NoTrace, AGivenMicroBatchIsRunTwiceAndTheOptimizerIsDryRunedWithItsGradie
     Job job = test::gpt_job({.layers = 2, .heads = 2, .width = 256, .length = 128, .vocabulary = 64});
     int calls = 0;
     const LossFunction loss = [&](const Batch& micro) -> WeightedLoss {
-        // Long enough that nothing is timed again.
+        // On any machine long enough that nothing is timed again.
         std::this_thread::sleep_for(std::chrono::milliseconds(30));
         ++calls;
         return job.loss(micro);
