@@ -33,8 +33,8 @@ test: setup-test configure ## build and run the tests, C++ and command line
 	@cmake --build $(build)
 	@ctest --preset $(preset) -j 2 -LE long
 
-check-all: setup-check configure ## the tests and the slow checks: fuzzing, clang-tidy
-	@cmake --build $(build)
+check-all: setup-check configure ## the tests and the slow checks: fuzzing, spikes, clang-tidy
+	@cmake --build $(build) --target all spike_case
 	@ctest --preset $(preset) -j 2
 
 lint: setup-check configure ## only clang-format and clang-tidy
