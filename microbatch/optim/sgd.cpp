@@ -15,7 +15,7 @@ Sgd::Sgd(const std::vector<ParameterGroup>& groups, SgdOptions options)
     : FusedOptimizer("Sgd", groups, options.learning_rate), options_(options) {
     set_momentum(options.momentum);
     if (options.nesterov && options.momentum == 0.0) {
-        throw Error(ErrorKind::usage, "Sgd: Nesterov needs a momentum above 0");
+        throw Error(ErrorKind::usage, "Sgd: Nesterov requires a momentum above 0");
     }
 }
 
@@ -37,7 +37,7 @@ std::vector<at::Tensor> Sgd::make_state(const at::Tensor& parameter) const {
 }
 
 at::Tensor Sgd::make_constant(const at::Tensor& parameter, double learning_rate, double weight_decay) const {
-    return at::full({}, 1.0 - learning_rate * weight_decay, parameter.options());  // what decoupled decay leaves
+    return at::full({}, 1.0 - learning_rate * weight_decay, parameter.options());  // the factor of decoupled decay
 }
 
 void Sgd::update(const Bucket& bucket, const Settings& settings) const {
