@@ -53,10 +53,12 @@ clean: ## remove the build; keeps .venv and the compiler cache
 # The tests need packages that the command does without.
 tests := OFF
 test check-all lint: tests := ON
+# The package is built for the torch of .venv; a LibTorch from elsewhere has no Python.
+python = $(if $(wildcard .venv/bin/python),$(tests),OFF)
 
 setup-%:
 	@scripts/setup.sh $*
 
 configure:
-	@cmake --preset $(preset) -DMICROBATCH_BUILD_TESTS=$(tests) $(if $(shell command -v ccache),-DCMAKE_CXX_COMPILER_LAUNCHER=ccache) \
+	@cmake --preset $(preset) -DMICROBATCH_BUILD_TESTS=$(tests) -DMICROBATCH_BUILD_PYTHON=$(python) -DPython_EXECUTABLE=$(CURDIR)/.venv/bin/python $(if $(shell command -v ccache),-DCMAKE_CXX_COMPILER_LAUNCHER=ccache) \
 	    --log-level=WARNING > /dev/null

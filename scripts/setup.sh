@@ -10,7 +10,7 @@ readers=(tensorboard==2.21.0 safetensors==0.8.0)
 build_packages=(cmake ninja-build ccache g++ python3-venv libcli11-dev libtomlplusplus-dev nlohmann-json3-dev zlib1g-dev)
 data_packages=(fortunes dataset-fashion-mnist)
 bench_packages=(libbenchmark-dev "${data_packages[@]}")
-test_packages=(libgtest-dev clang-format python3-pytest chromium "${data_packages[@]}")
+test_packages=(libgtest-dev python3-dev clang-format python3-pytest chromium "${data_packages[@]}")
 check_packages=("${test_packages[@]}" clang clang-tidy libclang-rt-14-dev)
 # An npm from elsewhere is as good.
 has_uplot() { [ -n "${MICROBATCH_UPLOT:-}" ] || [ -e node_modules/uplot/dist/uPlot.iife.min.js ]; }
@@ -83,6 +83,22 @@ install_torch() {
     touch "$marker"
 }
 
+# What the tests of the Python package need, beside torch.
+install_python_tests() {
+    [ -e .venv/torch-$torch_version ] || return 0
+    local marker; marker=.venv/tests-$(cksum < python/tests/requirements.txt | cut -d ' ' -f 1)
+    [ -e "$marker" ] && return
+    echo "installing transformers and others into .venv, for the tests of the Python package"
+    # torch is named again, so that no package replaces it.
+    if ! .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile "torch==$torch_version" \
+         -r python/tests/requirements.txt 2> .venv/pip.log; then
+        cat .venv/pip.log >&2
+        echo "they could not be installed: the tests of the Python package will fail" >&2
+        return
+    fi
+    touch "$marker"
+}
+
 # uPlot, which report.html is drawn with: the version that package-lock.json names.
 install_uplot() {
     if has_uplot; then return; fi
@@ -115,4 +131,7 @@ else
 fi
 install_torch
 install_uplot
-if [[ $1 = test || $1 = check ]]; then install_readers; fi
+if [[ $1 = test || $1 = check ]]; then
+    install_readers
+    install_python_tests
+fi
