@@ -239,12 +239,10 @@ std::variant<Gathered, PartialBatch> Accumulator::try_gather(const BatchSource& 
 // For samples of the shape at which memory ran out, and larger ones.
 bool Accumulator::make_plan_smaller(Attempt& attempt) const {
     Plan plan = attempt.plan_of_shape;
-    if (plan.micro_batch > 2) {
-        plan.micro_batch = std::max<std::int64_t>(2, plan.micro_batch / 2);
+    if (plan.micro_batch > 1) {
+        plan.micro_batch /= 2;
     } else if (!plan.recompute && model_->offers_checkpointing()) {
-        plan.recompute = true;  // before single samples, which BatchNorm may not be able to train on
-    } else if (plan.micro_batch > 1) {
-        plan.micro_batch = 1;
+        plan.recompute = true;
     } else {
         return false;
     }

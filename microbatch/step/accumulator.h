@@ -74,11 +74,10 @@ struct StepOptions {
 ///     accumulator.apply();
 ///
 /// Out of memory: step() and gather() are transactions. A batch that runs out of memory is undone (gradients dropped,
-///           generators and the model's buffers restored). Then it runs again with a smaller plan for samples of the
-///           shape that failed and larger ones: half the micro-batch down to 2, then recompute if the model supports
-///           it, then a micro-batch of 1. The update is bit for bit that of the smaller plan, if the loss function
-///           keeps no state between calls, draws only from torch's default generators and does not catch
-///           c10::OutOfMemoryError.
+/// generators and the model's buffers restored). Then it runs again, with half the micro-batch for samples of the shape
+/// that failed and larger ones; at a micro-batch of 1, with recompute if the model supports it. The update is bit for
+/// bit that of the smaller plan, if the loss function keeps no state between calls, draws only from torch's default
+/// generators and does not catch c10::OutOfMemoryError.
 /// Formula:  g = (sum of the micro-batches' loss-sum gradients) / (sum of their weights), clipped once, one step.
 /// Source:   reference: docs/how-it-works.md, section 2. Deviation: none.
 /// State:    between gather (or finish) and apply, everything about the batch is known and no parameter has changed.

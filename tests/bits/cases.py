@@ -143,7 +143,7 @@ CASES = {
     "guard-images": Case(SMALL_IMAGES | {"norm": "group", "batch": 10, "micro_batch": 4, "optimizer": "sgd", "lr": 12,
                                          "clip": "inf", "schedule": "constant", "warmup": "200 steps", "steps": 200},
                          rolls_back, exit_codes=(0, 4)),
-    "spike": Case(SMALL_TEXT | {"data": "spike.txt", "batch": 4, "micro_batch": 2, "lr": 0.003, "steps": 300},
+    "spike": Case(SMALL_TEXT | {"data": "spike.txt", "batch": 4, "micro_batch": 2, "lr": 0.006, "steps": 300},
                   refuses, files={"spike.txt": text_with_spike}),
     "batch-schedule": Case(SMALL_TEXT | {"batch_schedule": "6 at 0, 10 at 102 samples, 14 at 402 samples",
                                          "micro_batch": 4, "lr": 0.005, "samples": 1006}, grows),

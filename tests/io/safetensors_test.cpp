@@ -74,7 +74,7 @@ TEST(Safetensors, LeavesTheFileBeforeWhereItCannotWrite) {
     expect_error(ErrorKind::usage, {"two tensors", "a"}, [&] {
         write_safetensors(path, {{"a", at::zeros({1})}, {"a", at::zeros({1})}});
     });
-    expect_error(ErrorKind::usage, {"c", "cannot hold"}, [&] {
+    expect_error(ErrorKind::usage, {"c", "cannot store"}, [&] {
         write_safetensors(path, {{"c", at::zeros({1}, at::kComplexFloat)}});
     });
     // Also where it has no bytes that could be missed.
