@@ -5,7 +5,6 @@
 #include <unordered_set>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
 #include "microbatch/memory/budget_allocator.h"
 #include "microbatch/model/forward_state.h"
 #include "microbatch/optim/clipping.h"
@@ -43,19 +42,14 @@ Accumulator::Accumulator(const AnyModel& model, Optimizer& optimizer, Accumulato
       optimizer_(optimizer),
       options_(std::move(options)) {
     set_plan(options_.plan);
-    if (!(options_.clip_norm > 0.0)) {
-        throw Error(ErrorKind::usage, str_cat("clip_norm is ", options_.clip_norm, "; it must be above 0"));
-    }
+    require_that(options_.clip_norm > 0.0, "clip_norm is ", options_.clip_norm, "; it must be above 0");
     refuse_unknown_parameters();
 }
 
 void Accumulator::set_plan(const Plan& plan) {
-    if (plan.micro_batch < 1) {
-        throw Error(ErrorKind::usage, str_cat("the micro-batch is ", plan.micro_batch, "; it must be at least 1"));
-    }
-    if (plan.recompute && !model_->offers_checkpointing()) {
-        throw Error(ErrorKind::usage, "the plan recomputes, but the accumulator has no model that offers it");
-    }
+    require_that(plan.micro_batch >= 1, "the micro-batch is ", plan.micro_batch, "; it must be at least 1");
+    require_that(!plan.recompute || model_->offers_checkpointing(),
+                 "the plan recomputes, but the accumulator has no model that offers it");
     options_.plan = plan;
     caps_.clear();
     model_->set_checkpointing(plan.recompute);
@@ -70,10 +64,8 @@ void Accumulator::refuse_unknown_parameters() {
     std::unordered_set<const void*> known;
     for (const Parameter& parameter : gatherer_.parameters()) known.insert(parameter.tensor.unsafeGetTensorImpl());
     for (const at::Tensor& tensor : updated) {
-        if (known.count(tensor.unsafeGetTensorImpl()) == 0) {
-            throw Error(ErrorKind::usage, str_cat("the optimizer updates a parameter of shape ", tensor.sizes(),
-                                                  " that the accumulator does not know; give it to track()"));
-        }
+        require_that(known.count(tensor.unsafeGetTensorImpl()) != 0, "the optimizer updates a parameter of shape ",
+                     tensor.sizes(), " that the accumulator does not know; give it to track()");
     }
     known_ = std::move(updated);
 }
@@ -116,10 +108,10 @@ StepReport Accumulator::step(const BatchSource& batch, const LossFunction& loss,
         [&](const Reclaimer& helped, const std::string&) { lost += helped.counts ? 1 : 0; },
         [](const std::string& message) {
             throw Error(ErrorKind::does_not_fit,
-                        str_cat("the optimizer's step ran out of memory, whatever the micro-batch; parameters and "
-                                "optimizer are as before it: raise the memory budget, or take an optimizer with less "
-                                "state (SGD); ",
-                                message));
+                        "the optimizer's step ran out of memory, whatever the micro-batch; parameters and "
+                        "optimizer are as before it: raise the memory budget, or take an optimizer with less "
+                        "state (SGD); ",
+                        message);
         });
     report.out_of_memory += lost;
     if (report.partial) report.partial->out_of_memory = report.out_of_memory;
@@ -156,10 +148,9 @@ std::variant<Gathered, PartialBatch> Accumulator::gather_batch(const BatchSource
             attempt.out_of_memory += helped.counts ? 1 : 0;
         },
         [](const std::string& message) {
-            throw Error(ErrorKind::does_not_fit,
-                        str_cat("out of memory with a micro-batch of 1 sample: ", message,
-                                "; everything is as before the step: raise the memory budget, or take shorter "
-                                "samples"));
+            throw Error(ErrorKind::does_not_fit, "out of memory with a micro-batch of 1 sample: ", message,
+                        "; everything is as before the step: raise the memory budget, or take shorter "
+                        "samples");
         });
     // Not before they have shown that they can run.
     caps_ = std::move(attempt.caps);
@@ -224,10 +215,10 @@ std::variant<Gathered, PartialBatch> Accumulator::try_gather(const BatchSource& 
         } catch (const std::exception&) {
         }
         const std::string why = message_of(failure);
-        throw Error(ErrorKind::does_not_fit,
-                    str_cat("out of memory, and with a micro-batch of ", attempt.plan_of_shape.micro_batch,
-                            " the loss function fails: ", why.substr(0, why.find('\n')), "; ", attempt.message,
-                            "; everything is as before the step: raise the memory budget, or take shorter samples"));
+        throw Error(ErrorKind::does_not_fit, "out of memory, and with a micro-batch of ",
+                    attempt.plan_of_shape.micro_batch, " the loss function fails: ", why.substr(0, why.find('\n')),
+                    "; ", attempt.message,
+                    "; everything is as before the step: raise the memory budget, or take shorter samples");
     }
 }
 
@@ -275,7 +266,7 @@ const Gathered& Accumulator::finish() {
 }
 
 StepReport Accumulator::apply() {
-    if (!gathered_) throw Error(ErrorKind::usage, "nothing is gathered to apply: call gather() or finish() first");
+    require_that(gathered_.has_value(), "nothing is gathered to apply: call gather() or finish() first");
     if (gathered_->weight == 0.0) return discard("zero weight");
     StepReport result = report();
     const auto started = std::chrono::steady_clock::now();
@@ -294,7 +285,7 @@ StepReport Accumulator::apply() {
 }
 
 void Accumulator::dry_run_apply() {
-    if (!gathered_) throw Error(ErrorKind::usage, "nothing is gathered for a dry run: call gather() or finish() first");
+    require_that(gathered_.has_value(), "nothing is gathered for a dry run: call gather() or finish() first");
     optimizer_.dry_run(gathered_->sums, gathered_->weight > 0.0 ? divisor() : 1.0);
 }
 
