@@ -12,7 +12,7 @@ constexpr int watched[] = {SIGINT, SIGTERM, SIGHUP};
 
 constexpr std::int64_t same_signal = 200'000'000;  // nanoseconds
 
-std::atomic<std::int64_t> came_at = 0;  // on the monotonic clock; 0: none yet
+std::atomic<std::int64_t> came_at = 0;  // monotonic clock; 0 means not yet
 static_assert(std::atomic<std::int64_t>::is_always_lock_free);
 
 std::int64_t now() {
@@ -26,7 +26,7 @@ extern "C" void remember(int number) {
     std::int64_t first = 0;
     if (came_at.compare_exchange_strong(first, at) || at - first < same_signal) return;
     std::signal(number, SIG_DFL);
-    std::raise(number);  // once this returns
+    std::raise(number);  // takes effect when this returns
 }
 
 }  // namespace

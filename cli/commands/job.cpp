@@ -74,7 +74,7 @@ void use_model(Job& job, Holder model, LossFunction loss) {
     job.loss = std::move(loss);
 }
 
-// Logits of a vocabulary much wider than the model are most of a step's memory: they are made a chunk at a time.
+// If the vocabulary is much larger than the width, the logits take most of the memory: compute them in chunks.
 void use_gpt(Job& job, const GptConfig& config) {
     constexpr std::int64_t wide = 4096;
     Gpt model(config);
@@ -110,7 +110,7 @@ void use_optimizer(Job& job, const Settings& settings, std::int64_t batch) {
     }
 }
 
-// Every size as a flag would give it, so that config.toml holds it whatever the presets are by then.
+// Records every size as a flag would set it, so that config.toml stays valid if the presets change.
 void resolve_sizes(JobPlan& plan) {
     Settings& settings = plan.settings;
     if (is_gpt(plan.model)) {
@@ -139,7 +139,7 @@ std::string short_count(std::int64_t count) {
 std::string describe_model(const JobPlan& plan) {
     if (is_gpt(plan.model)) {
         const GptConfig config = gpt_config(plan.model, plan.settings, plan.data.classes);
-        return fmt::format("{}, {} parameters: {} layers, {} heads, {} wide, {} tokens a sample", plan.model,
+        return fmt::format("{}, {} parameters: {} layers, {} heads, width {}, {} tokens per sample", plan.model,
                            short_count(count_parameters(config)), config.layers, config.heads, config.width,
                            config.length);
     }
@@ -148,7 +148,7 @@ std::string describe_model(const JobPlan& plan) {
     return fmt::format("{}, {} parameters", plan.model, short_count(count));
 }
 
-// The first samples of a dataset, so that an evaluation has a bounded cost.
+// The first samples of a dataset, which bounds the cost of an evaluation.
 class FirstSamples final : public Dataset {
 public:
     FirstSamples(const Dataset& all, std::int64_t most) : all_(all), size_(std::min(all.size(), most)) {}

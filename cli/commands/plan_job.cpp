@@ -15,7 +15,7 @@
 namespace microbatch::cli {
 namespace {
 
-// Shows each trial: on a terminal one line drawn over and over, in a pipe a line once in a while.
+// Shows each trial: on a terminal, one line that is redrawn; in a pipe, an occasional line.
 class TrialLine {
 public:
     explicit TrialLine(std::FILE* stream) : stream_(stream), terminal_(is_terminal(stream)) {}
@@ -50,21 +50,21 @@ Recompute recompute_of(const JobPlan& plan, const Job& job) {
     if (plan.settings.recompute == "auto") return Recompute::automatic;
     if (job.accumulator->model().offers_checkpointing()) return Recompute::always;
     throw Error(ErrorKind::usage,
-                fmt::format("--recompute always: {} has no blocks to recompute; gpt and resnet have", plan.model));
+                fmt::format("--recompute always: {} has no blocks to recompute; gpt and resnet do", plan.model));
 }
 
-// What may be used to measure a job that does not fit.
+// The memory available for measuring a job that does not fit.
 std::int64_t most_bytes(std::int64_t budget_bytes) {
     return std::max(budget_bytes, available_memory_bytes() / 10 * 9);
 }
 
-// No plan helps a batch that is not even to be numbered.
+// No plan helps if even the sample numbers of the batch do not fit.
 void require_room_for_numbers(std::int64_t batch, std::int64_t budget_bytes) {
     constexpr std::int64_t bytes_a_sample = 2 * sizeof(std::int64_t);
     constexpr std::int64_t little = std::int64_t{1} << 20;
     if (batch <= std::max(budget_bytes, little) / bytes_a_sample) return;
     throw Error(ErrorKind::does_not_fit,
-                fmt::format("--batch {}: to number its samples alone takes more than the memory budget of {}; take a "
+                fmt::format("--batch {}: the list of its sample numbers alone exceeds the memory budget of {}; use a "
                             "smaller --batch or raise --memory",
                             batch, format_bytes(budget_bytes)));
 }
@@ -87,8 +87,8 @@ Job make_job_to_plan(const JobPlan& plan, std::int64_t budget_bytes) {
 void require_whole_batch(const JobPlan& plan) {
     if (plan.batch >= plan.settings.batch) return;
     throw Error(ErrorKind::usage,
-                fmt::format("a batch of {} is larger than the whole run of {} samples, whose one step would be a batch "
-                            "of {}; take a smaller batch or a longer run (--samples)",
+                fmt::format("a batch of {} is larger than the whole run of {} samples, which would be a single batch "
+                            "of {}; use a smaller batch or a longer run (--samples)",
                             plan.settings.batch, plan.batch, plan.batch));
 }
 
@@ -107,7 +107,7 @@ PlanReport plan_job(const JobPlan& plan, const Job& job, std::int64_t budget_byt
         line.show(trial);
     };
     PlanReport report = make_report(plan, job, options);
-    // One micro-batch for the whole run: a smaller batch would have to be cut otherwise.
+    // One micro-batch for the whole run: a smaller batch would need a different split.
     const std::int64_t smallest = std::min(smallest_batch(plan.batches), plan.batch);
     if (!report.chosen || report.choice().plan.micro_batch <= smallest) return report;
     options.micro_batch = smallest;
@@ -128,7 +128,7 @@ PlanReport plan_native(const JobPlan& plan, const Job& job, std::int64_t budget_
 std::string describe_cut(const Candidate& candidate) {
     const std::string cut =
         candidate.micro_batches == 1
-            ? "uncut"
+            ? "in one piece"
             : fmt::format("in {} micro-batches of {}", candidate.micro_batches, candidate.plan.micro_batch);
     return cut + (candidate.plan.recompute ? ", with recompute" : "");
 }

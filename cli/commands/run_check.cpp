@@ -17,21 +17,21 @@
 namespace microbatch::cli {
 namespace {
 
-// The steps of a run that one plan made.
+// The steps of a run under one plan.
 struct Steps {
     Plan plan;
     std::int64_t count = 0;
     std::int64_t out_of_memory = 0;
     std::int64_t peak_bytes = 0;
     std::optional<std::int64_t> predicted_peak_bytes;
-    std::vector<double> seconds, predicted_for;  // of all steps, and of those whose time was predicted
+    std::vector<double> seconds, predicted_for;  // of all steps; of those with a predicted time
     std::optional<double> predicted_seconds;
 
     void add(const Steps& more) {
         count += more.count;
         out_of_memory += more.out_of_memory;
         peak_bytes = std::max(peak_bytes, more.peak_bytes);
-        // What a step keeps beside the plan differs from one to the next; the peak is where most is.
+        // The memory beyond the plan varies between steps; the peak is at the largest.
         if (more.predicted_peak_bytes) {
             predicted_peak_bytes = std::max(predicted_peak_bytes.value_or(0), *more.predicted_peak_bytes);
         }

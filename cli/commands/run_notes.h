@@ -8,11 +8,11 @@
 
 namespace microbatch::cli {
 
-/// What the command keeps in a checkpoint beside the state of the run.
+/// What the command stores in a checkpoint in addition to the state of the run.
 struct RunNotes {
-    std::string config = {};  ///< as config.toml
+    std::string config = {};  ///< the text of config.toml
     int threads = 1;
-    std::string processor = {};  ///< the kind of vectors that torch's kernels use
+    std::string processor = {};  ///< the vector type of torch's kernels
     std::string version = {};    ///< of microbatch
     std::uint32_t data = 0;      ///< OpenedData::fingerprint
     DataListing files = {};      ///< of that data
@@ -22,7 +22,7 @@ struct RunNotes {
     /// Reads them from a run's state. Errors: ErrorKind::bad_data.
     static RunNotes from(const StateDict& state);
 
-    /// This machine's.
+    /// The notes for this machine.
     static RunNotes of_machine();
 };
 

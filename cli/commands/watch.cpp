@@ -12,20 +12,20 @@ namespace {
 
 std::string describe_noise(std::int64_t every, std::int64_t missing, bool cut) {
     if (every == 0) return "not measured";
-    if (!cut) return "not measured: the batch is one micro-batch, and it takes two";
+    if (!cut) return "not measured: the batch is one micro-batch, and noise needs two";
     if (missing > 0) {
         return fmt::format("not measured: a copy of the gradients needs {} more memory", format_bytes(missing));
     }
     return fmt::format("measured every {} steps", every);
 }
 
-// Two snapshots of what the plan knows of; the model's buffers are little beside it.
+// Two snapshots of the memory in the plan; the model's buffers are small in comparison.
 std::int64_t snapshot_bytes_of(const PlanReport& report) {
     return 2 * (report.fixed.parameters + report.fixed.optimizer_state);
 }
 
 std::string describe_recovery(const RecoveryOptions& recovery, std::int64_t bytes) {
-    return fmt::format("{} restores from snapshots {}", recovery.most,
+    return fmt::format("at most {} roll-backs, snapshots {}", recovery.most,
                        bytes <= recovery.memory_bytes ? fmt::format("in memory ({})", format_bytes(bytes)) : "on disk");
 }
 
@@ -48,13 +48,14 @@ Watch watch_of(const JobPlan& plan, const PlanReport& report, const std::filesys
     const bool cut = report.choice().micro_batches > 1;
     if (cut && missing <= 0) watch.noise_every = settings.noise_every;
     watch.noise_line = describe_noise(settings.noise_every, missing, cut);
-    watch.guard_line = "off: only what is not finite is refused";
+    watch.guard_line = "off: only non-finite steps are refused";
     const std::int64_t room =
         report.budget_bytes - predicted_peak(report, report.choice(), {.noise = watch.noise_every > 0});
     watch.checkpoint_bytes = room;
     if (settings.no_guard) return watch;
     watch.guard = SpikeGuardOptions{.most_refused = most_refused_in_a_row - 1};
-    watch.guard_line = fmt::format("{:g} spreads above the last {} steps", watch.guard->sigmas, watch.guard->window);
+    watch.guard_line =
+        fmt::format("{:g} spreads above the median of the last {} steps", watch.guard->sigmas, watch.guard->window);
     if (settings.restores == 0) return watch;
     watch.recovery = RecoveryOptions{.most = settings.restores, .memory_bytes = room, .folder = folder};
     const std::int64_t snapshots = snapshot_bytes_of(report);

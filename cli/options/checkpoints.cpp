@@ -17,7 +17,7 @@ Interval every_of(const Settings& settings) {
 std::optional<Interval> keep_every_of(const Settings& settings) {
     if (settings.keep_every.empty()) return std::nullopt;
     const Interval every = read_flag("--keep-every", [&] { return parse_interval(settings.keep_every); });
-    if (every.count < 1) refuse(fmt::format("--keep-every is {}; it must be above 0", settings.keep_every));
+    if (every.count < 1) refuse(fmt::format("--keep-every {}: must be above 0", settings.keep_every));
     return every;
 }
 
@@ -32,13 +32,13 @@ RunCheckpointOptions checkpoint_options_of(const Settings& settings, std::int64_
 }
 
 std::string describe_checkpoints(const Settings& settings) {
-    if (settings.no_checkpoints) return "none: a run that is killed is lost";
+    if (settings.no_checkpoints) return "never: a killed run cannot be resumed";
     const Interval every = every_of(settings);
     const std::string stay =
         settings.keep_every.empty() ? std::string() : fmt::format(", and one every {}", settings.keep_every);
-    return fmt::format("{}, the newest {} stay{}",
-                       every.count == 0 ? "at the end, and when it is interrupted" : "every " + to_string(every),
-                       settings.keep, stay);
+    return fmt::format("{}, keeping the newest {}{}",
+                       every.count == 0 ? "at the end and on interrupt" : "every " + to_string(every), settings.keep,
+                       stay);
 }
 
 void validate_checkpoints(const Settings& settings) {

@@ -8,18 +8,18 @@
 
 namespace microbatch::cli {
 
-/// How a run differs from its checkpoint, each as "lr was 0.001, is 0.002".
+/// The differences between a run and its checkpoint, each as "lr was 0.001, is 0.002".
 struct Differences {
     std::vector<std::string> another_run, another_cut, noted;
 };
 
-/// Compares two config.toml by what the table of options says.
+/// Compares two config.toml texts by the table of options.
 Differences differences(const Values& was, const Values& is);
 
-/// The recorded options, overridden by those that were given.
+/// The recorded options, overridden by the given ones.
 Values overridden(const Values& was, const Values& given);
 
-/// Recorded options that mean nothing beside those of `now`, which override them.
+/// Recorded options that have no meaning with the options of `now`, which override them.
 std::set<std::string> outdated(const Values& was, const Values& now);
 
 /// The value of that name, or "not given".

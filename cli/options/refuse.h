@@ -12,7 +12,7 @@ namespace microbatch::cli {
     throw Error(ErrorKind::usage, message);
 }
 
-/// What `read` gives; an error of its has the flag's name in front.
+/// Returns the result of `read`; an error gets the name of the flag as a prefix.
 template <class Read>
 auto read_flag(const char* flag, Read read) {
     try {

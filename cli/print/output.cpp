@@ -16,7 +16,7 @@ namespace microbatch::cli {
 
 void prepare_output() {
     std::signal(SIGPIPE, SIG_IGN);
-    // A file that is opened gets the lowest free descriptor.
+    // An opened file gets the lowest free descriptor.
     int opened = 0;
     while (opened >= 0 && opened <= STDERR_FILENO) opened = ::open("/dev/null", O_RDWR);
     if (opened >= 0) ::close(opened);

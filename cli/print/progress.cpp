@@ -13,7 +13,7 @@ namespace {
 constexpr double terminal_interval = 0.1;
 constexpr double pipe_interval = 5.0;
 
-// As long as there is room for beside the figures, which matter more.
+// As long as the space next to the figures allows, which matter more.
 std::string bar(double share, std::size_t columns, std::size_t figures) {
     constexpr std::size_t longest = 20, shortest = 5, frame = 4;
     if (columns < figures + frame + shortest) return {};
@@ -86,7 +86,7 @@ void ProgressLine::draw(const std::string& line) {
     pending_ = false;
     drawn_once_ = true;
     if (terminal_) {
-        // Cut to the window: a line that wraps could not be drawn over.
+        // Truncated to the window: a wrapped line cannot be redrawn.
         print(stream_, "\r{}\x1b[K", line.substr(0, terminal_columns(stream_) - 1));
     } else {
         print(stream_, "{}\n", line);

@@ -27,7 +27,7 @@ void print_rate_rule(std::FILE* out, const Settings& settings) {
     const RateRule rule = rate_rule_of(settings);
     if (!settings.reference_batch) {
         if (!settings.batch_schedule.empty())
-            print(out, "rule      the rate follows the batch by {}\n", to_string(rule));
+            print(out, "rule      the learning rate is scaled with the batch by the rule {}\n", to_string(rule));
         return;
     }
     if (rule == RateRule::none) return;
@@ -41,32 +41,35 @@ double speed(const Outcome& outcome) {
 }
 
 std::string describe_divergence(const Outcome& outcome, const Settings& settings) {
-    const std::string before = outcome.refused_in_a_row > 1 ? fmt::format(", and the {} steps before were refused, too",
+    const std::string before = outcome.refused_in_a_row > 1 ? fmt::format("; the {} steps before it were refused too",
                                                                           outcome.refused_in_a_row - 1)
                                                             : std::string();
-    const std::string restored =
-        outcome.restores > 1 ? fmt::format("; it had gone back {} times before", outcome.restores - 1) : std::string();
+    const std::string restored = outcome.restores > 1
+                                     ? fmt::format("; it had already rolled back {} times", outcome.restores - 1)
+                                     : std::string();
     const std::string weights =
         !outcome.weights_written
-            ? "model.safetensors is still that of the run before"
+            ? "model.safetensors still holds the weights of the previous run"
             : fmt::format("model.safetensors holds the weights of {}",
-                          outcome.last.went_back_to ? fmt::format("step {}", *outcome.last.went_back_to)
-                                                    : "the last step that was applied");
+                          outcome.last.rolled_back_to ? fmt::format("step {}", *outcome.last.rolled_back_to)
+                                                      : "the last applied step");
     const std::string cure =
         outcome.healthy_checkpoint
             ? fmt::format("resume from the healthy checkpoint of step {} (--resume) with", *outcome.healthy_checkpoint)
-            : "take";
+            : "use";
     return fmt::format(
-        "the run diverged at step {}: {}{}{}. {}; {} a smaller --lr than {:g}, a --warmup or a smaller --clip",
+        "the run diverged at step {}: {}{}{}. {}; {} a lower --lr than {:g}, a --warmup or a smaller --clip",
         outcome.last.progress.steps, outcome.last.step.reason, before, restored, weights, cure,
         learning_rate_of(settings));
 }
 
 std::string describe_bad_end(const Outcome& outcome, const Settings& settings) {
+    const std::string held_out = outcome.held_out ? fmt::format(", {:.4g} held out", *outcome.held_out) : std::string();
     return fmt::format(
-        "the run ended worse than it began, with a loss of {:.4g} after {:.4g} at the first step; take a smaller --lr "
-        "than {:g}, a --warmup or a smaller --clip",
-        outcome.last.step.loss, outcome.first_loss, learning_rate_of(settings));
+        "the run ended worse than it began: the loss was {:.4g} at the first step and {:.4g} at the last{}; use a "
+        "lower "
+        "--lr than {:g}, a --warmup or a smaller --clip",
+        outcome.first_loss, outcome.last.step.loss, held_out, learning_rate_of(settings));
 }
 
 }  // namespace
@@ -95,7 +98,7 @@ void print_header(std::FILE* out, const JobPlan& plan, const PlanReport& report,
 
 void note_out_of_memory(ProgressLine& progress, const TrainerReport& report) {
     if (report.step.out_of_memory == 0) return;
-    progress.note(fmt::format("step {}: out of memory; undone and made again in micro-batches of {}{}",
+    progress.note(fmt::format("step {}: out of memory; undone and repeated in micro-batches of {}{}",
                               report.progress.steps, report.step.plan.micro_batch,
                               report.step.plan.recompute ? " with recompute" : ""));
 }
@@ -106,11 +109,11 @@ void note_refusal(ProgressLine& progress, const TrainerReport& report) {
 }
 
 void note_going_back(ProgressLine& progress, const TrainerReport& report, const RecoveryOptions& recovery) {
-    if (!report.went_back_to) return;
-    progress.note(
-        fmt::format("step {}: diverged; back to the weights of step {}; the learning rate warms up over {} steps and "
-                    "stays below {:g} times the one that diverged; the data since then is skipped",
-                    report.progress.steps, *report.went_back_to, recovery.warmup, recovery.rate_factor));
+    if (!report.rolled_back_to) return;
+    progress.note(fmt::format(
+        "step {}: diverged; rolled back to the weights of step {}; the learning rate warms up over {} steps "
+        "to at most {:g} times the last calm one; the data since then is skipped",
+        report.progress.steps, *report.rolled_back_to, recovery.warmup, recovery.rate_factor));
 }
 
 void print_summary(std::FILE* out, const JobPlan& plan, const PlanReport& report, const Watch& watch,
@@ -124,6 +127,9 @@ void print_summary(std::FILE* out, const JobPlan& plan, const PlanReport& report
           speed_unit(plan));
     print(out, "loss      {:.4f} at the first step, {:.4f} at the last", outcome.first_loss, outcome.last.step.loss);
     print(out, "{}\n", outcome.held_out ? fmt::format(", {:.4f} held out", *outcome.held_out) : std::string());
+    if (outcome.overfits) {
+        print(out, "          warning: the held-out loss is above the first training losses: the model overfits\n");
+    }
     print(out, "memory    peak {} measured, {} predicted ({}), budget {}\n", format_bytes(outcome.peak_bytes),
           format_bytes(predicted), percent_off(static_cast<double>(predicted), static_cast<double>(outcome.peak_bytes)),
           format_bytes(report.budget_bytes));
@@ -131,27 +137,26 @@ void print_summary(std::FILE* out, const JobPlan& plan, const PlanReport& report
         print(out, "noise     {}\n",
               outcome.last.noise_batch ? fmt::format("as large as the gradient at a batch of {} (a proxy)",
                                                      format_count(std::llround(*outcome.last.noise_batch)))
-                                       : "undefined: too few measures, or the noise hides the gradient");
+                                       : "undefined: too few measurements, or the noise hides the gradient");
     }
     const double seconds = outcome.median_step_seconds();
-    if (seconds > 0.0) {  // a run that was done already made no step
-        print(out, "time      {:.3f} s a step measured, {:.3f} s predicted ({})\n", seconds, chosen.step_seconds,
+    if (seconds > 0.0) {  // a run that was already complete makes no step
+        print(out, "time      {:.3f} s per step measured, {:.3f} s predicted ({})\n", seconds, chosen.step_seconds,
               percent_off(chosen.step_seconds, seconds));
     }
     if (outcome.out_of_memory > 0) {
-        print(out,
-              "undone    {} times a step ran out of memory and was made again, in the end in micro-batches of {}{}\n",
+        print(out, "retried   {} times after running out of memory, the last time in micro-batches of {}{}\n",
               outcome.out_of_memory, outcome.plan.micro_batch, outcome.plan.recompute ? " with recompute" : "");
     }
     if (outcome.restores > 0) {
-        print(out, "restores  {} times the run diverged and went back to weights from before, at a smaller rate\n",
+        print(out, "restores  the run diverged and rolled back to earlier weights {} times, at a lower rate\n",
               outcome.restores);
     }
     if (outcome.refused > 0) {
-        print(out, "refused   {} steps were not applied; the reasons are in metrics.jsonl\n", outcome.refused);
+        print(out, "refused   {} steps were not applied; metrics.jsonl has the reasons\n", outcome.refused);
     }
     if (outcome.checkpoint_seconds > 0.0) {
-        print(out, "saved     {} times; training waited {:.3f} s for it on the way\n", outcome.checkpoints,
+        print(out, "saved     {} times; training waited {:.3f} s for checkpoints\n", outcome.checkpoints,
               outcome.checkpoint_seconds);
     }
     print(out, "written   {}: config.toml, metrics.jsonl, {}report.html, summary.json{}\n", folder.string(),
@@ -161,7 +166,7 @@ void print_summary(std::FILE* out, const JobPlan& plan, const PlanReport& report
 
 void print_way_on(std::FILE* out, const Outcome& outcome, const std::filesystem::path& folder) {
     if (!outcome.checkpointed) return;
-    print(out, "go on     microbatch train --run {} --resume\n", folder.string());
+    print(out, "continue  microbatch train --run {} --resume\n", folder.string());
 }
 
 void print_json(const JobPlan& plan, const PlanReport& report, const Outcome& outcome,
@@ -203,20 +208,23 @@ void print_json(const JobPlan& plan, const PlanReport& report, const Outcome& ou
     print(stdout, "{}\n", document.dump(2));
 }
 
-bool has_ended_worse(const std::filesystem::path& folder) {
+void judge_end(Outcome& outcome, const std::filesystem::path& folder) {
     std::vector<StepRecord> kept;
     try {
         for (const StepRecord& step : read_run_log(folder).steps) {
             if (step.applied) kept.push_back(step);
-            if (!step.went_back_to) continue;
-            std::erase_if(kept, [&](const StepRecord& one) { return one.step > *step.went_back_to; });
+            if (!step.rolled_back_to) continue;
+            std::erase_if(kept, [&](const StepRecord& one) { return one.step > *step.rolled_back_to; });
         }
     } catch (const Error&) {
-        return false;  // the log could not be written, which was said
+        return;  // the log could not be written, which was said
     }
     std::vector<double> losses;
     for (const StepRecord& step : kept) losses.push_back(step.loss);
-    return ends_worse(losses);
+    // A model may overfit on purpose; after a roll-back, or where it is no number, the training losses hide the damage.
+    const bool counts = outcome.restores > 0 || !std::isfinite(outcome.held_out.value_or(0.0));
+    outcome.ended_worse = ends_worse(losses, counts ? outcome.held_out : std::nullopt);
+    outcome.overfits = !outcome.ended_worse && ends_worse(losses, outcome.held_out);
 }
 
 void report_divergence(const Outcome& outcome, const Settings& settings) {

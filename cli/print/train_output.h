@@ -9,28 +9,29 @@
 
 namespace microbatch::cli {
 
-/// What is going to be done, before it is.
+/// Prints what the run is going to do.
 void print_header(std::FILE* out, const JobPlan& plan, const PlanReport& report, const Watch& watch, Interval length,
                   const std::filesystem::path& folder);
 
-/// A line for what seldom happens in a step, where it did.
+/// Print a line if this rare event happened in the step.
 void note_out_of_memory(ProgressLine& progress, const TrainerReport& report);
 void note_refusal(ProgressLine& progress, const TrainerReport& report);
 void note_going_back(ProgressLine& progress, const TrainerReport& report, const RecoveryOptions& recovery);
 
-/// What came of it; `folder` is what was written to.
+/// Prints the results; `folder` is the folder of the run.
 void print_summary(std::FILE* out, const JobPlan& plan, const PlanReport& report, const Watch& watch,
                    const Outcome& outcome, const std::filesystem::path& folder);
-/// How to go on with a run that was stopped.
+/// Prints how to continue an interrupted run.
 void print_way_on(std::FILE* out, const Outcome& outcome, const std::filesystem::path& folder);
 void print_json(const JobPlan& plan, const PlanReport& report, const Outcome& outcome,
                 const std::filesystem::path& folder);
 
-/// What the report's reader should see first; empty if all went well.
+/// The first message for readers of the report; empty if all went well.
 std::string banner_of(const Outcome& outcome, const Settings& settings);
 
-/// True if the steps of the folder's log that were applied and not undone end worse than they began: see ends_worse().
-bool has_ended_worse(const std::filesystem::path& folder);
+/// Evaluates how the run ended, by its held-out loss and the logged steps that were applied and not rolled back: see
+/// ends_worse().
+void judge_end(Outcome& outcome, const std::filesystem::path& folder);
 
 /// Throws ErrorKind::stopped if the run diverged or ended worse than it began, saying where and what to do.
 void report_divergence(const Outcome& outcome, const Settings& settings);

@@ -14,14 +14,14 @@ namespace {
 
 void validate(const BranchOptions& options) {
     const auto& factors = options.factors;
-    require_that(!factors.empty() && factors.front() == 1, "branches: the first factor of the batch must be 1");
+    require_that(!factors.empty() && factors.front() == 1, "batch-size sweep: the first factor of the batch must be 1");
     require_that(std::adjacent_find(factors.begin(), factors.end(), std::greater_equal<>()) == factors.end(),
-                 "branches: the factors of the batch must rise");
+                 "batch-size sweep: the factors of the batch must increase");
     const std::int64_t largest = factors.back();
     require_that(options.batch >= 1 && options.batch <= std::numeric_limits<std::int64_t>::max() / largest,
-                 "branches: the batch is ", options.batch, " with factors up to ", largest);
-    require_that(options.samples >= options.batch * largest, "branches: ", options.samples,
-                 " samples are less than the largest batch, ", options.batch * largest);
+                 "batch-size sweep: the batch is ", options.batch, " with factors up to ", largest);
+    require_that(options.samples >= options.batch * largest, "batch-size sweep: ", options.samples,
+                 " samples are fewer than the largest batch, ", options.batch * largest);
 }
 
 // The mean over the last quarter of the samples.

@@ -98,7 +98,7 @@ public:
     }
 };
 
-/// What the second run needs of the first.
+/// What the second run needs from the first.
 struct FirstRun : torch::CustomClassHolder {
     FirstRun(Block run, std::shared_ptr<Module> of, at::Device device)
         : block(std::move(run)), module(std::move(of)), surroundings(device, *module) {}
@@ -106,10 +106,10 @@ struct FirstRun : torch::CustomClassHolder {
     Block block;
     std::shared_ptr<Module> module;
     Surroundings surroundings;
-    BufferValues buffers;  // before it, of the buffers that it changed
+    BufferValues buffers;  // from before it, for the buffers that it changed
 };
 
-/// True if a nested backward gives this parameter what the outer one would. Hooks would run in both.
+/// True if a nested backward computes the same gradient for this parameter as the outer one. Hooks would run in both.
 bool only_accumulates(const at::Tensor& parameter) {
     if (!parameter.is_leaf() || !torch::autograd::impl::hooks(parameter).empty()) return false;
     const auto accumulator = torch::autograd::impl::try_get_grad_accumulator(parameter);
@@ -154,8 +154,8 @@ public:
 
     static variable_list backward(AutogradContext* context, variable_list gradients) {
         require_that(!at::GradMode::is_enabled(),
-                     "recompute: a gradient of a gradient (create_graph) does not go through a recomputed block; "
-                     "turn recompute off for it");
+                     "recompute: a recomputed block does not support gradients of gradients (create_graph); "
+                     "turn recompute off");
         const variable_list saved = context->get_saved_variables();
         const std::size_t inputs = saved.size();
         variable_list results(inputs + 2);  // block and module have no gradient

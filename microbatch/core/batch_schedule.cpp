@@ -14,7 +14,7 @@ namespace {
 BatchStage parse_stage(std::string_view input) {
     const std::string_view stage = trimmed(input);
     const auto at = stage.find(" at ");
-    if (at == std::string_view::npos) refuse(str_cat("has \"", stage, "\" for a stage"));
+    if (at == std::string_view::npos) refuse(str_cat("has an invalid stage \"", stage, "\""));
     const std::string_view from = trimmed(stage.substr(at + 4));
     // 0 is the same in every unit.
     return {parse_count(trimmed(stage.substr(0, at))), from == "0" ? Interval{} : parse_interval(from)};
@@ -63,7 +63,7 @@ std::string to_string(const BatchSchedule& schedule) {
 
 void validate(const BatchSchedule& schedule) {
     if (schedule.empty()) refuse("has no stage");
-    if (schedule.front().from.count != 0) refuse("says nothing of the start: its first stage must be at 0");
+    if (schedule.front().from.count != 0) refuse("does not define the start: its first stage must be at 0");
     for (std::size_t i = 0; i < schedule.size(); ++i) {
         const BatchStage& stage = schedule[i];
         if (stage.batch < 1) refuse(str_cat("has a batch of ", stage.batch, "; it must be at least 1"));
@@ -73,7 +73,7 @@ void validate(const BatchSchedule& schedule) {
             refuse(str_cat("mixes ", to_string(before.from.unit), " and ", to_string(stage.from.unit)));
         }
         if (stage.from.count <= before.from.count) {
-            refuse(str_cat("goes on at ", to_string(stage.from), ", which is not after ", to_string(before.from)));
+            refuse(str_cat("continues at ", to_string(stage.from), ", which is not after ", to_string(before.from)));
         }
     }
 }
@@ -100,11 +100,10 @@ BatchSchedule seesaw(const Schedule& schedule, std::int64_t batch, std::int64_t 
     require_that(most >= batch, "seesaw: the largest batch of ", most, " is below the first of ", batch);
     require_that(
         schedule.shape != ScheduleShape::constant && schedule.floor < schedule.peak,
-        "seesaw: the batch grows as the learning rate falls, but this schedule does not fall; take cosine or linear");
+        "seesaw: the batch grows as the learning rate falls, but this schedule does not fall; use cosine or linear");
     require_that(schedule.length.unit != Unit::steps,
-                 "seesaw: a run of a number of steps would see more samples the larger its batch is; say its length in "
-                 "samples or "
-                 "tokens");
+                 "seesaw: if the length is in steps, a larger batch trains on more samples; give the length in "
+                 "samples or tokens");
     BatchSchedule result{{batch, {0, schedule.length.unit}}};
     double rate = schedule.peak;
     for (std::int64_t next = batch; next <= most / 2;) {

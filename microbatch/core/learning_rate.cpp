@@ -20,8 +20,8 @@ constexpr std::array<std::pair<RateRule, std::string_view>, 5> names = {{{RateRu
 double sde_beta(const char* name, double beta, double k) {
     const double forgotten = k * (1.0 - beta);
     require_that(forgotten < 1.0 - 1e-12,  // 10 (1 - 0.9) is one rounding below 1
-                 "adam-sde has no ", name, " for a batch ", k, " times the reference: 1 - ", name, " = ", 1.0 - beta,
-                 " times that is not below 1. Take a batch below ", 1.0 / (1.0 - beta),
+                 "adam-sde has no ", name, " for a batch of ", k, " times the reference: 1 - ", name, " = ", 1.0 - beta,
+                 " times that is not below 1. Use a batch below ", 1.0 / (1.0 - beta),
                  " times the reference, or the rule sqrt");
     return 1.0 - forgotten;
 }
@@ -45,7 +45,7 @@ RateRule parse_rate_rule(std::string_view name) {
         if (its == name) return rule;
         all += str_cat(all.empty() ? "" : ", ", its);
     }
-    throw Error(ErrorKind::usage, "no rule is called \"", name, "\"; there are ", all);
+    throw Error(ErrorKind::usage, "unknown rule \"", name, "\"; choose one of ", all);
 }
 
 std::string_view to_string(RateRule rule) {
@@ -60,7 +60,7 @@ RateConstants scale_to_batch(const RateConstants& reference, RateRule rule, std:
     require_that(reference_batch >= 1, "the reference batch is ", reference_batch, "; it must be at least 1");
     require_that(batch >= 1, "the batch is ", batch, "; it must be at least 1");
     require_that((rule != RateRule::adam_sde && rule != RateRule::beta2_time) || reference.adam, "the rule ",
-                 to_string(rule), " changes Adam's constants, and this optimizer has none; take linear or sqrt");
+                 to_string(rule), " changes Adam's constants, but this optimizer has none; use linear or sqrt");
     const double k = static_cast<double>(batch) / static_cast<double>(reference_batch);
     RateConstants scaled = reference;
     if (rule == RateRule::linear) scaled.learning_rate *= k;

@@ -14,7 +14,7 @@ inline double median(std::vector<double> values) {
     return *middle;
 }
 
-/// The median of times; of an even number the lesser, since what disturbs a measurement makes it longer.
+/// The median of times; the smaller middle value of an even number, since disturbances only make a measurement longer.
 /// Requires: not empty.
 inline double lower_median(std::vector<double> times) {
     const auto middle = times.begin() + static_cast<std::ptrdiff_t>((times.size() - 1) / 2);

@@ -51,7 +51,7 @@ std::int64_t peak_of(const MemoryProfile& profile) {
 }
 
 const MemoryLine& MemoryModel::line_at(std::int64_t micro_batch) const {
-    require_that(!lines.empty(), "a memory model of no lines predicts nothing: fit it first");
+    require_that(!lines.empty(), "an empty memory model predicts nothing: fit it first");
     require_that(micro_batch >= 1, "the micro-batch is ", micro_batch, " samples; it must be 1 or more");
     return *std::ranges::max_element(lines, {}, [&](const MemoryLine& line) { return line.at(micro_batch); });
 }

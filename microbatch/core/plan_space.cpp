@@ -130,7 +130,7 @@ std::set<std::int64_t> PlanSpace::sizes(const Mode& mode) const {
         result.insert(size);
         if (!predicted_to_fit(mode, size)) break;
     }
-    // Once a size has failed the predictions are off: the limit of another is not worth a try.
+    // Once a size has failed, the predictions are off: do not try the limit of another mode.
     const std::int64_t largest = mode.trials.any_cut_failed() ? 0 : largest_that_fits(mode);
     if (largest > 0) result.insert(evened(largest));
     result.insert(options.batch);
@@ -166,7 +166,7 @@ void validate(const PlannerOptions& options) {
                 "from 1 to the batch");
     }
     require_that(options.recompute != Recompute::always || options.offers_recompute,
-                 "recompute is asked of a model that does not offer it");
+                 "recompute was requested for a model that does not support it");
 }
 
 double time_or(double seconds, double otherwise) {

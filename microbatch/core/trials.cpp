@@ -31,7 +31,7 @@ void Trials::add_failure(std::int64_t size) {
 }
 
 bool Trials::failed(std::int64_t size) const {
-    // An uncut batch holds no gradients in its forward pass: it may fit where a smaller micro-batch does not.
+    // A whole batch holds no gradients in its forward pass: it may fit where a smaller micro-batch does not.
     return size == batch_ ? uncut_failed_ : size >= smallest_failure_;
 }
 

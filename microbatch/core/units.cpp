@@ -152,13 +152,13 @@ Unit read_unit(std::string_view input, std::string_view name, std::string_view w
 
 std::int64_t sum(std::int64_t left, std::int64_t right, Unit unit) {
     const bool fits = right >= 0 ? left <= largest - right : left >= std::numeric_limits<std::int64_t>::min() - right;
-    require_that(fits, "progress leaves 64 bits: ", left, " + ", right, " ", to_string(unit),
-                 "; give the size of the step, not a marker for \"no limit\"");
+    require_that(fits, "progress exceeds 64 bits: ", left, " + ", right, " ", to_string(unit),
+                 "; give the actual size of the step, not a placeholder for \"no limit\"");
     return left + right;
 }
 
 std::int64_t product(std::int64_t count, std::int64_t rate) {
-    require_that(count <= largest / rate, "an interval leaves 64 bits: ", count, " * ", rate, "; shorten it");
+    require_that(count <= largest / rate, "an interval exceeds 64 bits: ", count, " * ", rate, "; shorten it");
     return count * rate;
 }
 

@@ -11,11 +11,12 @@ std::int64_t Batch::size() const {
     if (fields.empty()) return 0;
     for (std::size_t i = 0; i < fields.size(); ++i) {
         const at::Tensor& field = fields[i];
-        if (!field.defined())
+        if (!field.defined()) {
             throw Error(ErrorKind::usage, str_cat("field ", i, " of the batch is an undefined tensor"));
+        }
         if (field.dim() == 0) {
             throw Error(ErrorKind::usage,
-                        str_cat("field ", i, " of the batch has no dimension; samples go along dimension 0"));
+                        str_cat("field ", i, " of the batch has no dimension; dimension 0 must be the samples"));
         }
         if (field.size(0) != fields[0].size(0)) {
             throw Error(ErrorKind::usage, str_cat("field ", i, " of the batch holds ", field.size(0),

@@ -28,7 +28,7 @@ constexpr std::uint64_t header_bytes = 256 * sizeof(std::int32_t);
     throw Error(ErrorKind::bad_data, str_cat(file.path().string(), " ", reason));
 }
 
-/// The first words of a header of llm.c; 0 where the file is too short.
+/// The first words of an llm.c header; 0 if the file is too short.
 std::array<std::int32_t, 3> read_header(const InputFile& file) {
     std::array<std::int32_t, 3> words{};
     const auto bytes = std::as_writable_bytes(std::span(words));
@@ -36,25 +36,25 @@ std::array<std::int32_t, 3> read_header(const InputFile& file) {
     return words;
 }
 
-/// That a file without a header is not of a format with a name, nor text.
+/// Checks that a file without a header is neither a known format nor text.
 void check_bare(const InputFile& file) {
-    constexpr std::uint64_t enough = 4096;  // tokens without a zero byte are not as many
+    constexpr std::uint64_t enough = 4096;  // so many tokens without a zero byte are unlikely
     const FileFormat format = format_of(file);
     if (format.kind == FileFormat::known) {
-        refuse(file, str_cat("is ", format.name, ", not a file of uint16 tokens: write the tokens alone into it"));
+        refuse(file, str_cat("is ", format.name, ", not a file of uint16 tokens: write only the tokens"));
     }
     if (format.kind == FileFormat::text && file.size() >= enough) {
         refuse(file,
-               "looks like text, not like uint16 tokens (no byte is 0): give text under a name that does not end in "
-               ".bin, or write two bytes for each token");
+               "looks like text, not like uint16 tokens (no byte is 0): give text a name that does not end in .bin, "
+               "or write two bytes per token");
     }
 }
 
-/// That the header of llm.c describes the file.
+/// Checks that the llm.c header describes the file.
 void check_header(std::span<const std::int32_t, 3> header, const InputFile& file) {
     if (file.size() < header_bytes) {
         refuse(file, str_cat("is truncated: it has ", file.size(), " bytes of the ", header_bytes,
-                             " of an llm.c header; write or fetch it again"));
+                             " of an llm.c header; write or download it again"));
     }
     const std::int32_t version = header[1], count = header[2];
     if (version != known_version) {
@@ -63,8 +63,8 @@ void check_header(std::span<const std::int32_t, 3> header, const InputFile& file
     }
     const auto following = static_cast<std::int64_t>(file.size() - header_bytes);
     if (following != std::int64_t{count} * 2) {
-        refuse(file, str_cat("is truncated or damaged: its header announces ", count, " tokens of 2 bytes, but ",
-                             following, " bytes follow it; write or fetch it again"));
+        refuse(file, str_cat("is truncated or corrupted: its header claims ", count, " tokens of 2 bytes, but ",
+                             following, " bytes follow it; write or download it again"));
     }
 }
 
@@ -75,9 +75,8 @@ Tokens open_token_file(const std::filesystem::path& path) {
     if (file->size() == 0) refuse(*file, "is empty: give a file of uint16 tokens");
     const auto header = read_header(*file);
     if (header[0] == uint32_magic) {
-        refuse(*file,
-               str_cat("holds uint32 tokens (llm.c's ", uint32_magic,
-                       ", the Llama 3 tokenizer), but only uint16 tokens can be read: write it with another one"));
+        refuse(*file, str_cat("holds uint32 tokens (llm.c's ", uint32_magic,
+                              ", the Llama 3 tokenizer), but only uint16 tokens can be read: use another tokenizer"));
     }
     const bool has_header = header[0] == uint16_magic;
     has_header ? check_header(header, *file) : check_bare(*file);

@@ -38,8 +38,7 @@ std::int64_t Tokens::size() const {
 
 Tokens Tokens::slice(std::int64_t begin, std::int64_t end) const {
     if (begin < 0 || begin > end || end > size()) {
-        throw Error(ErrorKind::usage,
-                    str_cat("tokens [", begin, ", ", end, ") are not within the ", size(), " there are"));
+        throw Error(ErrorKind::usage, str_cat("tokens [", begin, ", ", end, ") are outside the ", size(), " tokens"));
     }
     const auto part = [&](const auto& all) -> decltype(values) {
         return all.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(end - begin));

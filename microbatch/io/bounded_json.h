@@ -6,10 +6,11 @@
 
 namespace microbatch {
 
-/// JSON of somebody who is not trusted: a value takes many times the memory of its text, so their number is bounded,
-/// and so is how deep they are nested.
+/// Parses untrusted JSON: a value takes many times the memory of its text, so the number of values and their nesting
+/// depth are bounded.
 ///
-/// Memory: the text's, and 64 bytes a value. Errors: std::invalid_argument that says why, also where it is no JSON.
+/// Memory: the text, and 64 bytes per value.
+/// Errors: std::invalid_argument that says why, also if the text is not valid JSON.
 nlohmann::json parse_bounded(std::string_view text, std::size_t most_values, int most_depth = 16);
 
 }  // namespace microbatch

@@ -9,14 +9,14 @@
 
 namespace microbatch {
 
-/// A double as JSON: the number itself, or "nan", "inf" or "-inf", which JSON has no numbers for.
+/// A double as JSON: the number itself, or the string "nan", "inf" or "-inf", for which JSON has no numbers.
 inline nlohmann::ordered_json json_number(double value) {
     if (std::isfinite(value)) return value;
     if (std::isnan(value)) return "nan";
     return value > 0.0 ? "inf" : "-inf";
 }
 
-/// Reads it back. Throws nlohmann::json::exception where it is something else.
+/// Reads it back. Throws nlohmann::json::exception if it is something else.
 inline double number_from(const nlohmann::json& value) {
     if (!value.is_string()) return value.get<double>();
     const auto& word = value.get_ref<const std::string&>();
@@ -26,11 +26,11 @@ inline double number_from(const nlohmann::json& value) {
     return nlohmann::json(word).get<double>();  // throws
 }
 
-/// A count that was written, at least 0. Throws std::invalid_argument where it is none: a conversion of what is beyond
-/// 63 bits is undefined.
+/// Reads a count of at least 0. Throws std::invalid_argument if it is invalid: converting a number beyond 63 bits is
+/// undefined.
 inline std::int64_t count_from(const nlohmann::json& number) {
     const bool sound = number.is_number_unsigned() && number.get<std::uint64_t>() <= INT64_MAX;
-    if (!sound) throw std::invalid_argument("a count is none");
+    if (!sound) throw std::invalid_argument("invalid count");
     return number.get<std::int64_t>();
 }
 

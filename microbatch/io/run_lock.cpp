@@ -15,7 +15,7 @@ namespace microbatch {
 
 RunLock::RunLock(const std::filesystem::path& folder) {
     make_folders_to_the_disk(system_files(), folder);
-    // The folder itself: no file is left behind, and a process of its children does not hold it.
+    // Locks the folder itself: leaves no file behind, and child processes do not hold the lock.
     descriptor_ = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (descriptor_ < 0) {
         throw Error(ErrorKind::usage, str_cat("cannot open the run folder ", folder.string(), ": ",
@@ -24,8 +24,8 @@ RunLock::RunLock(const std::filesystem::path& folder) {
     held_ = ::flock(descriptor_, LOCK_EX | LOCK_NB) == 0;
     if (held_ || errno != EWOULDBLOCK) return;
     ::close(descriptor_);
-    throw Error(ErrorKind::usage, str_cat("another process trains in ", folder.string(),
-                                          ": wait for it, end it, or name another folder for this run"));
+    throw Error(ErrorKind::usage, str_cat("another process is training in ", folder.string(),
+                                          ": wait for it, stop it, or name another folder for this run"));
 }
 
 RunLock::~RunLock() {

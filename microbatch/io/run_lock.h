@@ -4,21 +4,20 @@
 
 namespace microbatch {
 
-/// A run's folder, held by this process as long as this lives; however the process ends, the folder is free then.
+/// Locks the folder of a run for this process during its lifetime; however the process ends, the lock is released.
 ///
 /// Threads: none.
 class RunLock {
 public:
-    /// Makes the folder where it is missing.
-    /// Errors: ErrorKind::usage if another process holds it, or it cannot be made. On a file system that has no locks
-    /// it
-    ///         is taken without one: see is_held().
+    /// Creates the folder if it is missing.
+    /// Errors: ErrorKind::usage if another process holds the lock, or the folder cannot be created. On a file system
+    ///         without locks, the folder is used without one: see is_held().
     explicit RunLock(const std::filesystem::path& folder);
     RunLock(const RunLock&) = delete;
     RunLock& operator=(const RunLock&) = delete;
     ~RunLock();
 
-    /// False where the file system has no locks.
+    /// False if the file system has no locks.
     bool is_held() const { return held_; }
 
 private:

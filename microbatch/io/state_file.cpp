@@ -11,7 +11,7 @@
 namespace microbatch {
 namespace {
 
-/// Removes the file when the last tensor in it is gone.
+/// Deletes the file when its last tensor is destroyed.
 struct TemporaryFile {
     std::filesystem::path path;
 
@@ -27,7 +27,7 @@ struct TemporaryFile {
 }  // namespace
 
 StateDict moved_to_file(const StateDict& state, const std::filesystem::path& file) {
-    const std::unique_ptr<OutputFile> out = system_files().create(file);  // never over a file that is there
+    const std::unique_ptr<OutputFile> out = system_files().create(file);  // never overwrites a file
     const auto owner = std::make_shared<const TemporaryFile>(file);
     write_safetensors(*out, {state.tensors().begin(), state.tensors().end()});
     out->close();

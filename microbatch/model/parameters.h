@@ -4,7 +4,7 @@
 
 namespace microbatch {
 
-/// A tensor that training changes, with the name that messages use for it.
+/// A tensor that training changes, and its name for messages.
 using Parameter = NamedTensor;
 using Parameters = NamedTensors;
 
@@ -14,7 +14,7 @@ Parameters without_repeats(const Parameters& parameters);
 /// The tensors alone.
 std::vector<at::Tensor> tensors_of(const Parameters& parameters);
 
-/// Every parameter of a torch::nn::Module (or its holder), each tensor once, frozen ones too.
+/// Every parameter of a torch::nn::Module (or its holder), each tensor once, including frozen ones.
 template <class Module>
 Parameters parameters_of(const Module& module) {
     Parameters parameters;

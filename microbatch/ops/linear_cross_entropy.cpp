@@ -216,12 +216,12 @@ public:
 
     static variable_list backward(AutogradContext* context, variable_list gradients) {
         require_that(!at::GradMode::is_enabled(),
-                     "linear_cross_entropy_sum: it has no gradient of a gradient (create_graph); "
-                     "use cross_entropy_sum of at::linear for it");
+                     "linear_cross_entropy_sum: it does not support gradients of gradients (create_graph); "
+                     "use cross_entropy_sum and at::linear instead");
         auto& saved = context->saved_data;
         require_that(!saved.empty(),
-                     "linear_cross_entropy_sum: its gradients were handed over by the first backward (retain_graph); "
-                     "call it again for each");
+                     "linear_cross_entropy_sum: it supports one backward only, even with retain_graph; "
+                     "call it again for each backward");
         // The only references, so that the receiver can keep the gradients without a copy.
         variable_list results = {saved["grad_hidden"].toTensor(), saved["grad_weight"].toTensor(), {}, {}, {}, {}};
         saved.clear();
@@ -237,11 +237,11 @@ public:
 void require_weight(const at::Tensor& weight, const at::Tensor& hidden) {
     require_that(weight.defined(), "the weight is an undefined tensor");
     require_that(weight.dim() == 2 && weight.size(1) == hidden.size(-1), "a weight of shape ", weight.sizes(),
-                 " does not go with hidden states of shape ", hidden.sizes(),
+                 " does not match hidden states of shape ", hidden.sizes(),
                  "; give [vocabulary, width] and [..., width]");
     require_that(weight.scalar_type() == hidden.scalar_type(), "the weight is ", weight.scalar_type(),
-                 ", the hidden states are ", hidden.scalar_type(), "; convert one by .to()");
-    require_that(weight.size(0) != 0, "a weight of shape ", weight.sizes(), " has no class");
+                 ", the hidden states are ", hidden.scalar_type(), "; convert one with .to()");
+    require_that(weight.size(0) != 0, "a weight of shape ", weight.sizes(), " has no classes");
 }
 
 }  // namespace

@@ -27,7 +27,7 @@ std::vector<at::Tensor> AdamW::make_state(const at::Tensor& parameter) const {
 }
 
 at::Tensor AdamW::make_constant(const Bucket& bucket) const {
-    return at::ones({}, bucket.parameters.front().options().dtype(at::kFloat));  // what a step adds to the counts
+    return at::ones({}, bucket.parameters.front().options().dtype(at::kFloat));  // the increment of the step counts
 }
 
 void AdamW::update(const Bucket& bucket) const {

@@ -25,8 +25,8 @@ void validate_group(const char* optimizer, const ParameterGroup& group) {
     }
 }
 
-// Whether tensors of one shape have the same numbers at the same places. The stride of a dimension of size 1 says
-// nothing: that of a 1x1 convolution's gradient is another one than the weight's.
+// True if tensors of one shape have the same memory layout. The stride of a dimension of size 1 is ignored: for the
+// gradient of a 1x1 convolution, it differs from the weight's.
 bool same_layout(const at::Tensor& left, const at::Tensor& right) {
     for (std::int64_t i = 0; i < left.dim(); ++i) {
         if (left.size(i) != 1 && left.stride(i) != right.stride(i)) return false;
@@ -34,19 +34,19 @@ bool same_layout(const at::Tensor& left, const at::Tensor& right) {
     return true;
 }
 
-// The gradient laid out as the parameter is, which every update takes for granted.
+// The gradient in the memory layout of the parameter, which every update requires.
 at::Tensor dense_gradient(const Parameter& parameter, const at::Tensor& gradient) {
     require_that(gradient.layout() == at::kStrided, "parameter ", parameter.name,
-                 " has a sparse gradient; make its embedding with sparse = false");
+                 " has a sparse gradient; create its embedding with sparse = false");
     require_that(gradient.scalar_type() == parameter.tensor.scalar_type(), "parameter ", parameter.name, " is ",
-                 parameter.tensor.scalar_type(), ", its gradient ", gradient.scalar_type());
+                 parameter.tensor.scalar_type(), ", but its gradient is ", gradient.scalar_type());
     require_that(gradient.sizes() == parameter.tensor.sizes(), "parameter ", parameter.name, " has the shape ",
-                 parameter.tensor.sizes(), ", its gradient ", gradient.sizes());
+                 parameter.tensor.sizes(), ", but its gradient has ", gradient.sizes());
     if (same_layout(gradient, parameter.tensor)) return gradient;
     return at::empty_like(parameter.tensor).copy_(gradient);
 }
 
-// Of the tensors that are as large as the parameter; a count of steps is not.
+// Applies to tensors of the parameter's size, not to a step count.
 void require_same_layout(const Parameter& parameter, const at::Tensor& state) {
     const at::Tensor& tensor = parameter.tensor;
     if (state.dim() == 0 && tensor.dim() > 0) return;
@@ -55,7 +55,7 @@ void require_same_layout(const Parameter& parameter, const at::Tensor& state) {
         return;
     }
     throw Error(ErrorKind::usage, "parameter ", parameter.name, " is now ", tensor.scalar_type(), " of shape ",
-                tensor.sizes(), " and not as when its state was made: make the optimizer anew");
+                tensor.sizes(), ", unlike when its state was created: create a new optimizer");
 }
 
 }  // namespace
@@ -73,7 +73,7 @@ void FusedOptimizer::add_group(const ParameterGroup& group) {
     for (const Parameter& parameter : without_repeats(group.parameters)) {
         for (const at::Tensor& tensor : known) {
             require_that(!tensor.is_same(parameter.tensor), name_, ": parameter ", parameter.name,
-                         " is in another group already");
+                         " is already in another group");
         }
         made.push_back({parameter, group.weight_decay, group.learning_rate_scale});
     }
@@ -132,8 +132,8 @@ Commit FusedOptimizer::prepare(const StateReader& reader) {
         known += states.back().second.size();
     }
     if (known != reader.tensors().size()) {
-        throw Error(ErrorKind::bad_data, name_, ": the state is of other parameters: it has ", reader.tensors().size(),
-                    " tensors, of which ", known, " belong here");
+        throw Error(ErrorKind::bad_data, name_, ": the state belongs to other parameters: it has ",
+                    reader.tensors().size(), " tensors, of which ", known, " belong here");
     }
     return [this, states = std::move(states)] {
         const at::NoGradGuard no_grad;
@@ -145,7 +145,7 @@ std::vector<StoredTensor> FusedOptimizer::state_of(const Slot& slot, const State
     const std::string& name = slot.parameter.name;
     const StateReader section = reader.section(name);
     std::vector<StoredTensor> state;
-    if (!section.has("0")) return state;  // it has made no step yet
+    if (!section.has("0")) return state;  // the optimizer has made no step yet
     for (const at::Tensor& wanted : make_state(at::empty_like(slot.parameter.tensor, at::TensorOptions(at::kMeta)))) {
         state.push_back(section.tensor(std::to_string(state.size())));
         const at::Tensor& tensor = state.back().shape();
@@ -155,12 +155,12 @@ std::vector<StoredTensor> FusedOptimizer::state_of(const Slot& slot, const State
         }
         throw Error(ErrorKind::bad_data, name_, ": a state tensor of parameter ", name, " is ", tensor.scalar_type(),
                     " of shape ", tensor.sizes(), ", not ", wanted.scalar_type(), " of shape ", wanted.sizes(),
-                    " laid out as the parameter");
+                    " with the memory layout of the parameter");
     }
     return state;
 }
 
-// One tensor at a time; in place where there is a state already.
+// One tensor at a time; in place if there is already a state.
 void FusedOptimizer::restore(Slot& slot, const std::vector<StoredTensor>& state) {
     if (slot.state.size() == state.size()) {
         for (std::size_t i = 0; i < state.size(); ++i) slot.state[i].copy_(state[i].get());
@@ -189,7 +189,7 @@ FusedOptimizer::Buckets FusedOptimizer::make_buckets(std::span<const GradientVie
             Bucket& bucket = bucket_for(slot, divisor, buckets);
             bucket.gradients.push_back(dense_gradient(slot.parameter, sum->second));
             bucket.parameters.push_back(parameter);
-            parameter.mutable_data_ptr();  // a copy that is still to be made on writing is made now
+            parameter.mutable_data_ptr();  // performs a pending copy-on-write now
             bucket.state.resize(tensors.size());
             for (std::size_t i = 0; i < tensors.size(); ++i) {
                 require_same_layout(slot.parameter, tensors[i]);
@@ -224,7 +224,7 @@ void FusedOptimizer::update_all(Buckets& buckets) const {
     for (Bucket& bucket : buckets) {
         if (updates_in_one_pass(bucket.parameters.front())) {
             update(bucket);
-            // As torch's own operators do: a graph that has saved the parameter must notice.
+            // As torch's own operators do, so that a graph that has saved the parameter notices the change.
             for (const at::Tensor& parameter : bucket.parameters) parameter.unsafeGetTensorImpl()->bump_version();
         } else {
             update_by_torch(bucket);

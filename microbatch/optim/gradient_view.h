@@ -8,21 +8,21 @@
 
 namespace microbatch {
 
-/// The gradient of a parameter, or a batch's sum of them.
+/// The gradient of a parameter, or the sum of a batch's gradients.
 struct GradientView {
     at::Tensor parameter;
-    at::Tensor sum;  ///< of the parameter's sizes and dtype
+    at::Tensor sum;  ///< with the parameter's sizes and dtype
 };
 
 using GradientViews = std::vector<GradientView>;
 
-/// What is in .grad, of the parameters that have one.
+/// The .grad of the parameters that have one.
 GradientViews gradients_in(const std::vector<at::Tensor>& parameters);
 
-/// The sums alone.
+/// Only the sums.
 std::vector<at::Tensor> sums_of(std::span<const GradientView> gradients);
 
-/// Takes what is in .grad out of the way, and puts it back at its end.
+/// Moves the gradients in .grad out of the way, and restores them when it is destroyed.
 class ParkedGradients {
 public:
     explicit ParkedGradients(std::vector<at::Tensor> parameters);

@@ -14,7 +14,7 @@ Sgd::Sgd(const std::vector<ParameterGroup>& groups, SgdOptions options)
     : FusedOptimizer("Sgd", groups, options.learning_rate), options_(options) {
     require_that(options.momentum >= 0.0 && options.momentum < 1.0, "Sgd: momentum is ", options.momentum,
                  "; it must be at least 0 and below 1");
-    require_that(!options.nesterov || options.momentum > 0.0, "Sgd: Nesterov needs a momentum above 0");
+    require_that(!options.nesterov || options.momentum > 0.0, "Sgd: Nesterov requires a momentum above 0");
 }
 
 std::vector<at::Tensor> Sgd::make_state(const at::Tensor& parameter) const {
@@ -25,7 +25,7 @@ std::vector<at::Tensor> Sgd::make_state(const at::Tensor& parameter) const {
 
 at::Tensor Sgd::make_constant(const Bucket& bucket) const {
     return at::full({}, 1.0 - bucket.learning_rate * bucket.weight_decay,
-                    bucket.parameters.front().options());  // what decoupled decay leaves
+                    bucket.parameters.front().options());  // the factor of decoupled decay
 }
 
 void Sgd::update(const Bucket& bucket) const {

@@ -31,7 +31,7 @@ TorchOptimizer::TorchOptimizer(torch::optim::Optimizer& optimizer) : optimizer_(
 
 namespace {
 
-// Torch's optimizers read .grad: the gradients stand there for one step, divided.
+// Torch's optimizers read .grad: during a step, it has the divided gradients.
 void place_gradients(const std::vector<at::Tensor>& parameters, std::span<const GradientView> gradients,
                      double divisor) {
     const at::NoGradGuard no_grad;
@@ -69,8 +69,8 @@ void TorchOptimizer::step(std::span<const GradientView> gradients, double diviso
     } catch (const c10::OutOfMemoryError& error) {
         throw Error(ErrorKind::does_not_fit,
                     "the torch optimizer ran out of memory between its updates, and some parameters may have been "
-                    "updated: go on from weights that were saved before, with a larger budget (AdamW and Sgd of "
-                    "this library update all or none); ",
+                    "updated: continue from saved weights with a larger budget (this library's AdamW and Sgd "
+                    "update all parameters or none); ",
                     error.what_without_backtrace());
     }
 }
@@ -109,7 +109,7 @@ namespace {
 using ParamState = torch::optim::OptimizerParamState;
 using Options = torch::optim::OptimizerOptions;
 
-/// What torch keeps of a parameter; whether a tensor is needed depends on what the optimizer is to do with it.
+/// Torch's state of a parameter; which tensors must exist depends on the settings of the optimizer.
 struct Fields {
     struct Field {
         const char* name;
@@ -171,11 +171,11 @@ const Kind& kind_of(const torch::optim::Optimizer& optimizer) {
         if (one.made(optimizer)) return one;
     }
     throw Error(ErrorKind::usage,
-                "the state of this torch optimizer cannot be kept: it can of Adam, AdamW, SGD, RMSprop and Adagrad, "
-                "and of this library's own");
+                "the state of this torch optimizer cannot be saved; use Adam, AdamW, SGD, RMSprop or Adagrad, "
+                "or an optimizer of this library");
 }
 
-// A parameter's state as it is read. Refuses what is not one of such an optimizer and parameter.
+// The state of a parameter, as read. Refuses a state that does not match the optimizer and the parameter.
 std::unique_ptr<ParamState> read_state(const Kind& kind, const StateReader& reader, const at::Tensor& parameter,
                                        const Options& options, bool with_values) {
     std::unique_ptr<ParamState> state = kind.new_state();
@@ -187,11 +187,11 @@ std::unique_ptr<ParamState> read_state(const Kind& kind, const StateReader& read
         ++known;
         const StoredTensor& stored = reader.tensor(name);
         if (stored.shape().sizes() != parameter.sizes() || stored.shape().scalar_type() != parameter.scalar_type()) {
-            reader.refuse(name, "its shape or dtype is not the parameter's");
+            reader.refuse(name, "its shape or dtype differs from the parameter");
         }
         if (with_values) *tensor = stored.get_own().to(parameter.options());
     }
-    if (known != reader.tensors().size()) reader.refuse("", "it has tensors that this optimizer does not keep");
+    if (known != reader.tensors().size()) reader.refuse("", "it has tensors that this optimizer does not have");
     return state;
 }
 
@@ -220,7 +220,7 @@ Commit TorchOptimizer::prepare(const StateReader& reader) {
         StateReader reader;
         const Options* options;
     };
-    // Torch makes Adagrad's state with the optimizer, others' in the first step.
+    // Torch creates Adagrad's state at construction, others' in the first step.
     const bool may_be_empty = dynamic_cast<const torch::optim::Adagrad*>(&optimizer_) == nullptr;
     std::vector<One> states;
     std::size_t number = 0, known = 0;
@@ -233,7 +233,7 @@ Commit TorchOptimizer::prepare(const StateReader& reader) {
             states.push_back({parameter, section, &group.options()});
         }
     }
-    if (known != reader.tensors().size()) reader.refuse("", "it is of another torch optimizer's parameters");
+    if (known != reader.tensors().size()) reader.refuse("", "it belongs to the parameters of another torch optimizer");
     return [this, &kind, states = std::move(states)] {
         const at::NoGradGuard no_grad;
         std::remove_reference_t<decltype(optimizer_.state())> restored;

@@ -8,11 +8,11 @@
 
 namespace microbatch {
 
-/// Tables and curves as report.html and summary.json have them; a y that is not finite is null.
+/// Tables and curves as JSON for report.html and summary.json; a y that is not finite is null.
 nlohmann::ordered_json to_json(const std::vector<ReportTable>& tables);
 nlohmann::ordered_json to_json(const std::vector<ReportCurves>& curves);
 
-/// Reads what to_json() wrote. Throws nlohmann::json::exception where it is something else.
+/// Reads what to_json() wrote. Throws nlohmann::json::exception if it is something else.
 std::vector<ReportTable> tables_from(const nlohmann::json& json);
 std::vector<ReportCurves> curves_from(const nlohmann::json& json);
 

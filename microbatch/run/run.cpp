@@ -22,14 +22,14 @@ std::int64_t steps_of(const RunFolder& folder) {
     return folder.state() ? StateReader(*folder.state()).section("data").count("steps") : 0;
 }
 
-// Opened before anything of the run is written.
+// Opened before the run writes anything.
 RunLog open_log(RunFolder& folder) {
     folder.lock();
     if (folder.resumes()) folder.remove_snapshots();
     return folder.resumes() ? RunLog(folder.path(), steps_of(folder)) : RunLog(folder.path());
 }
 
-// What TensorBoard draws.
+// The numbers that TensorBoard draws.
 std::vector<Scalar> scalars_of(const StepRecord& record) {
     std::vector<Scalar> scalars;
     for (const StepField& field : step_fields()) {
@@ -39,14 +39,14 @@ std::vector<Scalar> scalars_of(const StepRecord& record) {
     return scalars;
 }
 
-// The writer's copy of a checkpoint is the first to give memory back: nothing is lost but time.
+// The checkpoint's copy is reclaimed first: this costs only time.
 TrainerOptions with_writer(TrainerOptions options, RunCheckpoints& checkpoints) {
     options.reclaimers.insert(options.reclaimers.begin(),
                               {[&checkpoints] { return checkpoints.release(); }, /*counts=*/false});
     return options;
 }
 
-// What can be listed of it.
+// The part of the state that can be listed.
 std::int64_t bytes_in(const std::filesystem::path& folder) {
     std::int64_t bytes = 0;
     std::error_code failure;
@@ -78,16 +78,16 @@ Run::Run(RunFolder& folder, Accumulator& accumulator, const Dataset& dataset, Lo
         outcome_ = std::move(before);
         outcome_.last.progress = trainer_.progress();
         outcome_.resumed_from = trainer_.progress().steps;
-        // Its files are open as long as its tensors can be asked for.
+        // Its files are open as long as its tensors may be read.
         resumed.reset();
     }
-    // What a process before drew of steps that are made again is not drawn.
+    // Steps that run again are not drawn from an earlier process.
     if (folder_.resumes()) events_.go_on(trainer_.progress().steps);
     outcome_.plan = options_.plan;
     compare_with_disk();
 }
 
-// The checkpoints that stay, one more while it is written, and the weights; each checkpoint with two snapshots.
+// The space for the kept checkpoints, one more while it is written, and the weights; each checkpoint has two snapshots.
 void Run::compare_with_disk() const {
     const RunCheckpointOptions& checkpoints = options_.checkpoints;
     const std::int64_t checkpoint = (options_.trainer.recovery ? 3 : 1) * options_.state_bytes;
@@ -97,7 +97,7 @@ void Run::compare_with_disk() const {
     const std::string lack = lack_of_space(folder_.path(), std::max<std::int64_t>(0, needed));
     if (lack.empty()) return;
     note(str_cat("warning: checkpoints and weights may fill the disk", lack, " in ", folder_.path().string(),
-                 checkpoints.enabled ? ": older checkpoints give way to new ones then" : ""));
+                 checkpoints.enabled ? ": older checkpoints will then be deleted for new ones" : ""));
 }
 
 StateDict Run::state() const {
@@ -118,7 +118,7 @@ const Outcome& Run::train() {
             outcome_.seconds = seconds_before + seconds_since(started);
         }
     } catch (...) {
-        // Whatever it was, the trainer is as before the step.
+        // Whatever it was, the step has not changed the trainer.
         if (trainer_.progress().steps > 0) {
             checkpoints_.save_now(trainer_.progress(), [this] { return state(); });
             save_weights_after_failure();
@@ -130,7 +130,7 @@ const Outcome& Run::train() {
     return outcome_;
 }
 
-// One step, and all that is written of it. False if it was left in the middle of its batch.
+// Runs one step and writes all its records. False if it was interrupted in the middle of its batch.
 bool Run::step() {
     reset_peak_memory();
     const std::int64_t copy_bytes = checkpoints_.memory_bytes();
@@ -149,9 +149,8 @@ bool Run::step() {
     const std::string event_failure = events_.write(record.step, scalars_of(record));
     if (options_.observer != nullptr) options_.observer->on_step(outcome_);
     if (!outcome_.diverged()) save_where_due();
-    note_once(log_fails_, log_failure, "; the run goes on, and the lines are written when they can be");
-    note_once(events_fail_, event_failure,
-              "; the run goes on without what TensorBoard would draw, until it can be written");
+    note_once(log_fails_, log_failure, "; the run continues, and the lines will be written when possible");
+    note_once(events_fail_, event_failure, "; the run continues without TensorBoard events until they can be written");
     note_checkpoints();
     return true;
 }
@@ -175,7 +174,7 @@ void Run::end(bool left_half_way) {
     note_checkpoints();
     outcome_.checkpoints = checkpoints_.written();
     if (outcome_.diverged()) outcome_.healthy_checkpoint = checkpoints_.newest_healthy();
-    // The weights that are written are those of the last step, not of the middle of a batch.
+    // The written weights are those of the last step, not those in the middle of a batch.
     trainer_.discard_partial();
     if (trainer_.progress().steps > 0) save_weights();
 }
@@ -194,7 +193,7 @@ void Run::save_weights() {
     outcome_.weights_written = true;
 }
 
-// What ended the run is what is said of its end.
+// The reason that ended the run is the reason that is reported.
 void Run::save_weights_after_failure() {
     try {
         save_weights();
@@ -214,9 +213,9 @@ void Run::note_once(bool& failing, const std::string& failure, const char* conse
 
 void Run::note_checkpoints() {
     for (const std::string& warning : checkpoints_.warnings()) {
-        if (warning == checkpoint_warning_) continue;  // such as that the log is gone, each time
+        if (warning == checkpoint_warning_) continue;  // the same warning each time, such as that the log is gone
         checkpoint_warning_ = warning;
-        note(str_cat("warning: ", warning, "; the run goes on, and earlier checkpoints are unchanged"));
+        note(str_cat("warning: ", warning, "; the run continues, and earlier checkpoints are unchanged"));
     }
 }
 

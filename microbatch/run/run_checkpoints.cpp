@@ -10,7 +10,7 @@ namespace microbatch {
 
 RunCheckpoints::RunCheckpoints(const std::filesystem::path& run, RunCheckpointOptions options) : every_(options.every) {
     if (!options.enabled) return;
-    // The log is on the disk before a checkpoint that it leads to.
+    // The log must be on the disk before a checkpoint that follows it.
     options.store.sync_first = {run / "metrics.jsonl", run};
     store_ = std::make_unique<CheckpointStore>(checkpoints_of(run), std::move(options.store));
 }
@@ -23,14 +23,14 @@ void RunCheckpoints::go_on_from(const StateDict& state, const std::vector<std::f
     if (every_.count > 0) times_ = manifest_of(state).progress.in(every_.unit) / every_.count;
 }
 
-// None, and a warning, where there is not even memory to list what is to be written.
+// Empty, with a warning, if there is not even memory to list what is to be written.
 std::optional<StateDict> RunCheckpoints::state_of(const Progress& progress, const std::function<StateDict()>& state) {
     try {
         return state();
     } catch (const std::exception&) {
         const std::string why = message_of(std::current_exception());
         warnings_.push_back(
-            str_cat("the checkpoint of step ", progress.steps, " is not written: ", why.substr(0, why.find('\n'))));
+            str_cat("the checkpoint of step ", progress.steps, " was not written: ", why.substr(0, why.find('\n'))));
         return std::nullopt;
     }
 }
@@ -40,7 +40,7 @@ bool RunCheckpoints::after_step(const Progress& progress, const std::function<St
     const std::int64_t times = progress.in(every_.unit) / every_.count;
     due_ = due_ || times > times_;
     times_ = times;
-    // The one before is still being written: no step waits for it.
+    // The previous one is still being written: a step does not wait for it.
     if (!due_ || store_->is_busy()) return false;
     due_ = false;
     std::optional<StateDict> all = state_of(progress, state);

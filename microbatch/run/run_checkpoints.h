@@ -12,10 +12,10 @@
 
 namespace microbatch {
 
-/// When a run writes checkpoints, and how many stay.
+/// When a run writes checkpoints, and how many are kept.
 struct RunCheckpointOptions {
     bool enabled = true;
-    Interval every{100, Unit::steps};  ///< 0: when the run is interrupted, and at its end
+    Interval every{100, Unit::steps};  ///< 0: only on interrupt and at the end
     CheckpointOptions store = {};      ///< sync_first is set by the run
 };
 
@@ -24,16 +24,16 @@ class RunCheckpoints {
 public:
     RunCheckpoints(const std::filesystem::path& run, RunCheckpointOptions options);
 
-    /// Goes on from a state that was read: see CheckpointStore::go_on_from(). Newer checkpoints are removed.
+    /// Resumes from this state: see CheckpointStore::go_on_from(). Newer checkpoints are deleted.
     void go_on_from(const StateDict& state, const std::vector<std::filesystem::path>& damaged);
 
-    /// After a step: begins to write where it is time. True if it did. `state` is called only then.
+    /// Called after a step: starts writing if a checkpoint is due. Returns true if it did. `state` is called only then.
     bool after_step(const Progress& progress, const std::function<StateDict()>& state);
 
-    /// Writes at once, whether it is time or not. True if it, or one of the same point, is on the disk.
+    /// Writes immediately, whether due or not. Returns true if it, or one of the same progress, is on the disk.
     bool save_now(const Progress& progress, const std::function<StateDict()>& state);
 
-    /// What went wrong since the last call.
+    /// The failures since the last call.
     std::vector<std::string> warnings();
 
     /// See CheckpointStore.
@@ -42,17 +42,17 @@ public:
 
     std::optional<std::int64_t> newest_healthy() const { return store_ ? store_->newest_healthy() : std::nullopt; }
 
-    /// How many are written so far, of those that are finished.
+    /// The number of checkpoints written so far.
     std::int64_t written() const { return store_ ? store_->written() : 0; }
 
 private:
     std::optional<StateDict> state_of(const Progress& progress, const std::function<StateDict()>& state);
 
-    std::unique_ptr<CheckpointStore> store_;  // null: none are written
+    std::unique_ptr<CheckpointStore> store_;  // null: checkpoints are off
     Interval every_;
-    std::int64_t times_ = 0;  // that `every_` has gone by, at the last one
+    std::int64_t times_ = 0;  // how many times `every_` had passed at the last one
     bool due_ = false;
-    std::vector<std::string> warnings_;  // beside the store's
+    std::vector<std::string> warnings_;  // in addition to the store's
 };
 
 }  // namespace microbatch

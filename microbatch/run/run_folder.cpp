@@ -11,7 +11,7 @@
 namespace microbatch {
 namespace {
 
-// A link that leads nowhere counts: writing through it would write elsewhere.
+// A broken link counts too: writing through it would write elsewhere.
 bool is_there(const std::filesystem::path& path) {
     std::error_code ignored;
     return std::filesystem::exists(std::filesystem::symlink_status(path, ignored));
@@ -32,7 +32,7 @@ RunFolder::RunFolder(std::filesystem::path path, bool resume) : path_(std::move(
     if (!find_state(/*healthy=*/false)) refuse_files_without_checkpoint();
 }
 
-// The weights of a finished run, or a page that is not this run's, are not overwritten.
+// Does not overwrite the weights of a finished run, or a page of something else.
 void RunFolder::refuse_files_without_checkpoint() const {
     for (const char* name : {"model.safetensors", "report.html", "summary.json"}) {
         const bool own_page = is_there(path_ / "metrics.jsonl") && std::string_view(name) != "model.safetensors";
@@ -46,7 +46,7 @@ void RunFolder::refuse_files_without_checkpoint() const {
 void RunFolder::lock() {
     if (lock_) return;
     lock_.emplace(path_);
-    // It was not there before; another process that came first may be done with it already.
+    // It did not exist before; another process may have created it and finished already.
     refuse_used();
 }
 
@@ -54,7 +54,7 @@ void RunFolder::refuse_used() const {
     for (const char* name : {"config.toml", "metrics.jsonl", "model.safetensors", "report.html", "summary.json"}) {
         if (!is_there(path_ / name)) continue;
         throw Error(ErrorKind::usage, str_cat(path_.string(), ": ", name,
-                                              " exists already; resume that run (--resume), or name a new folder for "
+                                              " already exists; resume that run (--resume), or name a new folder for "
                                               "this one"));
     }
 }
@@ -92,7 +92,7 @@ void RunFolder::remove_unused(const std::filesystem::path& events) const {
     std::filesystem::remove(events, ignored);
     std::filesystem::remove(path_ / "config.toml", ignored);
     std::filesystem::remove(path_ / "metrics.jsonl", ignored);
-    std::filesystem::remove(path_, ignored);  // only if nothing else is in it
+    std::filesystem::remove(path_, ignored);  // only if it is empty
 }
 
 }  // namespace microbatch

@@ -17,11 +17,12 @@ void make_folder(const std::filesystem::path& folder) {
     std::error_code failure;
     std::filesystem::create_directories(folder, failure);
     if (failure) {
-        throw Error(ErrorKind::usage, str_cat("cannot make the run folder ", folder.string(), ": ", failure.message()));
+        throw Error(ErrorKind::usage,
+                    str_cat("cannot create the run folder ", folder.string(), ": ", failure.message()));
     }
 }
 
-// Whose line it is; none if it is none.
+// The step of a line; empty if it is not a valid line.
 std::optional<std::int64_t> step_of(std::string_view line) {
     constexpr std::string_view begin = "{\"step\":";
     if (!line.starts_with(begin) || !line.ends_with('}')) return std::nullopt;
@@ -31,10 +32,10 @@ std::optional<std::int64_t> step_of(std::string_view line) {
     return sound ? std::optional(step) : std::nullopt;
 }
 
-// The lines of steps up to `steps`, each step's once.
+// The lines of steps up to `steps`, each step once.
 void for_each_kept(const std::filesystem::path& path, std::int64_t steps,
                    const std::function<void(std::string_view line, std::uint64_t end)>& call) {
-    // One beyond all measure, such as the zeros that a crash has left, is no step's.
+    // An extremely long line, such as the zeros that a crash has left, is not a step.
     LineReader lines(path, LineReader::LongLines::pass_over);
     std::int64_t last = 0;
     while (const auto line = lines.next()) {
@@ -47,7 +48,7 @@ void for_each_kept(const std::filesystem::path& path, std::int64_t steps,
 
 struct Kept {
     std::int64_t lines = 0;
-    std::uint64_t bytes = 0, end = 0;  // of the lines, and where the last one ends
+    std::uint64_t bytes = 0, end = 0;  // of the lines; the end of the last one
 
     bool is_begin() const { return bytes == end; }
 };
@@ -77,10 +78,10 @@ void mend(const std::filesystem::path& path, std::int64_t steps, FileSystem& fil
 
 RunLog::RunLog(const std::filesystem::path& folder) : path_(folder / "metrics.jsonl") {
     make_folder(folder);
-    // A link that leads nowhere counts, too: writing through it would write elsewhere.
+    // A broken link counts too: writing through it would write elsewhere.
     std::error_code failure;
     if (std::filesystem::exists(std::filesystem::symlink_status(path_, failure))) {
-        throw Error(ErrorKind::usage, str_cat(path_.string(), " exists already: name a new folder for this run"));
+        throw Error(ErrorKind::usage, str_cat(path_.string(), " already exists: name a new folder for this run"));
     }
     file_.emplace(path_);
 }
@@ -94,7 +95,8 @@ RunLog::RunLog(const std::filesystem::path& folder, std::int64_t steps, FileSyst
         return;
     }
     if (!std::filesystem::is_regular_file(std::filesystem::symlink_status(path_, failure))) {
-        throw Error(ErrorKind::usage, str_cat(path_.string(), " is no file: it is in the way of the run's log"));
+        throw Error(ErrorKind::usage,
+                    str_cat(path_.string(), " is not a file: the log of the run cannot be written there"));
     }
     const Kept kept = kept_of(path_, steps);
     if (!kept.is_begin()) mend(path_, steps, files);

@@ -11,7 +11,7 @@
 namespace microbatch {
 namespace {
 
-// None if the line is not a step.
+// Empty if the line is not a step.
 std::optional<StepRecord> read_step(std::string_view text) {
     try {
         const StepRecord step = step_record_from(text);
@@ -27,7 +27,7 @@ std::optional<StepRecord> read_step(std::string_view text) {
 LoggedRun read_run_log(const std::filesystem::path& folder) {
     const std::filesystem::path path = folder / "metrics.jsonl";
     const auto refuse = [](const auto&... what) { throw Error(ErrorKind::bad_data, str_cat(what...)); };
-    if (!std::filesystem::is_regular_file(path)) refuse(folder.string(), " is no run: there is no ", path.string());
+    if (!std::filesystem::is_regular_file(path)) refuse(folder.string(), " is not a run: there is no ", path.string());
     LineReader lines(path);
     LoggedRun run;
     while (const auto line = lines.next()) {
@@ -36,10 +36,10 @@ LoggedRun read_run_log(const std::filesystem::path& folder) {
             run.cut = true;
             break;
         }
-        if (!step) refuse(path.string(), " line ", lines.number(), " is not a step as `train` writes it");
+        if (!step) refuse(path.string(), " line ", lines.number(), " is not a valid step");
         run.steps.push_back(*step);
     }
-    if (run.steps.empty()) refuse(path.string(), " holds no step");
+    if (run.steps.empty()) refuse(path.string(), " has no steps");
     return run;
 }
 

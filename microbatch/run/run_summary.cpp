@@ -37,7 +37,7 @@ RunSummary read_run_summary(const std::filesystem::path& folder) {
         if (!loss.is_null()) summary.held_out_loss = loss.get<double>();
         return summary;
     } catch (const nlohmann::json::exception&) {
-        throw Error(ErrorKind::bad_data, str_cat((folder / file_name).string(), " is not as `train` writes it"));
+        throw Error(ErrorKind::bad_data, str_cat((folder / file_name).string(), " was not written by `train`"));
     } catch (const std::invalid_argument& error) {
         throw Error(ErrorKind::bad_data, str_cat((folder / file_name).string(), ": ", error.what()));
     }

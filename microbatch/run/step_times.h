@@ -7,8 +7,7 @@
 
 namespace microbatch {
 
-/// How long steps took, in memory that does not grow with the run: of a long one every second, fourth, ... step is
-/// kept.
+/// Step times in bounded memory: of a long run, every second, fourth, ... step is kept.
 class StepTimes {
 public:
     static constexpr std::size_t most = 1024;

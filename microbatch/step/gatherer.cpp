@@ -35,7 +35,7 @@ std::variant<Gathered, PartialBatch> Gatherer::gather(const BatchSource& source,
                                                       std::optional<PartialBatch> partial) {
     const std::int64_t samples = source.size();
     require_that(samples != 0, "the batch is empty: give it at least one sample");
-    micro_batch_count(samples, options.plan.micro_batch);  // refuses a plan that cuts nothing
+    micro_batch_count(samples, options.plan.micro_batch);  // refuses an invalid plan
     std::int64_t done = 0;
     if (partial) {
         done = partial->samples;
@@ -56,7 +56,7 @@ Gathered Gatherer::gather(const Batch& batch, const Plan& plan, const LossFuncti
     return std::get<Gathered>(gather(TensorBatch(batch), loss, {.plan = plan, .measure_noise = measure_noise}));
 }
 
-// Fetches, runs and adds the micro-batch that begins there; returns where it ends.
+// Loads, runs and adds the micro-batch that begins there; returns where it ends.
 std::int64_t Gatherer::add_next(const BatchSource& source, std::int64_t begin, const LossFunction& loss,
                                 const GatherOptions& options) {
     Plan plan = options.plan;
@@ -65,7 +65,10 @@ std::int64_t Gatherer::add_next(const BatchSource& source, std::int64_t begin, c
     const SampleShape shape = shape_of(micro);
     if (options.caps != nullptr) {
         plan = options.caps->within(plan, shape);
-        if (plan.micro_batch < micro.size()) micro = fetch();
+        if (plan.micro_batch < micro.size()) {
+            micro = {};  // freed before the smaller one is loaded
+            micro = fetch();
+        }
     }
     if (options.on_micro_batch) options.on_micro_batch(shape, plan);
     enter(plan);
@@ -73,7 +76,7 @@ std::int64_t Gatherer::add_next(const BatchSource& source, std::int64_t begin, c
     gathered_.plan.recompute = gathered_.plan.recompute || plan.recompute;
     const std::int64_t end = begin + micro.size();
     const WeightedLoss sum = loss_of(loss, micro);
-    micro = {};  // what the backward pass does not need is gone before it, as in a trial of the planner
+    micro = {};  // freed before the backward pass, which does not need it, as in a trial of the planner
     add(sum);
     return end;
 }
@@ -86,9 +89,10 @@ void Gatherer::refuse_stale_gradients() {
     for (const Parameter& parameter : parameters_) {
         at::Tensor& gradient = parameter.tensor.mutable_grad();
         if (!gradient.defined()) continue;
-        require_that(gradient.layout() == at::kStrided && at::count_nonzero(gradient).item<std::int64_t>() == 0,
-                     "parameter ", parameter.name,
-                     " holds a gradient that is not of this batch; clear it (zero_grad) before the batch begins");
+        require_that(
+            gradient.layout() == at::kStrided && at::count_nonzero(gradient).item<std::int64_t>() == 0, "parameter ",
+            parameter.name,
+            " has a gradient that does not belong to this batch; clear it (zero_grad) before the batch begins");
     }
 }
 
@@ -109,14 +113,15 @@ void Gatherer::refuse_changed_gradients() const {
     for (std::size_t i = 0; i < parameters_.size(); ++i) {
         require_that(marks_[i].holds(parameters_[i].tensor.grad()), "the gradient of parameter ", parameters_[i].name,
                      " changed while the loss was computed: the loss function must neither call backward() nor "
-                     "clear gradients (zero_grad); return the sum and let this library differentiate it");
+                     "clear gradients (zero_grad); return the sum, and this library differentiates it");
     }
 }
 
 void Gatherer::require_idle() const {
-    require_that(state_ != State::open, "the batch before was not finished: call finish() after its last micro-batch");
+    require_that(state_ != State::open,
+                 "the previous batch was not finished: call finish() after its last micro-batch");
     require_that(state_ != State::gathered,
-                 "the batch before was gathered but neither applied nor discarded: call apply() or discard() first");
+                 "the previous batch was gathered but neither applied nor discarded: call apply() or discard() first");
 }
 
 void Gatherer::begin(bool measure_noise, const Plan& plan) {
@@ -148,7 +153,7 @@ void Gatherer::add_checked(const WeightedLoss& loss) {
                  "loss function detach?");
     gathered_.weight += loss.weight;
     require_that(std::isfinite(gathered_.weight),
-                 "the weights of the batch add up to more than a double holds; scale them down");
+                 "the sum of the weights of the batch exceeds the range of a double; scale them down");
     const double scale = precision_->loss_scale();
     (scale == 1.0 ? loss.sum : loss.sum * scale).backward();
     refuse_sparse_gradients();
@@ -159,7 +164,7 @@ void Gatherer::add_checked(const WeightedLoss& loss) {
 
 Gathered Gatherer::finish() {
     require_that(state_ == State::open, "no batch is open: call begin() before finish()");
-    norms_.reset();  // its memory is not in the way of the update
+    norms_.reset();  // frees its memory before the update
     auto clear_on_error = c10::make_scope_exit([this] { clear(); });
     refuse_changed_gradients();
     measure();
@@ -173,16 +178,17 @@ void Gatherer::refuse_sparse_gradients() const {
     for (const Parameter& parameter : parameters_) {
         const at::Tensor& gradient = parameter.tensor.grad();
         require_that(!gradient.defined() || gradient.layout() == at::kStrided, "parameter ", parameter.name,
-                     " has a sparse gradient; make its embedding with sparse = false");
+                     " has a sparse gradient; create its embedding with sparse = false");
     }
 }
 
 void Gatherer::measure() {
     gathered_.sums = gradients_in(tensors_of(parameters_));
-    require_that(gathered_.weight == 0.0 || !gathered_.sums.empty(),
-                 "no parameter got a gradient: are these the parameters of the model that the loss function uses?");
+    require_that(
+        gathered_.weight == 0.0 || !gathered_.sums.empty(),
+        "no parameter received a gradient: are these the parameters of the model that the loss function uses?");
     if (loss_sum_.defined()) gathered_.loss_sum = loss_sum_.item<double>();
-    // Its sign says nothing, and would be printed.
+    // The sign of NaN is meaningless, and would be printed.
     if (std::isnan(gathered_.loss_sum)) gathered_.loss_sum = std::numeric_limits<double>::quiet_NaN();
     if (gathered_.weight == 0.0) return;
     gathered_.gradient_norm = joint_norm(sums_of(gathered_.sums)) / (gathered_.weight * precision_->loss_scale());
@@ -201,13 +207,13 @@ PartialBatch Gatherer::leave(const BatchSource& source, std::int64_t samples, bo
 
 void Gatherer::require_partial(const BatchSource& source, const PartialBatch& partial) const {
     require_that(partial.fingerprint == source.fingerprint() && partial.samples >= 1 && partial.samples < source.size(),
-                 "the partial batch is of another batch: give gather() the one that it was left in");
+                 "the partial batch belongs to another batch: pass gather() the batch that was interrupted");
     for (const GradientView& view : partial.so_far.sums) {
         const auto is_owner = [&view](const Parameter& one) { return one.tensor.is_same(view.parameter); };
         require_that(!std::none_of(parameters_.begin(), parameters_.end(), is_owner) &&
                          view.sum.sizes() == view.parameter.sizes() &&
                          view.sum.scalar_type() == view.parameter.scalar_type(),
-                     "the partial batch holds gradients of other parameters");
+                     "the partial batch has gradients of other parameters");
     }
 }
 
@@ -216,7 +222,7 @@ void Gatherer::resume(const BatchSource& source, PartialBatch& partial, const Pl
     begin(partial.measure_noise, plan);
     auto clear_on_error = c10::make_scope_exit([this] { clear(); });
     for (const GradientView& view : partial.so_far.sums) {
-        // A copy of the partial batch stays what it is.
+        // A copy, so the partial batch does not change.
         view.parameter.mutable_grad() = view.sum.use_count() > 1 ? view.sum.clone() : view.sum;
     }
     gathered_ = std::exchange(partial.so_far, {});

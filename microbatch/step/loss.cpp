@@ -29,8 +29,8 @@ WeightedLoss loss_of(const LossFunction& loss, const Batch& micro) {
         if (what.find("Expected more than 1 value per channel") == std::string_view::npos) throw;
     }
     throw TooFewSamples(ErrorKind::usage, "a micro-batch of ", micro.size(), micro.size() == 1 ? " sample" : " samples",
-                        " leaves BatchNorm a single value per channel, which it cannot normalise: take a "
-                        "micro-batch of 2 or more, and of 3 or more if the batch is odd; or GroupNorm");
+                        " leaves BatchNorm a single value per channel, which it cannot normalise: use a "
+                        "micro-batch of at least 2, or at least 3 if the batch is odd; or use GroupNorm");
 }
 
 }  // namespace microbatch

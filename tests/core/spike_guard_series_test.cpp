@@ -1,4 +1,4 @@
-// Runs of many kinds: quiet ones raise no alarm, those that climb are stopped, whenever it begins.
+// Runs of many kinds: quiet ones raise no alarm; those that climb are stopped, whenever the climb begins.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -174,7 +174,7 @@ TEST(EndsWorse, IsSaidOfARunWhoseLastLossesAreAboveItsFirst) {
 
 TEST(EndsWorse, IsSaidWhenTheFirstLossesWereAlreadyThoseOfAClimb) {
     std::vector<double> losses{2.36, 42.4, 14.7, 90.0};
-    for (int i = 0; i < 100; ++i) losses.push_back(41.0);
+    losses.resize(100, 9.0);
     EXPECT_TRUE(ends_worse(losses));
 }
 
@@ -200,6 +200,14 @@ TEST(EndsWorse, IsNotSaidOfRunsThatMakeNoProgress) {
             EXPECT_LE(said, 1) << steps << " steps with a deviation of " << deviation;
         }
     }
+}
+
+TEST(EndsWorse, IsSaidOfALossOnOtherDataThatIsWorse) {
+    const std::vector<double> losses(100, 2.3);
+    EXPECT_FALSE(ends_worse(losses, 1.2));
+    EXPECT_FALSE(ends_worse(losses, 2.4));
+    EXPECT_TRUE(ends_worse(losses, 2.6));
+    EXPECT_TRUE(ends_worse(losses, std::nan("")));
 }
 
 TEST(EndsWorse, KnowsLossesBelowZero) {
