@@ -7,6 +7,7 @@
 #include <ATen/ops/randn.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
+#include <c10/util/ScopeExit.h>
 #include <torch/csrc/autograd/autograd.h>
 
 #include <cmath>
@@ -15,7 +16,6 @@
 
 #include "microbatch/core/batch_plan.h"
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
 #include "microbatch/optim/clipping.h"
 
 namespace microbatch {
@@ -28,7 +28,7 @@ Vector trainable(const Parameters& parameters) {
     for (const Parameter& one : without_repeats(parameters)) {
         if (one.tensor.requires_grad()) tensors.push_back(one.tensor);
     }
-    if (tensors.empty()) throw Error(ErrorKind::usage, "curvature: no parameter requires a gradient");
+    require_that(!tensors.empty(), "curvature: no parameter requires a gradient");
     return tensors;
 }
 
@@ -155,9 +155,8 @@ Curvature largest_curvature(const Parameters& parameters, const Batch& batch, st
         add(next, now, -diagonal.back());
         if (!before.empty()) add(next, before, -beside.back());
         const double length = joint_norm(next);
-        if (!std::isfinite(diagonal.back()) || !std::isfinite(length)) {
-            throw Error(ErrorKind::usage, "curvature: a product with the Hessian is not finite at these parameters");
-        }
+        require_that(std::isfinite(diagonal.back()) && std::isfinite(length),
+                     "curvature: a product with the Hessian is not finite at these parameters");
         const Ritz ritz = largest_ritz(diagonal, beside);
         found.largest_eigenvalue = ritz.value;
         found.residual = length * ritz.last;
@@ -173,39 +172,16 @@ Curvature largest_curvature(const Parameters& parameters, const Batch& batch, st
 
 namespace {
 
-/// Restores the parameters when it is destroyed.
-class Moved {
-public:
-    Moved(const Vector& tensors, std::uint64_t seed) : tensors_(tensors), direction_(random_like(tensors, seed)) {
-        for (const at::Tensor& tensor : tensors_) before_.push_back(tensor.detach().clone());
-        for (std::size_t i = 0; i < tensors_.size(); ++i) normalise(direction_[i], before_[i]);
+/// Gives each row the norm of the parameter's row; biases and norms are not moved.
+void normalise(at::Tensor& direction, const at::Tensor& parameter) {
+    if (parameter.dim() < 2) {
+        direction.zero_();
+        return;
     }
-    Moved(const Moved&) = delete;
-    Moved& operator=(const Moved&) = delete;
-    ~Moved() { to(0.0); }
-
-    void to(double distance) {
-        const at::NoGradGuard no_grad;
-        for (std::size_t i = 0; i < tensors_.size(); ++i) {
-            tensors_[i].copy_(before_[i]);
-            if (distance != 0.0) tensors_[i].add_(direction_[i], distance);
-        }
-    }
-
-private:
-    // Each row gets the norm of the parameter's row; biases and norms are not moved.
-    static void normalise(at::Tensor& direction, const at::Tensor& parameter) {
-        if (parameter.dim() < 2) {
-            direction.zero_();
-            return;
-        }
-        const at::Tensor rows = direction.flatten(1), own = parameter.flatten(1);
-        const at::Tensor lengths = rows.norm(2, 1, /*keepdim=*/true).clamp_min(std::numeric_limits<float>::min());
-        direction = (rows / lengths * own.norm(2, 1, /*keepdim=*/true)).view(parameter.sizes());
-    }
-
-    Vector tensors_, direction_, before_;
-};
+    const at::Tensor rows = direction.flatten(1), own = parameter.flatten(1);
+    const at::Tensor lengths = rows.norm(2, 1, /*keepdim=*/true).clamp_min(std::numeric_limits<float>::min());
+    direction = (rows / lengths * own.norm(2, 1, /*keepdim=*/true)).view(parameter.sizes());
+}
 
 double mean_loss_of(const Batch& batch, std::int64_t micro_batch, const LossFunction& loss) {
     const at::NoGradGuard no_grad;
@@ -225,10 +201,21 @@ double mean_loss_of(const Batch& batch, std::int64_t micro_batch, const LossFunc
 
 std::vector<double> losses_along(const Parameters& parameters, const std::vector<double>& distances, std::uint64_t seed,
                                  const Batch& batch, std::int64_t micro_batch, const LossFunction& loss) {
-    Moved moved(trainable(parameters), seed);
+    const Vector tensors = trainable(parameters);
+    Vector direction = random_like(tensors, seed), before;
+    for (const at::Tensor& tensor : tensors) before.push_back(tensor.detach().clone());
+    for (std::size_t i = 0; i < tensors.size(); ++i) normalise(direction[i], before[i]);
+    const auto move_by = [&](double distance) {
+        const at::NoGradGuard no_grad;
+        for (std::size_t i = 0; i < tensors.size(); ++i) {
+            tensors[i].copy_(before[i]);
+            if (distance != 0.0) tensors[i].add_(direction[i], distance);
+        }
+    };
+    const auto put_back = c10::make_scope_exit([&] { move_by(0.0); });
     std::vector<double> losses;
     for (const double distance : distances) {
-        moved.to(distance);
+        move_by(distance);
         losses.push_back(mean_loss_of(batch, micro_batch, loss));
     }
     return losses;

@@ -1,11 +1,11 @@
 #include "microbatch/analysis/gradient_variance.h"
 
 #include <ATen/core/grad_mode.h>
+#include <c10/util/ScopeExit.h>
 
 #include <algorithm>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
 #include "microbatch/optim/clipping.h"
 
 namespace microbatch {
@@ -25,26 +25,16 @@ void add_mean_gradients(const Parameters& parameters, double weight, std::vector
 
 GradientVariance gradient_variance(const Parameters& parameters, std::int64_t batches,
                                    const std::function<Batch()>& next, const Plan& plan, const LossFunction& loss) {
-    if (batches < 2) {
-        throw Error(ErrorKind::usage, str_cat("a variance needs at least 2 batches, not ", batches));
-    }
+    require_that(batches >= 2, "a variance needs at least 2 batches, not ", batches);
     Gatherer gatherer(parameters);
     std::vector<at::Tensor> sums(gatherer.parameters().size());
     double squares = 0.0;
     for (std::int64_t r = 0; r < batches; ++r) {
         const Gathered gathered = gatherer.gather(next(), plan, loss);
-        if (gathered.weight == 0.0) {
-            gatherer.clear();
-            throw Error(ErrorKind::usage, "a batch of weight 0 has no gradient to measure");
-        }
+        const auto clear = c10::make_scope_exit([&gatherer] { gatherer.clear(); });
+        require_that(gathered.weight != 0.0, "a batch of weight 0 has no gradient to measure");
         squares += gathered.gradient_norm * gathered.gradient_norm;
-        try {
-            add_mean_gradients(gatherer.parameters(), gathered.weight, sums);
-        } catch (...) {
-            gatherer.clear();
-            throw;
-        }
-        gatherer.clear();
+        add_mean_gradients(gatherer.parameters(), gathered.weight, sums);
     }
     std::erase_if(sums, [](const at::Tensor& sum) { return !sum.defined(); });
     const double count = static_cast<double>(batches);

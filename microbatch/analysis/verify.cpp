@@ -2,13 +2,13 @@
 
 #include <ATen/ops/cat.h>
 #include <ATen/ops/equal.h>
+#include <c10/util/ScopeExit.h>
 #include <torch/nn/module.h>
 
 #include <algorithm>
 #include <cmath>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
 #include "microbatch/model/forward_state.h"
 #include "microbatch/optim/clipping.h"
 #include "microbatch/step/gatherer.h"
@@ -78,21 +78,13 @@ private:
         restore_forward_state(*as_model_, before_.before(), /*generators=*/same_draws);
         if (evaluate_) model_.train(false);
         const Gathered gathered = gatherer_.gather(batch_, plan, loss_);
-        if (gathered.weight == 0.0) {
-            gatherer_.clear();
-            throw Error(ErrorKind::usage, "the batch to verify has weight 0: there is no gradient to compare");
-        }
+        const auto clear = c10::make_scope_exit([this] { gatherer_.clear(); });
+        require_that(gathered.weight != 0.0, "the batch to verify has weight 0: there is no gradient to compare");
         Gradients result{gathered.loss(), gathered.weight, gathered.gradient_norm, {}};
-        try {
-            for (const Parameter& parameter : gatherer_.parameters()) {
-                const at::Tensor& gradient = parameter.tensor.grad();
-                result.mean.push_back(gradient.defined() ? gradient / gathered.weight : at::Tensor());
-            }
-        } catch (...) {
-            gatherer_.clear();
-            throw;
+        for (const Parameter& parameter : gatherer_.parameters()) {
+            const at::Tensor& gradient = parameter.tensor.grad();
+            result.mean.push_back(gradient.defined() ? gradient / gathered.weight : at::Tensor());
         }
-        gatherer_.clear();
         return result;
     }
 
@@ -204,10 +196,9 @@ std::string_view describe(Cause cause) {
 }
 
 Verification verify(torch::nn::Module& model, const Batch& batch, const LossFunction& loss, std::int64_t micro_batch) {
-    if (micro_batch < 1 || micro_batch >= batch.size()) {
-        throw Error(ErrorKind::usage, str_cat("verify needs a micro-batch of at least 1 and below the batch of ",
-                                              batch.size(), " samples, not ", micro_batch));
-    }
+    require_that(micro_batch >= 1 && micro_batch < batch.size(),
+                 "verify needs a micro-batch of at least 1 and below the batch of ", batch.size(), " samples, not ",
+                 micro_batch);
     return Verifier(model, batch, loss, micro_batch).run();
 }
 

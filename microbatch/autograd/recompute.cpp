@@ -1,8 +1,8 @@
 #include "microbatch/autograd/recompute.h"
 
-#include <ATen/Context.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/equal.h>
+#include <c10/util/ScopeExit.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/function_hook.h>
@@ -10,11 +10,11 @@
 #include <torch/nn/module.h>
 
 #include <algorithm>
-#include <mutex>
 #include <utility>
 #include <vector>
 
 #include "microbatch/core/error.h"
+#include "microbatch/runtime/generators.h"
 
 namespace microbatch {
 
@@ -31,8 +31,8 @@ class Surroundings {
 public:
     Surroundings(at::Device device, const Module& module)
         : device_(device.type()), autocast_(at::autocast::is_autocast_available(device_)) {
-        add_generator(at::kCPU);
-        if (device_ != at::kCPU) add_generator(device);
+        generators_.emplace_back(at::kCPU, generator_state(at::kCPU));
+        if (device_ != at::kCPU) generators_.emplace_back(device, generator_state(device));
         if (autocast_) {
             autocast_enabled_ = at::autocast::is_autocast_enabled(device_);
             autocast_type_ = at::autocast::get_autocast_dtype(device_);
@@ -41,11 +41,7 @@ public:
     }
 
     void establish() const {
-        for (const auto& [generator, state] : generators_) {
-            at::Generator target = generator;
-            const std::lock_guard lock(target.mutex());
-            target.set_state(state);
-        }
+        for (const auto& [device, state] : generators_) set_generator_state(device, state);
         if (autocast_) {
             at::autocast::set_autocast_enabled(device_, autocast_enabled_);
             at::autocast::set_autocast_dtype(device_, autocast_type_);
@@ -57,43 +53,12 @@ public:
     }
 
 private:
-    void add_generator(at::Device device) {
-        at::Generator generator = at::globalContext().defaultGenerator(device);
-        const std::lock_guard lock(generator.mutex());
-        generators_.emplace_back(generator, generator.get_state());
-    }
-
-    std::vector<std::pair<at::Generator, at::Tensor>> generators_;
+    std::vector<std::pair<at::Device, at::Tensor>> generators_;
     at::DeviceType device_;
     bool autocast_;
     bool autocast_enabled_ = false;
     at::ScalarType autocast_type_ = at::kFloat;
     std::vector<std::pair<std::shared_ptr<Module>, bool>> training_;
-};
-
-/// Establishes another environment during its lifetime.
-class SurroundingsScope {
-public:
-    SurroundingsScope(const Surroundings& then, const Surroundings& now) : now_(now) { then.establish(); }
-    SurroundingsScope(const SurroundingsScope&) = delete;
-    SurroundingsScope& operator=(const SurroundingsScope&) = delete;
-    ~SurroundingsScope() { now_.establish(); }
-
-private:
-    const Surroundings& now_;
-};
-
-/// Disables autocast's cache of converted weights: those of the first run have no graph, and those of the second would
-/// outlive it.
-class NoAutocastCache {
-public:
-    NoAutocastCache() { at::autocast::set_autocast_cache_enabled(false); }
-    NoAutocastCache(const NoAutocastCache&) = delete;
-    NoAutocastCache& operator=(const NoAutocastCache&) = delete;
-    ~NoAutocastCache() { at::autocast::set_autocast_cache_enabled(before_); }
-
-private:
-    bool before_ = at::autocast::is_autocast_cache_enabled();
 };
 
 struct BufferValue {
@@ -113,23 +78,6 @@ void write(const BufferValues& values) {
     // variable_data has its own version counter: a graph that saved the buffer sees no change.
     for (const auto& [buffer, value] : values) buffer.variable_data().copy_(value);
 }
-
-/// Gives some buffers other values during its lifetime.
-class BufferScope {
-public:
-    explicit BufferScope(const BufferValues& then) {
-        std::vector<at::Tensor> buffers;
-        for (const BufferValue& value : then) buffers.push_back(value.buffer);
-        now_ = copies_of(buffers);
-        write(then);
-    }
-    BufferScope(const BufferScope&) = delete;
-    BufferScope& operator=(const BufferScope&) = delete;
-    ~BufferScope() { write(now_); }
-
-private:
-    BufferValues now_;
-};
 
 /// Marks the input: backward stores the gradient that arrives at the mark in `arrived`, unchanged. A leaf would copy it
 /// into its own layout, and a different layout may be summed in a different order later.
@@ -161,14 +109,6 @@ struct FirstRun : torch::CustomClassHolder {
     BufferValues buffers;  // from before it, for the buffers that it changed
 };
 
-at::Tensor run_again(const FirstRun& first, const at::Tensor& x) {
-    const Surroundings now(x.device(), *first.module);
-    const SurroundingsScope surroundings(first.surroundings, now);
-    const NoAutocastCache no_cache;
-    const at::AutoGradMode grad(true);
-    return first.block(x);
-}
-
 /// True if a nested backward computes the same gradient for this parameter as the outer one. Hooks would run in both.
 bool only_accumulates(const at::Tensor& parameter) {
     if (!parameter.is_leaf() || !torch::autograd::impl::hooks(parameter).empty()) return false;
@@ -176,22 +116,22 @@ bool only_accumulates(const at::Tensor& parameter) {
     return !accumulator || (accumulator->pre_hooks().empty() && accumulator->post_hooks().empty());
 }
 
-/// Removes the hooks of some tensors during its lifetime.
-class HooksAway {
-public:
-    explicit HooksAway(const variable_list& tensors) : tensors_(tensors), away_(tensors.size()) { exchange(); }
-    HooksAway(const HooksAway&) = delete;
-    HooksAway& operator=(const HooksAway&) = delete;
-    ~HooksAway() { exchange(); }
+/// Disables autocast's cache of converted weights until the result is destroyed: those of the first run have no graph,
+/// and those of the second would outlive it.
+auto without_autocast_cache() {
+    const bool before = at::autocast::is_autocast_cache_enabled();
+    at::autocast::set_autocast_cache_enabled(false);
+    return c10::make_scope_exit([before] { at::autocast::set_autocast_cache_enabled(before); });
+}
 
-private:
-    void exchange() {
-        for (std::size_t i = 0; i < tensors_.size(); ++i) away_[i].swap(torch::autograd::impl::hooks(tensors_[i]));
-    }
-
-    const variable_list& tensors_;
-    std::vector<std::vector<std::unique_ptr<torch::autograd::FunctionPreHook>>> away_;
-};
+at::Tensor run_again(const FirstRun& first, const at::Tensor& x) {
+    const Surroundings now(x.device(), *first.module);
+    const auto put_back = c10::make_scope_exit([&] { now.establish(); });
+    first.surroundings.establish();
+    const auto no_cache = without_autocast_cache();
+    const at::AutoGradMode grad(true);
+    return first.block(x);
+}
 
 class Recompute : public Function<Recompute> {
 public:
@@ -199,7 +139,7 @@ public:
                               const Block& block, const std::shared_ptr<Module>& module) {
         const auto first = c10::make_intrusive<FirstRun>(block, module, x.device());
         BufferValues buffers = copies_of(module->buffers());
-        const NoAutocastCache no_cache;
+        const auto no_cache = without_autocast_cache();
         at::Tensor y = block(x);
         for (BufferValue& value : buffers) {
             if (!at::equal(value.buffer, value.value)) first->buffers.push_back(std::move(value));
@@ -213,11 +153,9 @@ public:
     }
 
     static variable_list backward(AutogradContext* context, variable_list gradients) {
-        if (at::GradMode::is_enabled()) {
-            throw Error(ErrorKind::usage,
-                        "recompute: a recomputed block does not support gradients of gradients (create_graph); "
-                        "turn recompute off");
-        }
+        require_that(!at::GradMode::is_enabled(),
+                     "recompute: a recomputed block does not support gradients of gradients (create_graph); "
+                     "turn recompute off");
         const variable_list saved = context->get_saved_variables();
         const std::size_t inputs = saved.size();
         variable_list results(inputs + 2);  // block and module have no gradient
@@ -228,7 +166,11 @@ public:
         variable_list sources = saved;
         sources[0] = saved[0].detach();
         if (context->needs_input_grad(0)) sources[0] = mark(sources[0], arrived);
-        const BufferScope buffers(first->buffers);
+        std::vector<at::Tensor> changed;
+        for (const BufferValue& value : first->buffers) changed.push_back(value.buffer);
+        const BufferValues now = copies_of(changed);
+        const auto put_back = c10::make_scope_exit([&] { write(now); });
+        write(first->buffers);
         const at::Tensor y = run_again(*first, sources[0]);
         if (!y.requires_grad()) return results;
 
@@ -257,7 +199,12 @@ private:
             needed.push_back(sources[i]);
             places.push_back(i);
         }
-        const HooksAway hooks(needed);  // the outer backward calls them
+        std::vector<std::vector<std::unique_ptr<torch::autograd::FunctionPreHook>>> hooks(needed.size());
+        const auto exchange = [&] {
+            for (std::size_t i = 0; i < needed.size(); ++i) hooks[i].swap(torch::autograd::impl::hooks(needed[i]));
+        };
+        exchange();  // the outer backward calls them
+        const auto put_back = c10::make_scope_exit(exchange);
         variable_list found = torch::autograd::grad({y}, needed, {gradient}, /*retain_graph=*/false,
                                                     /*create_graph=*/false, /*allow_unused=*/true);
         for (std::size_t i = 0; i < places.size(); ++i) results[places[i]] = std::move(found[i]);

@@ -4,7 +4,6 @@
 #include <cmath>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
 
 namespace microbatch {
 namespace {
@@ -63,25 +62,19 @@ void require_enough_data(std::int64_t batch, std::int64_t samples) {
     if (few * static_cast<double>(batch) <= static_cast<double>(samples)) return;
     const std::string repetition = describe_repetition(batch, samples);
     const std::int64_t percent = std::llround(100.0 * share(batch, samples));
-    throw Error(ErrorKind::usage,
-                str_cat("the data is too small to measure the noise of a batch of ", batch, ": ",
-                        repetition.empty() ? str_cat("it has ", samples, " samples, and a batch holds ", percent, " %")
-                                           : repetition,
-                        "; use a batch of at most a tenth of the samples, or more data"));
+    throw Error(
+        ErrorKind::usage, "the data is too small to measure the noise of a batch of ", batch, ": ",
+        repetition.empty() ? str_cat("it has ", samples, " samples, and a batch holds ", percent, " %") : repetition,
+        "; use a batch of at most a tenth of the samples, or more data");
 }
 
 BatchAdvice advise_batch(double noise_batch, std::span<const TimedCut> cuts, double update_seconds,
                          std::int64_t largest, std::int64_t samples) {
     largest = std::min(largest, samples);
-    if (!std::isfinite(noise_batch) || noise_batch <= 0.0) {
-        throw Error(ErrorKind::usage, str_cat("the noise batch is ", noise_batch, "; it must be finite and above 0"));
-    }
-    if (fastest(cuts, largest) == nullptr) {
-        throw Error(ErrorKind::usage, str_cat("no measured micro-batch has at most ", largest, " samples"));
-    }
-    const std::int64_t smallest = std::min_element(cuts.begin(), cuts.end(), [](const auto& one, const auto& other) {
-                                      return one.micro_batch < other.micro_batch;
-                                  })->micro_batch;
+    require_that(std::isfinite(noise_batch) && noise_batch > 0.0, "the noise batch is ", noise_batch,
+                 "; it must be finite and above 0");
+    require_that(fastest(cuts, largest) != nullptr, "no measured micro-batch has at most ", largest, " samples");
+    const std::int64_t smallest = std::ranges::min(cuts, {}, &TimedCut::micro_batch).micro_batch;
     BatchAdvice advice{.noise_batch = noise_batch, .samples = samples, .table = {}};
     const auto cost_of = [&](std::int64_t batch, const TimedCut& cut) {
         const auto size = static_cast<double>(batch);

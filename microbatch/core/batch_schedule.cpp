@@ -3,19 +3,12 @@
 #include <algorithm>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
 
 namespace microbatch {
 namespace {
 
 [[noreturn]] void refuse(const std::string& what) {
-    throw Error(ErrorKind::usage, str_cat("the batch schedule ", what, "; write \"32 at 0, 128 at 2M tokens\""));
-}
-
-std::string_view trimmed(std::string_view input) {
-    const auto begin = input.find_first_not_of(" \t");
-    if (begin == std::string_view::npos) return {};
-    return input.substr(begin, input.find_last_not_of(" \t") - begin + 1);
+    throw Error(ErrorKind::usage, "the batch schedule ", what, "; write \"32 at 0, 128 at 2M tokens\"");
 }
 
 BatchStage parse_stage(std::string_view input) {
@@ -94,29 +87,23 @@ std::int64_t batch_at(const BatchSchedule& schedule, const Progress& progress) {
 }
 
 std::int64_t smallest_batch(const BatchSchedule& schedule) {
-    return std::min_element(schedule.begin(), schedule.end(),
-                            [](const auto& one, const auto& other) { return one.batch < other.batch; })
-        ->batch;
+    return std::ranges::min(schedule, {}, &BatchStage::batch).batch;
 }
 
 std::int64_t largest_batch(const BatchSchedule& schedule) {
-    return std::max_element(schedule.begin(), schedule.end(),
-                            [](const auto& one, const auto& other) { return one.batch < other.batch; })
-        ->batch;
+    return std::ranges::max(schedule, {}, &BatchStage::batch).batch;
 }
 
 BatchSchedule seesaw(const Schedule& schedule, std::int64_t batch, std::int64_t most) {
     validate(schedule);
-    const auto need = [](bool holds, const std::string& what) {
-        if (!holds) throw Error(ErrorKind::usage, "seesaw: " + what);
-    };
-    need(batch >= 1, str_cat("the batch is ", batch, "; it must be at least 1"));
-    need(most >= batch, str_cat("the largest batch of ", most, " is below the first of ", batch));
-    need(schedule.shape != ScheduleShape::constant && schedule.floor < schedule.peak,
-         "the batch grows as the learning rate falls, but this schedule does not fall; use cosine or linear");
-    need(schedule.length.unit != Unit::steps,
-         "if the length is in steps, a larger batch trains on more samples; give the length in samples or "
-         "tokens");
+    require_that(batch >= 1, "seesaw: the batch is ", batch, "; it must be at least 1");
+    require_that(most >= batch, "seesaw: the largest batch of ", most, " is below the first of ", batch);
+    require_that(
+        schedule.shape != ScheduleShape::constant && schedule.floor < schedule.peak,
+        "seesaw: the batch grows as the learning rate falls, but this schedule does not fall; use cosine or linear");
+    require_that(schedule.length.unit != Unit::steps,
+                 "seesaw: if the length is in steps, a larger batch trains on more samples; give the length in "
+                 "samples or tokens");
     BatchSchedule result{{batch, {0, schedule.length.unit}}};
     double rate = schedule.peak;
     for (std::int64_t next = batch; next <= most / 2;) {

@@ -5,7 +5,6 @@
 #include <utility>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
 
 namespace microbatch {
 
@@ -17,32 +16,25 @@ constexpr std::array<std::pair<RateRule, std::string_view>, 5> names = {{{RateRu
                                                                          {RateRule::adam_sde, "adam-sde"},
                                                                          {RateRule::beta2_time, "beta2-time"}}};
 
-[[noreturn]] void refuse(const std::string& message) {
-    throw Error(ErrorKind::usage, message);
-}
-
 // 1 - k (1 - beta): with fewer samples per step the average is over more steps.
 double sde_beta(const char* name, double beta, double k) {
     const double forgotten = k * (1.0 - beta);
-    if (forgotten >= 1.0 - 1e-12) {  // 10 (1 - 0.9) is one rounding below 1
-        refuse(str_cat("adam-sde has no ", name, " for a batch of ", k, " times the reference: 1 - ", name, " = ",
-                       1.0 - beta, " times that is not below 1. Use a batch below ", 1.0 / (1.0 - beta),
-                       " times the reference, or the rule sqrt"));
-    }
+    require_that(forgotten < 1.0 - 1e-12,  // 10 (1 - 0.9) is one rounding below 1
+                 "adam-sde has no ", name, " for a batch of ", k, " times the reference: 1 - ", name, " = ", 1.0 - beta,
+                 " times that is not below 1. Use a batch below ", 1.0 / (1.0 - beta),
+                 " times the reference, or the rule sqrt");
     return 1.0 - forgotten;
 }
 
 void require_usable(const RateConstants& scaled, RateRule rule, double k) {
-    if (scaled.adam) {
-        for (const double beta : {scaled.adam->beta1, scaled.adam->beta2}) {
-            if (beta > 0.0 && beta < 1.0) continue;
-            refuse(str_cat("the rule ", to_string(rule), " at ", k, " times the reference batch gives a beta of ", beta,
-                           ": check both batches"));
-        }
+    const RateConstants::Adam adam = scaled.adam.value_or(RateConstants::Adam{});
+    for (const double beta : {adam.beta1, adam.beta2}) {
+        require_that(beta > 0.0 && beta < 1.0, "the rule ", to_string(rule), " at ", k,
+                     " times the reference batch gives a beta of ", beta, ": check both batches");
     }
-    if (std::isfinite(scaled.learning_rate) && (!scaled.adam || std::isfinite(scaled.adam->epsilon))) return;
-    refuse(str_cat("the rule ", to_string(rule), " at ", k, " times the reference batch gives a learning rate of ",
-                   scaled.learning_rate, ": check the rate and both batches"));
+    require_that(std::isfinite(scaled.learning_rate) && std::isfinite(adam.epsilon), "the rule ", to_string(rule),
+                 " at ", k, " times the reference batch gives a learning rate of ", scaled.learning_rate,
+                 ": check the rate and both batches");
 }
 
 }  // namespace
@@ -53,7 +45,7 @@ RateRule parse_rate_rule(std::string_view name) {
         if (its == name) return rule;
         all += str_cat(all.empty() ? "" : ", ", its);
     }
-    refuse(str_cat("unknown rule \"", name, "\"; choose one of ", all));
+    throw Error(ErrorKind::usage, "unknown rule \"", name, "\"; choose one of ", all);
 }
 
 std::string_view to_string(RateRule rule) {
@@ -65,12 +57,10 @@ std::string_view to_string(RateRule rule) {
 
 RateConstants scale_to_batch(const RateConstants& reference, RateRule rule, std::int64_t reference_batch,
                              std::int64_t batch) {
-    if (reference_batch < 1) refuse(str_cat("the reference batch is ", reference_batch, "; it must be at least 1"));
-    if (batch < 1) refuse(str_cat("the batch is ", batch, "; it must be at least 1"));
-    if ((rule == RateRule::adam_sde || rule == RateRule::beta2_time) && !reference.adam) {
-        refuse(str_cat("the rule ", to_string(rule),
-                       " changes Adam's constants, but this optimizer has none; use linear or sqrt"));
-    }
+    require_that(reference_batch >= 1, "the reference batch is ", reference_batch, "; it must be at least 1");
+    require_that(batch >= 1, "the batch is ", batch, "; it must be at least 1");
+    require_that((rule != RateRule::adam_sde && rule != RateRule::beta2_time) || reference.adam, "the rule ",
+                 to_string(rule), " changes Adam's constants, but this optimizer has none; use linear or sqrt");
     const double k = static_cast<double>(batch) / static_cast<double>(reference_batch);
     RateConstants scaled = reference;
     if (rule == RateRule::linear) scaled.learning_rate *= k;

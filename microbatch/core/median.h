@@ -14,4 +14,12 @@ inline double median(std::vector<double> values) {
     return *middle;
 }
 
+/// The median of times; the smaller middle value of an even number, since disturbances only make a measurement longer.
+/// Requires: not empty.
+inline double lower_median(std::vector<double> times) {
+    const auto middle = times.begin() + static_cast<std::ptrdiff_t>((times.size() - 1) / 2);
+    std::nth_element(times.begin(), middle, times.end());
+    return *middle;
+}
+
 }  // namespace microbatch

@@ -6,20 +6,16 @@
 #include <utility>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
 
 namespace microbatch {
 namespace {
 
 void check_points(const MemoryPoint& smaller, const MemoryPoint& larger) {
-    if (smaller.micro_batch < 1 || larger.micro_batch <= smaller.micro_batch) {
-        throw Error(ErrorKind::usage,
-                    str_cat("memory was measured at micro-batches of ", smaller.micro_batch, " and ",
-                            larger.micro_batch, "; give two sizes of at least 1, the smaller one first"));
-    }
-    if (smaller.profile.empty() || larger.profile.empty()) {
-        throw Error(ErrorKind::usage, "a memory profile is empty: nothing was measured");
-    }
+    require_that(smaller.micro_batch >= 1 && larger.micro_batch > smaller.micro_batch,
+                 "memory was measured at micro-batches of ", smaller.micro_batch, " and ", larger.micro_batch,
+                 "; give two sizes of at least 1, the smaller one first");
+    require_that(!smaller.profile.empty() && !larger.profile.empty(),
+                 "a memory profile is empty: nothing was measured");
 }
 
 MemoryLine line_through(std::int64_t b1, std::int64_t bytes1, std::int64_t b2, std::int64_t bytes2) {
@@ -36,10 +32,8 @@ bool is_covered(const MemoryLine& low, const MemoryLine& middle, const MemoryLin
 
 /// The upper envelope, for b >= 1.
 std::vector<MemoryLine> largest_lines(std::vector<MemoryLine> lines) {
-    std::sort(lines.begin(), lines.end(), [](const MemoryLine& left, const MemoryLine& right) {
-        return std::pair(left.bytes_per_sample, left.fixed_bytes) <
-               std::pair(right.bytes_per_sample, right.fixed_bytes);
-    });
+    std::ranges::sort(lines, {},
+                      [](const MemoryLine& line) { return std::pair(line.bytes_per_sample, line.fixed_bytes); });
     std::vector<MemoryLine> hull;
     for (const MemoryLine& line : lines) {
         // The later line is steeper: if it is larger at 1 already, the earlier one never is.
@@ -57,13 +51,9 @@ std::int64_t peak_of(const MemoryProfile& profile) {
 }
 
 const MemoryLine& MemoryModel::line_at(std::int64_t micro_batch) const {
-    if (lines.empty()) throw Error(ErrorKind::usage, "an empty memory model predicts nothing: fit it first");
-    if (micro_batch < 1) {
-        throw Error(ErrorKind::usage, str_cat("the micro-batch is ", micro_batch, " samples; it must be 1 or more"));
-    }
-    return *std::max_element(lines.begin(), lines.end(), [&](const MemoryLine& left, const MemoryLine& right) {
-        return left.at(micro_batch) < right.at(micro_batch);
-    });
+    require_that(!lines.empty(), "an empty memory model predicts nothing: fit it first");
+    require_that(micro_batch >= 1, "the micro-batch is ", micro_batch, " samples; it must be 1 or more");
+    return *std::ranges::max_element(lines, {}, [&](const MemoryLine& line) { return line.at(micro_batch); });
 }
 
 std::int64_t MemoryModel::predict(std::int64_t micro_batch) const {

@@ -3,7 +3,6 @@
 #include <cmath>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
 
 namespace microbatch {
 
@@ -24,8 +23,7 @@ std::optional<NoiseMeasure> measure_noise(const NoiseSums& parts, double squared
 }
 
 NoiseAverage::NoiseAverage(double decay) : decay_(decay) {
-    if (decay >= 0.0 && decay < 1.0) return;
-    throw Error(ErrorKind::usage, str_cat("the decay of the noise is ", decay, "; it must be from 0 to below 1"));
+    require_that(decay >= 0.0 && decay < 1.0, "the decay of the noise is ", decay, "; it must be from 0 to below 1");
 }
 
 void NoiseAverage::add(const NoiseMeasure& measure) {
@@ -38,7 +36,7 @@ void NoiseAverage::add(const NoiseMeasure& measure) {
 void NoiseAverage::restore(const State& state) {
     const bool sound = state.weight >= 0.0 && state.weight <= 1.000001 && std::isfinite(state.sum.variance) &&
                        std::isfinite(state.sum.squared_gradient);
-    if (!sound) throw Error(ErrorKind::usage, "noise: this state is invalid");
+    require_that(sound, "noise: this state is invalid");
     state_ = state;
 }
 

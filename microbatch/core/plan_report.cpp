@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
 #include "microbatch/core/units.h"
 
 namespace microbatch {
@@ -76,10 +75,8 @@ const Candidate& PlanReport::choice() const {
 }
 
 MemoryParts parts_of(const PlanReport& report, const Candidate& candidate) {
-    if (!candidate.measured && !candidate.predicted) {
-        throw Error(ErrorKind::usage, str_cat("the memory of a micro-batch of ", candidate.plan.micro_batch,
-                                              " is unknown: it was not measured"));
-    }
+    require_that(candidate.measured || candidate.predicted, "the memory of a micro-batch of ",
+                 candidate.plan.micro_batch, " is unknown: it was not measured");
     const PhasePeaks& peaks = candidate.measured ? *candidate.measured : *candidate.predicted;
     MemoryParts parts = report.fixed;
     // In the other phases the gradients of the batch exist.

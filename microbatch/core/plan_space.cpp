@@ -4,7 +4,6 @@
 #include <cmath>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
 
 namespace microbatch {
 namespace {
@@ -157,7 +156,7 @@ Candidate PlanSpace::candidate(const Mode& mode, std::int64_t size) const {
 
 void validate(const PlannerOptions& options) {
     const auto require = [](bool good, const char* name, std::int64_t value, const char* rule) {
-        if (!good) throw Error(ErrorKind::usage, str_cat("the ", name, " is ", value, "; it must be ", rule));
+        require_that(good, "the ", name, " is ", value, "; it must be ", rule);
     };
     require(options.batch >= 1, "batch", options.batch, "at least 1");
     require(options.budget_bytes >= 1, "memory budget in bytes", options.budget_bytes, "above 0");
@@ -166,9 +165,8 @@ void validate(const PlannerOptions& options) {
         require(*options.micro_batch >= 1 && *options.micro_batch <= options.batch, "micro-batch", *options.micro_batch,
                 "from 1 to the batch");
     }
-    if (options.recompute == Recompute::always && !options.offers_recompute) {
-        throw Error(ErrorKind::usage, "recompute was requested for a model that does not support it");
-    }
+    require_that(options.recompute != Recompute::always || options.offers_recompute,
+                 "recompute was requested for a model that does not support it");
 }
 
 double time_or(double seconds, double otherwise) {

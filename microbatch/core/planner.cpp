@@ -118,21 +118,17 @@ private:
 
     // The tried plans close to the best, by step time.
     std::vector<Target> fastest() {
-        std::vector<std::pair<double, Target>> tried;
+        const auto seconds = [this](const Target& one) { return known_.step_seconds(*one.mode, one.size); };
+        std::vector<Target> tried;
         for (Mode* mode : {&known_.kept, &known_.recomputed}) {
             for (const auto& [size, trial] : mode->trials.all()) {
-                const double seconds = known_.step_seconds(*mode, size);
-                if (known_.fits(*mode, size) && seconds <= close * best_step())
-                    tried.push_back({seconds, {mode, size}});
+                if (known_.fits(*mode, size) && seconds({mode, size}) <= close * best_step())
+                    tried.push_back({mode, size});
             }
         }
-        std::sort(tried.begin(), tried.end(),
-                  [](const auto& left, const auto& right) { return left.first < right.first; });
+        std::ranges::sort(tried, {}, seconds);
         tried.resize(std::min(tried.size(), most_finalists));
-        std::vector<Target> result;
-        result.reserve(tried.size());
-        for (const auto& [seconds, target] : tried) result.push_back(target);
-        return result;
+        return tried;
     }
 
     void time_again(const Target& one) {
@@ -140,7 +136,7 @@ private:
         if (options_.on_trial) options_.on_trial(plan);
         const bool cut = one.size < options_.batch;
         const double seconds = time_or(rehearsal_.seconds_again(plan, cut, options_.budget_bytes), infinity);
-        report_.spent_seconds += time_or(micro_batch_cost(seconds, one.size), 0.0);
+        report_.spent_seconds += time_or(cut ? 2.0 * seconds : seconds, 0.0);
         one.mode->trials.add_time(one.size, seconds);
     }
 
@@ -308,28 +304,25 @@ private:
 
     // A trial runs two micro-batches; one if the batch is not split.
     double micro_batch_cost(const Mode& mode, std::int64_t size) const {
-        return micro_batch_cost((mode.trials.empty() ? known_.kept : mode).trials.seconds(size), size);
-    }
-
-    double micro_batch_cost(double seconds, std::int64_t size) const {
+        const double seconds = (mode.trials.empty() ? known_.kept : mode).trials.seconds(size);
         return size < options_.batch ? 2.0 * seconds : seconds;
     }
 
     double spent_seconds() const { return report_.spent_seconds + failed_seconds_; }
 
-    bool may_spend(double seconds) const {
-        return spent_seconds() - needed_seconds_ + seconds <= most_seconds(best_step());
+    // Whether these seconds are within what may be spent by now, if the best plan's step takes `step`.
+    bool may_spend(double seconds, double step) const {
+        return spent_seconds() - needed_seconds_ + seconds <=
+               share_ * std::max(options_.most_steps * step, options_.least_seconds);
     }
 
-    bool may_spend_on(const Mode& mode, std::int64_t size) const { return may_spend(micro_batch_cost(mode, size)); }
-
-    double most_seconds(double step) const {
-        return share_ * std::max(options_.most_steps * step, options_.least_seconds);
+    bool may_spend_on(const Mode& mode, std::int64_t size) const {
+        return may_spend(micro_batch_cost(mode, size), best_step());
     }
 
     bool leaves_room(const Mode& mode, std::int64_t size, const Target& target) const {
-        const double both = micro_batch_cost(mode, size) + micro_batch_cost(*target.mode, target.size);
-        return spent_seconds() - needed_seconds_ + both <= most_seconds(known_.least_step(*target.mode, target.size));
+        return may_spend(micro_batch_cost(mode, size) + micro_batch_cost(*target.mode, target.size),
+                         known_.least_step(*target.mode, target.size));
     }
 
     double best_step() const { return std::min(known_.kept.best_seconds, known_.recomputed.best_seconds); }
@@ -360,9 +353,7 @@ private:
 
     // Only a tried plan: the budget is a guarantee, a prediction is not.
     void choose() {
-        const auto seconds = [](const Candidate& one) {
-            return one.step_seconds > 0.0 ? one.step_seconds : std::numeric_limits<double>::infinity();
-        };
+        const auto seconds = [](const Candidate& one) { return one.step_seconds > 0.0 ? one.step_seconds : infinity; };
         double fastest = infinity;
         for (const Candidate& one : report_.candidates) {
             if (may_choose(one)) fastest = std::min(fastest, seconds(one));

@@ -7,7 +7,6 @@
 #include <string>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
 
 namespace microbatch {
 namespace {
@@ -25,48 +24,42 @@ constexpr std::array<NamedShape, 5> shapes{{
     {"polynomial", ScheduleShape::polynomial},
 }};
 
-void require(bool condition, const std::string& message) {
-    if (!condition) throw Error(ErrorKind::usage, message);
-}
-
 void validate_rates(const Schedule& schedule) {
-    require(std::isfinite(schedule.peak) && schedule.peak >= 0,
-            str_cat("the peak learning rate is ", schedule.peak, "; it must be finite and 0 or more"));
-    require(std::isfinite(schedule.floor) && schedule.floor >= 0 && schedule.floor <= schedule.peak,
-            str_cat("the learning rate at the end (floor) is ", schedule.floor, "; it must be from 0 to the peak, ",
-                    schedule.peak));
-    require(schedule.shape != ScheduleShape::polynomial || (std::isfinite(schedule.power) && schedule.power > 0),
-            str_cat("the power of the polynomial schedule is ", schedule.power, "; it must be finite and above 0"));
+    require_that(std::isfinite(schedule.peak) && schedule.peak >= 0, "the peak learning rate is ", schedule.peak,
+                 "; it must be finite and 0 or more");
+    require_that(std::isfinite(schedule.floor) && schedule.floor >= 0 && schedule.floor <= schedule.peak,
+                 "the learning rate at the end (floor) is ", schedule.floor, "; it must be from 0 to the peak, ",
+                 schedule.peak);
+    require_that(schedule.shape != ScheduleShape::polynomial || (std::isfinite(schedule.power) && schedule.power > 0),
+                 "the power of the polynomial schedule is ", schedule.power, "; it must be finite and above 0");
 }
 
 void require_not_negative(std::string_view name, Interval interval) {
-    require(interval.count >= 0,
-            str_cat("the ", name, " of the schedule is ", to_string(interval), "; it must be 0 or more"));
+    require_that(interval.count >= 0, "the ", name, " of the schedule is ", to_string(interval),
+                 "; it must be 0 or more");
 }
 
 void require_same_unit(std::string_view name, Interval interval, Interval length) {
-    require(interval.count == 0 || interval.unit == length.unit,
-            str_cat("the ", name, " is ", to_string(interval), " but the length of the schedule is ", to_string(length),
-                    "; state both in the same unit"));
+    require_that(interval.count == 0 || interval.unit == length.unit, "the ", name, " is ", to_string(interval),
+                 " but the length of the schedule is ", to_string(length), "; state both in the same unit");
 }
 
 void validate_length(const Schedule& schedule) {
     const std::string_view name = to_string(schedule.shape);
     const bool ends = schedule.length.count > 0 && schedule.length.unit == schedule.warmup.unit;
     if (schedule.shape == ScheduleShape::constant && !ends) return;
-    require(schedule.length.count > 0, str_cat("the ", name, " schedule has no length; state where its decay ends"));
+    require_that(schedule.length.count > 0, "the ", name, " schedule has no length; state where its decay ends");
     require_same_unit("warmup", schedule.warmup, schedule.length);
     std::int64_t room = schedule.length.count;
     std::string taken = str_cat("warmup (", to_string(schedule.warmup), ")");
     if (schedule.shape == ScheduleShape::wsd) {
-        require(schedule.decay.count > 0, "the wsd schedule has no decay; state how long its final decay is");
+        require_that(schedule.decay.count > 0, "the wsd schedule has no decay; state how long its final decay is");
         require_same_unit("decay", schedule.decay, schedule.length);
         room -= schedule.decay.count;
         taken += str_cat(" and decay (", to_string(schedule.decay), ")");
     }
-    require(schedule.warmup.count <= room,
-            str_cat("the ", name, " schedule has no room for ", taken, ": its length is ", to_string(schedule.length),
-                    "; shorten them or lengthen the run"));
+    require_that(schedule.warmup.count <= room, "the ", name, " schedule has no room for ", taken, ": its length is ",
+                 to_string(schedule.length), "; shorten them or lengthen the run");
 }
 
 /// How much of [begin, end] lies before `at`, from 0 to 1; 1 at the end even if the stretch is empty.
@@ -108,7 +101,7 @@ ScheduleShape parse_schedule(std::string_view name) {
         if (each.name == name) return each.shape;
         names += str_cat(names.empty() ? "" : ", ", each.name);
     }
-    throw Error(ErrorKind::usage, str_cat("unknown schedule \"", name, "\"; choose one of ", names));
+    throw Error(ErrorKind::usage, "unknown schedule \"", name, "\"; choose one of ", names);
 }
 
 std::string_view to_string(ScheduleShape shape) {
@@ -125,10 +118,10 @@ void validate(const Schedule& schedule) {
 
 double learning_rate(const Schedule& schedule, const Progress& before, const Progress& batch) {
     validate(schedule);
-    require(!is_negative(before) && !is_negative(batch),
-            str_cat("the learning rate was requested at negative progress: before ", before.steps, " steps, ",
-                    before.samples, " samples, ", before.tokens, " tokens, batch ", batch.steps, " steps, ",
-                    batch.samples, " samples, ", batch.tokens, " tokens; count from 0"));
+    require_that(!is_negative(before) && !is_negative(batch),
+                 "the learning rate was requested at negative progress: before ", before.steps, " steps, ",
+                 before.samples, " samples, ", before.tokens, " tokens, batch ", batch.steps, " steps, ", batch.samples,
+                 " samples, ", batch.tokens, " tokens; count from 0");
     const Progress after = before + batch;
     const Interval warmup = schedule.warmup;
     if (before.in(warmup.unit) < warmup.count) {

@@ -6,7 +6,6 @@
 #include <utility>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
 
 namespace microbatch {
 
@@ -88,16 +87,13 @@ double level_of(const std::deque<SpikeGuardState::Accepted>& accepted, std::opti
 }
 
 void validate(const SpikeGuardOptions& options) {
-    const auto refuse = [](const std::string& what) { throw Error(ErrorKind::usage, "spike guard: " + what); };
-    if (options.least < 2) refuse(str_cat("least is ", options.least, "; a spread needs at least 2 steps"));
-    if (options.window < options.least) {
-        refuse(
-            str_cat("the window of ", options.window, " steps is shorter than the required ", options.least, " steps"));
-    }
-    if (!std::isfinite(options.sigmas) || options.sigmas <= 0.0) {
-        refuse(str_cat("sigmas is ", options.sigmas, "; it must be finite and above 0"));
-    }
-    if (options.most_refused < 1) refuse(str_cat("most_refused is ", options.most_refused, "; it must be at least 1"));
+    require_that(options.least >= 2, "spike guard: least is ", options.least, "; a spread needs at least 2 steps");
+    require_that(options.window >= options.least, "spike guard: the window of ", options.window,
+                 " steps is shorter than the required ", options.least, " steps");
+    require_that(std::isfinite(options.sigmas) && options.sigmas > 0.0, "spike guard: sigmas is ", options.sigmas,
+                 "; it must be finite and above 0");
+    require_that(options.most_refused >= 1, "spike guard: most_refused is ", options.most_refused,
+                 "; it must be at least 1");
 }
 
 }  // namespace
@@ -138,7 +134,7 @@ void SpikeGuard::restore(SpikeGuardState state) {
     for (const auto& one : state.accepted) {
         sound = sound && std::isfinite(one.loss) && std::isfinite(one.gradient_norm);
     }
-    if (!sound) throw Error(ErrorKind::usage, "spike guard: this state is invalid");
+    require_that(sound, "spike guard: this state is invalid");
     while (static_cast<std::int64_t>(state.accepted.size()) > options_.window) state.accepted.pop_front();
     state_ = std::move(state);
 }

@@ -5,6 +5,8 @@
 #include <utility>
 #include <vector>
 
+#include "microbatch/core/median.h"
+
 namespace microbatch {
 
 void Trials::add(std::int64_t size, MicroBatchTrial trial) {
@@ -17,10 +19,7 @@ void Trials::add_time(std::int64_t size, double seconds) {
     std::vector<double>& times = more_times_[size];
     times.push_back(seconds);
     if (times.size() < 2) return;
-    std::vector<double> sorted = times;
-    std::sort(sorted.begin(), sorted.end());
-    // The smaller of two: disturbances only make a measurement longer.
-    trials_.at(size).seconds = sorted[(sorted.size() - 1) / 2];
+    trials_.at(size).seconds = lower_median(times);
 }
 
 void Trials::add_failure(std::int64_t size) {

@@ -8,7 +8,6 @@
 #include <numeric>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
 
 namespace microbatch {
 namespace {
@@ -25,9 +24,10 @@ constexpr Wording size_wording{"size", "400MiB, 1.5GiB or 2GB"};
 constexpr Wording count_wording{"count", "64, 10k or 1M"};
 constexpr Wording interval_wording{"interval", R"("100 steps", "2.5k samples" or "1M tokens")"};
 
-[[noreturn]] void fail(const Wording& wording, std::string_view input, const std::string& why) {
-    throw Error(ErrorKind::usage, str_cat("cannot read the ", wording.noun, " \"", input, "\": ", why,
-                                          "; write for example ", wording.examples));
+template <class... Why>
+[[noreturn]] void fail(const Wording& wording, std::string_view input, const Why&... why) {
+    throw Error(ErrorKind::usage, "cannot read the ", wording.noun, " \"", input, "\": ", why...,
+                "; write for example ", wording.examples);
 }
 
 bool is_space(char c) {
@@ -35,12 +35,6 @@ bool is_space(char c) {
 }
 bool is_digit(char c) {
     return c >= '0' && c <= '9';
-}
-
-std::string_view trimmed(std::string_view input) {
-    while (!input.empty() && is_space(input.front())) input.remove_prefix(1);
-    while (!input.empty() && is_space(input.back())) input.remove_suffix(1);
-    return input;
 }
 
 // Not std::tolower: the result must not depend on the locale.
@@ -105,7 +99,7 @@ Scaled scaled(const Wording& wording, std::string_view input, const Quantity& qu
     const std::uint64_t remainder = quantity.digits % divisor;
     const std::uint64_t fraction = remainder * scale / divisor;
     if (whole > (static_cast<std::uint64_t>(largest) - fraction) / scale) {
-        fail(wording, input, str_cat("it is above ", largest, ", the largest 64-bit number"));
+        fail(wording, input, "it is above ", largest, ", the largest 64-bit number");
     }
     return {static_cast<std::int64_t>(whole * scale + fraction), remainder == 0};
 }
@@ -153,24 +147,18 @@ Unit read_unit(std::string_view input, std::string_view name, std::string_view w
         const std::string_view plural = to_string(unit);
         if (name == plural || name == plural.substr(0, plural.size() - 1)) return unit;
     }
-    fail(interval_wording, input,
-         str_cat("unknown unit \"", whole_suffix, "\"; the units are steps, samples and tokens"));
+    fail(interval_wording, input, "unknown unit \"", whole_suffix, "\"; the units are steps, samples and tokens");
 }
 
 std::int64_t sum(std::int64_t left, std::int64_t right, Unit unit) {
     const bool fits = right >= 0 ? left <= largest - right : left >= std::numeric_limits<std::int64_t>::min() - right;
-    if (!fits) {
-        throw Error(ErrorKind::usage,
-                    str_cat("progress exceeds 64 bits: ", left, " + ", right, " ", to_string(unit),
-                            "; give the actual size of the step, not a placeholder for \"no limit\""));
-    }
+    require_that(fits, "progress exceeds 64 bits: ", left, " + ", right, " ", to_string(unit),
+                 "; give the actual size of the step, not a placeholder for \"no limit\"");
     return left + right;
 }
 
 std::int64_t product(std::int64_t count, std::int64_t rate) {
-    if (count > largest / rate) {
-        throw Error(ErrorKind::usage, str_cat("an interval exceeds 64 bits: ", count, " * ", rate, "; shorten it"));
-    }
+    require_that(count <= largest / rate, "an interval exceeds 64 bits: ", count, " * ", rate, "; shorten it");
     return count * rate;
 }
 
@@ -180,13 +168,19 @@ std::int64_t quotient_up(std::int64_t count, std::int64_t rate) {
 
 }  // namespace
 
+std::string_view trimmed(std::string_view input) {
+    while (!input.empty() && is_space(input.front())) input.remove_prefix(1);
+    while (!input.empty() && is_space(input.back())) input.remove_suffix(1);
+    return input;
+}
+
 std::int64_t parse_bytes(std::string_view input) {
     const Quantity quantity = read_quantity(size_wording, input);
     const auto* const unit = std::find_if(byte_units.begin(), byte_units.end(),
                                           [&](const ByteUnit& each) { return each.name == quantity.suffix; });
     if (unit == byte_units.end()) {
-        fail(size_wording, input,
-             str_cat("unknown unit \"", quantity.suffix, "\"; the units are B, KiB, MiB, GiB, TiB, KB, MB, GB, TB"));
+        fail(size_wording, input, "unknown unit \"", quantity.suffix,
+             "\"; the units are B, KiB, MiB, GiB, TiB, KB, MB, GB, TB");
     }
     const std::int64_t bytes = scaled(size_wording, input, quantity, unit->bytes).count;
     if (bytes == 0) fail(size_wording, input, "it must be above 0");
@@ -221,7 +215,7 @@ std::int64_t parse_count(std::string_view input) {
     const std::string suffix = quantity.suffix;
     const std::uint64_t multiplier = take_multiplier(quantity.suffix);
     if (!quantity.suffix.empty()) {
-        fail(count_wording, input, str_cat("\"", suffix, "\" is not one of k, M and G"));
+        fail(count_wording, input, "\"", suffix, "\" is not one of k, M and G");
     }
     return whole_count(count_wording, input, quantity, multiplier);
 }
@@ -268,12 +262,9 @@ Progress operator+(Progress left, const Progress& right) {
 }
 
 Interval convert(Interval interval, Unit to, std::int64_t samples_per_step, std::int64_t tokens_per_sample) {
-    if (interval.count < 0 || samples_per_step < 1 || tokens_per_sample < 1) {
-        throw Error(ErrorKind::usage,
-                    str_cat("cannot convert ", to_string(interval), " to ", to_string(to), " with ", samples_per_step,
-                            " samples per step and ", tokens_per_sample,
-                            " tokens per sample: the interval must be 0 or more, both rates 1 or more"));
-    }
+    require_that(interval.count >= 0 && samples_per_step >= 1 && tokens_per_sample >= 1, "cannot convert ",
+                 to_string(interval), " to ", to_string(to), " with ", samples_per_step, " samples per step and ",
+                 tokens_per_sample, " tokens per sample: the interval must be 0 or more, both rates 1 or more");
     if (interval.unit == to) return interval;
     std::int64_t samples = interval.count;
     if (interval.unit == Unit::steps) samples = product(samples, samples_per_step);

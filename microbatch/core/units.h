@@ -6,6 +6,9 @@
 
 namespace microbatch {
 
+/// Without the spaces, tabs and line ends around it.
+std::string_view trimmed(std::string_view input);
+
 /// Bytes of a size as people write it: "400MiB", "1.5 GiB", "2GB", "512 KiB", "123", "123B".
 ///
 /// Units:  KiB, MiB, GiB, TiB are powers of 1024; KB, MB, GB, TB powers of 1000; B or nothing is bytes. Case does not

@@ -12,7 +12,6 @@
 #include <utility>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
 #include "microbatch/core/units.h"
 #include "microbatch/memory/block_cache.h"
 
@@ -45,61 +44,53 @@ enum class Refusal { none, budget, system, rehearsed };
 
 /// The answer to a request for memory, with the figures at that moment.
 struct Answer {
-    Block* block = nullptr;
     Refusal refusal = Refusal::none;
+    Block* block = nullptr;
     std::int64_t live = 0;
     std::int64_t cached = 0;
     std::int64_t budget = 0;
 };
 
-bool fits_budget(std::size_t bytes) {
-    return books.live <= books.budget && bytes <= static_cast<std::uint64_t>(books.budget - books.live);
-}
-
 /// Counts a request, and decides whether to refuse it.
 Refusal judge(std::size_t bytes) {
     ++books.allocations;
     if (books.fail_in > 0 && --books.fail_in == 0) return Refusal::rehearsed;
-    return fits_budget(bytes) ? Refusal::none : Refusal::budget;
+    const bool fits = books.live <= books.budget && bytes <= static_cast<std::uint64_t>(books.budget - books.live);
+    return fits ? Refusal::none : Refusal::budget;
 }
 
-Refusal take(std::size_t bytes, Block*& block) {
-    if (const Refusal refusal = judge(bytes); refusal != Refusal::none) return refusal;
-    if (bytes > largest_block_bytes) return Refusal::system;
+// A block that is live from now on; nullptr if the system has no memory.
+Block* take(std::size_t bytes) {
+    if (bytes > largest_block_bytes) return nullptr;
     const std::int64_t live = books.live + static_cast<std::int64_t>(bytes);
     const std::int64_t highest_before = books.highest;
     books.highest = std::max(books.highest, live);
-    block = books.cache.reuse(bytes);
+    Block* block = books.cache.reuse(bytes);
     if (block == nullptr) block = books.cache.add(bytes, books.allowed());
     if (block == nullptr) {
         books.highest = highest_before;
-        return Refusal::system;
+    } else {
+        books.live = live;
     }
-    books.live = live;
-    books.peak = std::max(books.peak, live);
-    return Refusal::none;
+    return block;
 }
 
-Answer answer_as_it_stands(Refusal refusal, Block* block) {
-    return {.block = block,
-            .refusal = refusal,
-            .live = books.live,
-            .cached = books.cache.cached_bytes(),
-            .budget = books.budget};
-}
-
-Answer request(std::size_t bytes) {
+/// Memory that stays, or that is given back at once: then it only counts towards the peak.
+Answer request(std::size_t bytes, bool stays) {
     const std::lock_guard lock(books.mutex);
-    Block* block = nullptr;
-    const Refusal refusal = take(bytes, block);
-    return answer_as_it_stands(refusal, block);
-}
-
-Answer request_for_a_moment(std::size_t bytes) {
-    const std::lock_guard lock(books.mutex);
-    const Refusal refusal = judge(bytes);
-    if (refusal == Refusal::none) books.peak = std::max(books.peak, books.live + static_cast<std::int64_t>(bytes));
-    return answer_as_it_stands(refusal, nullptr);
+    Answer answer{judge(bytes)};
+    if (answer.refusal == Refusal::none && stays) {
+        answer.block = take(bytes);
+        if (answer.block == nullptr) answer.refusal = Refusal::system;
+    }
+    answer.live = books.live;
+    answer.cached = books.cache.cached_bytes();
+    answer.budget = books.budget;
+    if (answer.refusal == Refusal::none) {
+        const std::int64_t most = stays ? books.live : books.live + static_cast<std::int64_t>(bytes);
+        books.peak = std::max(books.peak, most);
+    }
+    return answer;
 }
 
 [[noreturn]] void refuse(const char* what, std::size_t bytes, const Answer& answer) {
@@ -145,7 +136,7 @@ public:
     c10::DataPtr allocate(std::size_t bytes) override {
         const at::Device cpu(at::kCPU);
         if (bytes == 0) return {nullptr, nullptr, &release, cpu};
-        const Answer answer = request(bytes);
+        const Answer answer = request(bytes, /*stays=*/true);
         if (answer.refusal != Refusal::none) refuse("a tensor", bytes, answer);
         void* data = data_of(answer.block);
         tell_profiler(data, static_cast<std::int64_t>(bytes), answer.live, answer.cached);
@@ -164,7 +155,7 @@ public:
 void expect_memory(std::int64_t bytes) {
     if (bytes <= 0 || !installed.load(std::memory_order_relaxed)) return;
     const auto size = static_cast<std::size_t>(bytes);
-    const Answer answer = request_for_a_moment(size);
+    const Answer answer = request(size, /*stays=*/false);
     if (answer.refusal != Refusal::none) refuse("the working memory of an operation", size, answer);
     tell_profiler(nullptr, bytes, answer.live + bytes, answer.cached);
     tell_profiler(nullptr, -bytes, answer.live, answer.cached);
@@ -200,8 +191,7 @@ void reset_peak_memory() {
 }
 
 std::int64_t set_memory_budget(std::int64_t bytes) {
-    if (bytes <= 0)
-        throw Error(ErrorKind::usage, str_cat("the memory budget is ", bytes, " bytes; it must be above 0"));
+    require_that(bytes > 0, "the memory budget is ", bytes, " bytes; it must be above 0");
     const std::lock_guard lock(books.mutex);
     books.cache.shrink(bytes);
     return std::exchange(books.budget, bytes);
@@ -213,9 +203,7 @@ std::int64_t memory_budget() {
 }
 
 void fail_allocation(std::int64_t countdown) {
-    if (countdown < 0) {
-        throw Error(ErrorKind::usage, str_cat("allocation ", countdown, " from now cannot fail; the next one is 1"));
-    }
+    require_that(countdown >= 0, "allocation ", countdown, " from now cannot fail; the next one is 1");
     const std::lock_guard lock(books.mutex);
     books.fail_in = countdown;
 }

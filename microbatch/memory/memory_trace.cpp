@@ -56,18 +56,9 @@ public:
 
 }  // namespace
 
-class MemoryTrace::Guard {
-public:
-    explicit Guard(std::shared_ptr<Recorder> recorder)
-        : guard_(c10::DebugInfoKind::PROFILER_STATE, std::move(recorder)) {}
-
-private:
-    c10::DebugInfoGuard guard_;
-};
-
 MemoryTrace::MemoryTrace(at::Device device) : recorder_(std::make_shared<Recorder>(device)) {
     if (device.is_cpu()) install_budget_allocator();
-    guard_ = std::make_unique<Guard>(recorder_);
+    guard_.emplace(c10::DebugInfoKind::PROFILER_STATE, recorder_);
 }
 
 MemoryTrace::~MemoryTrace() = default;

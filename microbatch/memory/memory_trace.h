@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
 namespace microbatch {
@@ -40,10 +41,9 @@ public:
 
 private:
     class Recorder;
-    class Guard;
 
     std::shared_ptr<Recorder> recorder_;
-    std::unique_ptr<Guard> guard_;
+    std::optional<c10::DebugInfoGuard> guard_;
 };
 
 /// During its lifetime, no trace of this thread records events: for the share of this thread in work whose allocations

@@ -9,7 +9,6 @@
 #include <mutex>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
 
 namespace microbatch {
 namespace {
@@ -47,9 +46,7 @@ public:
     }
 
     void set_budget(std::int64_t bytes) override {
-        if (bytes <= 0) {
-            throw Error(ErrorKind::usage, str_cat("the memory budget is ", bytes, " bytes; it must be above 0"));
-        }
+        require_that(bytes > 0, "the memory budget is ", bytes, " bytes; it must be above 0");
         budget_ = bytes;
     }
 
@@ -73,12 +70,9 @@ private:
 std::unique_ptr<Meter> make_meter(at::Device device) {
     if (device.is_cpu()) return std::make_unique<CpuMeter>();
     auto* allocator = dynamic_cast<c10::DeviceAllocator*>(c10::GetAllocator(device.type()));
-    if (allocator == nullptr) {
-        throw Error(ErrorKind::usage,
-                    str_cat("the memory of device ", device.str(),
-                            " cannot be measured: its allocator keeps no statistics; use the CPU or an "
-                            "accelerator that this LibTorch supports"));
-    }
+    require_that(allocator != nullptr, "the memory of device ", device.str(),
+                 " cannot be measured: its allocator keeps no statistics; use the CPU or an "
+                 "accelerator that this LibTorch supports");
     return std::make_unique<DeviceMeter>(device, allocator);
 }
 

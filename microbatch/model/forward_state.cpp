@@ -10,9 +10,7 @@ namespace microbatch {
 namespace {
 
 std::vector<at::Device> devices_of(const Model& model) {
-    std::vector<at::Tensor> tensors;
-    for (const Parameter& parameter : model.parameters()) tensors.push_back(parameter.tensor);
-    return generator_devices(tensors);
+    return generator_devices(tensors_of(model.parameters()));
 }
 
 // Generators of another language, apart from torch's, which are named as their devices.

@@ -3,7 +3,6 @@
 #include <unordered_set>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
 
 namespace microbatch {
 
@@ -11,12 +10,16 @@ Parameters without_repeats(const Parameters& parameters) {
     Parameters result;
     std::unordered_set<const void*> seen;
     for (const Parameter& parameter : parameters) {
-        if (!parameter.tensor.defined()) {
-            throw Error(ErrorKind::usage, str_cat("parameter ", parameter.name, " is an undefined tensor"));
-        }
+        require_that(parameter.tensor.defined(), "parameter ", parameter.name, " is an undefined tensor");
         if (seen.insert(parameter.tensor.unsafeGetTensorImpl()).second) result.push_back(parameter);
     }
     return result;
+}
+
+std::vector<at::Tensor> tensors_of(const Parameters& parameters) {
+    std::vector<at::Tensor> tensors;
+    for (const Parameter& parameter : parameters) tensors.push_back(parameter.tensor);
+    return tensors;
 }
 
 }  // namespace microbatch

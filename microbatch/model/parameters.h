@@ -11,6 +11,9 @@ using Parameters = NamedTensors;
 /// The parameters with each tensor once, under its first name: a tied weight has one gradient and one update.
 Parameters without_repeats(const Parameters& parameters);
 
+/// The tensors alone.
+std::vector<at::Tensor> tensors_of(const Parameters& parameters);
+
 /// Every parameter of a torch::nn::Module (or its holder), each tensor once, including frozen ones.
 template <class Module>
 Parameters parameters_of(const Module& module) {

@@ -8,7 +8,6 @@
 
 #include "microbatch/autograd/recompute.h"
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
 #include "microbatch/models/checks.h"
 #include "microbatch/ops/transformer_block.h"
 
@@ -42,27 +41,16 @@ Linear make_projection(std::int64_t inputs, const GptConfig& config) {
     return make_linear(inputs, config.width, init_deviation / std::sqrt(2.0 * static_cast<double>(config.layers)));
 }
 
-/// Under the names of the parts of a block; transformer_block() computes with them.
-class Attention : public torch::nn::Module {
+/// Attention or the MLP of a block: a linear layer, and the projection back into the residual stream. transformer_block()
+/// computes with them.
+class Sublayer : public torch::nn::Module {
 public:
-    explicit Attention(const GptConfig& config)
-        : qkv(register_module("qkv", make_linear(config.width, 3 * config.width, init_deviation))),
-          projection(register_module("projection", make_projection(config.width, config))),
+    Sublayer(const GptConfig& config, const char* name, std::int64_t outputs, std::int64_t projected)
+        : linear(register_module(name, make_linear(config.width, outputs, init_deviation))),
+          projection(register_module("projection", make_projection(projected, config))),
           dropout(register_module("dropout", Dropout(config.dropout))) {}
 
-    Linear qkv;
-    Linear projection;
-    Dropout dropout;
-};
-
-class FeedForward : public torch::nn::Module {
-public:
-    explicit FeedForward(const GptConfig& config)
-        : expansion(register_module("expansion", make_linear(config.width, 4 * config.width, init_deviation))),
-          projection(register_module("projection", make_projection(4 * config.width, config))),
-          dropout(register_module("dropout", Dropout(config.dropout))) {}
-
-    Linear expansion;
+    Linear linear;
     Linear projection;
     Dropout dropout;
 };
@@ -77,13 +65,10 @@ void require_valid(const GptConfig& config) {
     require_size("gpt", "width", config.width);
     require_size("gpt", "length", config.length);
     require_size("gpt", "vocabulary", config.vocabulary);
-    if (config.width % config.heads != 0) {
-        throw Error(ErrorKind::usage,
-                    str_cat("gpt: width ", config.width, " is not a multiple of heads ", config.heads));
-    }
-    if (!(config.dropout >= 0 && config.dropout < 1)) {
-        throw Error(ErrorKind::usage, str_cat("gpt: dropout is ", config.dropout, "; give at least 0 and less than 1"));
-    }
+    require_that(config.width % config.heads == 0, "gpt: width ", config.width, " is not a multiple of heads ",
+                 config.heads);
+    require_that(config.dropout >= 0 && config.dropout < 1, "gpt: dropout is ", config.dropout,
+                 "; give at least 0 and less than 1");
 }
 
 template <class Number>
@@ -101,41 +86,41 @@ public:
     explicit GptBlock(const GptConfig& config)
         : heads_(config.heads),
           attention_norm_(register_module("attention_norm", LayerNorm(LayerNormOptions({config.width})))),
-          attention_(register_module("attention", std::make_shared<Attention>(config))),
+          attention_(
+              register_module("attention", std::make_shared<Sublayer>(config, "qkv", 3 * config.width, config.width))),
           mlp_norm_(register_module("mlp_norm", LayerNorm(LayerNormOptions({config.width})))),
-          mlp_(register_module("mlp", std::make_shared<FeedForward>(config))) {}
+          mlp_(register_module("mlp",
+                               std::make_shared<Sublayer>(config, "expansion", 4 * config.width, 4 * config.width))) {}
 
     at::Tensor forward(const at::Tensor& x) {
         return transformer_block(
             x,
-            {attention_norm_->weight, attention_norm_->bias, attention_->qkv->weight, attention_->qkv->bias,
+            {attention_norm_->weight, attention_norm_->bias, attention_->linear->weight, attention_->linear->bias,
              attention_->projection->weight, attention_->projection->bias, mlp_norm_->weight, mlp_norm_->bias,
-             mlp_->expansion->weight, mlp_->expansion->bias, mlp_->projection->weight, mlp_->projection->bias},
+             mlp_->linear->weight, mlp_->linear->bias, mlp_->projection->weight, mlp_->projection->bias},
             heads_, {share_of(attention_->dropout), share_of(mlp_->dropout)});
     }
 
 private:
     std::int64_t heads_;
     LayerNorm attention_norm_;
-    std::shared_ptr<Attention> attention_;
+    std::shared_ptr<Sublayer> attention_;
     LayerNorm mlp_norm_;
-    std::shared_ptr<FeedForward> mlp_;
+    std::shared_ptr<Sublayer> mlp_;
 };
 
 GptConfig gpt_preset(std::string_view name) {
     if (name == "gpt-tiny") return {};
     if (name == "gpt-small") return {.layers = 6, .heads = 6, .width = 384, .length = 256};
     if (name == "gpt2") return {.layers = 12, .heads = 12, .width = 768, .length = 1024, .vocabulary = 50257};
-    throw Error(ErrorKind::usage, str_cat("unknown GPT \"", name, "\"; choose gpt-tiny, gpt-small or gpt2"));
+    throw Error(ErrorKind::usage, "unknown GPT \"", name, "\"; choose gpt-tiny, gpt-small or gpt2");
 }
 
 std::int64_t count_parameters(const GptConfig& config) {
     require_valid(config);
     const double estimate = parameters_as<double>(config);
-    if (estimate > 0x1p62) {
-        throw Error(ErrorKind::usage, str_cat("gpt: ", estimate, " parameters are too many; layers ", config.layers,
-                                              " or width ", config.width, " is too large"));
-    }
+    require_that(estimate <= 0x1p62, "gpt: ", estimate, " parameters are too many; layers ", config.layers,
+                 " or width ", config.width, " is too large");
     return parameters_as<std::int64_t>(config);
 }
 
@@ -153,15 +138,11 @@ GptImpl::GptImpl(const GptConfig& config) : config_(config) {
 }
 
 at::Tensor GptImpl::hidden(const at::Tensor& tokens) {
-    if (tokens.dim() != 2 || tokens.scalar_type() != at::kLong) {
-        throw Error(ErrorKind::usage, str_cat("gpt: the tokens are ", tokens.scalar_type(), " of shape ",
-                                              tokens.sizes(), "; give int64 of shape [samples, tokens]"));
-    }
+    require_that(tokens.dim() == 2 && tokens.scalar_type() == at::kLong, "gpt: the tokens are ", tokens.scalar_type(),
+                 " of shape ", tokens.sizes(), "; give int64 of shape [samples, tokens]");
     const std::int64_t length = tokens.size(1);
-    if (length < 1 || length > config_.length) {
-        throw Error(ErrorKind::usage, str_cat("gpt: a sample has ", length, " tokens, but the model accepts 1 to ",
-                                              config_.length, "; shorten the samples or set length"));
-    }
+    require_that(length >= 1 && length <= config_.length, "gpt: a sample has ", length,
+                 " tokens, but the model accepts 1 to ", config_.length, "; shorten the samples or set length");
     at::Tensor x = token_embedding_->forward(tokens) + position_embedding_->weight.narrow(0, 0, length);
     x = dropout_->forward(x);
     for (const auto& block : blocks_) {

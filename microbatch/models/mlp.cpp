@@ -4,7 +4,6 @@
 #include <torch/nn/modules/linear.h>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
 #include "microbatch/models/checks.h"
 
 namespace microbatch {
@@ -25,11 +24,9 @@ MlpImpl::MlpImpl(const MlpConfig& config) : config_(config) {
 }
 
 at::Tensor MlpImpl::forward(const at::Tensor& samples) {
-    if (samples.dim() < 2 || samples.flatten(1).size(1) != config_.inputs) {
-        throw Error(ErrorKind::usage,
-                    str_cat("mlp: the input has shape ", samples.sizes(), ", which is not a batch of samples of ",
-                            config_.inputs, " numbers each; set inputs to the size of one sample"));
-    }
+    require_that(samples.dim() >= 2 && samples.flatten(1).size(1) == config_.inputs, "mlp: the input has shape ",
+                 samples.sizes(), ", which is not a batch of samples of ", config_.inputs,
+                 " numbers each; set inputs to the size of one sample");
     return layers_->forward(samples.flatten(1));
 }
 

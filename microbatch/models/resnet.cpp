@@ -12,7 +12,6 @@
 
 #include "microbatch/autograd/recompute.h"
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
 #include "microbatch/models/checks.h"
 #include "microbatch/ops/group_norm.h"
 #include "microbatch/ops/residual_block.h"
@@ -130,10 +129,9 @@ void require_valid(const ResNetConfig& config) {
     require_size("resnet", "classes", config.classes);
     require_size("resnet", "width", config.width);
     require_size("resnet", "blocks", config.blocks);
-    if (config.norm == ImageNorm::group && config.width % norm_groups != 0) {
-        throw Error(ErrorKind::usage, str_cat("resnet: width ", config.width, " is not a multiple of the ", norm_groups,
-                                              " groups of group norm; change the width or use batch norm"));
-    }
+    require_that(config.norm != ImageNorm::group || config.width % norm_groups == 0, "resnet: width ", config.width,
+                 " is not a multiple of the ", norm_groups,
+                 " groups of group norm; change the width or use batch norm");
 }
 
 }  // namespace
@@ -145,7 +143,7 @@ std::string_view to_string(ImageNorm norm) {
 ImageNorm parse_image_norm(std::string_view name) {
     if (name == "batch") return ImageNorm::batch;
     if (name == "group") return ImageNorm::group;
-    throw Error(ErrorKind::usage, str_cat("unknown image norm \"", name, "\"; choose batch or group"));
+    throw Error(ErrorKind::usage, "unknown image norm \"", name, "\"; choose batch or group");
 }
 
 ResNetImpl::ResNetImpl(const ResNetConfig& config) : config_(config) {
@@ -167,10 +165,8 @@ ResNetImpl::ResNetImpl(const ResNetConfig& config) : config_(config) {
 }
 
 at::Tensor ResNetImpl::forward(const at::Tensor& images) {
-    if (images.dim() != 4 || images.size(1) != config_.channels) {
-        throw Error(ErrorKind::usage, str_cat("resnet: images have shape ", images.sizes(), "; give [samples, ",
-                                              config_.channels, ", height, width] or set channels"));
-    }
+    require_that(images.dim() == 4 && images.size(1) == config_.channels, "resnet: images have shape ", images.sizes(),
+                 "; give [samples, ", config_.channels, ", height, width] or set channels");
     at::Tensor x = stem_->forward(channels_last(images), {.relu = true});
     for (const auto& any : *blocks_) {
         const auto block = std::dynamic_pointer_cast<ResidualBlock>(any.ptr());

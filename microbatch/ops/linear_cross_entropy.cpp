@@ -13,7 +13,6 @@
 #include <utility>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
 #include "microbatch/ops/checks.h"
 #include "microbatch/ops/kernels/kernels.h"
 #include "microbatch/runtime/parallel.h"
@@ -216,17 +215,13 @@ public:
     }
 
     static variable_list backward(AutogradContext* context, variable_list gradients) {
-        if (at::GradMode::is_enabled()) {
-            throw Error(ErrorKind::usage,
-                        "linear_cross_entropy_sum: it does not support gradients of gradients (create_graph); "
-                        "use cross_entropy_sum and at::linear instead");
-        }
+        require_that(!at::GradMode::is_enabled(),
+                     "linear_cross_entropy_sum: it does not support gradients of gradients (create_graph); "
+                     "use cross_entropy_sum and at::linear instead");
         auto& saved = context->saved_data;
-        if (saved.empty()) {
-            throw Error(ErrorKind::usage,
-                        "linear_cross_entropy_sum: it supports one backward only, even with retain_graph; "
-                        "call it again for each backward");
-        }
+        require_that(!saved.empty(),
+                     "linear_cross_entropy_sum: it supports one backward only, even with retain_graph; "
+                     "call it again for each backward");
         // The only references, so that the receiver can keep the gradients without a copy.
         variable_list results = {saved["grad_hidden"].toTensor(), saved["grad_weight"].toTensor(), {}, {}, {}, {}};
         saved.clear();
@@ -240,18 +235,13 @@ public:
 };
 
 void require_weight(const at::Tensor& weight, const at::Tensor& hidden) {
-    if (!weight.defined()) throw Error(ErrorKind::usage, "the weight is an undefined tensor");
-    if (weight.dim() != 2 || weight.size(1) != hidden.size(-1)) {
-        throw Error(ErrorKind::usage, str_cat("a weight of shape ", weight.sizes(), " does not match hidden states of ",
-                                              "shape ", hidden.sizes(), "; give [vocabulary, width] and [..., width]"));
-    }
-    if (weight.scalar_type() != hidden.scalar_type()) {
-        throw Error(ErrorKind::usage, str_cat("the weight is ", weight.scalar_type(), ", the hidden states are ",
-                                              hidden.scalar_type(), "; convert one with .to()"));
-    }
-    if (weight.size(0) == 0) {
-        throw Error(ErrorKind::usage, str_cat("a weight of shape ", weight.sizes(), " has no classes"));
-    }
+    require_that(weight.defined(), "the weight is an undefined tensor");
+    require_that(weight.dim() == 2 && weight.size(1) == hidden.size(-1), "a weight of shape ", weight.sizes(),
+                 " does not match hidden states of shape ", hidden.sizes(),
+                 "; give [vocabulary, width] and [..., width]");
+    require_that(weight.scalar_type() == hidden.scalar_type(), "the weight is ", weight.scalar_type(),
+                 ", the hidden states are ", hidden.scalar_type(), "; convert one with .to()");
+    require_that(weight.size(0) != 0, "a weight of shape ", weight.sizes(), " has no classes");
 }
 
 }  // namespace
@@ -261,7 +251,7 @@ at::Tensor linear_cross_entropy_sum(const at::Tensor& hidden, const at::Tensor& 
     require_targets(targets);
     require_rows("hidden states", "width", hidden, targets);
     require_weight(weight, hidden);
-    if (chunk_bytes < 1) throw Error(ErrorKind::usage, str_cat("chunk_bytes is ", chunk_bytes, "; give at least 1"));
+    require_that(chunk_bytes >= 1, "chunk_bytes is ", chunk_bytes, "; give at least 1");
     const bool recorded = at::GradMode::is_enabled();
     const Wanted wanted{recorded && hidden.requires_grad(), recorded && weight.requires_grad()};
     return LinearCrossEntropy::apply(hidden.reshape({targets.numel(), hidden.size(-1)}), weight,

@@ -1,16 +1,11 @@
 #include "microbatch/ops/residual_block.h"
 
 #include <ATen/autocast_mode.h>
-#include <ATen/core/grad_mode.h>
-#include <torch/csrc/autograd/custom_function.h>
 
-#include <algorithm>
-#include <optional>
 #include <tuple>
-#include <utility>
 #include <vector>
 
-#include "microbatch/autograd/differentiable.h"
+#include "microbatch/autograd/fused.h"
 #include "microbatch/autograd/sum_in_place.h"
 #include "microbatch/ops/fused/residual.h"
 #include "microbatch/ops/group_norm.h"
@@ -20,13 +15,9 @@ namespace microbatch {
 
 namespace {
 
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
-using Maybe = std::optional<at::Tensor>;
-
 constexpr auto channels_last = at::MemoryFormat::ChannelsLast;
 
-/// From variables of which the first is x; the projection's may be missing.
+/// From inputs of which the first is x; the projection's may be missing.
 ResidualWeights weights_of(const variable_list& v) {
     ResidualWeights weights{v[1], v[2], v[3], v[4], v[5], v[6]};
     if (v.size() > 7)
@@ -34,57 +25,33 @@ ResidualWeights weights_of(const variable_list& v) {
     return weights;
 }
 
-class FusedResidual : public torch::autograd::Function<FusedResidual> {
-public:
-    static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& w1, const at::Tensor& w2,
-                              const at::Tensor& w3, const at::Tensor& w4, const at::Tensor& w5, const at::Tensor& w6,
-                              const Maybe& w7, const Maybe& w8, const Maybe& w9, std::int64_t stride,
-                              std::int64_t groups, double epsilon) {
-        context->set_materialize_grads(false);
-        variable_list inputs{x, w1, w2, w3, w4, w5, w6};
-        if (w7) inputs.insert(inputs.end(), {*w7, *w8, *w9});
-        auto [out, saved] = residual_forward(x, weights_of(inputs), {stride, groups, epsilon});
-        context->saved_data["inputs"] = static_cast<std::int64_t>(inputs.size());
-        variable_list tensors = std::move(inputs);
-        tensors.push_back(out);
-        for (const ResidualSaved& part : saved) {
-            tensors.insert(tensors.end(), {part.first, part.second, part.projected, part.statistics});
+struct FusedResidual {
+    ResidualOptions options;
+
+    FusedResult forward(const variable_list& inputs) const {
+        auto [out, parts] = residual_forward(inputs[0], weights_of(inputs), options);
+        FusedResult result{out, {out}};
+        for (const ResidualSaved& part : parts) {
+            result.saved.insert(result.saved.end(), {part.first, part.second, part.projected, part.statistics});
         }
-        context->save_for_backward(std::move(tensors));
-        context->saved_data["stride"] = stride;
-        context->saved_data["groups"] = groups;
-        context->saved_data["epsilon"] = epsilon;
-        return out;
+        return result;
     }
 
-    static variable_list backward(AutogradContext* context, const variable_list& gradients) {
-        variable_list results(13);
-        if (!gradients[0].defined()) return results;
-        const variable_list tensors = context->get_saved_variables();
-        const auto count = static_cast<std::size_t>(context->saved_data["inputs"].toInt());
-        const variable_list inputs(tensors.begin(), tensors.begin() + static_cast<std::ptrdiff_t>(count));
-        const ResidualOptions options{context->saved_data["stride"].toInt(), context->saved_data["groups"].toInt(),
-                                      context->saved_data["epsilon"].toDouble()};
-        if (at::GradMode::is_enabled()) {
-            variable_list found = differentiable_gradients(
-                *context, inputs,
-                [&](const variable_list& own) { return residual_block_by_operators(own[0], weights_of(own), options); },
-                gradients[0]);
-            std::move(found.begin(), found.end(), results.begin());
-            return results;
+    variable_list backward(const FusedBackward& of) const {
+        std::vector<ResidualSaved> parts;
+        for (std::size_t i = 1; i < of.saved.size(); i += 4) {
+            parts.push_back({of.saved[i], of.saved[i + 1], of.saved[i + 2], of.saved[i + 3]});
         }
-        std::vector<ResidualSaved> saved;
-        for (std::size_t i = count + 1; i < tensors.size(); i += 4) {
-            saved.push_back({tensors[i], tensors[i + 1], tensors[i + 2], tensors[i + 3]});
-        }
-        const ResidualWanted wanted{.x = context->needs_input_grad(0),
-                                    .first = context->needs_input_grad(1),
-                                    .second = context->needs_input_grad(4),
-                                    .projection = count > 7 && context->needs_input_grad(7)};
-        variable_list found = residual_backward(inputs[0], weights_of(inputs), options, tensors[count], saved,
-                                                gradients[0].contiguous(channels_last), wanted);
-        std::move(found.begin(), found.end(), results.begin());
-        return results;
+        const ResidualWanted wanted{.x = of.needed[0],
+                                    .first = of.needed[1],
+                                    .second = of.needed[4],
+                                    .projection = of.needed.size() > 7 && of.needed[7]};
+        return residual_backward(of.inputs[0], weights_of(of.inputs), options, of.saved[0], parts,
+                                 of.gradient.contiguous(channels_last), wanted);
+    }
+
+    at::Tensor by_operators(const variable_list& inputs) const {
+        return residual_block_by_operators(inputs[0], weights_of(inputs), options);
     }
 };
 
@@ -131,10 +98,11 @@ at::Tensor residual_block_by_operators(const at::Tensor& x, const ResidualWeight
 
 at::Tensor residual_block(const at::Tensor& x, const ResidualWeights& w, const ResidualOptions& options) {
     if (!is_fast(x, w, options)) return residual_block_by_operators(x, w, options);
-    const auto maybe = [&](const at::Tensor& one) { return w.projection.defined() ? Maybe(one) : std::nullopt; };
-    return FusedResidual::apply(x, w.first, w.first_scale, w.first_shift, w.second, w.second_scale, w.second_shift,
-                                maybe(w.projection), maybe(w.projection_scale), maybe(w.projection_shift),
-                                options.stride, options.groups, options.epsilon);
+    variable_list inputs{x, w.first, w.first_scale, w.first_shift, w.second, w.second_scale, w.second_shift};
+    if (w.projection.defined()) {
+        inputs.insert(inputs.end(), {w.projection, w.projection_scale, w.projection_shift});
+    }
+    return Fused<FusedResidual>::of({options}, inputs);
 }
 
 }  // namespace microbatch

@@ -1,18 +1,14 @@
 #include "microbatch/ops/transformer_block.h"
 
 #include <ATen/autocast_mode.h>
-#include <ATen/core/grad_mode.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/dropout.h>
 #include <ATen/ops/layer_norm.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
-#include <array>
-#include <utility>
 
-#include "microbatch/autograd/differentiable.h"
+#include "microbatch/autograd/fused.h"
 #include "microbatch/autograd/in_place_gradients.h"
 #include "microbatch/autograd/sum_in_place.h"
 #include "microbatch/ops/causal_attention.h"
@@ -24,19 +20,15 @@ namespace microbatch {
 
 namespace {
 
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
-
-constexpr std::size_t weight_count = 12;
-
-/// In the order in which FusedBlock takes them.
-std::array<const at::Tensor*, weight_count> all_of(const TransformerWeights& w) {
-    return {&w.attention_norm_scale, &w.attention_norm_shift, &w.qkv_weight,         &w.qkv_bias,
-            &w.projection_weight,    &w.projection_bias,      &w.mlp_norm_scale,     &w.mlp_norm_shift,
-            &w.expansion_weight,     &w.expansion_bias,       &w.contraction_weight, &w.contraction_bias};
+/// The inputs of FusedBlock: x, and the weights in their order.
+variable_list inputs_of(const at::Tensor& x, const TransformerWeights& w) {
+    variable_list inputs{w.attention_norm_scale, w.attention_norm_shift, w.qkv_weight,         w.qkv_bias,
+                         w.projection_weight,    w.projection_bias,      w.mlp_norm_scale,     w.mlp_norm_shift,
+                         w.expansion_weight,     w.expansion_bias,       w.contraction_weight, w.contraction_bias};
+    inputs.insert(inputs.begin(), x);
+    return inputs;
 }
 
-/// From variables of which the first is x.
 TransformerWeights weights_of(const variable_list& v) {
     return {v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11], v[12]};
 }
@@ -50,53 +42,32 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const at::Tenso
     return at::addmm(bias, x.flatten(0, -2), weight.t());
 }
 
-class FusedBlock : public torch::autograd::Function<FusedBlock> {
+class FusedBlock {
 public:
-    static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& w1, const at::Tensor& w2,
-                              const at::Tensor& w3, const at::Tensor& w4, const at::Tensor& w5, const at::Tensor& w6,
-                              const at::Tensor& w7, const at::Tensor& w8, const at::Tensor& w9, const at::Tensor& w10,
-                              const at::Tensor& w11, const at::Tensor& w12, std::int64_t heads) {
-        context->set_materialize_grads(false);
-        const variable_list inputs{x, w1, w2, w3, w4, w5, w6, w7, w8, w9, w10, w11, w12};
-        auto [out, saved] = transformer_forward(x, weights_of(inputs), heads);
-        variable_list tensors = inputs;
-        tensors.insert(tensors.end(), {saved.qkv, saved.attended.out, saved.attended.log_sums, saved.middle,
-                                       saved.expanded, saved.statistics});
-        context->save_for_backward(std::move(tensors));
-        context->saved_data["heads"] = heads;
-        context->saved_data["in_place"] = InPlaceGradients::active();
-        return out;
+    explicit FusedBlock(std::int64_t heads) : heads_(heads) {}
+
+    FusedResult forward(const variable_list& inputs) const {
+        auto [out, saved] = transformer_forward(inputs[0], weights_of(inputs), heads_);
+        return {
+            out,
+            {saved.qkv, saved.attended.out, saved.attended.log_sums, saved.middle, saved.expanded, saved.statistics}};
     }
 
-    static variable_list backward(AutogradContext* context, const variable_list& gradients) {
-        variable_list results(1 + weight_count + 1);
-        if (!gradients[0].defined()) return results;
-        const variable_list tensors = context->get_saved_variables();
-        const variable_list inputs(tensors.begin(), tensors.begin() + 1 + weight_count);
-        const std::int64_t heads = context->saved_data["heads"].toInt();
-        const at::Tensor gradient = gradients[0].contiguous();
-        if (at::GradMode::is_enabled()) {
-            variable_list found = differentiable_gradients(
-                *context, inputs,
-                [&](const variable_list& own) {
-                    return transformer_block_by_operators(own[0], weights_of(own), heads);
-                },
-                gradient);
-            std::move(found.begin(), found.end(), results.begin());
-            return results;
-        }
-        const auto* saved = tensors.data() + 1 + weight_count;
-        const bool in_place = context->saved_data["in_place"].toBool();
+    variable_list backward(const FusedBackward& of) const {
+        variable_list results(of.inputs.size());
         const GradientSink sink = [&](std::size_t weight, const at::Tensor& left, const at::Tensor& right) {
-            if (!context->needs_input_grad(1 + weight)) return;
-            const at::Tensor& leaf = inputs[1 + weight];
-            if (in_place && add_to_leaf(leaf, left, right)) return;
+            if (!of.needed[1 + weight]) return;
+            if (in_place_ && add_to_leaf(of.inputs[1 + weight], left, right)) return;
             results[1 + weight] = right.defined() ? gemm(left.t(), right) : left.clone();
         };
-        results[0] =
-            transformer_backward(inputs[0], weights_of(inputs), heads,
-                                 {saved[0], {saved[1], saved[2]}, saved[3], saved[4], saved[5]}, gradient, sink);
+        const auto& s = of.saved;
+        results[0] = transformer_backward(of.inputs[0], weights_of(of.inputs), heads_,
+                                          {s[0], {s[1], s[2]}, s[3], s[4], s[5]}, of.gradient.contiguous(), sink);
         return results;
+    }
+
+    at::Tensor by_operators(const variable_list& inputs) const {
+        return transformer_block_by_operators(inputs[0], weights_of(inputs), heads_);
     }
 
 private:
@@ -111,6 +82,9 @@ private:
             torch::autograd::impl::bump_version(sum);  // like every torch operator that writes
         });
     }
+
+    std::int64_t heads_;
+    bool in_place_ = InPlaceGradients::active();
 };
 
 /// True if the fused version supports these shapes and types; otherwise torch's operators report what is wrong.
@@ -119,9 +93,9 @@ bool is_fast(const at::Tensor& x, const TransformerWeights& w, std::int64_t head
         operators_are_watched() || at::autocast::is_autocast_enabled(at::kCPU)) {
         return false;
     }
-    const auto all = all_of(w);
-    if (!std::all_of(all.begin(), all.end(),
-                     [](const at::Tensor* one) { return is_fp32_on_cpu(*one) && one->is_contiguous(); })) {
+    const variable_list inputs = inputs_of(x, w);
+    if (!std::all_of(inputs.begin() + 1, inputs.end(),
+                     [](const at::Tensor& one) { return is_fp32_on_cpu(one) && one.is_contiguous(); })) {
         return false;
     }
     const std::int64_t width = x.size(2), inner = w.expansion_bias.numel();
@@ -156,9 +130,7 @@ at::Tensor transformer_block_by_operators(const at::Tensor& x, const Transformer
 at::Tensor transformer_block(const at::Tensor& x, const TransformerWeights& w, std::int64_t heads,
                              TransformerDropout dropout) {
     if (!is_fast(x, w, heads, dropout)) return transformer_block_by_operators(x, w, heads, dropout);
-    return FusedBlock::apply(x.contiguous(), w.attention_norm_scale, w.attention_norm_shift, w.qkv_weight, w.qkv_bias,
-                             w.projection_weight, w.projection_bias, w.mlp_norm_scale, w.mlp_norm_shift,
-                             w.expansion_weight, w.expansion_bias, w.contraction_weight, w.contraction_bias, heads);
+    return Fused<FusedBlock>::of(FusedBlock(heads), inputs_of(x.contiguous(), w));
 }
 
 }  // namespace microbatch

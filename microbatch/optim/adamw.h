@@ -30,11 +30,10 @@ public:
     void set_betas(double beta1, double beta2);
 
 private:
-    std::size_t state_count() const override { return 3; }
     std::vector<at::Tensor> make_state(const at::Tensor& parameter) const override;
-    at::Tensor make_constant(const at::Tensor& parameter, double learning_rate, double weight_decay) const override;
-    void update(const Bucket& bucket, const Settings& settings) const override;
-    void update_by_torch(Bucket& bucket, const Settings& settings) const override;
+    at::Tensor make_constant(const Bucket& bucket) const override;
+    void update(const Bucket& bucket) const override;
+    void update_by_torch(Bucket& bucket) const override;
 
     AdamWOptions options_;
 };

@@ -11,7 +11,6 @@
 #include <utility>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
 #include "microbatch/optim/one_pass.h"
 
 namespace microbatch {
@@ -21,10 +20,8 @@ void validate_group(const char* optimizer, const ParameterGroup& group) {
     validate_setting(optimizer, "weight decay", group.weight_decay);
     validate_setting(optimizer, "learning rate scale", group.learning_rate_scale);
     for (const auto& [name, tensor] : group.parameters) {
-        if (!tensor.defined() || !tensor.is_floating_point() || !tensor.is_non_overlapping_and_dense()) {
-            throw Error(ErrorKind::usage,
-                        str_cat(optimizer, ": parameter ", name, " must be a dense floating-point tensor"));
-        }
+        require_that(tensor.defined() && tensor.is_floating_point() && tensor.is_non_overlapping_and_dense(), optimizer,
+                     ": parameter ", name, " must be a dense floating-point tensor");
     }
 }
 
@@ -39,18 +36,12 @@ bool same_layout(const at::Tensor& left, const at::Tensor& right) {
 
 // The gradient in the memory layout of the parameter, which every update requires.
 at::Tensor dense_gradient(const Parameter& parameter, const at::Tensor& gradient) {
-    if (gradient.layout() != at::kStrided) {
-        throw Error(ErrorKind::usage, str_cat("parameter ", parameter.name,
-                                              " has a sparse gradient; create its embedding with sparse = false"));
-    }
-    if (gradient.scalar_type() != parameter.tensor.scalar_type()) {
-        throw Error(ErrorKind::usage, str_cat("parameter ", parameter.name, " is ", parameter.tensor.scalar_type(),
-                                              ", but its gradient is ", gradient.scalar_type()));
-    }
-    if (gradient.sizes() != parameter.tensor.sizes()) {
-        throw Error(ErrorKind::usage, str_cat("parameter ", parameter.name, " has the shape ", parameter.tensor.sizes(),
-                                              ", but its gradient has ", gradient.sizes()));
-    }
+    require_that(gradient.layout() == at::kStrided, "parameter ", parameter.name,
+                 " has a sparse gradient; create its embedding with sparse = false");
+    require_that(gradient.scalar_type() == parameter.tensor.scalar_type(), "parameter ", parameter.name, " is ",
+                 parameter.tensor.scalar_type(), ", but its gradient is ", gradient.scalar_type());
+    require_that(gradient.sizes() == parameter.tensor.sizes(), "parameter ", parameter.name, " has the shape ",
+                 parameter.tensor.sizes(), ", but its gradient has ", gradient.sizes());
     if (same_layout(gradient, parameter.tensor)) return gradient;
     return at::empty_like(parameter.tensor).copy_(gradient);
 }
@@ -63,28 +54,11 @@ void require_same_layout(const Parameter& parameter, const at::Tensor& state) {
         (state.dim() == 0 || state.scalar_type() == tensor.scalar_type())) {
         return;
     }
-    throw Error(ErrorKind::usage,
-                str_cat("parameter ", parameter.name, " is now ", tensor.scalar_type(), " of shape ", tensor.sizes(),
-                        ", unlike when its state was created: create a new optimizer"));
+    throw Error(ErrorKind::usage, "parameter ", parameter.name, " is now ", tensor.scalar_type(), " of shape ",
+                tensor.sizes(), ", unlike when its state was created: create a new optimizer");
 }
 
 }  // namespace
-
-/// Releases the gradients at the end of a step, however it ends.
-struct FusedOptimizer::Forget {
-    std::vector<Group>& groups;
-    Parts& parts;
-
-    Forget(std::vector<Group>& all, Parts& held) : groups(all), parts(held) {}
-    Forget(const Forget&) = delete;
-    Forget& operator=(const Forget&) = delete;
-    ~Forget() {
-        for (Part& part : parts) std::fill(part.bucket.gradients.begin(), part.bucket.gradients.end(), at::Tensor());
-        for (Group& group : groups) {
-            for (Slot& slot : group.slots) slot.gradient = at::Tensor();
-        }
-    }
-};
 
 FusedOptimizer::FusedOptimizer(const char* name, const std::vector<ParameterGroup>& groups, double learning_rate)
     : name_(name), learning_rate_(learning_rate) {
@@ -95,18 +69,15 @@ FusedOptimizer::FusedOptimizer(const char* name, const std::vector<ParameterGrou
 void FusedOptimizer::add_group(const ParameterGroup& group) {
     validate_group(name_, group);
     const std::vector<at::Tensor> known = parameters();
-    Group made{{}, group.weight_decay, group.learning_rate_scale};
+    std::vector<Slot> made = slots_;
     for (const Parameter& parameter : without_repeats(group.parameters)) {
         for (const at::Tensor& tensor : known) {
-            if (tensor.is_same(parameter.tensor)) {
-                throw Error(ErrorKind::usage,
-                            str_cat(name_, ": parameter ", parameter.name, " is already in another group"));
-            }
+            require_that(!tensor.is_same(parameter.tensor), name_, ": parameter ", parameter.name,
+                         " is already in another group");
         }
-        made.slots.push_back({.parameter = parameter});
+        made.push_back({parameter, group.weight_decay, group.learning_rate_scale});
     }
-    groups_.push_back(std::move(made));
-    parts_.clear();
+    slots_ = std::move(made);
 }
 
 void FusedOptimizer::set_group(std::size_t group, double learning_rate_scale, double weight_decay) {
@@ -126,87 +97,56 @@ void FusedOptimizer::set_learning_rate(double rate) {
 
 std::vector<at::Tensor> FusedOptimizer::parameters() const {
     std::vector<at::Tensor> result;
-    for (const Group& group : groups_) {
-        for (const Slot& slot : group.slots) result.push_back(slot.parameter.tensor);
-    }
+    for (const Slot& slot : slots_) result.push_back(slot.parameter.tensor);
     return result;
 }
 
 void FusedOptimizer::step(std::span<const GradientView> gradients, double divisor) {
     const at::NoGradGuard no_grad;
-    const Forget forget{groups_, parts_};
-    take(gradients);
-    if (!still_right(parts_)) parts_ = make_parts(&Slot::state);
-    // Everything is checked before any update: a refused gradient leaves every parameter unchanged.
-    refresh(parts_, divisor);
-    update_all(parts_, divisor);
+    Buckets buckets = make_buckets(gradients, divisor, &Slot::state);
+    update_all(buckets);
 }
 
 void FusedOptimizer::dry_run(std::span<const GradientView> gradients, double divisor) {
     const at::NoGradGuard no_grad;
-    Parts parts;
-    const Forget forget{groups_, parts};
-    take(gradients);
-    parts = make_parts(&Slot::dry_run_state);
-    refresh(parts, divisor);
-    for (Part& part : parts) part.bucket.parameters = part.bucket.gradients;
-    update_all(parts, divisor);
-}
-
-void FusedOptimizer::take(std::span<const GradientView> gradients) {
-    std::unordered_map<const void*, const at::Tensor*> sums;
-    for (const GradientView& one : gradients) sums.emplace(one.parameter.unsafeGetTensorImpl(), &one.sum);
-    for (Group& group : groups_) {
-        for (Slot& slot : group.slots) {
-            const auto found = sums.find(slot.parameter.tensor.unsafeGetTensorImpl());
-            if (found != sums.end()) slot.gradient = *found->second;
-        }
-    }
+    Buckets buckets = make_buckets(gradients, divisor, &Slot::dry_run_state);
+    for (Bucket& bucket : buckets) bucket.parameters = bucket.gradients;
+    update_all(buckets);
 }
 
 void FusedOptimizer::end_dry_run() {
-    for (Group& group : groups_) {
-        for (Slot& slot : group.slots) slot.dry_run_state.clear();
-    }
+    for (Slot& slot : slots_) slot.dry_run_state.clear();
 }
 
 bool FusedOptimizer::has_state() const {
     bool any = false;
-    for (const Group& group : groups_) {
-        for (const Slot& slot : group.slots) {
-            if (slot.state.empty() && slot.parameter.tensor.requires_grad()) return false;
-            any = any || !slot.state.empty();
-        }
+    for (const Slot& slot : slots_) {
+        if (slot.state.empty() && slot.parameter.tensor.requires_grad()) return false;
+        any = any || !slot.state.empty();
     }
     return any;
 }
 
 void FusedOptimizer::save(const StateWriter& writer) const {
-    for (const Group& group : groups_) {
-        for (const Slot& slot : group.slots) {
-            const StateWriter section = writer.section(slot.parameter.name);
-            for (std::size_t i = 0; i < slot.state.size(); ++i) section.put(std::to_string(i), slot.state[i]);
-        }
+    for (const Slot& slot : slots_) {
+        const StateWriter section = writer.section(slot.parameter.name);
+        for (std::size_t i = 0; i < slot.state.size(); ++i) section.put(std::to_string(i), slot.state[i]);
     }
 }
 
 Commit FusedOptimizer::prepare(const StateReader& reader) {
     std::vector<std::pair<Slot*, std::vector<StoredTensor>>> states;
     std::size_t known = 0;
-    for (Group& group : groups_) {
-        for (Slot& slot : group.slots) {
-            states.emplace_back(&slot, state_of(slot, reader));
-            known += states.back().second.size();
-        }
+    for (Slot& slot : slots_) {
+        states.emplace_back(&slot, state_of(slot, reader));
+        known += states.back().second.size();
     }
     if (known != reader.tensors().size()) {
-        throw Error(ErrorKind::bad_data,
-                    str_cat(name_, ": the state belongs to other parameters: it has ", reader.tensors().size(),
-                            " tensors, of which ", known, " belong here"));
+        throw Error(ErrorKind::bad_data, name_, ": the state belongs to other parameters: it has ",
+                    reader.tensors().size(), " tensors, of which ", known, " belong here");
     }
     return [this, states = std::move(states)] {
         const at::NoGradGuard no_grad;
-        parts_.clear();  // they refer to the previous state
         for (const auto& [slot, state] : states) restore(*slot, state);
     };
 }
@@ -223,10 +163,9 @@ std::vector<StoredTensor> FusedOptimizer::state_of(const Slot& slot, const State
             same_layout(tensor, wanted)) {
             continue;
         }
-        throw Error(ErrorKind::bad_data,
-                    str_cat(name_, ": a state tensor of parameter ", name, " is ", tensor.scalar_type(), " of shape ",
-                            tensor.sizes(), ", not ", wanted.scalar_type(), " of shape ", wanted.sizes(),
-                            " with the memory layout of the parameter"));
+        throw Error(ErrorKind::bad_data, name_, ": a state tensor of parameter ", name, " is ", tensor.scalar_type(),
+                    " of shape ", tensor.sizes(), ", not ", wanted.scalar_type(), " of shape ", wanted.sizes(),
+                    " with the memory layout of the parameter");
     }
     return state;
 }
@@ -241,94 +180,64 @@ void FusedOptimizer::restore(Slot& slot, const std::vector<StoredTensor>& state)
     for (const StoredTensor& one : state) slot.state.push_back(one.get_own().to(slot.parameter.tensor.device()));
 }
 
-FusedOptimizer::Parts FusedOptimizer::make_parts(State state) {
+FusedOptimizer::Buckets FusedOptimizer::make_buckets(std::span<const GradientView> gradients, double divisor,
+                                                     State state) {
+    std::unordered_map<const void*, at::Tensor> sums;
+    for (const GradientView& one : gradients) sums.emplace(one.parameter.unsafeGetTensorImpl(), one.sum);
+    Buckets buckets;
     std::vector<Slot*> without_state;
-    for (Group& group : groups_) {
-        for (Slot& slot : group.slots) {
-            if ((slot.*state).empty()) without_state.push_back(&slot);
-        }
-    }
     try {
-        Parts parts;
-        for (std::size_t i = 0; i < groups_.size(); ++i) {
-            for (Slot& slot : groups_[i].slots) {
-                if (slot.gradient.defined()) add_to(parts, slot, i, state);
+        for (Slot& slot : slots_) {
+            const at::Tensor& parameter = slot.parameter.tensor;
+            const auto sum = sums.find(parameter.unsafeGetTensorImpl());
+            if (sum == sums.end() || !sum->second.defined()) continue;
+            std::vector<at::Tensor>& tensors = slot.*state;
+            if (tensors.empty()) {
+                without_state.push_back(&slot);
+                tensors = make_state(parameter);
+            }
+            Bucket& bucket = bucket_for(slot, divisor, buckets);
+            bucket.gradients.push_back(dense_gradient(slot.parameter, sum->second));
+            bucket.parameters.push_back(parameter);
+            parameter.mutable_data_ptr();  // performs a pending copy-on-write now
+            bucket.state.resize(tensors.size());
+            for (std::size_t i = 0; i < tensors.size(); ++i) {
+                require_same_layout(slot.parameter, tensors[i]);
+                bucket.state[i].push_back(tensors[i]);
             }
         }
-        return parts;
+        for (Bucket& bucket : buckets) {
+            if (updates_in_one_pass(bucket.parameters.front())) continue;
+            bucket.constant = make_constant(bucket);
+            if (divisor != 1.0) at::_foreach_div_(bucket.gradients, divisor);
+        }
     } catch (...) {
         for (Slot* slot : without_state) (slot->*state).clear();
         throw;
     }
+    return buckets;
 }
 
-void FusedOptimizer::add_to(Parts& parts, Slot& slot, std::size_t group, State state) const {
+FusedOptimizer::Bucket& FusedOptimizer::bucket_for(const Slot& slot, double divisor, Buckets& buckets) const {
     const at::Tensor& parameter = slot.parameter.tensor;
-    const auto belongs = [&](const Part& part) {
-        const at::Tensor& first = part.bucket.parameters.front();
-        return part.group == group && first.device() == parameter.device() &&
-               first.scalar_type() == parameter.scalar_type();
+    Bucket made{learning_rate_ * slot.learning_rate_scale, slot.weight_decay, divisor};
+    const auto belongs = [&](const Bucket& bucket) {
+        const at::Tensor& first = bucket.parameters.front();
+        return bucket.learning_rate == made.learning_rate && bucket.weight_decay == made.weight_decay &&
+               first.device() == parameter.device() && first.scalar_type() == parameter.scalar_type();
     };
-    auto part = std::find_if(parts.begin(), parts.end(), belongs);
-    if (part == parts.end()) part = parts.insert(part, Part{{}, {}, group});
-    std::vector<at::Tensor>& tensors = slot.*state;
-    if (tensors.empty()) tensors = make_state(parameter);
-    Bucket& bucket = part->bucket;
-    part->slots.push_back(&slot);
-    bucket.parameters.push_back(parameter);
-    bucket.gradients.emplace_back();
-    bucket.state.resize(tensors.size());
-    for (std::size_t i = 0; i < tensors.size(); ++i) bucket.state[i].push_back(tensors[i]);
+    const auto found = std::find_if(buckets.begin(), buckets.end(), belongs);
+    return found != buckets.end() ? *found : buckets.emplace_back(std::move(made));
 }
 
-bool FusedOptimizer::still_right(const Parts& parts) const {
-    std::size_t held = 0, with_gradient = 0;
-    for (const Part& part : parts) {
-        const at::Tensor& first = part.bucket.parameters.front();
-        for (const Slot* slot : part.slots) {
-            const at::Tensor& parameter = slot->parameter.tensor;
-            if (!slot->gradient.defined() || parameter.device() != first.device() ||
-                parameter.scalar_type() != first.scalar_type()) {
-                return false;
-            }
-            ++held;
-        }
-    }
-    for (const Group& group : groups_) {
-        for (const Slot& slot : group.slots) with_gradient += slot.gradient.defined() ? 1 : 0;
-    }
-    return held == with_gradient;
-}
-
-void FusedOptimizer::refresh(Parts& parts, double divisor) const {
-    for (Part& part : parts) {
-        Bucket& bucket = part.bucket;
-        for (std::size_t i = 0; i < part.slots.size(); ++i) {
-            bucket.gradients[i] = dense_gradient(part.slots[i]->parameter, part.slots[i]->gradient);
-            for (const auto& tensors : bucket.state) require_same_layout(part.slots[i]->parameter, tensors[i]);
-            bucket.parameters[i].mutable_data_ptr();  // performs a pending copy-on-write now
-        }
-    }
-    for (Part& part : parts) {
-        Bucket& bucket = part.bucket;
-        if (updates_in_one_pass(bucket.parameters.front())) continue;
-        const Group& group = groups_[part.group];
-        bucket.constant = make_constant(bucket.parameters.front(), rate_of(group), group.weight_decay);
-        if (divisor != 1.0) at::_foreach_div_(bucket.gradients, divisor);
-    }
-}
-
-void FusedOptimizer::update_all(Parts& parts, double divisor) const {
-    for (Part& part : parts) {
-        Bucket& bucket = part.bucket;
-        const Group& group = groups_[part.group];
-        const Settings settings{rate_of(group), group.weight_decay, divisor};
+void FusedOptimizer::update_all(Buckets& buckets) const {
+    for (Bucket& bucket : buckets) {
         if (updates_in_one_pass(bucket.parameters.front())) {
-            update(bucket, settings);
+            update(bucket);
             // As torch's own operators do, so that a graph that has saved the parameter notices the change.
             for (const at::Tensor& parameter : bucket.parameters) parameter.unsafeGetTensorImpl()->bump_version();
         } else {
-            update_by_torch(bucket, settings);
+            update_by_torch(bucket);
         }
     }
 }

@@ -1,5 +1,7 @@
 #include "microbatch/optim/gradient_view.h"
 
+#include <utility>
+
 namespace microbatch {
 
 GradientViews gradients_in(const std::vector<at::Tensor>& parameters) {
@@ -15,6 +17,17 @@ std::vector<at::Tensor> sums_of(std::span<const GradientView> gradients) {
     sums.reserve(gradients.size());
     for (const GradientView& view : gradients) sums.push_back(view.sum);
     return sums;
+}
+
+ParkedGradients::ParkedGradients(std::vector<at::Tensor> parameters) : parameters_(std::move(parameters)) {
+    for (const at::Tensor& parameter : parameters_) {
+        gradients_.push_back(std::exchange(parameter.mutable_grad(), at::Tensor()));
+        if (gradients_.back().defined()) bytes_ += static_cast<std::int64_t>(gradients_.back().nbytes());
+    }
+}
+
+ParkedGradients::~ParkedGradients() {
+    for (std::size_t i = 0; i < parameters_.size(); ++i) parameters_[i].mutable_grad() = gradients_[i];
 }
 
 }  // namespace microbatch

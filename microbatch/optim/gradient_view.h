@@ -2,6 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
 #include <span>
 #include <vector>
 
@@ -20,5 +21,20 @@ GradientViews gradients_in(const std::vector<at::Tensor>& parameters);
 
 /// Only the sums.
 std::vector<at::Tensor> sums_of(std::span<const GradientView> gradients);
+
+/// Moves the gradients in .grad out of the way, and restores them when it is destroyed.
+class ParkedGradients {
+public:
+    explicit ParkedGradients(std::vector<at::Tensor> parameters);
+    ParkedGradients(const ParkedGradients&) = delete;
+    ParkedGradients& operator=(const ParkedGradients&) = delete;
+    ~ParkedGradients();
+
+    std::int64_t bytes() const { return bytes_; }
+
+private:
+    std::vector<at::Tensor> parameters_, gradients_;
+    std::int64_t bytes_ = 0;
+};
 
 }  // namespace microbatch

@@ -5,18 +5,6 @@
 #include "microbatch/runtime/parallel.h"
 
 namespace microbatch {
-namespace {
-
-template <class Number>
-UpdateArrays<Number> arrays_of(const at::Tensor& parameter, const at::Tensor& gradient, const at::Tensor& first,
-                               const at::Tensor& second, std::int64_t begin, std::int64_t end) {
-    const auto at = [begin](const at::Tensor& tensor) {
-        return tensor.defined() ? tensor.mutable_data_ptr<Number>() + begin : nullptr;
-    };
-    return {at(parameter), gradient.const_data_ptr<Number>() + begin, at(first), at(second), end - begin};
-}
-
-}  // namespace
 
 bool updates_in_one_pass(const at::Tensor& parameter) {
     return parameter.is_cpu() && (parameter.scalar_type() == at::kFloat || parameter.scalar_type() == at::kDouble);
@@ -36,26 +24,6 @@ void for_each_stretch(const std::vector<at::Tensor>& tensors,
             first += count;
         }
     });
-}
-
-void update_stretch(const AdamWUpdate& how, const at::Tensor& parameter, const at::Tensor& gradient,
-                    const at::Tensor& first_moment, const at::Tensor& second_moment, std::int64_t begin,
-                    std::int64_t end) {
-    if (parameter.scalar_type() == at::kFloat) {
-        kernels().exact->adamw(how, arrays_of<float>(parameter, gradient, first_moment, second_moment, begin, end));
-    } else {
-        kernels().exact->adamw_double(how,
-                                      arrays_of<double>(parameter, gradient, first_moment, second_moment, begin, end));
-    }
-}
-
-void update_stretch(const SgdUpdate& how, const at::Tensor& parameter, const at::Tensor& gradient,
-                    const at::Tensor& velocity, std::int64_t begin, std::int64_t end) {
-    if (parameter.scalar_type() == at::kFloat) {
-        kernels().exact->sgd(how, arrays_of<float>(parameter, gradient, velocity, {}, begin, end));
-    } else {
-        kernels().exact->sgd_double(how, arrays_of<double>(parameter, gradient, velocity, {}, begin, end));
-    }
 }
 
 }  // namespace microbatch

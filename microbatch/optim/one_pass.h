@@ -23,13 +23,20 @@ bool updates_in_one_pass(const at::Tensor& parameter);
 void for_each_stretch(const std::vector<at::Tensor>& tensors,
                       const std::function<void(std::size_t, std::int64_t, std::int64_t)>& work);
 
-/// Updates the elements begin <= j < end of tensors of one dtype and layout.
-void update_stretch(const AdamWUpdate& how, const at::Tensor& parameter, const at::Tensor& gradient,
-                    const at::Tensor& first_moment, const at::Tensor& second_moment, std::int64_t begin,
-                    std::int64_t end);
-
-/// The same for SGD; `velocity` is undefined without momentum.
-void update_stretch(const SgdUpdate& how, const at::Tensor& parameter, const at::Tensor& gradient,
-                    const at::Tensor& velocity, std::int64_t begin, std::int64_t end);
+/// Updates the elements begin <= j < end of tensors of one dtype and layout by that dtype's kernel. `first` and
+/// `second` are the optimizer's state, undefined where it keeps none.
+template <class How>
+void update_stretch(const How& how, void (*kernel)(const How&, const UpdateArrays<float>&),
+                    void (*kernel_double)(const How&, const UpdateArrays<double>&), const at::Tensor& parameter,
+                    const at::Tensor& gradient, const at::Tensor& first, const at::Tensor& second, std::int64_t begin,
+                    std::int64_t end) {
+    const auto call = [&]<class Number>(void (*one)(const How&, const UpdateArrays<Number>&)) {
+        const auto from = [begin](const at::Tensor& tensor) {
+            return tensor.defined() ? tensor.mutable_data_ptr<Number>() + begin : nullptr;
+        };
+        one(how, {from(parameter), gradient.const_data_ptr<Number>() + begin, from(first), from(second), end - begin});
+    };
+    parameter.scalar_type() == at::kFloat ? call(kernel) : call(kernel_double);
+}
 
 }  // namespace microbatch

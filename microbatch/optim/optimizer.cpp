@@ -4,7 +4,6 @@
 #include <utility>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
 
 namespace microbatch {
 
@@ -21,10 +20,8 @@ std::vector<ParameterGroup> split_by_decay(const Parameters& parameters, double 
 }
 
 void validate_setting(const char* optimizer, const char* name, double value) {
-    if (!(value >= 0.0) || !std::isfinite(value)) {
-        throw Error(ErrorKind::usage,
-                    str_cat(optimizer, ": ", name, " is ", value, "; it must be finite and at least 0"));
-    }
+    require_that(value >= 0.0 && std::isfinite(value), optimizer, ": ", name, " is ", value,
+                 "; it must be finite and at least 0");
 }
 
 }  // namespace microbatch

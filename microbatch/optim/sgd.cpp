@@ -6,7 +6,6 @@
 #include <ATen/ops/zeros_like.h>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
 #include "microbatch/optim/one_pass.h"
 
 namespace microbatch {
@@ -14,19 +13,13 @@ namespace microbatch {
 Sgd::Sgd(const std::vector<ParameterGroup>& groups, SgdOptions options)
     : FusedOptimizer("Sgd", groups, options.learning_rate), options_(options) {
     set_momentum(options.momentum);
-    if (options.nesterov && options.momentum == 0.0) {
-        throw Error(ErrorKind::usage, "Sgd: Nesterov requires a momentum above 0");
-    }
+    require_that(!options.nesterov || options.momentum > 0.0, "Sgd: Nesterov requires a momentum above 0");
 }
 
 void Sgd::set_momentum(double momentum) {
-    if (!(momentum >= 0.0 && momentum < 1.0)) {
-        throw Error(ErrorKind::usage, str_cat("Sgd: momentum is ", momentum, "; it must be at least 0 and below 1"));
-    }
-    if ((momentum == 0.0) != (options_.momentum == 0.0)) {
-        throw Error(ErrorKind::usage, str_cat("Sgd: momentum was ", options_.momentum, " and cannot become ", momentum,
-                                              ": make the optimizer anew"));
-    }
+    require_that(momentum >= 0.0 && momentum < 1.0, "Sgd: momentum is ", momentum, "; it must be at least 0 and below 1");
+    require_that((momentum == 0.0) == (options_.momentum == 0.0), "Sgd: momentum was ", options_.momentum,
+                 " and cannot become ", momentum, ": make the optimizer anew");
     options_.momentum = momentum;
 }
 
@@ -36,30 +29,31 @@ std::vector<at::Tensor> Sgd::make_state(const at::Tensor& parameter) const {
     return {at::zeros_like(parameter)};
 }
 
-at::Tensor Sgd::make_constant(const at::Tensor& parameter, double learning_rate, double weight_decay) const {
-    return at::full({}, 1.0 - learning_rate * weight_decay, parameter.options());  // the factor of decoupled decay
+at::Tensor Sgd::make_constant(const Bucket& bucket) const {
+    return at::full({}, 1.0 - bucket.learning_rate * bucket.weight_decay,
+                    bucket.parameters.front().options());  // the factor of decoupled decay
 }
 
-void Sgd::update(const Bucket& bucket, const Settings& settings) const {
+void Sgd::update(const Bucket& bucket) const {
     const bool decoupled = options_.decoupled_weight_decay;
-    const SgdUpdate how{.learning_rate = settings.learning_rate,
+    const SgdUpdate how{.learning_rate = bucket.learning_rate,
                         .momentum = options_.momentum,
                         .nesterov = options_.nesterov,
-                        .kept = decoupled ? 1.0 - settings.learning_rate * settings.weight_decay : 1.0,
-                        .decay = decoupled ? 0.0 : settings.weight_decay,
-                        .divisor = settings.divisor};
+                        .kept = decoupled ? 1.0 - bucket.learning_rate * bucket.weight_decay : 1.0,
+                        .decay = decoupled ? 0.0 : bucket.weight_decay,
+                        .divisor = bucket.divisor};
     for_each_stretch(bucket.parameters, [&](std::size_t i, std::int64_t begin, std::int64_t end) {
-        update_stretch(how, bucket.parameters[i], bucket.gradients[i],
-                       bucket.state.empty() ? at::Tensor() : bucket.state[0][i], begin, end);
+        update_stretch(how, kernels().exact->sgd, kernels().exact->sgd_double, bucket.parameters[i],
+                       bucket.gradients[i], bucket.state.empty() ? at::Tensor() : bucket.state[0][i], {}, begin, end);
     });
 }
 
-void Sgd::update_by_torch(Bucket& bucket, const Settings& settings) const {
+void Sgd::update_by_torch(Bucket& bucket) const {
     const bool decoupled = options_.decoupled_weight_decay;
-    if (decoupled && settings.weight_decay != 0.0) at::_foreach_mul_(bucket.parameters, bucket.constant);
+    if (decoupled && bucket.weight_decay != 0.0) at::_foreach_mul_(bucket.parameters, bucket.constant);
     at::_fused_sgd_(bucket.parameters, bucket.gradients,
                     bucket.state.empty() ? std::vector<at::Tensor>{} : bucket.state[0],
-                    decoupled ? 0.0 : settings.weight_decay, options_.momentum, settings.learning_rate,
+                    decoupled ? 0.0 : bucket.weight_decay, options_.momentum, bucket.learning_rate,
                     /*dampening=*/0.0, options_.nesterov, /*maximize=*/false,
                     /*is_first_step=*/false);
 }

@@ -28,11 +28,10 @@ public:
     void set_momentum(double momentum);
 
 private:
-    std::size_t state_count() const override { return options_.momentum == 0.0 ? 0 : 1; }
     std::vector<at::Tensor> make_state(const at::Tensor& parameter) const override;
-    at::Tensor make_constant(const at::Tensor& parameter, double learning_rate, double weight_decay) const override;
-    void update(const Bucket& bucket, const Settings& settings) const override;
-    void update_by_torch(Bucket& bucket, const Settings& settings) const override;
+    at::Tensor make_constant(const Bucket& bucket) const override;
+    void update(const Bucket& bucket) const override;
+    void update_by_torch(Bucket& bucket) const override;
 
     SgdOptions options_;
 };

@@ -6,6 +6,7 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
+#include <c10/util/ScopeExit.h>
 
 #include <string_view>
 
@@ -81,18 +82,6 @@ at::Tensor mkl_product(const at::Tensor& x, const at::Tensor& matrix, const std:
     return bias ? at::addmm(*bias, x, matrix) : at::mm(x, matrix);
 }
 
-/// Sets MKL to one thread: with several, it copies even small matrices.
-class OneThreadOfMkl {
-public:
-    OneThreadOfMkl() : before_(MKL_Set_Num_Threads_Local(1)) {}
-    OneThreadOfMkl(const OneThreadOfMkl&) = delete;
-    OneThreadOfMkl& operator=(const OneThreadOfMkl&) = delete;
-    ~OneThreadOfMkl() { MKL_Set_Num_Threads_Local(before_); }
-
-private:
-    int before_;
-};
-
 at::Tensor tensor_of(const MatrixView& matrix, std::int64_t rows, std::int64_t columns) {
     auto* const values = const_cast<float*>(matrix.values);
     return matrix.transposed ? at::from_blob(values, {rows, columns}, {1, matrix.row}, at::kFloat)
@@ -118,7 +107,9 @@ bool prefers_onednn(std::int64_t numbers) {
 void gemm(std::int64_t rows, std::int64_t columns, std::int64_t depth, MatrixView a, MatrixView b, float* c,
           std::int64_t c_row, bool add) {
     if (sgemm_ != nullptr && MKL_Set_Num_Threads_Local != nullptr && at::Context::hasMKL()) {
-        const OneThreadOfMkl one_thread;
+        // For several threads it copies even small matrices.
+        const auto set_back =
+            c10::make_scope_exit([before = MKL_Set_Num_Threads_Local(1)] { MKL_Set_Num_Threads_Local(before); });
         // Column-major: the transpose of c is the product of the transposes of b and a.
         const auto m = static_cast<int>(columns), n = static_cast<int>(rows), k = static_cast<int>(depth);
         const auto b_row = static_cast<int>(b.row), a_row = static_cast<int>(a.row), out_row = static_cast<int>(c_row);

@@ -4,10 +4,9 @@
 #include <dlfcn.h>
 
 #include <algorithm>
-#include <condition_variable>
 #include <filesystem>
 #include <fstream>
-#include <mutex>
+#include <future>
 #include <system_error>
 #include <thread>
 
@@ -32,18 +31,11 @@ Parallel libgomp_parallel() {
 // Sleeping OpenMP threads, more than there are cores together with torch's own.
 class SpinThrottle::OversubscriptionTeam {
 public:
-    OversubscriptionTeam() : thread_([this] { run(); }) {
-        std::unique_lock lock(mutex_);
-        changed_.wait(lock, [this] { return there_; });
-    }
+    OversubscriptionTeam() { started_.get_future().wait(); }
     OversubscriptionTeam(const OversubscriptionTeam&) = delete;
     OversubscriptionTeam& operator=(const OversubscriptionTeam&) = delete;
     ~OversubscriptionTeam() {
-        {
-            const std::lock_guard lock(mutex_);
-            over_ = true;
-        }
-        changed_.notify_all();
+        over_.set_value();
         thread_.join();
     }
 
@@ -53,16 +45,12 @@ private:
         const auto count = static_cast<unsigned>(std::max(2, cores - at::get_num_threads() + 2));
         // A team of this thread, for the lifetime of the thread.
         if (const auto parallel = libgomp_parallel()) parallel([](void*) {}, nullptr, count, 0);
-        std::unique_lock lock(mutex_);
-        there_ = true;
-        changed_.notify_all();
-        changed_.wait(lock, [this] { return over_; });
+        started_.set_value();
+        over_.get_future().wait();
     }
 
-    std::mutex mutex_;
-    std::condition_variable changed_;
-    bool there_ = false, over_ = false;
-    std::thread thread_;
+    std::promise<void> started_, over_;
+    std::thread thread_{[this] { run(); }};  // the last: it uses the others
 };
 
 SpinThrottle::SpinThrottle() = default;

@@ -5,7 +5,6 @@
 #include <utility>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
 
 namespace microbatch {
 namespace {
@@ -31,18 +30,14 @@ void move_names(Map& map, std::string_view from, std::string_view to) {
     }
 }
 
-[[noreturn]] void refuse_twice(const std::string& name) {
-    throw Error(ErrorKind::usage, str_cat("two values of the state are named ", name));
-}
-
 }  // namespace
 
 void StateDict::put(std::string name, StoredTensor tensor) {
-    if (!tensors_.emplace(name, std::move(tensor)).second) refuse_twice(name);
+    require_that(tensors_.emplace(name, std::move(tensor)).second, "two values of the state are named ", name);
 }
 
 void StateDict::put(std::string name, StateScalar scalar) {
-    if (!scalars_.emplace(name, std::move(scalar)).second) refuse_twice(name);
+    require_that(scalars_.emplace(name, std::move(scalar)).second, "two values of the state are named ", name);
 }
 
 bool StateDict::has(std::string_view section) const {
@@ -214,7 +209,7 @@ StateDict StateReader::copy() const {
 }
 
 void StateReader::refuse(std::string_view name, const std::string& why) const {
-    throw Error(ErrorKind::bad_data, str_cat("the state's ", prefix_, name, ": ", why));
+    throw Error(ErrorKind::bad_data, "the state's ", prefix_, name, ": ", why);
 }
 
 }  // namespace microbatch

@@ -6,12 +6,11 @@
 #include <utility>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
 
 namespace microbatch {
 
 Commit prepare_tensors(const StateReader& reader, const NamedTensors& live, const char* what, Fit fit) {
-    const auto refuse = [](const auto&... why) { throw Error(ErrorKind::bad_data, str_cat(why...)); };
+    const auto refuse = [](const auto&... why) { throw Error(ErrorKind::bad_data, why...); };
     std::unordered_map<std::string, at::Tensor> known;
     for (const NamedTensor& one : live) known.emplace(one.name, one.tensor);
     std::vector<std::pair<at::Tensor, StoredTensor>> pairs;

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
 
 #include <cstdint>
 #include <functional>
@@ -39,7 +40,10 @@ public:
     at::Tensor get() const { return read_ ? read_() : shape_; }
 
     /// A tensor that is not shared: newly read, or a copy. Errors: as get(); c10::OutOfMemoryError.
-    at::Tensor get_own() const;
+    at::Tensor get_own() const {
+        const at::NoGradGuard no_grad;
+        return read_ ? read_() : shape_.clone();
+    }
 
 private:
     at::Tensor shape_;

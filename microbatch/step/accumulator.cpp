@@ -8,7 +8,6 @@
 #include <unordered_set>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
 #include "microbatch/memory/budget_allocator.h"
 #include "microbatch/model/forward_state.h"
 #include "microbatch/optim/clipping.h"
@@ -46,19 +45,14 @@ Accumulator::Accumulator(const AnyModel& model, Optimizer& optimizer, Accumulato
       optimizer_(optimizer),
       options_(std::move(options)) {
     set_plan(options_.plan);
-    if (!(options_.clip_norm > 0.0)) {
-        throw Error(ErrorKind::usage, str_cat("clip_norm is ", options_.clip_norm, "; it must be above 0"));
-    }
+    require_that(options_.clip_norm > 0.0, "clip_norm is ", options_.clip_norm, "; it must be above 0");
     refuse_unknown_parameters();
 }
 
 void Accumulator::set_plan(const Plan& plan) {
-    if (plan.micro_batch < 1) {
-        throw Error(ErrorKind::usage, str_cat("the micro-batch is ", plan.micro_batch, "; it must be at least 1"));
-    }
-    if (plan.recompute && !model_->offers_checkpointing()) {
-        throw Error(ErrorKind::usage, "the plan uses recompute, but the accumulator has no model that supports it");
-    }
+    require_that(plan.micro_batch >= 1, "the micro-batch is ", plan.micro_batch, "; it must be at least 1");
+    require_that(!plan.recompute || model_->offers_checkpointing(),
+                 "the plan uses recompute, but the accumulator has no model that supports it");
     options_.plan = plan;
     caps_.clear();
     model_->set_checkpointing(plan.recompute);
@@ -73,10 +67,8 @@ void Accumulator::refuse_unknown_parameters() {
     std::unordered_set<const void*> known;
     for (const Parameter& parameter : gatherer_.parameters()) known.insert(parameter.tensor.unsafeGetTensorImpl());
     for (const at::Tensor& tensor : updated) {
-        if (known.count(tensor.unsafeGetTensorImpl()) == 0) {
-            throw Error(ErrorKind::usage, str_cat("the optimizer updates a parameter of shape ", tensor.sizes(),
-                                                  " that the accumulator does not know; pass it to track()"));
-        }
+        require_that(known.count(tensor.unsafeGetTensorImpl()) != 0, "the optimizer updates a parameter of shape ",
+                     tensor.sizes(), " that the accumulator does not know; pass it to track()");
     }
     known_ = std::move(updated);
 }
@@ -119,10 +111,10 @@ StepReport Accumulator::step(const BatchSource& batch, const LossFunction& loss,
         [&](const Reclaimer& helped, const std::string&) { lost += helped.counts ? 1 : 0; },
         [](const std::string& message) {
             throw Error(ErrorKind::does_not_fit,
-                        str_cat("the optimizer's step ran out of memory, whatever the micro-batch; parameters and "
-                                "optimizer are unchanged: raise the memory budget, or use an optimizer with less "
-                                "state (SGD); ",
-                                message));
+                        "the optimizer's step ran out of memory, whatever the micro-batch; parameters and "
+                        "optimizer are unchanged: raise the memory budget, or use an optimizer with less "
+                        "state (SGD); ",
+                        message);
         });
     report.out_of_memory += lost;
     if (report.partial) report.partial->out_of_memory = report.out_of_memory;
@@ -159,10 +151,9 @@ std::variant<Gathered, PartialBatch> Accumulator::gather_batch(const BatchSource
             attempt.out_of_memory += helped.counts ? 1 : 0;
         },
         [](const std::string& message) {
-            throw Error(ErrorKind::does_not_fit,
-                        str_cat("out of memory with a micro-batch of 1 sample: ", message,
-                                "; the step changed nothing: raise the memory budget, or use shorter "
-                                "samples"));
+            throw Error(ErrorKind::does_not_fit, "out of memory with a micro-batch of 1 sample: ", message,
+                        "; the step changed nothing: raise the memory budget, or use shorter "
+                        "samples");
         });
     // Only after an attempt with them has succeeded.
     caps_ = std::move(attempt.caps);
@@ -229,10 +220,10 @@ std::variant<Gathered, PartialBatch> Accumulator::try_gather(const BatchSource& 
         } catch (const std::logic_error&) {
         }  // any other is another language's, and passes as it is
         const std::string why = message_of(failure);
-        throw Error(ErrorKind::does_not_fit,
-                    str_cat("out of memory, and with a micro-batch of ", attempt.plan_of_shape.micro_batch,
-                            " the loss function fails: ", why.substr(0, why.find('\n')), "; ", attempt.message,
-                            "; the step changed nothing: raise the memory budget, or use shorter samples"));
+        throw Error(ErrorKind::does_not_fit, "out of memory, and with a micro-batch of ",
+                    attempt.plan_of_shape.micro_batch, " the loss function fails: ", why.substr(0, why.find('\n')),
+                    "; ", attempt.message,
+                    "; the step changed nothing: raise the memory budget, or use shorter samples");
     }
 }
 
@@ -280,9 +271,7 @@ const Gathered& Accumulator::finish() {
 }
 
 StepReport Accumulator::apply() {
-    if (!gathered_) {
-        throw Error(ErrorKind::usage, "there is no gathered batch to apply: call gather() or finish() first");
-    }
+    require_that(gathered_.has_value(), "there is no gathered batch to apply: call gather() or finish() first");
     if (gathered_->weight == 0.0) return discard("zero weight");
     StepReport result = report();
     const auto started = std::chrono::steady_clock::now();
@@ -311,9 +300,7 @@ StepReport Accumulator::hand_over() {
 }
 
 void Accumulator::dry_run_apply() {
-    if (!gathered_) {
-        throw Error(ErrorKind::usage, "there is no gathered batch for a dry run: call gather() or finish() first");
-    }
+    require_that(gathered_.has_value(), "there is no gathered batch for a dry run: call gather() or finish() first");
     optimizer_.dry_run(gathered_->sums, gathered_->weight > 0.0 ? divisor() : 1.0);
 }
 

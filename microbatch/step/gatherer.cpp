@@ -4,6 +4,7 @@
 #include <ATen/ops/_foreach_div.h>
 #include <ATen/ops/count_nonzero.h>
 #include <ATen/ops/full.h>
+#include <c10/util/ScopeExit.h>
 
 #include <algorithm>
 #include <cmath>
@@ -11,7 +12,6 @@
 #include <utility>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
 #include "microbatch/optim/clipping.h"
 
 namespace microbatch {
@@ -24,7 +24,7 @@ Gatherer::Gatherer(const AnyModel& model, bool sum_in_product, std::shared_ptr<P
 }
 
 void Gatherer::track(const Parameters& parameters) {
-    if (state_ != State::idle) throw Error(ErrorKind::usage, "parameters cannot be added while a batch is gathered");
+    require_that(state_ == State::idle, "parameters cannot be added while a batch is gathered");
     precision_->require(parameters);
     Parameters all = parameters_;
     all.insert(all.end(), parameters.begin(), parameters.end());
@@ -35,7 +35,7 @@ std::variant<Gathered, PartialBatch> Gatherer::gather(const BatchSource& source,
                                                       const GatherOptions& options,
                                                       std::optional<PartialBatch> partial) {
     const std::int64_t samples = source.size();
-    if (samples == 0) throw Error(ErrorKind::usage, "the batch is empty: give it at least one sample");
+    require_that(samples != 0, "the batch is empty: give it at least one sample");
     micro_batch_count(samples, options.plan.micro_batch);  // refuses an invalid plan
     std::int64_t done = 0;
     if (partial) {
@@ -44,15 +44,12 @@ std::variant<Gathered, PartialBatch> Gatherer::gather(const BatchSource& source,
     } else {
         begin(options.measure_noise, options.plan);
     }
-    try {
-        while (done < samples) {
-            done = add_next(source, done, loss, options);
-            if (done < samples && options.stop && options.stop()) return leave(source, done, norms_.has_value());
-        }
-    } catch (...) {
-        clear();
-        throw;
+    auto clear_on_error = c10::make_scope_exit([this] { clear(); });
+    while (done < samples) {
+        done = add_next(source, done, loss, options);
+        if (done < samples && options.stop && options.stop()) return leave(source, done, norms_.has_value());
     }
+    clear_on_error.release();
     return finish();
 }
 
@@ -93,12 +90,10 @@ void Gatherer::refuse_stale_gradients() {
     for (const Parameter& parameter : parameters_) {
         at::Tensor& gradient = parameter.tensor.mutable_grad();
         if (!gradient.defined()) continue;
-        if (gradient.layout() != at::kStrided || at::count_nonzero(gradient).item<std::int64_t>() != 0) {
-            throw Error(ErrorKind::usage,
-                        str_cat("parameter ", parameter.name,
-                                " has a gradient that does not belong to this batch; clear it (zero_grad) "
-                                "before the batch begins"));
-        }
+        require_that(
+            gradient.layout() == at::kStrided && at::count_nonzero(gradient).item<std::int64_t>() == 0, "parameter ",
+            parameter.name,
+            " has a gradient that does not belong to this batch; clear it (zero_grad) before the batch begins");
     }
 }
 
@@ -117,23 +112,17 @@ void Gatherer::mark_gradients() {
 
 void Gatherer::refuse_changed_gradients() const {
     for (std::size_t i = 0; i < parameters_.size(); ++i) {
-        if (marks_[i].holds(parameters_[i].tensor.grad())) continue;
-        throw Error(ErrorKind::usage,
-                    str_cat("the gradient of parameter ", parameters_[i].name,
-                            " changed while the loss was computed: the loss function must neither call backward() nor "
-                            "clear gradients (zero_grad); return the sum, and this library differentiates it"));
+        require_that(marks_[i].holds(parameters_[i].tensor.grad()), "the gradient of parameter ", parameters_[i].name,
+                     " changed while the loss was computed: the loss function must neither call backward() nor "
+                     "clear gradients (zero_grad); return the sum, and this library differentiates it");
     }
 }
 
 void Gatherer::require_idle() const {
-    if (state_ == State::open) {
-        throw Error(ErrorKind::usage, "the previous batch was not finished: call finish() after its last micro-batch");
-    }
-    if (state_ == State::gathered) {
-        throw Error(
-            ErrorKind::usage,
-            "the previous batch was gathered but neither applied nor discarded: call apply() or discard() first");
-    }
+    require_that(state_ != State::open,
+                 "the previous batch was not finished: call finish() after its last micro-batch");
+    require_that(state_ != State::gathered,
+                 "the previous batch was gathered but neither applied nor discarded: call apply() or discard() first");
 }
 
 void Gatherer::begin(bool measure_noise, const Plan& plan) {
@@ -148,33 +137,24 @@ void Gatherer::begin(bool measure_noise, const Plan& plan) {
 }
 
 void Gatherer::add(const WeightedLoss& loss) {
-    if (state_ != State::open) {
-        throw Error(ErrorKind::usage, "no batch is open: call begin() before the first micro-batch");
-    }
-    try {
-        refuse_changed_gradients();
-        add_checked(loss);
-        mark_gradients();
-    } catch (...) {
-        clear();
-        throw;
-    }
+    require_that(state_ == State::open, "no batch is open: call begin() before the first micro-batch");
+    auto clear_on_error = c10::make_scope_exit([this] { clear(); });
+    refuse_changed_gradients();
+    add_checked(loss);
+    mark_gradients();
+    clear_on_error.release();
 }
 
 void Gatherer::add_checked(const WeightedLoss& loss) {
     validate(loss);
     ++gathered_.micro_batches;
     if (loss.weight == 0.0) return;
-    if (!loss.sum.requires_grad()) {
-        throw Error(ErrorKind::usage,
-                    "the loss depends on no parameter that requires a gradient: is every parameter frozen, or does the "
-                    "loss function detach?");
-    }
+    require_that(loss.sum.requires_grad(),
+                 "the loss depends on no parameter that requires a gradient: is every parameter frozen, or does the "
+                 "loss function detach?");
     gathered_.weight += loss.weight;
-    if (!std::isfinite(gathered_.weight)) {
-        throw Error(ErrorKind::usage,
-                    "the sum of the weights of the batch exceeds the range of a double; scale them down");
-    }
+    require_that(std::isfinite(gathered_.weight),
+                 "the sum of the weights of the batch exceeds the range of a double; scale them down");
     const double scale = precision_->loss_scale();
     model_->backward(scale == 1.0 ? loss.sum : loss.sum * scale);
     refuse_sparse_gradients();
@@ -184,15 +164,12 @@ void Gatherer::add_checked(const WeightedLoss& loss) {
 }
 
 Gathered Gatherer::finish() {
-    if (state_ != State::open) throw Error(ErrorKind::usage, "no batch is open: call begin() before finish()");
+    require_that(state_ == State::open, "no batch is open: call begin() before finish()");
     norms_.reset();  // frees its memory before the update
-    try {
-        refuse_changed_gradients();
-        measure();
-    } catch (...) {
-        clear();
-        throw;
-    }
+    auto clear_on_error = c10::make_scope_exit([this] { clear(); });
+    refuse_changed_gradients();
+    measure();
+    clear_on_error.release();
     for (const auto& scope : scopes_) scope->leave();
     state_ = State::gathered;
     return std::exchange(gathered_, {});
@@ -209,22 +186,16 @@ void Gatherer::hand_over(std::span<const GradientView> sums, double divisor) {
 void Gatherer::refuse_sparse_gradients() const {
     for (const Parameter& parameter : parameters_) {
         const at::Tensor& gradient = parameter.tensor.grad();
-        if (!gradient.defined() || gradient.layout() == at::kStrided) continue;
-        throw Error(ErrorKind::usage, str_cat("parameter ", parameter.name,
-                                              " has a sparse gradient; create its embedding with sparse = false"));
+        require_that(!gradient.defined() || gradient.layout() == at::kStrided, "parameter ", parameter.name,
+                     " has a sparse gradient; create its embedding with sparse = false");
     }
 }
 
 void Gatherer::measure() {
-    for (const Parameter& parameter : parameters_) {
-        const at::Tensor& gradient = parameter.tensor.grad();
-        if (gradient.defined()) gathered_.sums.push_back({parameter.tensor, gradient});
-    }
-    if (gathered_.weight > 0.0 && gathered_.sums.empty()) {
-        throw Error(
-            ErrorKind::usage,
-            "no parameter received a gradient: are these the parameters of the model that the loss function uses?");
-    }
+    gathered_.sums = gradients_in(tensors_of(parameters_));
+    require_that(
+        gathered_.weight == 0.0 || !gathered_.sums.empty(),
+        "no parameter received a gradient: are these the parameters of the model that the loss function uses?");
     if (loss_sum_.defined()) gathered_.loss_sum = loss_sum_.item<double>();
     // The sign of NaN is meaningless, and would be printed.
     if (std::isnan(gathered_.loss_sum)) gathered_.loss_sum = std::numeric_limits<double>::quiet_NaN();
@@ -238,46 +209,38 @@ PartialBatch Gatherer::leave(const BatchSource& source, std::int64_t samples, bo
                          .fingerprint = source.fingerprint(),
                          .measure_noise = measure_noise};
     if (loss_sum_.defined()) partial.so_far.loss_sum = loss_sum_.item<double>();
-    for (const Parameter& parameter : parameters_) {
-        const at::Tensor& gradient = parameter.tensor.grad();
-        if (gradient.defined()) partial.so_far.sums.push_back({parameter.tensor, gradient});
-    }
+    partial.so_far.sums = gradients_in(tensors_of(parameters_));
     clear();
     return partial;
 }
 
 void Gatherer::require_partial(const BatchSource& source, const PartialBatch& partial) const {
-    if (partial.fingerprint != source.fingerprint() || partial.samples < 1 || partial.samples >= source.size()) {
-        throw Error(ErrorKind::usage,
-                    "the partial batch belongs to another batch: pass gather() the batch that was interrupted");
-    }
+    require_that(partial.fingerprint == source.fingerprint() && partial.samples >= 1 && partial.samples < source.size(),
+                 "the partial batch belongs to another batch: pass gather() the batch that was interrupted");
     for (const GradientView& view : partial.so_far.sums) {
         const auto is_owner = [&view](const Parameter& one) { return one.tensor.is_same(view.parameter); };
-        if (std::none_of(parameters_.begin(), parameters_.end(), is_owner) ||
-            view.sum.sizes() != view.parameter.sizes() || view.sum.scalar_type() != view.parameter.scalar_type()) {
-            throw Error(ErrorKind::usage, "the partial batch has gradients of other parameters");
-        }
+        require_that(!std::none_of(parameters_.begin(), parameters_.end(), is_owner) &&
+                         view.sum.sizes() == view.parameter.sizes() &&
+                         view.sum.scalar_type() == view.parameter.scalar_type(),
+                     "the partial batch has gradients of other parameters");
     }
 }
 
 void Gatherer::resume(const BatchSource& source, PartialBatch& partial, const Plan& plan) {
     require_partial(source, partial);
     begin(partial.measure_noise, plan);
-    try {
-        for (const GradientView& view : partial.so_far.sums) {
-            // A copy, so the partial batch does not change.
-            view.parameter.mutable_grad() = view.sum.use_count() > 1 ? view.sum.clone() : view.sum;
-        }
-        gathered_ = std::exchange(partial.so_far, {});
-        gathered_.sums.clear();
-        gathered_.plan = plan;
-        if (gathered_.weight > 0.0) loss_sum_ = at::full({}, std::exchange(gathered_.loss_sum, 0.0), at::kDouble);
-        if (norms_) norms_->begin_with(parameters_);
-        mark_gradients();
-    } catch (...) {
-        clear();
-        throw;
+    auto clear_on_error = c10::make_scope_exit([this] { clear(); });
+    for (const GradientView& view : partial.so_far.sums) {
+        // A copy, so the partial batch does not change.
+        view.parameter.mutable_grad() = view.sum.use_count() > 1 ? view.sum.clone() : view.sum;
     }
+    gathered_ = std::exchange(partial.so_far, {});
+    gathered_.sums.clear();
+    gathered_.plan = plan;
+    if (gathered_.weight > 0.0) loss_sum_ = at::full({}, std::exchange(gathered_.loss_sum, 0.0), at::kDouble);
+    if (norms_) norms_->begin_with(parameters_);
+    mark_gradients();
+    clear_on_error.release();
 }
 
 void Gatherer::clear() {

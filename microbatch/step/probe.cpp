@@ -1,6 +1,7 @@
 #include "microbatch/step/probe.h"
 
 #include <ATen/core/grad_mode.h>
+#include <c10/util/ScopeExit.h>
 
 #include <algorithm>
 #include <chrono>
@@ -9,7 +10,7 @@
 #include <vector>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
+#include "microbatch/core/median.h"
 #include "microbatch/memory/memory_trace.h"
 #include "microbatch/memory/meter.h"
 #include "microbatch/model/forward_state.h"
@@ -35,57 +36,6 @@ double seconds_of(const Work& work) {
     return seconds_since(started);
 }
 
-// The smaller of two: disturbances only make a measurement longer.
-double median(std::vector<double> values) {
-    const auto middle = values.begin() + static_cast<std::ptrdiff_t>((values.size() - 1) / 2);
-    std::nth_element(values.begin(), middle, values.end());
-    return *middle;
-}
-
-// Moves existing gradients out of the way, and restores them.
-class ParkedGradients {
-public:
-    explicit ParkedGradients(std::vector<at::Tensor> tensors) : tensors_(std::move(tensors)) {
-        for (const at::Tensor& tensor : tensors_) {
-            gradients_.push_back(tensor.grad());
-            if (gradients_.back().defined()) bytes_ += static_cast<std::int64_t>(gradients_.back().nbytes());
-            tensor.mutable_grad() = at::Tensor();
-        }
-    }
-    ParkedGradients(const ParkedGradients&) = delete;
-    ParkedGradients& operator=(const ParkedGradients&) = delete;
-    ~ParkedGradients() {
-        for (std::size_t i = 0; i < tensors_.size(); ++i) tensors_[i].mutable_grad() = gradients_[i];
-    }
-
-    std::int64_t bytes() const { return bytes_; }
-
-private:
-    std::vector<at::Tensor> tensors_;
-    std::vector<at::Tensor> gradients_;
-    std::int64_t bytes_ = 0;
-};
-
-class BudgetOf {
-public:
-    BudgetOf(Meter& meter, std::int64_t bytes) : meter_(meter), before_(meter.budget()) { meter_.set_budget(bytes); }
-    BudgetOf(const BudgetOf&) = delete;
-    BudgetOf& operator=(const BudgetOf&) = delete;
-    ~BudgetOf() {
-        if (before_ > 0) meter_.set_budget(before_);
-    }
-
-private:
-    Meter& meter_;
-    std::int64_t before_;
-};
-
-std::vector<at::Tensor> tensors_of(const Parameters& parameters) {
-    std::vector<at::Tensor> result;
-    for (const Parameter& parameter : parameters) result.push_back(parameter.tensor);
-    return result;
-}
-
 // The model may have parameters that the accumulator does not know; they still get gradients.
 std::vector<at::Tensor> all_tensors_of(const Accumulator& accumulator) {
     Parameters all = accumulator.parameters();
@@ -99,9 +49,8 @@ at::Device device_of(const Accumulator& accumulator) {
     const at::Device device = parameters.front().tensor.device();
     for (const Parameter& parameter : parameters) {
         if (parameter.tensor.device() == device) continue;
-        throw Error(ErrorKind::usage,
-                    str_cat("parameter ", parameters.front().name, " is on ", device.str(), ", ", parameter.name,
-                            " on ", parameter.tensor.device().str(), ": a plan is for a single device"));
+        throw Error(ErrorKind::usage, "parameter ", parameters.front().name, " is on ", device.str(), ", ",
+                    parameter.name, " on ", parameter.tensor.device().str(), ": a plan is for a single device");
     }
     return device;
 }
@@ -181,7 +130,11 @@ private:
     template <class Run>
     auto attempt(std::int64_t allowed_bytes, const Run& run, bool keep = false) -> std::optional<decltype(run())> {
         const std::int64_t most = no_budget - gradients_.bytes();
-        const BudgetOf budget(meter_, std::min(allowed_bytes, most) + gradients_.bytes());
+        const std::int64_t budget = meter_.budget();
+        meter_.set_budget(std::min(allowed_bytes, most) + gradients_.bytes());
+        const auto set_back = c10::make_scope_exit([&] {
+            if (budget > 0) meter_.set_budget(budget);
+        });
         try {
             auto result = unless_oom([&] {
                 const ForwardStateScope before(accumulator_.model());
@@ -220,7 +173,7 @@ private:
             }));
             total += seconds.back();
         }
-        trial.seconds = median(seconds);
+        trial.seconds = lower_median(seconds);
         return trial;
     }
 
@@ -284,7 +237,7 @@ private:
             const double norm = seconds_of([&] { accumulator_.finish(); });
             seconds.push_back(norm + rehearse_again());
         }
-        trial.seconds = median(seconds);
+        trial.seconds = lower_median(seconds);
         return trial;
     }
 
@@ -325,9 +278,7 @@ PlanReport plan_batch(Accumulator& accumulator, const BatchSource& batch, const 
                       PlannerOptions options) {
     accumulator.require_idle();
     options.batch = batch.size();
-    if (options.batch < 1) {
-        throw Error(ErrorKind::usage, "the batch for planning is empty: give it at least one sample");
-    }
+    require_that(options.batch >= 1, "the batch for planning is empty: give it at least one sample");
     options.offers_recompute = accumulator.model().offers_checkpointing();
     LiveJob job(accumulator, batch, loss);
     if (options.budget_bytes == 0) options.budget_bytes = job.budget();

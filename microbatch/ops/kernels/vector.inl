@@ -31,10 +31,6 @@ inline Vector splat(float value) {
     return value - Vector{};
 }
 
-inline Vector smaller(Vector left, Vector right) {
-    return left < right ? left : right;
-}
-
 // NaN in `values` stays.
 inline Vector at_least(Vector values, float least) {
     return values < splat(least) ? splat(least) : values;
