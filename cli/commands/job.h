@@ -9,6 +9,7 @@
 #include "microbatch/data/open.h"
 #include "microbatch/run/trainer.h"
 #include "microbatch/step/accumulator.h"
+#include "microbatch/step/probe.h"
 
 namespace torch::nn {
 class Module;
@@ -41,18 +42,35 @@ struct Job {
 ///         ErrorKind::bad_data as open_data.
 JobPlan open_job(const Settings& settings, Interval length);
 
-/// The same seed makes the same parameters. The optimizer's constants are those of steps of `batch` samples; without
-/// one, of the settings' batch.
-Job make_job(const JobPlan& plan, const Plan& cut = {}, std::optional<std::int64_t> batch = {});
+/// The same seed makes the same parameters.
+Job make_job(const JobPlan& plan);
+
+/// The job, made with what the machine has if the budget is less: so that a budget below the parameters can be
+/// explained. The budget that was set comes back.
+Job make_job_to_plan(const JobPlan& plan, std::int64_t budget_bytes);
+
+/// Throws ErrorKind::usage where the run is shorter than a batch: what it says of that batch would be of a smaller one.
+void require_whole_batch(const JobPlan& plan);
+
+/// Plans the job's batch on the job itself, without a trace: the --micro-batch and --recompute of the settings, or the
+/// fastest that fits the budget. On a terminal `progress` shows what is being measured. A whole table is for a reader:
+/// see PlannerOptions.
+/// Errors: Interrupted if a signal came.
+PlanReport plan_job(const JobPlan& plan, const Job& job, std::int64_t budget_bytes, std::FILE* progress,
+                    bool whole_table = false);
+
+/// Like plan_job, with as few trials as predict the peak of the whole batch at once.
+PlanReport plan_native(const JobPlan& plan, const Job& job, std::int64_t budget_bytes);
+
+/// "in 4 micro-batches of 16, with recompute".
+std::string describe_cut(const Candidate& candidate);
 
 /// Sets torch's threads to --threads, if it was given.
 void use_threads(const Settings& settings);
 
-/// What a trained model is: its parameters and buffers, by name.
-Parameters weights_of(const Job& job);
-
-/// Thrown where an interrupted command has nothing to keep.
-struct Interrupted {};
+/// The job's loss; it throws Interrupted where a signal came, and does not wait for threads that a busy machine does
+/// not run.
+LossFunction watched_loss(const Job& job);
 
 /// Mean loss over the first held-out samples, the model in evaluation mode and put back after: over as many as the run
 /// was `trained` on, 16 to 1,024 of them, so that a short run does not wait longer for it than it trained.

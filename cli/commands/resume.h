@@ -1,14 +1,34 @@
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
 #include "cli/commands/job.h"
-#include "cli/commands/run_notes.h"
 #include "cli/options/options.h"
+#include "microbatch/data/listing.h"
 #include "microbatch/run/run_folder.h"
+#include "microbatch/state/state_dict.h"
 
 namespace microbatch::cli {
+
+/// What the command keeps in a checkpoint beside the state of the run.
+struct RunNotes {
+    std::string config = {};  ///< as config.toml
+    int threads = 1;
+    std::string processor = {};  ///< the kind of vectors that torch's kernels use
+    std::string version = {};    ///< of microbatch
+    std::uint32_t data = 0;      ///< OpenedData::fingerprint
+    DataListing files = {};      ///< of that data
+
+    StateDict save() const;
+
+    /// Reads them from a run's state. Errors: ErrorKind::bad_data.
+    static RunNotes from(const StateDict& state);
+
+    /// This machine's.
+    static RunNotes of_machine();
+};
 
 /// Fills options that are still open from the checkpoint that the folder resumes from; --micro-batch auto becomes what
 /// it was, unless the budget differs. Where options were given that change how the run trains, and the newest

@@ -41,6 +41,9 @@ const std::vector<double>& distances();
 void train_in_child(std::FILE* out, const JobPlan& plan, std::int64_t samples, std::uint64_t seed,
                     const std::filesystem::path& folder, Strategy& strategy);
 
+/// The file in that folder that tells the process what to do; whoever made the folder removes it.
+inline constexpr const char* config_name = "given.toml";
+
 /// The folder of that run.
 std::filesystem::path folder_of(const std::filesystem::path& folder, const Strategy& strategy, std::uint64_t seed);
 

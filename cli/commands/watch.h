@@ -5,6 +5,7 @@
 
 #include "cli/commands/job.h"
 #include "microbatch/core/plan_report.h"
+#include "microbatch/run/run.h"
 
 namespace microbatch::cli {
 
@@ -14,9 +15,13 @@ struct Watch {
     std::int64_t noise_every = 0;
     std::optional<SpikeGuardOptions> guard;
     std::optional<RecoveryOptions> recovery;
-    std::int64_t checkpoint_bytes = 0;   ///< what a copy to write from may take
-    std::string guard_line, noise_line;  ///< for the reader
+    RunCheckpointOptions checkpoints;
+    std::string guard_line, noise_line, saved_line;  ///< for the reader
 };
+
+/// What the options of checkpoints say.
+/// Errors: ErrorKind::usage where one cannot be read or contradicts another.
+RunCheckpointOptions checkpoint_options_of(const Settings& settings);
 
 /// What goes beside the chosen plan in its budget. Snapshots that do not are files in `folder`.
 Watch watch_of(const JobPlan& plan, const PlanReport& report, const std::filesystem::path& folder);

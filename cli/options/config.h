@@ -11,9 +11,6 @@ namespace microbatch::cli {
 /// What config.toml holds: `--config` with it gives the same run again. Requires: resolved() settings.
 std::string config_text(const Settings& settings);
 
-/// Writes config.toml. Errors: as write_whole().
-void write_config(const std::filesystem::path& folder, const Settings& settings);
-
 /// Fills what the flags left open from the --config, a TOML file of up to 1 MiB. A key is an option's name; keys of
 /// other commands are ignored. Without a --config nothing changes.
 /// Errors: ErrorKind::usage if the file cannot be read or parsed, or a key is not an option of any command: the message

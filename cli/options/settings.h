@@ -74,10 +74,9 @@ std::int64_t memory_budget_of(const Settings& settings);
 /// Without a length flag: `fallback`. Errors: ErrorKind::usage if more than one of the flags is given.
 Interval length_of(const Settings& settings, Interval fallback);
 
-/// The schedule over `length` for steps of `batch` samples. Its intervals have length's unit; a step in them is one of
-/// --batch samples; rates follow the --lr-rule.
-/// Errors: ErrorKind::usage, naming the flag.
-Schedule schedule_of(const Settings& settings, Interval length, std::int64_t tokens_per_sample, std::int64_t batch);
+/// The schedule over `length` for steps of --batch samples. Its intervals have length's unit; rates follow the
+/// --lr-rule. Errors: ErrorKind::usage, naming the flag.
+Schedule schedule_of(const Settings& settings, Interval length, std::int64_t tokens_per_sample);
 
 /// The batch over a run of this length: the --batch-schedule, or the --batch alone.
 /// Errors: ErrorKind::usage, naming the flag.

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <string>
@@ -39,6 +40,33 @@ bool is_terminal(std::FILE* stream);
 
 /// How wide it is; 100 where that is not known.
 std::size_t terminal_columns(std::FILE* stream);
+
+/// A line that says how something goes on: on a terminal drawn over and over, in a pipe a plain line once in a while.
+class LiveLine {
+public:
+    /// at_once: in a pipe too the first line comes without waiting.
+    explicit LiveLine(std::FILE* stream, bool at_once = true);
+    LiveLine(const LiveLine&) = delete;
+    LiveLine& operator=(const LiveLine&) = delete;
+    ~LiveLine() { clear(); }
+
+    bool is_on_terminal() const { return terminal_; }
+
+    /// False if the one before is too new: what is not drawn costs nothing.
+    bool is_due() const;
+    void draw(const std::string& line);
+
+    /// Makes room for a line of its own.
+    void clear();
+    /// Leaves the last one where it is.
+    void end();
+
+private:
+    std::FILE* stream_;
+    bool terminal_;
+    bool drawn_ = false;
+    std::chrono::steady_clock::time_point last_ = {};
+};
 
 /// Each part's name and bytes.
 std::vector<std::pair<std::string, std::int64_t>> named(const MemoryParts& parts);

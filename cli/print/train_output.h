@@ -13,10 +13,8 @@ namespace microbatch::cli {
 void print_header(std::FILE* out, const JobPlan& plan, const PlanReport& report, const Watch& watch, Interval length,
                   const std::filesystem::path& folder);
 
-/// A line for what seldom happens in a step, where it did.
-void note_out_of_memory(ProgressLine& progress, const TrainerReport& report);
-void note_refusal(ProgressLine& progress, const TrainerReport& report);
-void note_going_back(ProgressLine& progress, const TrainerReport& report, const RecoveryOptions& recovery);
+/// A line for what seldom happens in a step, where it did. Without recovery nothing goes back.
+void note_step(ProgressLine& progress, const TrainerReport& report, const std::optional<RecoveryOptions>& recovery);
 
 /// What came of it; `folder` is what was written to.
 void print_summary(std::FILE* out, const JobPlan& plan, const PlanReport& report, const Watch& watch,

@@ -3,6 +3,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "microbatch/core/str_cat.h"
+
 namespace microbatch {
 
 /// What went wrong, by what the caller can do about it. The values are the exit codes of the command.
@@ -18,7 +20,9 @@ enum class ErrorKind {
 /// torch's own exceptions (c10::Error and its kinds) pass through unchanged.
 class Error : public std::runtime_error {
 public:
-    Error(ErrorKind kind, const std::string& message) : std::runtime_error(message), kind_(kind) {}
+    /// The message is its parts one after the other: see str_cat().
+    template <class... Parts>
+    explicit Error(ErrorKind kind, const Parts&... parts) : std::runtime_error(str_cat(parts...)), kind_(kind) {}
 
     ErrorKind kind() const noexcept { return kind_; }
     int exit_code() const noexcept { return static_cast<int>(kind_); }

@@ -6,6 +6,8 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <system_error>
+#include <vector>
 
 namespace microbatch {
 
@@ -61,6 +63,9 @@ public:
 
 /// The system's own.
 FileSystem& system_files();
+
+/// What is in a folder, in any order: all that could be listed before a failure, which is told.
+std::vector<std::filesystem::path> paths_in(const std::filesystem::path& folder, std::error_code& failure);
 
 /// Makes a folder and those that it is in; returns once the names of those that were not there are on the disk.
 /// Errors: as FileSystem's.

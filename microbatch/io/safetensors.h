@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "microbatch/io/file_system.h"
+#include "microbatch/state/state_dict.h"
 #include "microbatch/state/stored_tensor.h"
 
 namespace microbatch {
@@ -45,5 +46,12 @@ NamedTensors read_safetensors(const std::filesystem::path& path);
 /// Errors: ErrorKind::bad_data, naming the tensor, if one is missing, too many, or of another shape or dtype; nothing
 ///         has changed then. `what` begins the message.
 void copy_by_name(const NamedTensors& from, const NamedTensors& to, const std::string& what);
+
+/// The same state with its tensors in a new file, which is removed with the last of them: they take no memory, and are
+/// read when asked for.
+/// Memory: one tensor at a time, where it is elsewhere or not contiguous.
+/// Errors: ErrorKind::usage if there is a file of that name already, or it cannot be written whole (disk full,
+///         read-only); nothing is left of it then. Reading: ErrorKind::bad_data if the file is not as it was written.
+StateDict moved_to_file(const StateDict& state, const std::filesystem::path& file);
 
 }  // namespace microbatch

@@ -16,6 +16,9 @@
 
 namespace microbatch {
 
+/// What a trained model is: its parameters and buffers, by name.
+NamedTensors weights_of(const Accumulator& accumulator);
+
 /// What training has made of a job: parameters and buffers in `model/`, the optimizer's state in `optimizer/`. Not the
 /// position in the data, nor the generators. Its tensors are the job's own: see StateDict::own().
 StateDict training_snapshot(const Accumulator& accumulator);

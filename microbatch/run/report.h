@@ -1,11 +1,14 @@
 #pragma once
 
 #include <cstdint>
+#include <filesystem>
+#include <nlohmann/json_fwd.hpp>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "microbatch/run/run_reader.h"
+#include "microbatch/run/run_log.h"
 
 namespace microbatch {
 
@@ -25,13 +28,35 @@ struct ReportCurves {
     std::string note = {};
 };
 
+/// As report.html and summary.json have them; a y that is not finite is null.
+void to_json(nlohmann::ordered_json& json, const ReportTable& table);
+void to_json(nlohmann::ordered_json& json, const ReportCurves& curves);
+
+/// summary.json: what log and configuration of a run do not tell.
+struct RunSummary {
+    std::string banner = {};  ///< how it ended, where not as it should
+    std::optional<double> held_out_loss = {};
+    std::vector<ReportTable> tables = {};  ///< such as of strategies
+    std::vector<ReportCurves> curves = {};
+
+    bool empty() const { return banner.empty() && !held_out_loss && tables.empty() && curves.empty(); }
+
+    /// This, with what `more` has in the place of its own.
+    RunSummary with(const RunSummary& more) const;
+};
+
+/// That of the folder; an empty one if it has none.
+/// Errors: ErrorKind::bad_data, naming the file, if it is not as write_run_summary() writes it.
+RunSummary read_run_summary(const std::filesystem::path& folder);
+
+/// A loss that is not finite is left out. Errors: as write_whole().
+void write_run_summary(const std::filesystem::path& folder, const RunSummary& summary);
+
 /// What a report tells beside the steps.
 struct ReportText {
     std::string title;
-    std::string banner = {};                                      ///< above all else; empty: none
-    std::vector<std::pair<std::string, std::string>> tiles = {};  ///< name, figure
-    std::vector<ReportTable> tables = {};                         ///< such as of strategies
-    std::vector<ReportCurves> curves = {};
+    std::vector<std::pair<std::string, std::string>> tiles = {};     ///< name, figure
+    RunSummary summary = {};                                         ///< its banner stands above all else
     std::vector<std::pair<std::string, std::string>> settings = {};  ///< name, value
     std::int64_t budget_bytes = 0;                                   ///< 0: none
 };

@@ -5,13 +5,34 @@
 #include <string>
 #include <vector>
 
-#include "microbatch/io/run_lock.h"
 #include "microbatch/state/state_dict.h"
 
 namespace microbatch {
 
 /// Where a run's checkpoints are.
 std::filesystem::path checkpoints_of(const std::filesystem::path& run);
+
+/// A run's folder, held by this process as long as this lives; however the process ends, the folder is free then.
+///
+/// Threads: none.
+class RunLock {
+public:
+    /// Makes the folder where it is missing.
+    /// Errors: ErrorKind::usage if another process holds it, or it cannot be made. On a file system that has no locks
+    /// it
+    ///         is taken without one: see is_held().
+    explicit RunLock(const std::filesystem::path& folder);
+    RunLock(const RunLock&) = delete;
+    RunLock& operator=(const RunLock&) = delete;
+    ~RunLock();
+
+    /// False where the file system has no locks.
+    bool is_held() const { return held_; }
+
+private:
+    int descriptor_ = -1;
+    bool held_ = false;
+};
 
 /// The folder of a run: locked against other processes, and either new or resumed.
 class RunFolder {

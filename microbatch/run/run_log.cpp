@@ -3,11 +3,10 @@
 #include <charconv>
 #include <functional>
 #include <nlohmann/json.hpp>
-#include <string>
+#include <stdexcept>
 #include <string_view>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
 #include "microbatch/io/line_reader.h"
 
 namespace microbatch {
@@ -16,9 +15,7 @@ namespace {
 void make_folder(const std::filesystem::path& folder) {
     std::error_code failure;
     std::filesystem::create_directories(folder, failure);
-    if (failure) {
-        throw Error(ErrorKind::usage, str_cat("cannot make the run folder ", folder.string(), ": ", failure.message()));
-    }
+    if (failure) throw Error(ErrorKind::usage, "cannot make the run folder ", folder.string(), ": ", failure.message());
 }
 
 // Whose line it is; none if it is none.
@@ -73,6 +70,17 @@ void mend(const std::filesystem::path& path, std::int64_t steps, FileSystem& fil
     write_whole(path, write, files);
 }
 
+// None if the line is not a step.
+std::optional<StepRecord> read_step(std::string_view text) {
+    try {
+        const StepRecord step = step_record_from(text);
+        const bool sound = step.step > 0 && step.peak_bytes >= 0 && step.step_seconds > 0.0 && step.micro_batch > 0;
+        return sound ? std::optional(step) : std::nullopt;
+    } catch (const std::invalid_argument&) {
+        return std::nullopt;
+    }
+}
+
 }  // namespace
 
 RunLog::RunLog(const std::filesystem::path& folder) : path_(folder / "metrics.jsonl") {
@@ -80,7 +88,7 @@ RunLog::RunLog(const std::filesystem::path& folder) : path_(folder / "metrics.js
     // A link that leads nowhere counts, too: writing through it would write elsewhere.
     std::error_code failure;
     if (std::filesystem::exists(std::filesystem::symlink_status(path_, failure))) {
-        throw Error(ErrorKind::usage, str_cat(path_.string(), " exists already: name a new folder for this run"));
+        throw Error(ErrorKind::usage, path_.string(), " exists already: name a new folder for this run");
     }
     file_.emplace(path_);
 }
@@ -94,7 +102,7 @@ RunLog::RunLog(const std::filesystem::path& folder, std::int64_t steps, FileSyst
         return;
     }
     if (!std::filesystem::is_regular_file(std::filesystem::symlink_status(path_, failure))) {
-        throw Error(ErrorKind::usage, str_cat(path_.string(), " is no file: it is in the way of the run's log"));
+        throw Error(ErrorKind::usage, path_.string(), " is no file: it is in the way of the run's log");
     }
     const Kept kept = kept_of(path_, steps);
     if (!kept.is_begin()) mend(path_, steps, files);
@@ -105,6 +113,25 @@ RunLog::RunLog(const std::filesystem::path& folder, std::int64_t steps, FileSyst
 std::string RunLog::write(const StepRecord& record) {
     ++lines_;
     return file_->append(to_json(record) + "\n");
+}
+
+LoggedRun read_run_log(const std::filesystem::path& folder) {
+    const std::filesystem::path path = folder / "metrics.jsonl";
+    const auto refuse = [](const auto&... what) { throw Error(ErrorKind::bad_data, what...); };
+    if (!std::filesystem::is_regular_file(path)) refuse(folder.string(), " is no run: there is no ", path.string());
+    LineReader lines(path);
+    LoggedRun run;
+    while (const auto line = lines.next()) {
+        const std::optional<StepRecord> step = read_step(*line);
+        if (!step && !lines.is_whole()) {
+            run.cut = true;
+            break;
+        }
+        if (!step) refuse(path.string(), " line ", lines.number(), " is not a step as `train` writes it");
+        run.steps.push_back(*step);
+    }
+    if (run.steps.empty()) refuse(path.string(), " holds no step");
+    return run;
 }
 
 }  // namespace microbatch

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
@@ -142,9 +143,11 @@ private:
     std::string partial_warning_;  // of the step that was left, not reported yet
 };
 
-/// Mean loss over the whole dataset at `micro_batch` samples a time, without gradients: sum of sums / sum of weights.
+/// Mean loss over the dataset, or its first `most` samples, at `micro_batch` samples a time, without gradients: sum of
+/// sums / sum of weights.
 /// The loss function's model must be in evaluation mode already. 0 if the weight is 0.
 /// Errors: ErrorKind::usage if micro_batch < 1 or a loss is not valid; whatever the loss function throws.
-double mean_loss(const Dataset& dataset, std::int64_t micro_batch, const LossFunction& loss);
+double mean_loss(const Dataset& dataset, std::int64_t micro_batch, const LossFunction& loss,
+                 std::int64_t most = std::numeric_limits<std::int64_t>::max());
 
 }  // namespace microbatch
