@@ -5,6 +5,8 @@ build := build/$(preset)
 # Another clone of the same sources finds the same compiler cache.
 export CCACHE_BASEDIR := $(CURDIR)
 export CCACHE_NOHASHDIR := 1
+# It hashes a precompiled header, and not what went into it.
+export CCACHE_SLOPPINESS := pch_defines,time_macros
 
 # Setup, configuration and build follow one another, whatever -j says; ninja does the building in parallel.
 .NOTPARALLEL:
@@ -16,10 +18,10 @@ help: ## this list
 	@echo
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo "  An existing LibTorch is used if CMAKE_PREFIX_PATH or MICROBATCH_TORCH names one; otherwise torch comes into .venv."
-	@echo "  preset=debug or preset=sanitize builds another kind, in a folder of its own below build/."
+	@echo "  An existing LibTorch is used if CMAKE_PREFIX_PATH or MICROBATCH_TORCH names one; otherwise torch is installed into .venv."
+	@echo "  preset=debug or preset=sanitize builds another preset, in its own folder below build/."
 
-demo: build ## install what is missing, build, train on real text and images beyond the memory budget, compare strategies
+demo: build ## install what is missing, build, train on real text and images within a memory budget, compare strategies
 	@scripts/setup.sh demo
 	@scripts/demo.sh $(build)/microbatch
 
@@ -31,21 +33,21 @@ test: setup-test configure ## build and run the tests, C++ and command line
 	@cmake --build $(build)
 	@ctest --preset $(preset) -j 2 -LE long
 
-check-all: setup-check configure ## the tests and what takes long: fuzzing, growth, spikes, clang-tidy
-	@cmake --build $(build)
+check-all: setup-check configure ## the tests and the slow checks: fuzzing, spikes, clang-tidy
+	@cmake --build $(build) --target all spike_case
 	@ctest --preset $(preset) -j 2
 
-lint: setup-check configure ## format and clang-tidy alone
+lint: setup-check configure ## only clang-format and clang-tidy
 	@ctest --preset $(preset) -R '^lint/'
 
 # Before the configuration, which looks for Google Benchmark.
 bench: setup-bench build ## compare speed with PyTorch loops, Accelerate, Lightning and the Hugging Face Trainer: docs/performance.md
 	@bench/speed
 
-format: ## lay out all C++ by .clang-format
+format: ## format all C++ with .clang-format
 	@git ls-files '*.h' '*.cpp' | xargs clang-format -i
 
-clean: ## remove what was built; .venv and the compiler cache stay
+clean: ## remove the build; keeps .venv and the compiler cache
 	@rm -rf build
 
 # The tests need packages that the command does without.

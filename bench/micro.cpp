@@ -1,4 +1,4 @@
-// What the parts of a step cost alone, and the same made by torch, with Google Benchmark. `bench/speed micro` runs all
+// The cost of each part of a step, and of the same part in torch, with Google Benchmark. `bench/speed micro` runs all
 // of it and makes the table. On as many threads as OMP_NUM_THREADS says:
 //   micro --benchmark_filter='^(copy|adamw|sgd|norm)'   the optimizers' step beside a copy of memory
 //   micro --benchmark_filter='^linear/'                 the linear layers of a block, forward and backward
@@ -152,7 +152,7 @@ std::vector<Layer> layers_of_block(std::int64_t rows, std::int64_t width) {
 void forward_and_backward(std::vector<Layer>& layers) {
     std::vector<at::Tensor> outputs, gradients;
     for (Layer& layer : layers) {
-        layer.input.mutable_grad() = at::Tensor();  // of activations: made anew in every micro-batch, never summed
+        layer.input.mutable_grad() = at::Tensor();  // of activations: created again in every micro-batch, never summed
         outputs.push_back(at::linear(layer.input, layer.weight, layer.bias));
         gradients.push_back(layer.output_gradient);
     }

@@ -246,7 +246,7 @@ Json measure_scaling(const std::string& model, std::int64_t micro_batch, int rou
     for (int turn = 0; turn <= warm_up; ++turn) step(2 * micro_batch);
     for (int round = 0; round < rounds; ++round) {
         for (std::size_t turn = 0; turn < sizes.size(); ++turn) {
-            // There and back: a machine that gets slower then slows all sizes alike.
+            // Forwards and backwards: a machine that slows down then slows all sizes equally.
             const std::size_t i = round % 2 == 0 ? turn : sizes.size() - 1 - turn;
             // Small batches often enough to compare with a large one.
             const std::int64_t repeats = std::max<std::int64_t>(1, 8 / sizes[i]);

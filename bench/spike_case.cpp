@@ -1,4 +1,4 @@
-// One run with a spike made on purpose, guarded or not; one line of JSON. `bench/spikes` runs them all.
+// One run with a deliberate spike, guarded or not; one line of JSON. `bench/spikes` runs them all.
 //   spike_case MODEL SPIKE guarded|unguarded STEPS SEED
 // MODEL is gpt (0.8M parameters), resnet (0.2M, group norm), or gpt-mini or resnet-mini, which take a second.
 // SPIKE is none, or at two fifths of the run:
@@ -41,7 +41,7 @@ using Json = nlohmann::ordered_json;
 struct Spike {
     std::string kind;
     std::int64_t step = 0;  // counted from 0
-    std::int64_t now = 0;   // the step that is being made
+    std::int64_t now = 0;   // the current step
     int micro_batch = 0;    // of the step
 
     bool is(const char* name) const { return kind == name && now == step; }
@@ -167,7 +167,7 @@ Json train_guarded(Job& job, Spike& spike, const LossFunction& loss, std::int64_
         diverged = report.diverged;
         if (report.step.applied) continue;
         Json event{{"step", report.progress.steps}, {"reason", report.step.reason}};
-        if (report.went_back_to) event["went_back_to"] = *report.went_back_to;
+        if (report.rolled_back_to) event["rolled_back_to"] = *report.rolled_back_to;
         events.push_back(event);
     }
     return events;

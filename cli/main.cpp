@@ -30,12 +30,12 @@ int run(const cli::Action& action) {
         return fail(error.kind(), error.what());
     } catch (const c10::OutOfMemoryError& error) {
         return fail(ErrorKind::does_not_fit,
-                    fmt::format("out of memory: {}: raise --memory, or take a smaller --micro-batch (or auto)",
+                    fmt::format("out of memory: {}: raise --memory, or use a smaller --micro-batch (or auto)",
                                 error.what_without_backtrace()));
     } catch (const std::bad_alloc&) {
-        return fail(ErrorKind::does_not_fit, "out of memory: the machine has no more to give");
+        return fail(ErrorKind::does_not_fit, "out of memory: the machine has no free memory left");
     } catch (const c10::Error& error) {
-        // A model that does not take the data, most of all.
+        // Mostly a model that does not accept the data.
         return fail(ErrorKind::usage, fmt::format("torch: {}", error.what_without_backtrace()));
     } catch (const std::filesystem::filesystem_error& error) {
         return fail(ErrorKind::usage, fmt::format("{}: {}", error.path1().string(), error.code().message()));
@@ -70,9 +70,9 @@ int parse_and_run(CLI::App& application, int count, char** arguments) {
 int main(int count, char** arguments) {
     CLI::App application(
         "Microbatch: train with the batch size you want in the memory you have.\n"
-        "State the batch and a memory budget. Microbatch measures, cuts the batch into micro-batches that fit, and "
-        "makes\n"
-        "exactly the update of the whole batch.\n\n"
+        "State a batch size and a memory budget. Microbatch measures your job, splits the batch into micro-batches "
+        "that\n"
+        "fit, and accumulates their gradients into the update of the whole batch.\n\n"
         "  microbatch train --data FOLDER --batch 64 --memory 100MiB --steps 200\n",
         "microbatch");
     application.set_version_flag("--version", "microbatch " MICROBATCH_VERSION);
@@ -81,12 +81,12 @@ int main(int count, char** arguments) {
         "Exit codes:\n"
         "  0 done\n"
         "  2 bad usage or configuration, or an unexpected error\n"
-        "  3 does not fit the budget\n"
+        "  3 does not fit in the memory budget\n"
         "  4 stopped by the guard, or ended worse than it began\n"
         "  5 bad data or checkpoint\n"
         "  6 a file could not be written\n"
         "  130 interrupted, checkpoint written\n"
-        "A closed or full stdout or stderr changes none of them.\n"
+        "A closed or full stdout or stderr does not change the exit code.\n"
         "`microbatch COMMAND --help` explains each command.");
     std::signal(SIGXFSZ, SIG_IGN);  // beyond the file size limit, a write fails as on a full disk
     cli::prepare_output();

@@ -4,7 +4,9 @@
 set(generic_flags "")
 set(vectors generic)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
-    target_compile_definitions(microbatch PRIVATE MICROBATCH_X86_KERNELS)
+    # Of this source alone: the others share their precompiled headers with code outside the library.
+    set_source_files_properties(ops/kernels/kernels.cpp PROPERTIES COMPILE_DEFINITIONS MICROBATCH_X86_KERNELS
+                                                                   SKIP_PRECOMPILE_HEADERS ON)
     set(avx2_flags -mavx2 -mfma)
     set(avx512_flags -mavx512f -mavx512dq -mavx512vl -mavx512bw -mfma)
     list(APPEND vectors avx2 avx512)

@@ -1,4 +1,4 @@
-// A run that may be ended at any instant: checkpoints are written beside the training, and it resumes bit-for-bit.
+// A run that can be stopped at any instant: checkpoints are written in the background, and it resumes bit-for-bit.
 #include <torch/nn/modules/container/sequential.h>
 #include <torch/nn/modules/dropout.h>
 #include <torch/nn/modules/linear.h>

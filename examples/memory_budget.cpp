@@ -1,4 +1,5 @@
-// A model of your own within a memory budget: planned on the job itself, then kept. Its blocks can be recomputed.
+// Your own model within a memory budget, which is planned on the job itself and then enforced. Its blocks can be
+// recomputed.
 #include <torch/nn/modules/container/modulelist.h>
 #include <torch/nn/modules/linear.h>
 

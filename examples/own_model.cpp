@@ -1,4 +1,4 @@
-// A module, data and a loss of your own: Microbatch needs nothing of them but tensors.
+// Your own module, data and loss: Microbatch only needs tensors.
 #include <torch/nn/modules/linear.h>
 
 #include <cstdio>
@@ -23,7 +23,7 @@ int main() {
         return {error.square().sum(), static_cast<double>(micro.size())};  // the sum, and what it is averaged over
     };
     const microbatch::Verification check = microbatch::verify(*model, batch, loss, /*micro_batch=*/16);
-    std::printf("the gradient %s on how the batch is cut\n", check.ok() ? "does not depend" : "depends");
+    std::printf("the gradient %s on how the batch is split\n", check.ok() ? "does not depend" : "depends");
 
     const auto parameters = microbatch::parameters_of(model);
     microbatch::AdamW optimizer(microbatch::split_by_decay(parameters, 0.01), {.learning_rate = 1e-2});

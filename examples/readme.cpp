@@ -1,4 +1,4 @@
-// The README's example, as it stands there between the two marks, with the data that it leaves out.
+// The example of the README, verbatim between the two marks, with the data that the README omits.
 #include <cstdio>
 
 #include "microbatch/microbatch.h"

@@ -1,4 +1,4 @@
-// A whole run as the command makes it: a folder with a log, checkpoints and weights, resumed wherever it was ended.
+// A whole run like those of the command: a folder with a log, checkpoints and weights, resumed wherever it was stopped.
 #include <torch/nn/modules/linear.h>
 
 #include <cstdio>

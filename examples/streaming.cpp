@@ -1,4 +1,4 @@
-// A loop that makes its own micro-batches, of sizes that it does not know beforehand: begin, add, finish, apply.
+// A loop that forms its own micro-batches, of sizes that it does not know beforehand: begin, add, finish, apply.
 // Here the loss counts words of sentences of different lengths, so the micro-batches weigh differently.
 #include <cmath>
 #include <cstdio>

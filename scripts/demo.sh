@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on real text and real images with a batch that does not fit the memory budget, then compares the strategies.
+# Trains on real text and real images with a batch that does not fit in the memory budget, then compares the strategies.
 set -euo pipefail
 microbatch=$1
 text=/usr/share/games/fortunes

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what is missing for `build`, `demo`, `bench`, `test` or `check`: Debian packages as root or through sudo, uPlot
 # into node_modules, for the tests TensorBoard and safetensors into .venv-test, and torch into .venv unless a LibTorch is
-# named. Where it may not install, it lists what to install and stops. Does nothing twice.
+# named. Without the rights to install, it lists what to install and stops. Repeated calls do nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -45,7 +45,7 @@ install_packages() {
     if ! { "${as_root[@]}" apt-get update && "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
            apt-get install -y --no-install-recommends "${missing[@]}"; } > "$log" 2>&1; then
         tail -n 20 "$log" >&2
-        echo "the Debian packages could not be installed; the whole log is in $log" >&2
+        echo "the Debian packages could not be installed; see the log $log" >&2
         exit 1
     fi
     rm -f "$log"
@@ -102,7 +102,7 @@ install_readers() {
     if [ -e "$marker" ]; then return; fi
     echo "installing ${readers[*]} into .venv-test"
     if ! make_environment .venv-test "${readers[@]}"; then
-        echo "they could not be installed: the tests of event files and checkpoints that read by them will fail" >&2
+        echo "they could not be installed: the tests that read event files and checkpoints with them will fail" >&2
         return
     fi
     touch "$marker"
@@ -111,7 +111,7 @@ install_readers() {
 if command -v dpkg-query > /dev/null; then
     install_packages
 else
-    echo "not a Debian system: these must be there already, under whatever names: ${packages[*]}" >&2
+    echo "not a Debian system: the equivalents of these packages must be installed already: ${packages[*]}" >&2
 fi
 install_torch
 install_uplot

@@ -1,4 +1,4 @@
-"""What the README shows is run: its commands here, its C++ as examples/readme.cpp."""
+"""The content of the README runs: its commands here, its C++ as examples/readme.cpp."""
 
 import os
 import pathlib
@@ -17,7 +17,7 @@ def block(language):
     return re.search(rf"```{language}\n(.*?)```", README, re.DOTALL).group(1)
 
 
-def test_the_cpp_example_is_the_one_that_is_compiled_and_run():
+def test_the_cpp_example_is_compiled_and_run():
     source = (ROOT / "examples" / "readme.cpp").read_text()
     compiled = re.search(r"// README begins\n(.*?) *// README ends", source, re.DOTALL).group(1)
     assert block("cpp") == compiled
@@ -25,7 +25,7 @@ def test_the_cpp_example_is_the_one_that_is_compiled_and_run():
 
 
 @pytest.mark.parametrize("line", block("sh").splitlines())
-def test_the_commands_work_as_they_stand(line, tmp_path):
+def test_the_commands_work_as_written(line, tmp_path):
     words = shlex.split(line)
     assert words[0] == "microbatch"
     result = subprocess.run([COMMAND, *words[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=300)
@@ -33,7 +33,7 @@ def test_the_commands_work_as_they_stand(line, tmp_path):
     assert result.stdout.strip()
 
 
-def test_the_table_is_there_with_its_three_strategies():
+def test_the_table_has_its_three_strategies():
     for strategy in ("small batch", "accumulated", "native"):
         assert len(re.findall(rf"^{strategy} +\d+ ", README, re.MULTILINE)) == 2
 

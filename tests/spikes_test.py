@@ -1,4 +1,4 @@
-"""Spikes made on purpose, on small models: the guarded run ends as the clean one does, the unguarded one does not."""
+"""Deliberate spikes on small models: the guarded run ends like the clean one, the unguarded one does not."""
 
 import json
 import math
@@ -27,14 +27,14 @@ def clean(request):
     return request.param, run(request.param, "none", "unguarded")["held_out_loss"]
 
 
-def test_a_quiet_run_is_left_alone(clean):
+def test_a_quiet_run_is_not_changed(clean):
     model, loss = clean
     found = run(model, "none", "guarded")
     assert found["refused"] == [] and found["held_out_loss"] == loss
 
 
 @pytest.mark.parametrize("spike", ["poison", "rate", "nan", "sample"])
-def test_a_guarded_run_ends_as_the_clean_one_and_an_unguarded_one_does_not(clean, spike):
+def test_a_guarded_run_ends_like_a_clean_one_and_an_unguarded_one_does_not(clean, spike):
     model, loss = clean
     guarded = run(model, spike, "guarded")
     # More than the bar of 2 %: the steps that are lost are a larger part of so short a run.

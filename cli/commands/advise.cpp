@@ -24,16 +24,16 @@
 namespace microbatch::cli {
 namespace {
 
-// Batches of the base that a branch trains on, and steps that a branch of larger batches takes at least.
+// How many batches of the base size each branch trains on, and the minimum number of steps of a branch.
 constexpr std::int64_t branch_batches = 64, branch_steps = 8;
 
 struct Noise {
-    std::optional<double> batch;  // in samples; none where it is undefined
+    std::optional<double> batch;  // in samples; empty if undefined
     std::int64_t measures = 0;
 };
 
-// A micro-batch by which noise can be measured: the fastest that cuts the batch and leaves room for a copy of the
-// gradients; where none was tried, a quarter of the batch.
+// A micro-batch with which noise can be measured: the fastest one that splits the batch and leaves room for a copy of
+// the gradients; if no such size was tried, a quarter of the batch.
 Plan cut_to_measure(const PlanReport& report) {
     const Candidate* best = nullptr;
     for (const Candidate& one : report.candidates) {
@@ -47,7 +47,7 @@ Plan cut_to_measure(const PlanReport& report) {
             .recompute = chosen.recompute};
 }
 
-// Its rate does not fall: what says how is left out.
+// The rate is constant, so settings of the schedule are dropped.
 Settings at_constant_rate(Settings settings) {
     settings.schedule = "constant";
     settings.final_lr.reset();
@@ -76,7 +76,7 @@ Noise measure_noise_of_run(std::FILE* out, const JobPlan& plan, const Job& job, 
         if (report.diverged) {
             progress.finish();
             throw Error(ErrorKind::stopped,
-                        fmt::format("the run diverged at step {}: {}; take a smaller --lr than {:g} or a --warmup",
+                        fmt::format("the run diverged at step {}: {}; use a lower --lr than {:g} or a --warmup",
                                     report.progress.steps, report.step.reason, learning_rate_of(plan.settings)));
         }
         if (!report.step.noise || !report.step.applied) continue;
@@ -85,7 +85,7 @@ Noise measure_noise_of_run(std::FILE* out, const JobPlan& plan, const Job& job, 
     }
     progress.finish();
     noise.measures = static_cast<std::int64_t>(measures.size());
-    // The first half is of a gradient that is gone; the mean of the others, numerator and denominator apart.
+    // The first half belongs to an outdated gradient; of the rest, numerator and denominator are averaged separately.
     NoiseMeasure sum;
     for (std::size_t i = measures.size() / 2; i < measures.size(); ++i) {
         sum.variance += measures[i].variance;
@@ -97,7 +97,7 @@ Noise measure_noise_of_run(std::FILE* out, const JobPlan& plan, const Job& job, 
     return noise;
 }
 
-// How fast each micro-batch is that was tried.
+// The time of each micro-batch size that was tried.
 std::vector<TimedCut> timed_cuts(const PlanReport& report) {
     std::vector<TimedCut> cuts;
     for (const Candidate& one : report.candidates) {
@@ -108,13 +108,13 @@ std::vector<TimedCut> timed_cuts(const PlanReport& report) {
     return cuts;
 }
 
-// As far as the table tells something: where a larger batch saves no step any more, or what the user has.
+// The table ends where a larger batch saves no more steps, or at the user's batch.
 std::int64_t largest_of_table(double noise_batch, std::int64_t batch) {
     constexpr double most = 1 << 20;
     return std::max(batch, static_cast<std::int64_t>(std::min(16.0 * noise_batch, most)));
 }
 
-// None where the rule has no answer.
+// Empty if the rule is undefined.
 std::optional<double> rate_by(const Settings& settings, RateRule rule, std::int64_t batch) {
     try {
         const std::int64_t reference = settings.reference_batch.value_or(settings.batch);
@@ -151,7 +151,7 @@ void print_costs(std::FILE* out, const Settings& settings, const BatchAdvice& ad
     std::vector<std::vector<std::string>> rows{heading};
     for (std::size_t i = 0; i < advice.table.size(); ++i) {
         const BatchCost& cost = advice.table[i];
-        std::string mark = i == advice.soonest ? "soonest" : "";
+        std::string mark = i == advice.soonest ? "fastest" : "";
         if (cost.batch == nearest_batch(advice, advice.noise_batch)) mark += mark.empty() ? "knee" : ", knee";
         if (cost.batch == settings.batch) mark += mark.empty() ? "yours" : ", yours";
         std::vector<std::string> row{mark,
@@ -168,8 +168,8 @@ void print_costs(std::FILE* out, const Settings& settings, const BatchAdvice& ad
         rows.push_back(row);
     }
     print_table(out, rows);
-    print(out, "steps, samples and time to the same loss, over the least of each\n\n");
-    print(out, "time to the same loss by batch\n");
+    print(out, "steps, samples and time to reach the same loss, relative to the smallest of each\n\n");
+    print(out, "time to reach the same loss, by batch\n");
     double most = 1.0;
     for (const BatchCost& cost : advice.table) most = std::max(most, cost.time);
     for (const BatchCost& cost : advice.table) {
@@ -181,42 +181,45 @@ std::string describe_accumulation(const BatchAdvice& advice) {
     const BatchCost& soonest = advice.table[advice.soonest];
     const BatchCost& uncut = advice.soonest_uncut;
     if (!soonest.is_cut()) {
-        return fmt::format("not needed: the batch that is there soonest, {}, is one micro-batch", soonest.batch);
+        return fmt::format("not needed: the batch that reaches the same loss fastest, {}, is one micro-batch",
+                           soonest.batch);
     }
     const double gain = 100.0 * (1.0 - soonest.time / uncut.time);
     if (advice.accumulation_pays()) {
         return fmt::format(
-            "worth it: a batch of {} in micro-batches of {} is there {:.0f} % sooner than one of {} at once",
+            "worth it: a batch of {} in micro-batches of {} reaches the same loss {:.0f} % faster than one of {} in "
+            "one piece",
             soonest.batch, soonest.micro_batch, gain, uncut.batch);
     }
     return fmt::format(
-        "not worth it for time: a batch of {} at once is as soon there as {} accumulated (within {:.1f} %)",
+        "not worth it for time: a batch of {} in one piece reaches the same loss as fast as {} accumulated (within "
+        "{:.1f} %)",
         uncut.batch, soonest.batch, std::max(0.0, gain));
 }
 
 std::string beyond_data(std::int64_t batch, const BatchAdvice& advice) {
     if (batch <= advice.samples) return "";
-    return fmt::format("; the data is too small for it, with {} samples", format_count(advice.samples));
+    return fmt::format("; too large for the data, which has {} samples", format_count(advice.samples));
 }
 
 void print_advice(std::FILE* out, const Settings& settings, const Noise& noise, const BatchAdvice& advice) {
-    print(out, "noise     as large as the gradient at a batch of {} samples ({} measures at a batch of {})\n",
+    print(out, "noise     as large as the gradient at a batch of {} samples ({} measurements at a batch of {})\n",
           format_count(std::llround(advice.noise_batch)), noise.measures, settings.batch);
-    print(out, "          a proxy: language models may use several times as much; --check tries it\n\n");
+    print(out, "          a proxy: language models can use batches several times as large; --check tests it\n\n");
     print_costs(out, settings, advice);
     const std::int64_t few_steps = batch_of_few_steps(advice.noise_batch);
     const std::int64_t knee = std::max<std::int64_t>(1, std::llround(advice.noise_batch));
-    print(out, "\nfewest steps     a batch of {} or more: within 10 % of the fewest that any batch needs{}\n",
+    print(out, "\nfewest steps     a batch of {} or more: within 10 % of the fewest steps that any batch needs{}\n",
           format_count(few_steps), beyond_data(few_steps, advice));
-    print(out, "fewest samples   a batch of {} or less: within 10 % of the fewest\n",
+    print(out, "fewest samples   a batch of {} or less: within 10 % of the fewest samples\n",
           format_count(batch_of_few_samples(advice.noise_batch)));
-    print(out, "knee             {}: twice the fewest of both{}\n", format_count(knee), beyond_data(knee, advice));
-    print(out, "soonest          {}, by the time of a step on this machine\n",
+    print(out, "knee             {}: twice the minimum of both{}\n", format_count(knee), beyond_data(knee, advice));
+    print(out, "fastest          {}, by the time per step on this machine\n",
           format_count(advice.table[advice.soonest].batch));
     print(out, "accumulation     {}\n", describe_accumulation(advice));
 }
 
-// The user's, where there is one that changes the rate alone.
+// The user's rule, if there is one that changes only the rate.
 RateRule rule_of_branches(const Settings& settings) {
     if (settings.lr_rule.empty()) return settings.optimizer == "sgd" ? RateRule::linear : RateRule::sqrt;
     const RateRule rule = parse_rate_rule(settings.lr_rule);
@@ -229,7 +232,7 @@ std::vector<Branch> check_branches(std::FILE* out, const JobPlan& plan, const Jo
                           .samples = std::min(branch_batches * plan.settings.batch, plan.data.train->size()),
                           .rule = rule_of_branches(plan.settings),
                           .seed = plan.settings.seed + 1};
-    // No branch sees a sample twice: what it would learn by heart says nothing of new ones.
+    // No branch sees a sample twice: memorised samples say nothing about new ones.
     std::erase_if(options.factors, [&](std::int64_t factor) {
         return factor > 1 && factor * plan.settings.batch > options.samples / branch_steps;
     });
@@ -239,13 +242,13 @@ std::vector<Branch> check_branches(std::FILE* out, const JobPlan& plan, const Jo
         if (interrupted()) throw Interrupted();
         if (batch == shown) return;
         shown = batch;
-        print(out, "check     a branch at a batch of {}\n", batch);
+        print(out, "check     training at a batch of {}\n", batch);
     };
     return branch_by_batch(*job.accumulator, *plan.data.train, job.loss, options);
 }
 
 void print_branches(std::FILE* out, const std::vector<Branch>& branches) {
-    std::vector<std::vector<std::string>> rows{{"", "batch", "rate", "loss", "against the first"}};
+    std::vector<std::vector<std::string>> rows{{"", "batch", "rate", "loss", "relative to the first"}};
     std::int64_t critical = 0;
     for (const Branch& branch : branches) {
         rows.push_back({branch.as_good ? "as good" : "", std::to_string(branch.batch),
@@ -255,15 +258,15 @@ void print_branches(std::FILE* out, const std::vector<Branch>& branches) {
     }
     print_table(out, rows);
     if (critical == 0) {
-        print(out, "critical         undefined: the loss of the first is not finite\n");
+        print(out, "critical         undefined: the loss of the first batch is not finite\n");
         return;
     }
-    print(out, "critical         {}{}: the largest that loses at most 0.01\n",
+    print(out, "critical         {}{}: the largest batch whose loss is at most 0.01 worse\n",
           critical == branches.back().batch ? "at least " : "", critical);
 }
 
 void print_too_few(std::FILE* out, const JobPlan& plan) {
-    print(out, "check            not made: {} steps at twice the batch take {} samples, and the data has {}\n",
+    print(out, "check            skipped: {} steps at twice the batch need {} samples, and the data has {}\n",
           branch_steps, format_count(2 * branch_steps * plan.settings.batch), format_count(plan.data.train->size()));
 }
 
@@ -306,7 +309,7 @@ int advise_on_batch(const Arguments& arguments) {
     const Settings& settings = arguments.settings;
     validate(settings);
     if (settings.batch < 2) {
-        throw Error(ErrorKind::usage, "--batch 1 says nothing of noise: it takes two micro-batches; raise --batch");
+        throw Error(ErrorKind::usage, "--batch 1: measuring noise requires two micro-batches; raise --batch");
     }
     const Interval length = length_of(settings, default_length);
     const std::int64_t budget = memory_budget_of(settings);
@@ -332,9 +335,9 @@ int advise_on_batch(const Arguments& arguments) {
                               largest_of_table(*noise.batch, settings.batch), plan.data.train->size());
         print_advice(out, settings, noise, *advice);
     } else {
-        print(out, "noise     undefined after {} measures: {}\n", noise.measures,
-              noise.measures == 0 ? "the batch was not cut, or a copy of the gradients did not fit the memory"
-                                  : "it hides the gradient; measure longer (--steps) or at a larger --batch");
+        print(out, "noise     undefined after {} measurements: {}\n", noise.measures,
+              noise.measures == 0 ? "the batch was not split, or a copy of the gradients did not fit in memory"
+                                  : "the noise hides the gradient; measure longer (--steps) or with a larger --batch");
     }
     std::vector<Branch> branches;
     if (settings.check) {
@@ -342,7 +345,7 @@ int advise_on_batch(const Arguments& arguments) {
             branches = check_branches(out, plan, job);
             branches.empty() ? print_too_few(out, plan) : print_branches(out, branches);
         } catch (const c10::OutOfMemoryError&) {
-            print(out, "check     not made: a copy of parameters and optimizer state does not fit the memory\n");
+            print(out, "check     skipped: a copy of the parameters and the optimizer state does not fit in memory\n");
         }
     }
     if (settings.json) print_json(plan, noise, advice, branches);
@@ -354,12 +357,14 @@ int advise_on_batch(const Arguments& arguments) {
 CommandSpec advise_command() {
     return {.command = command::advise,
             .name = "advise",
-            .summary = "Measure the gradient noise; recommend a batch and a rate, and say whether accumulation pays",
+            .summary =
+                "Measure the gradient noise; recommend a batch size and a learning rate, and say whether accumulation "
+                "pays off",
             .footer = R"(Example:
   microbatch advise --data /usr/share/games/fortunes --batch 64 --memory 100MiB --check
-Trains briefly at a constant rate, and measures at every step how much the gradients of its micro-batches differ.
-The noise scale usually grows as a model trains: measure again later, or read noise_batch in a run's metrics.jsonl.
-The rates are what each rule makes of --lr, which is tuned for --reference-batch, or else for --batch.)",
+Trains briefly at a constant rate, and measures at every step how much the gradients of the micro-batches differ.
+The noise scale usually grows as a model trains: measure again later, or see noise_batch in the metrics.jsonl of a run.
+The rates are --lr scaled by each rule, assuming that --lr was tuned for --reference-batch, or else for --batch.)",
             .length = to_string(default_length),
             .run = advise_on_batch};
 }

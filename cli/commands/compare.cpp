@@ -21,20 +21,20 @@
 namespace microbatch::cli {
 namespace {
 
-constexpr std::int64_t default_batches = 16;  // of --batch samples, that every strategy trains on
+constexpr std::int64_t default_batches = 16;  // of --batch samples each, on which every strategy trains
 
-/// A folder of its own, gone at the end; or the one that --run names, which stays.
+/// A temporary folder, deleted at the end; or the one that --run names, which is kept.
 class WorkFolder {
 public:
     explicit WorkFolder(const std::string& named) : keep_(!named.empty()), path_(named) {
         if (keep_) {
             std::error_code failure;
             std::filesystem::create_directories(path_, failure);
-            if (failure) refuse("cannot make --run {}: {}", named, failure.message());
+            if (failure) refuse("cannot create --run {}: {}", named, failure.message());
             return;
         }
         std::string name = (std::filesystem::temp_directory_path() / "microbatch-compare-XXXXXX").string();
-        if (::mkdtemp(name.data()) == nullptr) refuse("cannot make {}", name);
+        if (::mkdtemp(name.data()) == nullptr) refuse("cannot create {}", name);
         path_ = name;
     }
     WorkFolder(const WorkFolder&) = delete;
@@ -42,8 +42,7 @@ public:
     ~WorkFolder() {
         std::error_code ignored;
         if (keep_) {
-            std::filesystem::remove(path_ / config_name, ignored);
-            std::filesystem::remove(path_, ignored);  // if nothing came into it
+            std::filesystem::remove(path_, ignored);  // if it is empty
         } else {
             std::filesystem::remove_all(path_, ignored);
         }
@@ -81,7 +80,7 @@ struct PlannedCuts {
     std::int64_t native_peak_bytes = 0;
 };
 
-// How the batch is accumulated, and what it would need at once: it can be more than the machine has, and is not tried.
+// How the batch is accumulated, and the memory it would need in one piece, which is predicted, not tried.
 PlannedCuts plan_cuts(std::FILE* out, const JobPlan& plan, std::int64_t budget) {
     const Job job = make_job_to_plan(plan, budget);
     PlannedCuts cuts{.cut = plan_job(plan, job, budget, out).choice().plan};
@@ -92,8 +91,8 @@ PlannedCuts plan_cuts(std::FILE* out, const JobPlan& plan, std::int64_t budget) 
     }
     if (plan.settings.batches.empty() && cuts.cut.micro_batch == plan.batch && plan.batch > 1) {
         cuts.cut.micro_batch = std::max<std::int64_t>(1, plan.batch / 4);
-        print(out, "the whole batch of {} is the plan; to compare, it is also accumulated by {}\n", plan.batch,
-              cuts.cut.micro_batch);
+        print(out, "the plan is the whole batch of {}; for comparison, it is also accumulated in micro-batches of {}\n",
+              plan.batch, cuts.cut.micro_batch);
     }
     return cuts;
 }
@@ -120,7 +119,7 @@ std::vector<std::int64_t> parse_batches(const std::string& list) {
     }
 }
 
-// The largest of the --batches is planned for, and counts as a step in intervals.
+// The plan is for the largest of the --batches; a step in intervals means a step of that batch.
 void resolve_batches(Arguments& arguments) {
     Settings& settings = arguments.settings;
     if (settings.batches.empty()) return;
@@ -182,9 +181,8 @@ std::string describe_comparison(const JobPlan& plan, std::int64_t samples, std::
 }
 
 const char* const what_stands_there =
-    "Gradient variance: trace of the covariance of the batch's mean gradient, all at the same parameters. Sharpness: "
-    "the "
-    "largest eigenvalue of the Hessian at the end, over 32 samples.";
+    "Gradient variance: the trace of the covariance of the batch's mean gradient, with all strategies at the same "
+    "parameters. Sharpness: the largest eigenvalue of the Hessian at the end, over 32 samples.";
 
 void print_strategies(std::FILE* out, const std::string& title, const std::vector<Strategy>& strategies,
                       const std::vector<std::vector<std::string>>& rows, std::int64_t data_samples) {
@@ -192,7 +190,7 @@ void print_strategies(std::FILE* out, const std::string& title, const std::vecto
     print_table(out, rows);
     for (const Strategy& each : strategies) {
         if (!each.can_run) {
-            print(out, "\n{} was not run: its predicted peak is more than this machine has free\n", each.name);
+            print(out, "\n{} was not run: its predicted peak exceeds the free memory of this machine\n", each.name);
         }
         const std::string repetition = describe_repetition(each.batch, data_samples);
         if (!repetition.empty()) print(out, "\n{}: {}\n", each.name, repetition);
@@ -235,19 +233,20 @@ void print_json(const JobPlan& plan, const std::vector<Strategy>& strategies, st
 }
 
 ReportCurves curves_of(const std::vector<Strategy>& strategies) {
-    ReportCurves curves{.title = "Sharp or flat: loss along a random direction",
-                        .along = "distance",
-                        .x = distances(),
-                        .note =
-                            "At the end of each run; the direction's filters are as long as the model's own (Li et al. "
-                            "2018). Where the loss rises steeply the minimum is sharp."};
+    ReportCurves curves{
+        .title = "Sharp or flat: the loss along a random direction",
+        .along = "distance",
+        .x = distances(),
+        .note =
+            "At the end of each run. Each filter of the direction has the norm of the model's filter (Li et "
+            "al. 2018). Where the loss rises steeply, the minimum is sharp."};
     for (const Strategy& each : strategies) {
         if (!each.losses_along.empty()) curves.lines.push_back({each.name, each.losses_along});
     }
     return curves;
 }
 
-// The comparison into the page of every run.
+// Adds the comparison to the page of every run.
 void write_comparison(std::FILE* out, const std::filesystem::path& folder, const std::string& title, std::uint64_t seed,
                       std::int64_t seeds, const std::vector<Strategy>& strategies,
                       std::vector<std::vector<std::string>> rows) {
@@ -271,7 +270,7 @@ int compare_strategies(Arguments& arguments) {
     refuse_used_folder(settings.run);
     const WorkFolder folder(settings.run);
     if (settings.seed > std::numeric_limits<std::uint64_t>::max() - static_cast<std::uint64_t>(settings.seeds)) {
-        refuse("--seed {} leaves no room for --seeds {}", settings.seed, settings.seeds);
+        refuse("--seed {} with --seeds {}: the last seed must be below 2^64", settings.seed, settings.seeds);
     }
     const std::int64_t budget = memory_budget_of(settings);
     const Interval asked = length_of(settings, {default_batches * settings.batch, Unit::samples});
@@ -285,7 +284,7 @@ int compare_strategies(Arguments& arguments) {
     const std::int64_t samples = convert(asked, Unit::samples, settings.batch, tokens_per_sample).count;
     schedule_of(settings, {samples, Unit::samples}, tokens_per_sample);
     std::vector<Strategy> strategies = strategies_of(settings, plan_cuts(out, plan, budget), budget);
-    for (const Strategy& each : strategies) constants_of(settings, each.batch);  // a rule may have no answer
+    for (const Strategy& each : strategies) constants_of(settings, each.batch);  // a rule may be undefined
     print_data(out, plan.data, 10);
     for (std::int64_t run = 0; run < settings.seeds; ++run) {
         const std::uint64_t seed = settings.seed + static_cast<std::uint64_t>(run);
@@ -308,14 +307,14 @@ int compare_strategies(Arguments& arguments) {
 CommandSpec compare_command() {
     return {.command = command::compare,
             .name = "compare",
-            .summary = "Train with a small batch, the batch accumulated and the batch at once, and compare",
+            .summary = "Compare training with a small batch, the batch accumulated, and the batch in one piece",
             .footer = R"(Examples:
   microbatch compare --data /usr/share/games/fortunes --batch 64 --memory 64MiB --samples 1280
   microbatch compare --data notes.txt --batches "8, 64, 512" --reference-batch 64 --run runs/sizes
-Every strategy trains on the same samples in a process of its own. One that is beyond the budget runs too if the
-machine has the memory, and is marked as not fitting. Gradient variance: trace of the covariance of the batch's
-mean gradient, all strategies at the same parameters. Sharpness: the largest eigenvalue of the Hessian at the
-end of each.)",
+Every strategy trains on the same samples in its own process. A strategy that exceeds the budget also runs if the
+machine has enough memory, and is marked as not fitting. Gradient variance: the trace of the covariance of the
+batch's mean gradient, with all strategies at the same parameters. Sharpness: the largest eigenvalue of the
+Hessian at the end of the run.)",
             .length = fmt::format("{} batches", default_batches),
             .run = compare_strategies};
 }

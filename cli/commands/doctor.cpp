@@ -24,7 +24,7 @@
 namespace microbatch::cli {
 namespace {
 
-// odd: slower or less than it could be; broken: no result on this machine can be trusted.
+// odd: slower or less complete than possible; broken: no result on this machine can be trusted.
 enum class State { good, odd, broken };
 
 struct Finding {
@@ -42,7 +42,7 @@ Finding check_budget() {
         refused = true;
     }
     const bool good = refused && memory_use().live_bytes == before;
-    return {"memory budget", good ? "holds: an allocation beyond it fails" : "does not hold",
+    return {"memory budget", good ? "enforced: an allocation beyond it fails" : "not enforced",
             good ? State::good : State::broken};
 }
 
@@ -57,7 +57,8 @@ Finding check_gradients() {
                     count_targets(micro.fields[1])};
         },
         3);
-    return {"accumulated gradients", found.ok() ? "same as the whole batch's" : "differ from the whole batch's",
+    return {"accumulated gradients",
+            found.ok() ? "same as those of the whole batch" : "differ from those of the whole batch",
             found.ok() ? State::good : State::broken};
 }
 
@@ -76,12 +77,12 @@ double matrix_product_gflops() {
 
 Finding check_load() {
     double load = 0.0;
-    if (getloadavg(&load, 1) != 1) return {"load", "not known"};
+    if (getloadavg(&load, 1) != 1) return {"load", "unknown"};
     const auto cores = static_cast<double>(std::thread::hardware_concurrency());
     const bool busy = load > 0.75 * cores;
     return {"load",
             fmt::format("{:.1f} on {} cores{}", load, cores,
-                        busy ? ": other processes use them; expect steps to be several times slower" : ""),
+                        busy ? ": other processes use the cores; expect steps to be several times slower" : ""),
             busy ? State::odd : State::good};
 }
 
@@ -122,12 +123,14 @@ int examine_machine(const Arguments& arguments) {
 }  // namespace
 
 CommandSpec doctor_command() {
-    return {.command = command::doctor,
-            .name = "doctor",
-            .summary = "Examine this machine and check that Microbatch works on it",
-            .footer = R"(Exit code 2 if Microbatch does not work here: the memory budget does not hold, or accumulated
+    return {
+        .command = command::doctor,
+        .name = "doctor",
+        .summary = "Check that Microbatch works on this machine",
+        .footer =
+            R"(Exit code 2 if Microbatch does not work on this machine: the memory budget is not enforced, or accumulated
 gradients differ from those of the whole batch.)",
-            .run = examine_machine};
+        .run = examine_machine};
 }
 
 }  // namespace microbatch::cli

@@ -74,7 +74,7 @@ void use_model(Job& job, Holder model, LossFunction loss) {
     job.loss = std::move(loss);
 }
 
-// Logits of a vocabulary much wider than the model are most of a step's memory: they are made a chunk at a time.
+// If the vocabulary is much larger than the width, the logits take most of the memory: compute them in chunks.
 void use_gpt(Job& job, const GptConfig& config) {
     constexpr std::int64_t wide = 4096;
     Gpt model(config);
@@ -110,7 +110,7 @@ void use_optimizer(Job& job, const Settings& settings) {
     }
 }
 
-// Every size as a flag would give it, so that config.toml holds it whatever the presets are by then.
+// Records every size as a flag would set it, so that config.toml stays valid if the presets change.
 void resolve_sizes(JobPlan& plan) {
     Settings& settings = plan.settings;
     if (is_gpt(plan.model)) {
@@ -139,7 +139,7 @@ std::string short_count(std::int64_t count) {
 std::string describe_model(const JobPlan& plan) {
     if (is_gpt(plan.model)) {
         const GptConfig config = gpt_config(plan.model, plan.settings, plan.data.classes);
-        return fmt::format("{}, {} parameters: {} layers, {} heads, {} wide, {} tokens a sample", plan.model,
+        return fmt::format("{}, {} parameters: {} layers, {} heads, width {}, {} tokens per sample", plan.model,
                            short_count(count_parameters(config)), config.layers, config.heads, config.width,
                            config.length);
     }
@@ -163,21 +163,21 @@ Recompute recompute_of(const JobPlan& plan, const Job& job) {
     if (plan.settings.recompute == "never") return Recompute::never;
     if (plan.settings.recompute == "auto") return Recompute::automatic;
     if (job.accumulator->model().offers_checkpointing()) return Recompute::always;
-    refuse("--recompute always: {} has no blocks to recompute; gpt and resnet have", plan.model);
+    refuse("--recompute always: {} has no blocks to recompute; gpt and resnet do", plan.model);
 }
 
-// What may be used to measure a job that does not fit.
+// The memory available for measuring a job that does not fit.
 std::int64_t most_bytes(std::int64_t budget_bytes) {
     return std::max(budget_bytes, available_memory_bytes() / 10 * 9);
 }
 
-// No plan helps a batch that is not even to be numbered.
+// No plan helps if even the sample numbers of the batch do not fit.
 void require_room_for_numbers(std::int64_t batch, std::int64_t budget_bytes) {
     constexpr std::int64_t bytes_a_sample = 2 * sizeof(std::int64_t);
     constexpr std::int64_t little = std::int64_t{1} << 20;
     if (batch <= std::max(budget_bytes, little) / bytes_a_sample) return;
-    throw Error(ErrorKind::does_not_fit, fmt::format("--batch {}: to number its samples alone takes more than the "
-                                                     "memory budget of {}; take a smaller --batch or raise --memory",
+    throw Error(ErrorKind::does_not_fit, fmt::format("--batch {}: the list of its sample numbers alone exceeds the "
+                                                     "memory budget of {}; use a smaller --batch or raise --memory",
                                                      batch, format_bytes(budget_bytes)));
 }
 
@@ -241,8 +241,8 @@ Job make_job_to_plan(const JobPlan& plan, std::int64_t budget_bytes) {
 void require_whole_batch(const JobPlan& plan) {
     if (plan.batch >= plan.settings.batch) return;
     refuse(
-        "a batch of {} is larger than the whole run of {} samples, whose one step would be a batch of {}; take a "
-        "smaller batch or a longer run (--samples)",
+        "a batch of {} is larger than the whole run of {} samples, which would be a single batch of {}; use a smaller "
+        "batch or a longer run (--samples)",
         plan.settings.batch, plan.batch, plan.batch);
 }
 
@@ -263,7 +263,7 @@ PlanReport plan_job(const JobPlan& plan, const Job& job, std::int64_t budget_byt
                               trial.recompute ? " with recompute" : ""));
     };
     PlanReport report = make_report(plan, job, options);
-    // One micro-batch for the whole run: a smaller batch would have to be cut otherwise.
+    // One micro-batch for the whole run: a smaller batch would need a different split.
     const std::int64_t smallest = std::min(smallest_batch(plan.batches), plan.batch);
     if (!report.chosen || report.choice().plan.micro_batch <= smallest) return report;
     options.micro_batch = smallest;
@@ -284,7 +284,7 @@ PlanReport plan_native(const JobPlan& plan, const Job& job, std::int64_t budget_
 std::string describe_cut(const Candidate& candidate) {
     const std::string cut =
         candidate.micro_batches == 1
-            ? "uncut"
+            ? "in one piece"
             : fmt::format("in {} micro-batches of {}", candidate.micro_batches, candidate.plan.micro_batch);
     return cut + (candidate.plan.recompute ? ", with recompute" : "");
 }

@@ -75,9 +75,9 @@ void print_report(const JobPlan& plan, const PlanReport& report) {
         print_bytes("predicted peak by phase", phases_of(chosen.measured ? *chosen.measured : *chosen.predicted));
         print_bytes("predicted peak by part", named(parts_of(report, chosen)));
     }
-    print(stdout, "\npredictions were within {:.1f} % of the peaks then measured{}; measuring took {:.1f} s\n",
+    print(stdout, "\npredictions were within {:.1f} % of the measured peaks{}; measuring took {:.1f} s\n",
           100.0 * report.worst_relative_error,
-          report.affine ? "" : ": the model allocates differently from one size to the next", report.spent_seconds);
+          report.affine ? "" : ": the model allocates differently at different sizes", report.spent_seconds);
 }
 
 nlohmann::ordered_json to_json(const Named& rows) {
@@ -122,20 +122,20 @@ void print_json(const JobPlan& plan, const PlanReport& report) {
     print(stdout, "{}\n", document.dump(2));
 }
 
-// The steps of a run that one plan made.
+// The steps of a run under one plan.
 struct Steps {
     std::int64_t count = 0;
     std::int64_t out_of_memory = 0;
     std::int64_t peak_bytes = 0;
     std::optional<std::int64_t> predicted_peak_bytes;
-    std::vector<double> seconds, predicted_for;  // of all steps, and of those whose time was predicted
+    std::vector<double> seconds, predicted_for;  // of all steps; of those with a predicted time
     std::optional<double> predicted_seconds;
 
     void add(const StepRecord& step) {
         ++count;
         out_of_memory += step.out_of_memory;
         peak_bytes = std::max(peak_bytes, step.peak_bytes);
-        // What a step keeps beside the plan differs from one to the next; the peak is where most is.
+        // The memory beyond the plan varies between steps; the peak is at the largest.
         if (step.predicted_peak_bytes) {
             predicted_peak_bytes = std::max(predicted_peak_bytes.value_or(0), *step.predicted_peak_bytes);
         }
@@ -210,7 +210,7 @@ int plan_or_check(const Arguments& arguments) {
     const Job job = make_job_to_plan(plan, budget);
     const PlanReport report = plan_job(plan, job, budget, settings.json ? stderr : stdout, /*whole_table=*/true);
     settings.json ? print_json(plan, report) : print_report(plan, report);
-    report.choice();  // where nothing fits this says so, and what would help
+    report.choice();  // if nothing fits, the error says what would help
     return 0;
 }
 
@@ -219,12 +219,12 @@ int plan_or_check(const Arguments& arguments) {
 CommandSpec plan_command() {
     return {.command = command::plan,
             .name = "plan",
-            .summary = "Show how a batch can be cut to fit a memory budget",
+            .summary = "Show how a batch can be split to fit in a memory budget",
             .footer = R"(Examples:
   microbatch plan --data /usr/share/games/fortunes --model gpt-tiny --batch 256 --memory 100MiB
   microbatch plan --run runs/gpt-tiny-20261124-120000
-Measures a few micro-batch sizes on the job itself, predicts the others, and marks the one that `train` would take.
-Exit code 3 if nothing fits; the message says how much the smallest plan needs, for what, and what would help.)",
+Measures a few micro-batch sizes on the job itself, predicts the others, and marks the one that `train` would use.
+Exit code 3 if nothing fits; the message says how much memory the smallest plan needs, for what, and what would help.)",
             .run = plan_or_check};
 }
 

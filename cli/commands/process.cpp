@@ -25,7 +25,7 @@ constexpr int watched[] = {SIGINT, SIGTERM, SIGHUP};
 
 constexpr std::int64_t same_signal = 200'000'000;  // nanoseconds
 
-std::atomic<std::int64_t> came_at = 0;  // on the monotonic clock; 0: none yet
+std::atomic<std::int64_t> came_at = 0;  // monotonic clock; 0 means not yet
 static_assert(std::atomic<std::int64_t>::is_always_lock_free);
 
 std::int64_t now() {
@@ -39,14 +39,14 @@ extern "C" void remember(int number) {
     std::int64_t first = 0;
     if (came_at.compare_exchange_strong(first, at) || at - first < same_signal) return;
     std::signal(number, SIG_DFL);
-    std::raise(number);  // once this returns
+    std::raise(number);  // takes effect when this returns
 }
 
 struct Pipe {
     std::array<int, 2> ends{-1, -1};
 
     Pipe() {
-        if (::pipe2(ends.data(), O_CLOEXEC) != 0) refuse("cannot make a pipe: {}", std::strerror(errno));
+        if (::pipe2(ends.data(), O_CLOEXEC) != 0) refuse("cannot create a pipe: {}", std::strerror(errno));
     }
     Pipe(const Pipe&) = delete;
     Pipe& operator=(const Pipe&) = delete;
@@ -60,7 +60,7 @@ struct Pipe {
     }
 };
 
-// False at its end.
+// False at the end of the output.
 bool read_some(int from, std::string& into) {
     std::array<char, 4096> buffer{};
     const ssize_t count = ::read(from, buffer.data(), buffer.size());
@@ -68,7 +68,7 @@ bool read_some(int from, std::string& into) {
     return count > 0 || (count < 0 && errno == EINTR);
 }
 
-// Whole lines, as they come; what the child says of its failure is kept.
+// Passes on whole lines as they arrive; keeps the child's error message.
 void pass_on(std::string& text, std::FILE* out, std::string& error) {
     for (std::size_t end = text.find('\n'); end != std::string::npos; end = text.find('\n')) {
         const std::string line = text.substr(0, end);
@@ -81,12 +81,12 @@ void pass_on(std::string& text, std::FILE* out, std::string& error) {
     }
 }
 
-// Between fork and exec: only what POSIX allows there.
+// Runs between fork and exec, where POSIX allows few calls.
 [[noreturn]] void become(char* const* arguments, pid_t parent, int output, int errors) {
-    // The kernel ends it with its parent, however that ends; one that ended before this was asked is seen by its
-    // number.
+    // The kernel ends the child with its parent, however that ends. If the parent has already ended, the parent's
+    // process id shows it.
     if (::prctl(PR_SET_PDEATHSIG, SIGKILL) != 0 || ::getppid() != parent) ::_exit(127);
-    // In a group of its own a terminal's Ctrl-C reaches it by its parent alone: once.
+    // In its own process group, it receives a terminal's Ctrl-C only through its parent, so only once.
     ::setpgid(0, 0);
     if (::dup2(output, STDOUT_FILENO) >= 0 && ::dup2(errors, STDERR_FILENO) >= 0) ::execv("/proc/self/exe", arguments);
     ::_exit(127);
@@ -105,8 +105,8 @@ pid_t start(const std::vector<std::string>& words, Pipe& output, Pipe& errors) {
     return child;
 }
 
-/// Passes a signal that came to this process on: once, so that the child ends as such a run does, and where it does not
-/// do so soon, for good.
+/// Passes a signal of this process on to the child: once, so that it can end properly, and kills it if it does not end
+/// soon.
 class PassedOn {
 public:
     explicit PassedOn(pid_t child) : child_(child) {}

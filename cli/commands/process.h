@@ -6,30 +6,30 @@
 
 namespace microbatch::cli {
 
-/// From now on the first SIGINT, SIGTERM or SIGHUP is only remembered; a second one, of whatever kind, ends the process
-/// at once, as usual, unless it comes within a fifth of a second: some senders send one to a process and to its group.
-/// One that was ignored when the process began (nohup) stays ignored.
+/// From now on, the first SIGINT, SIGTERM or SIGHUP is only recorded. A second one of any kind ends the process
+/// immediately, unless it arrives within a fifth of a second: some senders signal a process and also its group. A
+/// signal that was ignored when the process started (nohup) stays ignored.
 void watch_interrupts();
 
-/// True once a signal has come. Threads: any.
+/// True once a signal has arrived. Threads: any.
 bool interrupted();
 
 inline constexpr int interrupted_exit_code = 130;
 
-/// Thrown where an interrupted command has nothing to keep.
+/// Thrown if a command is interrupted and has nothing to save.
 struct Interrupted {};
 
-/// What came of a command run in a process of its own.
+/// The result of a command that ran in its own process.
 struct ChildResult {
-    int exit_code = 0;   ///< 128 and the signal's number where one ended it
-    std::string output;  ///< of its stdout
-    std::string error;   ///< what it said of its failure; empty if nothing
+    int exit_code = 0;   ///< 128 plus the signal number if a signal ended it
+    std::string output;  ///< its stdout
+    std::string error;   ///< its error message; empty if there is none
 };
 
-/// Runs this very command with other words and waits for it; what it says on stderr goes to `out` as it comes, but for
-/// its error. The child ends with this process, however that ends.
-/// Errors: Interrupted if a signal came: it was passed on, and the child has ended within seconds. ErrorKind::usage if
-///         it cannot be started.
+/// Runs this program with other arguments and waits for it. Its stderr, except for its error message, is passed to
+/// `out` as it arrives. The child ends with this process, however that ends.
+/// Errors: Interrupted if a signal arrived: it is passed on, and the child ends within seconds. ErrorKind::usage if the
+///         child cannot be started.
 ChildResult run_child(const std::vector<std::string>& words, std::FILE* out);
 
 }  // namespace microbatch::cli

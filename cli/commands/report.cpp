@@ -20,7 +20,7 @@ std::int64_t budget_of(const Values& config) {
     try {
         return memory == config.end() ? 0 : parse_bytes(memory->second);
     } catch (const Error&) {
-        return 0;  // edited by hand: a chart without the line of the budget
+        return 0;  // edited by hand: the chart has no line for the budget
     }
 }
 
@@ -34,37 +34,37 @@ std::vector<std::pair<std::string, std::string>> tiles_of(const LoggedRun& run, 
         seconds += step.step_seconds;
         times.push_back(step.step_seconds);
         refused += step.applied ? 0 : 1;
-        restores += step.went_back_to ? 1 : 0;
+        restores += step.rolled_back_to ? 1 : 0;
     }
     std::vector<std::pair<std::string, std::string>> tiles{
         {"steps", format_count(last.step)},
         {"samples", format_count(last.samples)},
         {"loss at the last step", fmt::format("{:.5g}", last.loss)},
     };
-    if (summary.held_out_loss) tiles.push_back({"loss held out", fmt::format("{:.4f}", *summary.held_out_loss)});
+    if (summary.held_out_loss) tiles.push_back({"held-out loss", fmt::format("{:.4f}", *summary.held_out_loss)});
     tiles.push_back({"peak memory", format_bytes(peak)});
-    tiles.push_back({"time of a step (median)", fmt::format("{:.3g} s", median(times))});
-    tiles.push_back({"time in all", clock_time(seconds)});
+    tiles.push_back({"time per step (median)", fmt::format("{:.3g} s", median(times))});
+    tiles.push_back({"total time", clock_time(seconds)});
     if (last.noise_batch) tiles.push_back({"noise batch", format_count(std::llround(*last.noise_batch))});
-    tiles.push_back({"steps refused", format_count(refused)});
-    if (restores > 0) tiles.push_back({"times gone back", format_count(restores)});
+    tiles.push_back({"refused steps", format_count(refused)});
+    if (restores > 0) tiles.push_back({"roll-backs", format_count(restores)});
     return tiles;
 }
 
-// What `advise` would say of the batch by the noise alone; none where it is undefined.
+// What `advise` would recommend from the noise alone; empty if the noise is undefined.
 std::vector<ReportTable> advice_of(const LoggedRun& run) {
     const std::optional<double> noise = run.steps.back().noise_batch;
     if (!noise) return {};
-    return {{.title = "What the noise says of the batch",
+    return {{.title = "Batch sizes that the noise suggests",
              .heading = {"for", "batch"},
              .rows = {{"fewest steps, within 10 %", format_count(batch_of_few_steps(*noise)) + " or more"},
                       {"knee: twice the fewest steps and samples",
                        format_count(std::max<std::int64_t>(1, std::llround(*noise)))},
                       {"fewest samples, within 10 %", format_count(batch_of_few_samples(*noise)) + " or less"},
-                      {"this run, at its end", format_count(run.steps.back().batch)}},
-             .note =
-                 "A proxy: language models may use several times as much. microbatch advise says which is soonest on a "
-                 "machine, and --check tries it."}};
+                      {"this run, at the end", format_count(run.steps.back().batch)}},
+             .note = "A proxy: language models can make use of batches several times as large. microbatch advise says "
+                     "which batch "
+                     "is fastest on a machine, and --check tests it."}};
 }
 
 std::string title_of(const std::filesystem::path& folder, const Values& config) {
@@ -98,16 +98,16 @@ std::string write_run_report(const std::filesystem::path& folder, const RunSumma
     write_whole(folder / "report.html", report_html(run, text));
     if (!summary.empty()) write_run_summary(folder, summary);
     if (!run.cut) return {};
-    return fmt::format("{} ends in the middle of a line, which is left out", (folder / "metrics.jsonl").string());
+    return fmt::format("{} ends in the middle of a line, which is skipped", (folder / "metrics.jsonl").string());
 }
 
 CommandSpec report_command() {
     return {.command = command::report,
             .name = "report",
-            .summary = "Write report.html of a run: charts of what it did",
+            .summary = "Write report.html for a run: charts of its training",
             .footer = R"(Example:
   microbatch report runs/gpt-tiny-20261124-120000
-`train` writes the same page at its end. The page needs no network. For TensorBoard, the folder also holds
+`train` writes the same page at its end. The page works offline. For TensorBoard, the folder also contains
 events.out.tfevents.*.)",
             .run = write_report};
 }

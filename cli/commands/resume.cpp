@@ -48,19 +48,19 @@ Differences compare(const RunNotes& before, const RunNotes& now) {
         const std::string &old = value_in(was, "data"), &given = value_in(is, "data");
         const std::string how = describe_difference(before.files, now.files);
         const std::string what = old == given ? fmt::format("the data of {} has changed", given)
-                                              : fmt::format("the data was that of {}, is that of {}", old, given);
+                                              : fmt::format("the data was {}, is {}", old, given);
         found.another_run.push_back(how.empty() ? what : fmt::format("{}: {}", what, how));
     }
     const auto machine = [&](const char* what, const auto& old, const auto& given) {
         if (old != given) found.another_cut.push_back(fmt::format("{} was {}, is {}", what, old, given));
     };
     machine("threads", before.threads, now.threads);
-    machine("the kind of processor", before.processor, now.processor);
-    machine("the version of microbatch", before.version, now.version);
+    machine("the processor type", before.processor, now.processor);
+    machine("the microbatch version", before.version, now.version);
     return found;
 }
 
-// Keeps the recorded cut where auto was asked for and the budget is the same.
+// Keeps the recorded plan if the setting is auto and the budget is the same.
 void keep_cut(Settings& settings, const Values& was, const Values& given) {
     const auto budget = was.find("memory");
     const bool same_budget =
@@ -74,7 +74,8 @@ void keep_cut(Settings& settings, const Values& was, const Values& given) {
 void refuse_another_run(const std::vector<std::string>& differences, std::int64_t steps, const Settings& settings) {
     if (differences.empty() || settings.resume_changed) return;
     refuse(
-        "--resume: the checkpoint of step {} is of another run: {}; restore these settings, name another --run, or "
+        "--resume: the checkpoint of step {} is from a different run: {}; restore these settings, name another --run, "
+        "or "
         "continue anyway with --resume-changed",
         steps, fmt::join(differences, "; "));
 }
@@ -87,7 +88,7 @@ std::string value_of(const RunNotes& notes, const std::string& key) {
     return value_in(config_values(notes.config, "the configuration"), key);
 }
 
-// The model and the generators as they were before it.
+// Restores the model and the generators from before the batch.
 void drop_partial_batch(StateDict& state) {
     state.move("batch/before/model/", "model/");
     state.move("batch/before/rng/", "rng/");
@@ -98,7 +99,7 @@ void set_numbers(StateDict& state, const std::vector<const char*>& names, const 
     for (const char* name : names) state.set(name, value);
 }
 
-// What was usual, and what is half done, says nothing of another run.
+// Statistics and partial work do not apply to a different run.
 void begin_anew(StateDict& state) {
     drop_partial_batch(state);
     for (const char* section : {"gate/", "recovery/0/gate/", "recovery/1/gate/"}) state.erase(section);
@@ -117,7 +118,7 @@ void begin_data_anew(StateDict& state, std::int64_t dataset_size) {
     state.set("data/size", dataset_size);
 }
 
-// Why a state is not taken; empty if it is.
+// Why a state does not match; empty if it does.
 template <class Prepare>
 std::string misfit_of(Prepare prepare) {
     try {
@@ -169,9 +170,9 @@ void fill_from_checkpoint(Arguments& arguments, RunFolder& folder) {
     const std::string source = fmt::format("the configuration of the checkpoint of step {}", steps);
     const Values was = config_values(notes.config, source), now = overridden(was, given);
     const std::set<std::string> without = outdated(was, now);
-    // The settings are still the newest one's, that the user wants to change.
+    // The settings are still those of the newest checkpoint, which the user wants to change.
     if (!manifest_of(*folder.state()).healthy && !differences(was, now).noted.empty()) folder.use_healthy();
-    // With another model, its data or an option would be refused before all differences are known.
+    // With a different model, its data or an option would be refused before all differences are known.
     if (value_in(was, "model") != value_in(now, "model"))
         refuse_another_run(differences(was, now).another_run, steps, settings);
     try {
@@ -206,11 +207,12 @@ Changes reconcile(StateDict& state, const RunNotes& now, const Settings& setting
     std::vector<std::string> lines;
     if (!misfit.empty() || value_of(before, "optimizer") != value_of(now, "optimizer")) {
         begin_optimizer_anew(state);
-        lines.emplace_back("the optimizer starts afresh, and there is no snapshot to return to yet");
+        lines.emplace_back("the optimizer starts with new state, and there is no snapshot to roll back to yet");
     }
     require_fit(misfit_of([&] { prepare_snapshot(accumulator, StateReader(state)); }), state);  // before it writes
-    for (const std::string& line : found.another_run) lines.push_back(line + ": another run from here on");
-    for (const std::string& line : found.another_cut) lines.push_back(line + ": the same batches; bits may differ");
+    for (const std::string& line : found.another_run) lines.push_back(line + ": a different run from here on");
+    for (const std::string& line : found.another_cut)
+        lines.push_back(line + ": the batches stay the same, but bits may differ");
     for (const std::string& line : found.noted) lines.push_back(line);
     return {std::move(lines), !found.another_run.empty() || !found.noted.empty()};
 }

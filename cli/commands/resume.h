@@ -12,11 +12,11 @@
 
 namespace microbatch::cli {
 
-/// What the command keeps in a checkpoint beside the state of the run.
+/// What the command stores in a checkpoint in addition to the state of the run.
 struct RunNotes {
-    std::string config = {};  ///< as config.toml
+    std::string config = {};  ///< the text of config.toml
     int threads = 1;
-    std::string processor = {};  ///< the kind of vectors that torch's kernels use
+    std::string processor = {};  ///< the vector type of torch's kernels
     std::string version = {};    ///< of microbatch
     std::uint32_t data = 0;      ///< OpenedData::fingerprint
     DataListing files = {};      ///< of that data
@@ -26,32 +26,32 @@ struct RunNotes {
     /// Reads them from a run's state. Errors: ErrorKind::bad_data.
     static RunNotes from(const StateDict& state);
 
-    /// This machine's.
+    /// The notes for this machine.
     static RunNotes of_machine();
 };
 
-/// Fills options that are still open from the checkpoint that the folder resumes from; --micro-batch auto becomes what
-/// it was, unless the budget differs. Where options were given that change how the run trains, and the newest
-/// checkpoint is of steps that were refused, the folder's state becomes the newest healthy one: the cure for a
+/// Fills options that are not set from the checkpoint that the folder resumes from. --micro-batch auto becomes the
+/// recorded micro-batch, unless the budget differs. If options that change the training were given and the newest
+/// checkpoint is not healthy, the folder resumes from the newest healthy one instead: this is the way out of a
 /// divergence.
-/// Errors: ErrorKind::usage if the model differs, naming each difference; ErrorKind::bad_data if the checkpoint is not
-///         one of `train`.
+/// Errors: ErrorKind::usage if the model differs, naming each difference; ErrorKind::bad_data if the checkpoint was not
+///         written by `train`.
 void fill_from_checkpoint(Arguments& arguments, RunFolder& folder);
 
-/// Throws ErrorKind::usage, naming each difference, if model, data, batch, optimizer or seed are not the checkpoint's
-/// and --resume-changed was not given. How the batch is cut may differ.
+/// Throws ErrorKind::usage, naming each difference, if the model, data, batch, optimizer or seed differ from the
+/// checkpoint's and --resume-changed was not given. The split of the batch may differ.
 void require_same_run(const StateDict& state, const RunNotes& now, const Settings& settings);
 
-/// How a run is resumed as another one.
+/// What changes when a run is resumed.
 struct Changes {
     std::vector<std::string> lines = {};
-    bool beyond_cut = false;  ///< not only how the batch is cut
+    bool beyond_cut = false;  ///< more than the split of the batch
 };
 
-/// Makes the state of a run that changes one of the run as it is now: a partial batch, the guard's memory and the noise
-/// of another run are dropped, and so is the state of an optimizer that does not take it. Returns what changes.
-/// Errors: as require_same_run(); ErrorKind::bad_data if parameters or buffers are not the model's, or the optimizer's
-///         state does not fit though nothing differs.
+/// Adapts the state of a run to changed settings. For a different run, the partial batch, the guard's statistics and
+/// the noise average are dropped, and so is the optimizer's state if it does not match. Returns what changes. Errors:
+/// as require_same_run(); ErrorKind::bad_data if the parameters or buffers do not match the model, or if the
+///         optimizer's state does not match although nothing differs.
 Changes reconcile(StateDict& state, const RunNotes& now, const Settings& settings, std::int64_t dataset_size,
                   Accumulator& accumulator);
 

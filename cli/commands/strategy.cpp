@@ -24,12 +24,12 @@ constexpr std::int64_t variance_batches = 8;
 constexpr std::int64_t curvature_samples = 32;
 constexpr LanczosOptions lanczos{.most_products = 15, .tolerance = 0.01};
 
-// A number of the child's, or a word for one.
+// A number of the child's output, or a word such as nan.
 double number_of(const nlohmann::json& value) {
     return value.is_number() ? value.get<double>() : std::numeric_limits<double>::quiet_NaN();
 }
 
-// Intervals as the user's batch has them: a warmup of "5 steps" is as many samples for every strategy.
+// Intervals refer to the user's batch: a warmup of "5 steps" has the same number of samples for every strategy.
 Settings settings_of(const JobPlan& plan, std::int64_t samples, std::uint64_t seed, const Strategy& strategy) {
     Settings settings = plan.settings;
     const Schedule schedule = schedule_of(settings, {samples, Unit::samples}, plan.data.train->tokens_per_sample());
@@ -38,7 +38,7 @@ Settings settings_of(const JobPlan& plan, std::int64_t samples, std::uint64_t se
     settings.batch = strategy.batch;
     settings.seed = seed;
     settings.no_verify = true;
-    settings.noise_every = 0;  // what a run keeps beside its training would be in its peak
+    settings.noise_every = 0;  // otherwise the copy of the gradients would count in the peak
     settings.restores = 0;
     return settings;
 }
@@ -57,7 +57,7 @@ void measure_variance(const JobPlan& plan, const Job& job, Strategy& strategy) {
             .variance;
 }
 
-// The same samples for every strategy, in a quarter of its micro-batch: two backward passes hold more than one.
+// The same samples for every strategy, in a quarter of its micro-batch: two backward passes need more memory than one.
 void measure_curvature(const JobPlan& plan, const Job& job, Strategy& strategy) {
     Sampler sampler(plan.data.train->size(), plan.settings.seed + 2);
     const Batch batch =
@@ -69,12 +69,25 @@ void measure_curvature(const JobPlan& plan, const Job& job, Strategy& strategy) 
     try {
         strategy.curvature = largest_curvature(job.parameters, batch, micro_batch, loss, lanczos).largest_eigenvalue;
     } catch (const Error&) {
-        strategy.curvature.reset();  // not finite at such parameters
+        strategy.curvature.reset();  // not finite at these parameters
     } catch (const c10::Error&) {
         strategy.curvature.reset();  // an operator that cannot be differentiated twice
     }
     job.model->train();
 }
+
+/// A temporary folder, deleted by the destructor.
+struct Scratch {
+    std::filesystem::path path;
+
+    explicit Scratch(std::filesystem::path at) : path(std::move(at)) { std::filesystem::create_directories(path); }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    ~Scratch() {
+        std::error_code ignored;
+        std::filesystem::remove_all(path, ignored);
+    }
+};
 
 void add_result(const ChildResult& result, Strategy& strategy) {
     const bool first = strategy.held_out.empty();
@@ -84,7 +97,7 @@ void add_result(const ChildResult& result, Strategy& strategy) {
         strategy.failure = !result.error.empty() ? result.error
                            : result.exit_code > 128
                                ? fmt::format("its process was ended by signal {}", result.exit_code - 128)
-                               : fmt::format("its process ended with {} and without a word", result.exit_code);
+                               : fmt::format("its process ended with exit code {} and no message", result.exit_code);
         return;
     }
     strategy.diverged = strategy.diverged || diverged;
@@ -119,7 +132,8 @@ void train_in_child(std::FILE* out, const JobPlan& plan, std::int64_t samples, s
     print(out, "{}: batch {} in micro-batches of {}, seed {}\n", strategy.name, strategy.batch,
           std::min(strategy.plan.micro_batch, strategy.batch), seed);
     const std::filesystem::path run = folder_of(folder, strategy, seed);
-    const std::filesystem::path config = folder / config_name;
+    const Scratch given(folder / "given");
+    const std::filesystem::path config = given.path / "config.toml";
     Plan cut = strategy.plan;
     cut.micro_batch = std::min(cut.micro_batch, strategy.batch);
     write_whole(config, config_text(resolved(settings_of(plan, samples, seed, strategy), cut, {samples, Unit::samples},
@@ -135,7 +149,7 @@ void measure_at_the_end(std::FILE* out, const JobPlan& plan, const std::filesyst
                         std::vector<Strategy>& strategies) {
     const BudgetScope lifted(no_budget);
     const Job job = make_job(plan);
-    print(out, "gradient variance over {} batches of each, curvature over {} samples\n", variance_batches,
+    print(out, "gradient variance over {} batches of each size, curvature over {} samples\n", variance_batches,
           curvature_samples);
     if (at.ran) load_weights(folder_of(folder, at, plan.settings.seed), job);
     for (Strategy& each : strategies) {

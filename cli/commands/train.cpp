@@ -29,7 +29,7 @@
 namespace microbatch::cli {
 namespace {
 
-// Without --run: runs/MODEL-DATE-TIME, with a number where that is taken.
+// Without --run: runs/MODEL-DATE-TIME, with a number appended if that exists.
 std::filesystem::path new_folder(const std::string& model) {
     const std::time_t now = std::time(nullptr);
     std::tm local{};
@@ -41,11 +41,11 @@ std::filesystem::path new_folder(const std::string& model) {
     return folder;
 }
 
-/// MICROBATCH_BUDGET_DRILL="5 20MiB": after step 5 the budget is 20 MiB, to rehearse what a run does then.
+/// MICROBATCH_BUDGET_DRILL="5 20MiB": after step 5 the budget is 20 MiB, to simulate running out of memory.
 struct BudgetDrill {
     std::int64_t step = 0, bytes = 0;
 
-    /// Errors: ErrorKind::usage if the variable is something else.
+    /// Errors: ErrorKind::usage if the variable cannot be parsed.
     static BudgetDrill from_environment() {
         const char* drill = std::getenv("MICROBATCH_BUDGET_DRILL");
         if (drill == nullptr) return {};
@@ -53,14 +53,14 @@ struct BudgetDrill {
         BudgetDrill result;
         std::string size;
         if (!(words >> result.step >> size) || result.step < 1) {
-            refuse("MICROBATCH_BUDGET_DRILL is \"{}\"; give a step and a size, \"5 20MiB\"", drill);
+            refuse("MICROBATCH_BUDGET_DRILL is \"{}\"; it must be a step and a size, such as \"5 20MiB\"", drill);
         }
         result.bytes = parse_bytes(size);
         return result;
     }
 };
 
-// None where there are too few samples or they do not fit.
+// Empty if there are too few samples or they do not fit.
 std::optional<Verification> verify_two(const JobPlan& plan, const Job& job, std::int64_t micro_batch) {
     if (plan.data.train->size() < 2 * micro_batch) return std::nullopt;
     std::vector<std::int64_t> samples(static_cast<std::size_t>(2 * micro_batch));
@@ -68,7 +68,7 @@ std::optional<Verification> verify_two(const JobPlan& plan, const Job& job, std:
     return unless_oom([&] { return verify(*job.model, plan.data.train->get(samples), job.loss, micro_batch); });
 }
 
-// On the fewest samples that can be cut: more would delay the run and say no more about these models.
+// On the fewest samples that can be split: more would only delay the run.
 std::pair<std::optional<Verification>, std::int64_t> verify_samples(const JobPlan& plan, const Job& job) {
     try {
         return {verify_two(plan, job, 1), 1};
@@ -80,25 +80,27 @@ std::pair<std::optional<Verification>, std::int64_t> verify_samples(const JobPla
 void check_decomposition(std::FILE* out, const JobPlan& plan, const Job& job) {
     const auto [verified, micro_batch] = verify_samples(plan, job);
     if (!verified) {
-        print(out, "verify    skipped: {} samples at once and two more copies of the gradients do not fit in memory\n",
+        print(out,
+              "verify    skipped: a micro-batch of {} samples and two more copies of the gradients do not fit in "
+              "memory\n",
               2 * micro_batch);
         return;
     }
     if (verified->ok()) {
-        print(out, "verify    {} samples whole and in {} + {}: same gradients\n", 2 * micro_batch, micro_batch,
+        print(out, "verify    {} samples as a whole and as {} + {}: same gradients\n", 2 * micro_batch, micro_batch,
               micro_batch);
         return;
     }
-    print(out, "verify    warning: the gradient depends on how the batch is cut");
+    print(out, "verify    warning: the gradient depends on how the batch is split");
     if (!verified->differences.empty()) {
-        print(out, " in {} parameters, most in {} (by {:.2g})", verified->differences.size(),
+        print(out, ": {} parameters differ, {} most (by {:.2g})", verified->differences.size(),
               verified->differences.front().parameter, verified->differences.front().relative);
     }
     print(out, "\n");
     for (const Cause cause : verified->causes) print(out, "          {}\n", describe(cause));
 }
 
-/// A run that is about to be trained.
+/// A run that is about to start.
 struct Planned {
     std::FILE* out;
     const JobPlan& plan;
@@ -115,7 +117,7 @@ struct Planned {
 
     Schedule schedule() const { return schedule_of(plan.settings, length, plan.data.train->tokens_per_sample()); }
 
-    // A prediction is logged with the steps that it is of: the plan's own, and for the time of a full batch.
+    // A prediction is logged only with steps of the same plan, and the predicted time only with full batches.
     StepMeasures measures_of(const TrainerReport& step, std::int64_t copy_bytes) const {
         StepMeasures measures{.peak_bytes = memory_use().peak_bytes};
         if (step.step.plan != report.choice().plan) return measures;
@@ -181,7 +183,7 @@ RunNotes notes_of(const JobPlan& plan, const Settings& recorded) {
     return notes;
 }
 
-// Another length or rate gives another learning rate from one step to the next.
+// A changed length or rate makes the learning rate jump at this step.
 void print_rate_change(std::FILE* out, const Trainer& trainer, double before) {
     if (trainer.done()) return;
     const double after = trainer.next_learning_rate();
@@ -191,17 +193,17 @@ void print_rate_change(std::FILE* out, const Trainer& trainer, double before) {
 void print_resume(std::FILE* out, const RunFolder& folder, const std::vector<std::string>& changes, Interval length) {
     if (!folder.resumes()) return;
     if (!folder.state()) {
-        print(out, "resume    no checkpoint in {} yet: starts from the beginning\n", folder.path().string());
+        print(out, "resume    no checkpoint in {} yet: starting from the beginning\n", folder.path().string());
         return;
     }
     const CheckpointManifest at = manifest_of(*folder.state());
     print(out, "resume    from step {}{}{}{}\n", format_count(at.progress.steps),
-          at.open_samples > 0 ? fmt::format(" and {} samples of the next", format_count(at.open_samples)) : "",
+          at.open_samples > 0 ? fmt::format(" and {} samples of the next step", format_count(at.open_samples)) : "",
           folder.passed_over()
-              ? fmt::format(", the newest healthy checkpoint: that of step {} is of a run that diverged",
+              ? fmt::format(", the newest healthy checkpoint: at that of step {}, the run was diverging",
                             format_count(*folder.passed_over()))
               : "",
-          at.progress.in(length.unit) < length.count ? "" : ", the last one: to continue, give a greater length");
+          at.progress.in(length.unit) < length.count ? "" : ", the last one: to train further, give a greater length");
     for (const std::string& change : changes) print(out, "          {}\n", change);
 }
 
@@ -214,7 +216,7 @@ void measure_held_out(const Planned& planned, Outcome& outcome) {
     }
 }
 
-// Prints and writes the results, however training ended; returns the exit code.
+// Prints and writes the results, whatever ended the training; returns the exit code.
 int conclude(const Planned& planned, const Run& run, const Outcome& outcome, const std::filesystem::path& folder) {
     const Settings& settings = planned.plan.settings;
     if (outcome.last.progress.steps == 0) {
@@ -315,7 +317,7 @@ int train_job(Arguments& arguments) {
     if (!folder) folder.emplace(new_folder(plan.model));
     folder->lock();
     if (!folder->is_locked()) {
-        print(out, "warning: {} is on a file system without locks: let no other process train in it\n",
+        print(out, "warning: {} is on a file system without locks: make sure that no other process trains in it\n",
               folder->path().string());
     }
     const Watch watch = watch_of(plan, report, folder->path());
@@ -327,21 +329,21 @@ int train_job(Arguments& arguments) {
 CommandSpec train_command() {
     return {.command = command::train,
             .name = "train",
-            .summary = "Train a model with the batch you want in a memory budget",
+            .summary = "Train a model with the batch size you want, within a memory budget",
             .footer = R"(Examples:
   microbatch train --data /usr/share/games/fortunes --batch 64 --memory 64MiB --steps 200
   microbatch train --data /usr/share/datasets/fashion-mnist --model resnet --norm group --batch 512 \
       --memory 100MiB --samples 60k --optimizer sgd --warmup "5 steps"
   microbatch train --run runs/gpt-tiny-20261124-120000 --resume
 Files in the run's folder: config.toml, metrics.jsonl (one object per step), model.safetensors, report.html
-(charts), summary.json (what the charts need beside the log), events.out.tfevents.* (for TensorBoard) and
+(charts), summary.json (additional data for the charts), events.out.tfevents.* (for TensorBoard) and
 checkpoints/step-N (safetensors and JSON).
 The held-out loss is measured on as many samples as the run trained on, at most 1,024.
-A run that diverges returns to a snapshot, at half the rate; after --restores times it is stopped with exit
-code 4. A run that ends worse than it began ends with 4, too.
-Ctrl-C finishes the micro-batch, writes a checkpoint and ends with exit code 130; a second one ends at once.
+A run that diverges rolls back to a snapshot and continues at half the learning rate. After --restores
+roll-backs, it is stopped with exit code 4. A run that ends worse than it began also ends with exit code 4.
+Ctrl-C finishes the micro-batch, writes a checkpoint and ends with exit code 130; a second Ctrl-C ends it immediately.
 You may pass --resume on the first launch too: the same command line then starts the run and resumes it
-after every interruption. Weights without a checkpoint are never overwritten.)",
+after every interruption. --resume never overwrites weights that have no checkpoint.)",
             .length = to_string(default_length),
             .run = train_job};
 }

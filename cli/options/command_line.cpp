@@ -15,7 +15,7 @@ bool all(const CLI::App* /*command*/) {
     return true;
 }
 
-// Lines of --help. None begins with a flag: it would look like that flag's own.
+// Lines of --help. No line begins with a flag, because it would look like that flag's own entry.
 std::string wrapped(std::string text) {
     for (std::size_t begin = 0; text.size() - begin > help_columns;) {
         std::size_t space = text.rfind(' ', begin + help_columns);

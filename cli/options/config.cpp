@@ -23,13 +23,13 @@ std::string as_text(const toml::node& node, const std::string& key) {
     refuse("the key {} must be a string, a number or a boolean", key);
 }
 
-// A number stands bare, unless it is beyond TOML's integers.
+// A number has no quotes, unless it exceeds TOML's integers.
 std::string as_toml(const Option& option, const std::string& text) {
     const bool is_whole = text.find_first_not_of("0123456789") == std::string::npos;
     const std::string_view most = "9223372036854775807";
     const bool beyond = is_whole && (text.size() > most.size() || (text.size() == most.size() && text > most));
     if (!option.is_text() && !beyond) return text;
-    // A JSON string is a TOML string, too.
+    // A JSON string is also a valid TOML string.
     return nlohmann::json(text).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
 }
 
@@ -37,7 +37,7 @@ void apply_key(Arguments& arguments, const std::string& key, const toml::node& n
     const Option* option = find_option(key, arguments.command);
     if (key == "config" || (option == nullptr && find_option(key) == nullptr)) {
         const std::string near = did_you_mean(key, names_of(arguments.command));
-        refuse("the key '{}' does not exist{}", key, near.empty() ? "; --help lists those that do" : near);
+        refuse("the key '{}' does not exist{}", key, near.empty() ? "; --help lists the valid keys" : near);
     }
     if (option == nullptr || arguments.has(key)) return;
     if (option->is_switch() && !node.is_boolean()) refuse("the key {} must be true or false", key);
@@ -86,7 +86,7 @@ void apply_config_file(Arguments& arguments) {
 
 void apply_config(Arguments& arguments, const std::string& text, const std::string& source,
                   const std::set<std::string>& without) {
-    // A length on the command line overrides a length of another unit in the file.
+    // A length on the command line overrides a length in another unit from the file.
     const bool length_is_given = has_length(arguments);
     for (const auto& [key, node] : parse(text, source, ErrorKind::usage)) {
         const std::string name(key.str());

@@ -8,23 +8,23 @@
 
 namespace microbatch::cli {
 
-/// What config.toml holds: `--config` with it gives the same run again. Requires: resolved() settings.
+/// The text of config.toml; passing it to `--config` repeats the run. Requires: resolved() settings.
 std::string config_text(const Settings& settings);
 
-/// Fills what the flags left open from the --config, a TOML file of up to 1 MiB. A key is an option's name; keys of
-/// other commands are ignored. Without a --config nothing changes.
+/// Fills options that are not set from the --config, a TOML file of up to 1 MiB. A key is the name of an option; keys
+/// of other commands are ignored. Without --config, nothing changes.
 /// Errors: ErrorKind::usage if the file cannot be read or parsed, or a key is not an option of any command: the message
-///         names the nearest one that is.
+///         suggests the most similar option.
 void apply_config_file(Arguments& arguments);
 
-/// Does the same with a text that comes from `source`, except for some keys.
+/// Does the same with the text of `source`, except for some keys.
 void apply_config(Arguments& arguments, const std::string& text, const std::string& source,
                   const std::set<std::string>& without = {});
 
-/// The keys of such a text with their values. Errors: ErrorKind::bad_data if it is not one.
+/// The keys of such a text with their values. Errors: ErrorKind::bad_data if it cannot be parsed.
 Values config_values(const std::string& text, const std::string& source);
 
-/// The same of a run's config.toml; empty if there is none.
+/// The same for the config.toml of a run; empty if there is none.
 Values read_config(const std::filesystem::path& folder);
 
 }  // namespace microbatch::cli

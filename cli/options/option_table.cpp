@@ -79,18 +79,19 @@ void add_batch(Table& table) {
     table.add("batch", &S::batch, "N", "Samples per optimizer step",
               {.at_resume = another_run, .range = a_batch, .reset_by = {"batch-schedule"}});
     table.add("micro-batch", &S::micro_batch, "N|auto",
-              "Samples per forward and backward pass; auto measures a few sizes and takes the fastest that fits",
+              "Samples per forward and backward pass; auto measures a few sizes and picks the fastest that fits",
               {.fallback = "auto", .range = at_least_1, .choices = {"auto"}, .reset_by = {"batch", "batch-schedule"}});
-    table.add("recompute", &S::recompute, "NAME",
-              "auto, never or always: recompute the activations of blocks in the backward pass instead of keeping them "
-              "(activation checkpointing). Slower, needs less memory, gives the same gradients",
-              {.choices = {"auto", "never", "always"}, .reset_by = {"batch", "batch-schedule"}});
+    table.add(
+        "recompute", &S::recompute, "NAME",
+        "Activation checkpointing: auto, never or always. Recomputes the activations of blocks in the backward pass "
+        "instead of storing them: slower, needs less memory, gives the same gradients",
+        {.choices = {"auto", "never", "always"}, .reset_by = {"batch", "batch-schedule"}});
     table.add("memory", &S::memory, "SIZE", "Budget for all tensors of the process, such as 400MiB or 2GiB",
               {.fallback = "four fifths of the free memory"});
     table.add(
         "batch-schedule", &S::batch_schedule, "TEXT",
         "How the batch changes over the run: \"32 at 0, 128 at 2M tokens\", or \"seesaw to 512\", which doubles it "
-        "wherever the schedule has halved the rate. The rate follows by --lr-rule",
+        "each time the schedule halves the learning rate. --lr-rule scales the rate with the batch",
         {.at_resume = another_run, .fallback = "a constant batch", .reset_by = {"batch"}, .commands = command::train});
 }
 
@@ -101,19 +102,18 @@ void add_optimizer(Table& table) {
               {.at_resume = another_run, .choices = {"adamw", "sgd"}});
     table.add("lr", &S::lr, "X", "Peak learning rate",
               {.fallback = by_optimizer(&OptimizerDefaults::lr), .range = not_negative, .reset_by = {"optimizer"}});
-    table.add(
-        "lr-rule", &S::lr_rule, "NAME",
-        "How the rate follows the batch: linear, sqrt, adam-sde (changes betas and epsilon too), beta2-time (changes "
-        "beta2 only) or none",
-        {.fallback = "sqrt for adamw, linear for sgd",
-         .choices = {"none", "linear", "sqrt", "adam-sde", "beta2-time"}});
+    table.add("lr-rule", &S::lr_rule, "NAME",
+              "How to scale the learning rate with the batch: linear, sqrt, adam-sde (also changes betas and epsilon), "
+              "beta2-time (changes beta2 only) or none",
+              {.fallback = "sqrt for adamw, linear for sgd",
+               .choices = {"none", "linear", "sqrt", "adam-sde", "beta2-time"}});
     table.add("reference-batch", &S::reference_batch, "N",
-              "The batch for which --lr and --final-lr are tuned; without it they are used as they are",
+              "The batch that --lr and --final-lr were tuned for; without it, the rates are not scaled",
               {.range = at_least_1});
-    table.add("clip", &S::clip, "X", "Largest gradient norm of the whole batch; inf turns clipping off",
+    table.add("clip", &S::clip, "X", "Clip the gradient of the whole batch to this norm; inf turns clipping off",
               {.range = above_0});
     table.add(
-        "weight-decay", &S::weight_decay, "X", "Decoupled weight decay; biases and norms have none",
+        "weight-decay", &S::weight_decay, "X", "Decoupled weight decay; not applied to biases and norms",
         {.fallback = by_optimizer(&OptimizerDefaults::weight_decay), .range = not_negative, .reset_by = {"optimizer"}});
     table.add("momentum", &S::momentum, "X", "Momentum of sgd",
               {.fallback = fmt::format("{}", default_momentum),
@@ -144,62 +144,63 @@ void add_guard(Table& table) {
     table.begin("Guard and noise", command::train, noted);
     table.add(
         "no-guard", &S::no_guard, "",
-        "Refuse only steps that are not finite. The guard also refuses steps whose loss or gradient norm is far above "
-        "that of the last 128 steps, and notices a run whose loss climbs");
-    table.add("restores", &S::restores, "N",
-              "How often a diverging run returns to a snapshot, at a smaller rate, before it is stopped");
+        "Refuse only steps whose loss or gradient norm is not finite. The guard also refuses steps where one of them "
+        "is far above the last 128 steps, and detects a run whose loss climbs");
+    table.add(
+        "restores", &S::restores, "N",
+        "How many times a diverging run rolls back to a snapshot, at a lower learning rate, before it is stopped");
     table.add("noise-every", &S::noise_every, "N",
-              "Measure the gradient noise every N steps, if a copy of the gradients fits; 0 turns it off");
+              "Measure the gradient noise every N steps, if a copy of the gradients fits in memory; 0 turns it off");
 }
 
 void add_checkpoint(Table& table) {
     table.begin("Checkpoints", command::train, ignored);
-    table.add(
-        "checkpoint-every", &S::checkpoint_every, "INTERVAL",
-        "How often the run is saved: a kill loses at most this much. \"0 steps\" saves only on interrupt and at the "
-        "end");
-    table.add("keep", &S::keep, "N", "How many of the newest checkpoints to keep", {.range = at_least_1});
+    table.add("checkpoint-every", &S::checkpoint_every, "INTERVAL",
+              "Interval between checkpoints: a killed run loses at most this much. \"0 steps\" saves only on interrupt "
+              "and at "
+              "the end");
+    table.add("keep", &S::keep, "N", "Number of newest checkpoints to keep", {.range = at_least_1});
     table.add("keep-every", &S::keep_every, "INTERVAL",
               "Also keep the first checkpoint at or after each multiple of this, such as \"1000 steps\"");
-    table.add("no-checkpoints", &S::no_checkpoints, "", "Write no checkpoints: a killed run is lost");
-    table.add(
-        "resume", &S::resume, "",
-        "Continue the run in --run from its newest valid checkpoint; resumes bit-for-bit. Starts a new run if there "
-        "is no checkpoint yet. Settings come from the checkpoint; flags override them",
-        {.at_resume = not_recorded});
+    table.add("no-checkpoints", &S::no_checkpoints, "", "Write no checkpoints: a killed run cannot be resumed");
+    table.add("resume", &S::resume, "",
+              "Resume the run in --run bit-for-bit from its newest valid checkpoint, or start a new run if there is no "
+              "checkpoint yet. Settings come from the checkpoint; flags override them",
+              {.at_resume = not_recorded});
     table.add("resume-changed", &S::resume_changed, "",
-              "Like --resume, even if the model, data, batch, optimizer or seed differ from the checkpoint's",
+              "Like --resume, but also if the model, data, batch, optimizer or seed differ from the checkpoint's",
               {.at_resume = not_recorded});
 }
 
 void add_run(Table& table) {
     table.begin("Run", command::any_job, not_recorded);
-    table.add("seed", &S::seed, "N", "The same seed, threads and micro-batch give the same bits; up to 2^64 - 1",
+    table.add("seed", &S::seed, "N",
+              "Random seed, up to 2^64 - 1. The same seed, threads and micro-batch give the same bits",
               {.at_resume = another_run});
-    table.add("threads", &S::threads, "N", "Threads of torch's kernels",
+    table.add("threads", &S::threads, "N", "Number of threads for torch's kernels",
               {.at_resume = ignored, .fallback = "torch's choice", .range = up_to_1024});
     table.add("config", &S::config, "FILE", "TOML file with any of these options as keys; flags override it");
     table.add("json", &S::json, "", "Print one JSON document to stdout; everything else goes to stderr",
               {.commands = command::any_job + command::doctor});
-    table.add("run", &S::run, "DIR", "Folder of this run; must not hold a run yet, except with --resume",
+    table.add("run", &S::run, "DIR", "Folder for this run; must not contain a run yet, except with --resume",
               {.fallback = "runs/MODEL-TIME", .commands = command::train});
-    table.add("run", &S::run, "DIR", "Compare the predictions for the run in this folder with what it measured",
+    table.add("run", &S::run, "DIR", "Compare the predictions for the run in this folder with its measurements",
               {.commands = command::plan});
-    table.add("run", &S::run, "DIR", "Keep every run in this new folder, each with the comparison in its report.html",
+    table.add("run", &S::run, "DIR", "Keep all runs in this new folder, each with the comparison in its report.html",
               {.commands = command::compare});
     table.add("run", &S::run, "DIR", "Folder of the run; it may still be training", {.commands = command::report});
     table.add("batches", &S::batches, "LIST",
               "Compare these batches instead, such as \"16, 64, 256\", all with the plan's micro-batch",
               {.commands = command::compare});
-    table.add("seeds", &S::seeds, "N", "Runs of each strategy, with seeds from --seed upwards",
+    table.add("seeds", &S::seeds, "N", "Number of runs of each strategy, with seeds from --seed upwards",
               {.range = up_to_1000, .commands = command::compare});
     table.add("check", &S::check, "",
-              "Also continue training at 1, 2, 4 and 8 times the batch, and see which reaches the same loss",
+              "Also continue training at 1, 2, 4 and 8 times the batch, to see which batches reach the same loss",
               {.commands = command::advise});
     table.add("no-verify", &S::no_verify, "",
-              "Skip the check at the start that the gradient does not depend on how the batch is cut",
+              "Skip the check at the start that the gradient does not depend on how the batch is split",
               {.at_resume = ignored, .commands = command::train});
-    table.add("quiet", &S::quiet, "", "Print only the progress, without the plan before and the summary after",
+    table.add("quiet", &S::quiet, "", "Print only the progress, without the plan before it and the summary after it",
               {.commands = command::train});
 }
 

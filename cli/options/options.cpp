@@ -37,7 +37,7 @@ T parse(const std::string& text) {
     }
 }
 
-// Levenshtein distance, one row at a time.
+// The Levenshtein distance, computed row by row.
 std::size_t edit_distance(std::string_view a, std::string_view b) {
     std::vector<std::size_t> row(b.size() + 1);
     std::iota(row.begin(), row.end(), 0);
@@ -120,7 +120,7 @@ void read(const Option& option, const std::string& text, Settings& settings) {
 
 std::string did_you_mean(std::string_view given, const std::vector<std::string>& names) {
     std::string best;
-    // A short word is similar to everything.
+    // A short word is similar to every word.
     std::size_t best_distance = std::min(given.size(), std::max<std::size_t>(3, given.size() / 3 + 1));
     for (const std::string& name : names) {
         const std::size_t distance = edit_distance(given, name);

@@ -17,7 +17,7 @@ template <class First, class... Rest>
     refuse(fmt::format(format, std::forward<First>(first), std::forward<Rest>(rest)...));
 }
 
-/// What `read` gives; an error of its has the flag's name in front.
+/// Returns the result of `read`; an error gets the name of the flag as a prefix.
 template <class Read>
 auto read_flag(const char* flag, Read read) {
     try {

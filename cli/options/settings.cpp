@@ -37,7 +37,7 @@ void validate_batch_schedule(const Settings& settings) {
     const RateRule rule = rate_rule_of(settings);
     if (rule == RateRule::adam_sde || rule == RateRule::beta2_time) {
         refuse(
-            "--lr-rule {} contradicts --batch-schedule: it would have to change Adam's betas during the run; choose "
+            "--lr-rule {} contradicts --batch-schedule: it would change Adam's betas during the run; choose "
             "none, linear or sqrt",
             to_string(rule));
     }
@@ -45,8 +45,7 @@ void validate_batch_schedule(const Settings& settings) {
 
 void validate_rate_rule(const Settings& settings) {
     if (!settings.reference_batch && settings.batch_schedule.empty() && rate_rule_of(settings) != RateRule::none) {
-        refuse("--lr-rule {} has nothing to start from: say with --reference-batch for which batch --lr is tuned",
-               settings.lr_rule);
+        refuse("--lr-rule {} needs --reference-batch: the batch that --lr was tuned for", settings.lr_rule);
     }
     constants_of(settings, settings.batch);
 }
@@ -58,7 +57,7 @@ void validate_micro_batch(const Settings& settings) {
         const std::int64_t smallest = smallest_batch(parse_batch_schedule(settings.batch_schedule));
         if (size > smallest) {
             refuse(
-                "--batch-schedule \"{}\" goes down to {} samples, below --micro-batch {}: choose a smaller "
+                "--batch-schedule \"{}\" has a batch of {} samples, below --micro-batch {}: choose a smaller "
                 "--micro-batch",
                 settings.batch_schedule, smallest, size);
         }
@@ -103,7 +102,7 @@ Schedule schedule_of(const Settings& settings, Interval length, std::int64_t tok
         return read_flag(flag, [&] {
             const Interval interval = parse_interval(text);
             Interval converted = convert(interval, length.unit, settings.batch, tokens_per_sample);
-            // A last, smaller batch makes a run of n steps shorter than n batches.
+            // With a smaller last batch, a run of n steps has fewer samples than n batches.
             const Interval steps = convert(length, Unit::steps, settings.batch, tokens_per_sample);
             if (interval.unit == Unit::steps && interval.count <= steps.count) {
                 converted.count = std::min(converted.count, length.count);
@@ -170,7 +169,8 @@ double weight_decay_of(const Settings& settings) {
 }
 
 void validate(const Settings& settings) {
-    if (settings.data.empty()) refuse("--data is missing: name a text file, a .bin of tokens or a folder with images");
+    if (settings.data.empty())
+        refuse("--data is missing: name a text file, a .bin file of tokens or a folder of images");
     require_options_apply(settings);
     if (settings.nesterov && momentum_of(settings) == 0.0) refuse("--nesterov contradicts --momentum 0");
     validate_rate_rule(settings);
@@ -183,7 +183,7 @@ Settings resolved(Settings settings, const Plan& cut, Interval length, std::int6
                   std::int64_t budget_bytes) {
     const Schedule schedule = schedule_of(settings, length, tokens_per_sample);
     const bool follows_batch = settings.reference_batch || !settings.batch_schedule.empty();
-    // A batch that changes starts from its first; written down, the rule holds for other commands too.
+    // A changing batch scales from its first one; recorded, the rule also applies to other commands.
     const std::int64_t reference = settings.reference_batch.value_or(settings.batch);
     settings.lr_rule = follows_batch ? to_string(rate_rule_of(settings)) : "";
     if (follows_batch) settings.reference_batch = reference;

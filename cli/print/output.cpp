@@ -15,7 +15,7 @@ namespace microbatch::cli {
 
 void prepare_output() {
     std::signal(SIGPIPE, SIG_IGN);
-    // A file that is opened gets the lowest free descriptor.
+    // An opened file gets the lowest free descriptor.
     int opened = 0;
     while (opened >= 0 && opened <= STDERR_FILENO) opened = ::open("/dev/null", O_RDWR);
     if (opened >= 0) ::close(opened);
@@ -73,7 +73,7 @@ bool LiveLine::is_due() const {
 void LiveLine::draw(const std::string& line) {
     last_ = std::chrono::steady_clock::now();
     drawn_ = true;
-    // Cut to the window: a line that wraps could not be drawn over.
+    // Truncated to the window: a wrapped line cannot be redrawn.
     terminal_ ? print(stream_, "\r{}\x1b[K", line.substr(0, terminal_columns(stream_) - 1))
               : print(stream_, "{}\n", line);
 }

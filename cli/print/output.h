@@ -15,12 +15,12 @@
 
 namespace microbatch::cli {
 
-/// Prepares stdout and stderr: a reader that goes away ends nothing, and a closed stream becomes /dev/null, so that no
-/// file of the run takes its place.
+/// Prepares stdout and stderr: a closed pipe does not end the process, and a closed stream becomes /dev/null, so that
+/// no file of the run gets its descriptor.
 void prepare_output();
 
-/// Writes to stdout or stderr at once. A failure (disk full, reader gone) is ignored: output never decides how a
-/// command ends.
+/// Writes to stdout or stderr immediately. A failure (disk full, closed pipe) is ignored: output never affects the exit
+/// code.
 void write(std::FILE* stream, std::string_view text);
 
 /// Formats and writes; the only way in which the command prints.
@@ -29,22 +29,22 @@ void print(std::FILE* stream, fmt::format_string<Args...> format, Args&&... args
     write(stream, fmt::format(format, std::forward<Args>(args)...));
 }
 
-/// Prints rows in aligned columns; the first row is the heading, the first column goes left and the others right.
+/// Prints rows in aligned columns; the first row is the heading. The first column is left-aligned, the others right.
 void print_table(std::FILE* stream, const std::vector<std::vector<std::string>>& rows);
 
 /// 3723 s -> "1:02:03", 62 s -> "1:02".
 std::string clock_time(double seconds);
 
-/// True if lines may be drawn over; not on a dumb terminal.
+/// True if lines can be redrawn; false on a dumb terminal.
 bool is_terminal(std::FILE* stream);
 
-/// How wide it is; 100 where that is not known.
+/// The width of the terminal; 100 if unknown.
 std::size_t terminal_columns(std::FILE* stream);
 
-/// A line that says how something goes on: on a terminal drawn over and over, in a pipe a plain line once in a while.
+/// A line that shows progress: on a terminal, one line that is redrawn; in a pipe, an occasional plain line.
 class LiveLine {
 public:
-    /// at_once: in a pipe too the first line comes without waiting.
+    /// at_once: in a pipe, the first line is printed without waiting.
     explicit LiveLine(std::FILE* stream, bool at_once = true);
     LiveLine(const LiveLine&) = delete;
     LiveLine& operator=(const LiveLine&) = delete;
@@ -52,13 +52,13 @@ public:
 
     bool is_on_terminal() const { return terminal_; }
 
-    /// False if the one before is too new: what is not drawn costs nothing.
+    /// False if the previous line is too recent: the caller need not format a line that is not drawn.
     bool is_due() const;
     void draw(const std::string& line);
 
-    /// Makes room for a line of its own.
+    /// Erases the line, so that a separate line can be printed.
     void clear();
-    /// Leaves the last one where it is.
+    /// Ends the line and keeps it.
     void end();
 
 private:
@@ -68,13 +68,13 @@ private:
     std::chrono::steady_clock::time_point last_ = {};
 };
 
-/// Each part's name and bytes.
+/// The name and size of each part.
 std::vector<std::pair<std::string, std::int64_t>> named(const MemoryParts& parts);
 
 /// "parameters 3.18 MiB, gradients 3.18 MiB, optimizer state 6.37 MiB, activations 36.1 MiB, other 64 KiB".
 std::string describe_parts(const MemoryParts& parts);
 
-/// How far a prediction is off, of what was measured: "+1.5 %".
+/// The error of a prediction relative to the measurement: "+1.5 %".
 std::string percent_off(double predicted, double measured);
 
 }  // namespace microbatch::cli

@@ -9,7 +9,7 @@
 namespace microbatch::cli {
 namespace {
 
-// As long as there is room for beside the figures, which matter more.
+// As long as the space next to the figures allows, which matter more.
 std::string bar(double share, std::size_t columns, std::size_t figures) {
     constexpr std::size_t longest = 20, shortest = 5, frame = 4;
     if (columns < figures + frame + shortest) return {};

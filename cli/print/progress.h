@@ -11,19 +11,19 @@
 
 namespace microbatch::cli {
 
-/// Shows how a run is going: on a terminal one line drawn over and over, in a pipe a plain line every few seconds.
-/// Draws at most ten times a second, so that it costs a run nothing.
+/// Shows the progress of a run: on a terminal, one line that is redrawn; in a pipe, a plain line every few seconds.
+/// Draws at most ten times per second, so that the cost is negligible.
 class ProgressLine {
 public:
     /// speed_unit: "tokens" or "images".
-    /// begun: what a run had made already that goes on.
+    /// begun: the progress of a resumed run.
     ProgressLine(std::FILE* stream, Interval length, const char* speed_unit, std::int64_t budget_bytes,
                  const Progress& begun = {});
 
     /// After every step. peak_bytes: the largest so far.
     void update(const TrainerReport& report, std::int64_t peak_bytes);
 
-    /// A line of its own, for what happens seldom.
+    /// Prints a separate line, for rare events.
     void note(const std::string& text);
 
     /// Draws the last state and ends the line; safe to call twice.
@@ -43,7 +43,7 @@ private:
     std::int64_t peak_bytes_ = 0;
     bool pending_ = false;
     std::int64_t losses_ = 0;
-    double loss_ = 0.0;  // mean over the last steps, the newest counting most
+    double loss_ = 0.0;  // mean over the last steps, weighted towards the newest
 };
 
 }  // namespace microbatch::cli

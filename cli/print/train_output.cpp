@@ -26,7 +26,7 @@ void print_rate_rule(std::FILE* out, const Settings& settings) {
     const RateRule rule = rate_rule_of(settings);
     if (!settings.reference_batch) {
         if (!settings.batch_schedule.empty())
-            print(out, "rule      the rate follows the batch by {}\n", to_string(rule));
+            print(out, "rule      the learning rate is scaled with the batch by the rule {}\n", to_string(rule));
         return;
     }
     if (rule == RateRule::none) return;
@@ -40,23 +40,24 @@ double speed(const Outcome& outcome) {
 }
 
 std::string describe_divergence(const Outcome& outcome, const Settings& settings) {
-    const std::string before = outcome.refused_in_a_row > 1 ? fmt::format(", and the {} steps before were refused, too",
+    const std::string before = outcome.refused_in_a_row > 1 ? fmt::format("; the {} steps before it were refused too",
                                                                           outcome.refused_in_a_row - 1)
                                                             : std::string();
-    const std::string restored =
-        outcome.restores > 1 ? fmt::format("; it had gone back {} times before", outcome.restores - 1) : std::string();
+    const std::string restored = outcome.restores > 1
+                                     ? fmt::format("; it had already rolled back {} times", outcome.restores - 1)
+                                     : std::string();
     const std::string weights =
         !outcome.weights_written
-            ? "model.safetensors is still that of the run before"
+            ? "model.safetensors still holds the weights of the previous run"
             : fmt::format("model.safetensors holds the weights of {}",
-                          outcome.last.went_back_to ? fmt::format("step {}", *outcome.last.went_back_to)
-                                                    : "the last step that was applied");
+                          outcome.last.rolled_back_to ? fmt::format("step {}", *outcome.last.rolled_back_to)
+                                                      : "the last applied step");
     const std::string cure =
         outcome.healthy_checkpoint
             ? fmt::format("resume from the healthy checkpoint of step {} (--resume) with", *outcome.healthy_checkpoint)
-            : "take";
+            : "use";
     return fmt::format(
-        "the run diverged at step {}: {}{}{}. {}; {} a smaller --lr than {:g}, a --warmup or a smaller --clip",
+        "the run diverged at step {}: {}{}{}. {}; {} a lower --lr than {:g}, a --warmup or a smaller --clip",
         outcome.last.progress.steps, outcome.last.step.reason, before, restored, weights, cure,
         learning_rate_of(settings));
 }
@@ -64,8 +65,9 @@ std::string describe_divergence(const Outcome& outcome, const Settings& settings
 std::string describe_bad_end(const Outcome& outcome, const Settings& settings) {
     const std::string held_out = outcome.held_out ? fmt::format(", {:.4g} held out", *outcome.held_out) : std::string();
     return fmt::format(
-        "the run ended worse than it began: its loss was {:.4g} at the first step, and is {:.4g} at the last{}; take a "
-        "smaller --lr than {:g}, a --warmup or a smaller --clip",
+        "the run ended worse than it began: the loss was {:.4g} at the first step and {:.4g} at the last{}; use a "
+        "lower "
+        "--lr than {:g}, a --warmup or a smaller --clip",
         outcome.first_loss, outcome.last.step.loss, held_out, learning_rate_of(settings));
 }
 
@@ -99,15 +101,15 @@ void note_step(ProgressLine& progress, const TrainerReport& report, const std::o
         progress.note(fmt::format("step {}: {}", report.progress.steps, what));
     };
     if (step.out_of_memory > 0) {
-        note(fmt::format("out of memory; undone and made again in micro-batches of {}{}", step.plan.micro_batch,
+        note(fmt::format("out of memory; undone and repeated in micro-batches of {}{}", step.plan.micro_batch,
                          step.plan.recompute ? " with recompute" : ""));
     }
     if (!step.applied && step.weight != 0.0) note("refused: " + step.reason);
-    if (report.went_back_to && recovery) {
-        note(
-            fmt::format("diverged; back to the weights of step {}; the learning rate warms up over {} steps and stays "
-                        "below {:g} times the one that diverged; the data since then is skipped",
-                        *report.went_back_to, recovery->warmup, recovery->rate_factor));
+    if (report.rolled_back_to && recovery) {
+        note(fmt::format(
+            "diverged; rolled back to the weights of step {}; the learning rate warms up over {} steps to at most {:g} "
+            "times the last calm one; the data since then is skipped",
+            *report.rolled_back_to, recovery->warmup, recovery->rate_factor));
     }
     if (!report.warning.empty()) progress.note(report.warning);
 }
@@ -133,27 +135,26 @@ void print_summary(std::FILE* out, const JobPlan& plan, const PlanReport& report
         print(out, "noise     {}\n",
               outcome.last.noise_batch ? fmt::format("as large as the gradient at a batch of {} (a proxy)",
                                                      format_count(std::llround(*outcome.last.noise_batch)))
-                                       : "undefined: too few measures, or the noise hides the gradient");
+                                       : "undefined: too few measurements, or the noise hides the gradient");
     }
     const double seconds = outcome.median_step_seconds();
-    if (seconds > 0.0) {  // a run that was done already made no step
-        print(out, "time      {:.3f} s a step measured, {:.3f} s predicted ({})\n", seconds, chosen.step_seconds,
+    if (seconds > 0.0) {  // a run that was already complete makes no step
+        print(out, "time      {:.3f} s per step measured, {:.3f} s predicted ({})\n", seconds, chosen.step_seconds,
               percent_off(chosen.step_seconds, seconds));
     }
     if (outcome.out_of_memory > 0) {
-        print(out,
-              "undone    {} times a step ran out of memory and was made again, in the end in micro-batches of {}{}\n",
+        print(out, "retried   {} times after running out of memory, the last time in micro-batches of {}{}\n",
               outcome.out_of_memory, outcome.plan.micro_batch, outcome.plan.recompute ? " with recompute" : "");
     }
     if (outcome.restores > 0) {
-        print(out, "restores  {} times the run diverged and went back to weights from before, at a smaller rate\n",
+        print(out, "restores  the run diverged and rolled back to earlier weights {} times, at a lower rate\n",
               outcome.restores);
     }
     if (outcome.refused > 0) {
-        print(out, "refused   {} steps were not applied; the reasons are in metrics.jsonl\n", outcome.refused);
+        print(out, "refused   {} steps were not applied; metrics.jsonl has the reasons\n", outcome.refused);
     }
     if (outcome.checkpoint_seconds > 0.0) {
-        print(out, "saved     {} times; training waited {:.3f} s for it on the way\n", outcome.checkpoints,
+        print(out, "saved     {} times; training waited {:.3f} s for checkpoints\n", outcome.checkpoints,
               outcome.checkpoint_seconds);
     }
     print(out, "written   {}: config.toml, metrics.jsonl, {}report.html, summary.json{}\n", folder.string(),
@@ -163,7 +164,7 @@ void print_summary(std::FILE* out, const JobPlan& plan, const PlanReport& report
 
 void print_way_on(std::FILE* out, const Outcome& outcome, const std::filesystem::path& folder) {
     if (!outcome.checkpointed) return;
-    print(out, "go on     microbatch train --run {} --resume\n", folder.string());
+    print(out, "continue  microbatch train --run {} --resume\n", folder.string());
 }
 
 void print_json(const JobPlan& plan, const PlanReport& report, const Outcome& outcome,
@@ -209,8 +210,8 @@ void judge_end(Outcome& outcome, const std::filesystem::path& folder) {
     try {
         for (const StepRecord& step : read_run_log(folder).steps) {
             if (step.applied) kept.push_back(step);
-            if (!step.went_back_to) continue;
-            std::erase_if(kept, [&](const StepRecord& one) { return one.step > *step.went_back_to; });
+            if (!step.rolled_back_to) continue;
+            std::erase_if(kept, [&](const StepRecord& one) { return one.step > *step.rolled_back_to; });
         }
     } catch (const Error&) {
         return;  // the log could not be written, which was said

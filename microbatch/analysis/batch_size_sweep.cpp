@@ -10,17 +10,19 @@ namespace microbatch {
 namespace {
 
 void validate(const BranchOptions& options) {
-    const auto refuse = [](const auto&... what) { throw Error(ErrorKind::usage, str_cat("branches: ", what...)); };
+    const auto refuse = [](const auto&... what) {
+        throw Error(ErrorKind::usage, str_cat("batch-size sweep: ", what...));
+    };
     if (options.factors.empty() || options.factors.front() != 1) refuse("the first factor of the batch must be 1");
     for (std::size_t i = 1; i < options.factors.size(); ++i) {
-        if (options.factors[i] <= options.factors[i - 1]) refuse("the factors of the batch must rise");
+        if (options.factors[i] <= options.factors[i - 1]) refuse("the factors of the batch must increase");
     }
     const std::int64_t largest = options.factors.back();
     if (options.batch < 1 || options.batch > std::numeric_limits<std::int64_t>::max() / largest) {
         refuse("the batch is ", options.batch, " with factors up to ", largest);
     }
     if (options.samples < options.batch * largest) {
-        refuse(options.samples, " samples are less than the largest batch, ", options.batch * largest);
+        refuse(options.samples, " samples are fewer than the largest batch, ", options.batch * largest);
     }
 }
 
@@ -37,7 +39,7 @@ double trained_loss(Trainer& trainer, std::int64_t samples, const std::function<
     return weight > 0.0 ? sum / weight : std::numeric_limits<double>::quiet_NaN();
 }
 
-/// Puts the job back at its end.
+/// Restores the job when it is destroyed.
 class Undone {
 public:
     explicit Undone(Accumulator& accumulator)

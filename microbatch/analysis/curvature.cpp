@@ -32,7 +32,7 @@ Vector trainable(const Parameters& parameters) {
     return tensors;
 }
 
-// Of numbers drawn in fp64 and rounded: the same vector for every type, device and number of threads.
+// Drawn in fp64 and rounded: the same vector for every type, device and number of threads.
 Vector random_like(const Vector& tensors, std::uint64_t seed) {
     at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(seed);
     Vector result;
@@ -68,7 +68,7 @@ void for_each_micro_batch(const Batch& batch, std::int64_t micro_batch, const st
 }
 
 [[noreturn]] void refuse_weight() {
-    throw Error(ErrorKind::usage, "curvature: the batch has weight 0, and no mean loss");
+    throw Error(ErrorKind::usage, "curvature: the batch has weight 0, so its mean loss is undefined");
 }
 
 class Hessian {
@@ -99,7 +99,7 @@ private:
                                                        /*allow_unused=*/true);
         Vector outputs, weights;
         for (std::size_t i = 0; i < gradients.size(); ++i) {
-            // A gradient that depends on nothing has no part in the Hessian.
+            // A gradient that depends on nothing contributes nothing to the Hessian.
             if (!gradients[i].defined() || !gradients[i].requires_grad()) continue;
             outputs.push_back(gradients[i]);
             weights.push_back(vector[i]);
@@ -119,7 +119,7 @@ private:
     const LossFunction& loss_;
 };
 
-/// The largest eigenvalue of the tridiagonal matrix, and how much of its vector is in the last direction.
+/// The largest eigenvalue of the tridiagonal matrix, and the last component of its vector.
 struct Ritz {
     double value, last;
 };
@@ -162,7 +162,7 @@ Curvature largest_curvature(const Parameters& parameters, const Batch& batch, st
         found.largest_eigenvalue = ritz.value;
         found.residual = length * ritz.last;
         found.converged = found.residual <= options.tolerance * std::abs(ritz.value);
-        if (length == 0.0) break;  // nothing is left that the vectors so far do not span
+        if (length == 0.0) break;  // the vectors so far span everything
         beside.push_back(length);
         scale(next, 1.0 / length);
         before = std::move(now);
@@ -173,7 +173,7 @@ Curvature largest_curvature(const Parameters& parameters, const Batch& batch, st
 
 namespace {
 
-/// Puts the parameters back at its end.
+/// Restores the parameters when it is destroyed.
 class Moved {
 public:
     Moved(const Vector& tensors, std::uint64_t seed) : tensors_(tensors), direction_(random_like(tensors, seed)) {
@@ -193,7 +193,7 @@ public:
     }
 
 private:
-    // Each row as long as the parameter's; biases and norms are not moved.
+    // Each row gets the norm of the parameter's row; biases and norms are not moved.
     static void normalise(at::Tensor& direction, const at::Tensor& parameter) {
         if (parameter.dim() < 2) {
             direction.zero_();

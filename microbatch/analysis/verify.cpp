@@ -23,7 +23,7 @@ struct Gradients {
     std::vector<at::Tensor> mean;  // by parameter; undefined where there is none
 };
 
-// NaN compares as larger than everything, so that it is never hidden.
+// NaN compares as larger than everything, so it is never hidden.
 bool above(double value, double limit) {
     return !(value <= limit);
 }
@@ -73,7 +73,7 @@ private:
         return epsilon;
     }
 
-    // Every call begins with the same generators and buffers, unless the draws are to differ.
+    // Every call starts with the same generators and buffers, unless the draws are to differ.
     Gradients gradients(const Plan& plan, bool same_draws = true) {
         restore_forward_state(*as_model_, before_.before(), /*generators=*/same_draws);
         if (evaluate_) model_.train(false);
@@ -131,7 +131,7 @@ private:
         return relative(joint_norm({difference}), scale);
     }
 
-    // Draws again: dropout is silent in evaluation mode, noise that the loss function itself adds is not.
+    // Draws again: in evaluation mode, dropout is off, but noise that the loss function adds is not.
     bool is_random(const Gradients& whole) { return !compare(whole, gradients(Plan{}, /*same_draws=*/false)).empty(); }
 
     void diagnose(const Gradients& whole, bool moves_buffers) {
@@ -148,7 +148,7 @@ private:
         if (result_.causes.empty()) result_.causes.push_back(Cause::unknown);
     }
 
-    // Every sample twice doubles a sum and leaves a mean as it is.
+    // Duplicating every sample doubles a sum and leaves a mean unchanged.
     bool is_averaged() {
         Batch twice;
         for (const at::Tensor& field : batch_.fields) twice.fields.push_back(at::cat({field, field}));
@@ -183,22 +183,24 @@ private:
 std::string_view describe(Cause cause) {
     switch (cause) {
         case Cause::averaged_loss:
-            return "the loss is averaged already: return its sum over the micro-batch, and as weight what it would be "
-                   "averaged over (samples or target tokens)";
+            return "the loss is already averaged: return the sum over the micro-batch, and as weight the number of "
+                   "samples or "
+                   "target tokens";
         case Cause::batch_statistics:
-            return "a layer normalises by the micro-batch it sees (BatchNorm): its update depends on the micro-batch; "
-                   "GroupNorm or LayerNorm does not";
+            return "a layer normalises over the micro-batch (BatchNorm), so its update depends on the micro-batch; "
+                   "GroupNorm "
+                   "and LayerNorm do not";
         case Cause::randomness:
-            return "the forward pass draws random numbers (dropout): other draws for another cut, but no bias";
+            return "the forward pass draws random numbers (dropout): another split draws other numbers, without bias";
         case Cause::coupled_samples:
             return "the loss of a sample depends on the other samples of its micro-batch (in-batch negatives, batch "
-                   "statistics): cutting the batch changes what is trained";
+                   "statistics): splitting the batch changes what is trained";
         case Cause::not_finite:
             return "the loss or a gradient is not finite";
         case Cause::unknown:
             break;
     }
-    return "the cause is not known: does the loss function keep state between calls?";
+    return "unknown cause: does the loss function keep state between calls?";
 }
 
 Verification verify(torch::nn::Module& model, const Batch& batch, const LossFunction& loss, std::int64_t micro_batch) {

@@ -31,15 +31,15 @@ const std::shared_ptr<std::atomic<int>>& scopes_of_this_thread() {
     return scopes;
 }
 
-/// The key set that finds torch's own autograd function, which the one here replaces.
+/// The key set that finds torch's own autograd function, which this one replaces.
 c10::DispatchKeySet to_autograd(c10::DispatchKeySet keys) {
     return (keys & c10::after_autograd_keyset) | c10::DispatchKeySet(c10::DispatchKey::AutogradOther);
 }
 
-/// The leaf that a product's matrix is, or is the transpose of.
+/// The leaf that the matrix of a product is, or is the transpose of.
 struct Weight {
     at::Tensor leaf;            // undefined if the matrix is neither
-    Node* transpose = nullptr;  // the matrix's node, if it is not the leaf; lives as long as the product's
+    Node* transpose = nullptr;  // the matrix's node, if it is not the leaf; lives as long as the product's node
 };
 
 bool is_transpose(const at::Tensor& matrix, const at::Tensor& of) {

@@ -71,7 +71,7 @@ private:
     std::vector<std::pair<std::shared_ptr<Module>, bool>> training_;
 };
 
-/// Establishes other surroundings while it lives.
+/// Establishes another environment during its lifetime.
 class SurroundingsScope {
 public:
     SurroundingsScope(const Surroundings& then, const Surroundings& now) : now_(now) { then.establish(); }
@@ -114,7 +114,7 @@ void write(const BufferValues& values) {
     for (const auto& [buffer, value] : values) buffer.variable_data().copy_(value);
 }
 
-/// Gives some buffers other values while it lives.
+/// Gives some buffers other values during its lifetime.
 class BufferScope {
 public:
     explicit BufferScope(const BufferValues& then) {
@@ -150,7 +150,7 @@ public:
     }
 };
 
-/// What the second run needs of the first.
+/// What the second run needs from the first.
 struct FirstRun : torch::CustomClassHolder {
     FirstRun(Block run, std::shared_ptr<Module> of, at::Device device)
         : block(std::move(run)), module(std::move(of)), surroundings(device, *module) {}
@@ -158,7 +158,7 @@ struct FirstRun : torch::CustomClassHolder {
     Block block;
     std::shared_ptr<Module> module;
     Surroundings surroundings;
-    BufferValues buffers;  // before it, of the buffers that it changed
+    BufferValues buffers;  // from before it, for the buffers that it changed
 };
 
 at::Tensor run_again(const FirstRun& first, const at::Tensor& x) {
@@ -169,14 +169,14 @@ at::Tensor run_again(const FirstRun& first, const at::Tensor& x) {
     return first.block(x);
 }
 
-/// True if a nested backward gives this parameter what the outer one would. Hooks would run in both.
+/// True if a nested backward computes the same gradient for this parameter as the outer one. Hooks would run in both.
 bool only_accumulates(const at::Tensor& parameter) {
     if (!parameter.is_leaf() || !torch::autograd::impl::hooks(parameter).empty()) return false;
     const auto accumulator = torch::autograd::impl::try_get_grad_accumulator(parameter);
     return !accumulator || (accumulator->pre_hooks().empty() && accumulator->post_hooks().empty());
 }
 
-/// Removes the hooks of some tensors while it lives.
+/// Removes the hooks of some tensors during its lifetime.
 class HooksAway {
 public:
     explicit HooksAway(const variable_list& tensors) : tensors_(tensors), away_(tensors.size()) { exchange(); }
@@ -215,8 +215,8 @@ public:
     static variable_list backward(AutogradContext* context, variable_list gradients) {
         if (at::GradMode::is_enabled()) {
             throw Error(ErrorKind::usage,
-                        "recompute: a gradient of a gradient (create_graph) does not go through a recomputed block; "
-                        "turn recompute off for it");
+                        "recompute: a recomputed block does not support gradients of gradients (create_graph); "
+                        "turn recompute off");
         }
         const variable_list saved = context->get_saved_variables();
         const std::size_t inputs = saved.size();

@@ -11,8 +11,8 @@ class Module;
 
 namespace microbatch {
 
-/// Activation checkpointing: block(x), with the same bits and the same gradients, but nothing that the block computes
-/// is saved for backward; backward runs the block again. If no gradient is needed it is just block(x).
+/// Activation checkpointing: block(x) with the same bits and the same gradients, but nothing that the block computes is
+/// saved for backward; backward runs the block again. Without gradients, it is just block(x).
 ///
 /// `module` owns the parameters and buffers that the block uses. Every tensor that requires grad and is used must be
 /// `x` or one of its parameters. The block must not change x in place, and must draw from torch's default generators

@@ -23,8 +23,8 @@ bool operators_are_watched();
 /// True if a hook observes the gradients that reach this node of the graph.
 bool has_hooks(torch::autograd::Node& node);
 
-/// Calls add(leaf.grad) if the running backward may add the result of the terms there. Returns false and does nothing
-/// if autograd has to; for when that is, see InPlaceGradients.
+/// Calls add(leaf.grad) if the running backward may accumulate the result of the terms there. Returns false and does
+/// nothing if autograd has to: see InPlaceGradients.
 ///
 /// Threads: holds the lock under which torch itself adds to this gradient.
 bool sum_in_place(const at::Tensor& leaf, std::initializer_list<at::Tensor> terms,

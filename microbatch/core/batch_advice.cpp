@@ -21,7 +21,7 @@ std::int64_t to_batch(double samples) {
     return static_cast<std::int64_t>(std::clamp(samples, 1.0, largest));
 }
 
-// The fastest micro-batch into which the batch can be cut; in a tie the largest.
+// The fastest micro-batch into which the batch can be split; in a tie, the largest.
 const TimedCut* fastest(std::span<const TimedCut> cuts, std::int64_t batch) {
     const TimedCut* best = nullptr;
     for (const TimedCut& cut : cuts) {
@@ -64,10 +64,10 @@ void require_enough_data(std::int64_t batch, std::int64_t samples) {
     const std::string repetition = describe_repetition(batch, samples);
     const std::int64_t percent = std::llround(100.0 * share(batch, samples));
     throw Error(ErrorKind::usage,
-                str_cat("the data is too small to tell the noise of a batch of ", batch, ": ",
+                str_cat("the data is too small to measure the noise of a batch of ", batch, ": ",
                         repetition.empty() ? str_cat("it has ", samples, " samples, and a batch holds ", percent, " %")
                                            : repetition,
-                        "; take a batch of at most a tenth of the data's samples, or more data"));
+                        "; use a batch of at most a tenth of the samples, or more data"));
 }
 
 BatchAdvice advise_batch(double noise_batch, std::span<const TimedCut> cuts, double update_seconds,
@@ -77,7 +77,7 @@ BatchAdvice advise_batch(double noise_batch, std::span<const TimedCut> cuts, dou
         throw Error(ErrorKind::usage, str_cat("the noise batch is ", noise_batch, "; it must be finite and above 0"));
     }
     if (fastest(cuts, largest) == nullptr) {
-        throw Error(ErrorKind::usage, str_cat("nothing is known of a micro-batch of at most ", largest, " samples"));
+        throw Error(ErrorKind::usage, str_cat("no measured micro-batch has at most ", largest, " samples"));
     }
     const std::int64_t smallest = std::min_element(cuts.begin(), cuts.end(), [](const auto& one, const auto& other) {
                                       return one.micro_batch < other.micro_batch;

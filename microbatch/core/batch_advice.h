@@ -7,7 +7,7 @@
 
 namespace microbatch {
 
-/// The speed of a micro-batch size, and so of a batch cut into it.
+/// The speed of a micro-batch size, and so of a batch split into it.
 struct TimedCut {
     std::int64_t micro_batch = 1;
     double sample_seconds = 0.0;  ///< forward and backward of one sample
@@ -27,9 +27,9 @@ struct BatchCost {
 
 /// Batch sizes side by side, and conclusions.
 struct BatchAdvice {
-    double noise_batch = 0.0;      ///< the knee: twice the fewest steps and twice the fewest samples
+    double noise_batch = 0.0;      ///< the knee: twice the minimum of steps and twice the minimum of samples
     std::int64_t samples = 0;      ///< of the data; no batch of the table is larger
-    std::vector<BatchCost> table;  ///< each twice the one before
+    std::vector<BatchCost> table;  ///< each batch twice the previous one
     std::size_t soonest = 0;       ///< index in the table: reaches the same loss first on this machine
     BatchCost soonest_uncut = {};  ///< of those timed as one micro-batch, in the table or not
 
@@ -42,12 +42,12 @@ struct BatchAdvice {
 std::int64_t batch_of_few_steps(double noise_batch);
 std::int64_t batch_of_few_samples(double noise_batch);
 
-/// How often a batch holds a sample: "a batch of 64 holds each of the data's 9 samples 7.1 times". Empty for a batch
-/// that is not larger than the data.
+/// How often a batch contains a sample: "a batch of 64 holds each of the data's 9 samples 7.1 times". Empty if the
+/// batch is not larger than the data.
 std::string describe_repetition(std::int64_t batch, std::int64_t samples);
 
-/// Throws ErrorKind::usage, saying how many samples it takes, if a batch is more than a tenth of the data. Its
-/// micro-batches then share so many samples with the next batch's that their noise is not that of new samples.
+/// Throws ErrorKind::usage, saying how many samples are needed, if a batch is more than a tenth of the data. Its
+/// micro-batches would share so many samples with the next batch that their noise is not that of new samples.
 void require_enough_data(std::int64_t batch, std::int64_t samples);
 
 /// Compares batches from the smallest timed micro-batch to `largest`, doubling, but none larger than the data's
@@ -58,8 +58,8 @@ void require_enough_data(std::int64_t batch, std::int64_t samples);
 /// Source:   McCandlish et al. 2018, arXiv:1812.06162, equation 2.11, with the noise scale for the critical batch: a
 ///           proxy, which is too small for language models (Merrill et al. 2025, arXiv:2505.23971).
 /// Units:    samples, seconds.
-/// Errors:   ErrorKind::usage unless noise_batch is finite and above 0, and some cut is of at most `largest` samples
-///           and of no more than the data has.
+/// Errors:   ErrorKind::usage unless noise_batch is finite and above 0, and a timed micro-batch has at most `largest`
+///           samples and no more than the data has.
 BatchAdvice advise_batch(double noise_batch, std::span<const TimedCut> cuts, double update_seconds,
                          std::int64_t largest, std::int64_t samples);
 

@@ -7,7 +7,7 @@
 namespace microbatch {
 
 std::int64_t next_cut(std::int64_t left, std::int64_t most) {
-    // One of two would leave a single sample here instead of there.
+    // With two per micro-batch, this would only move the single sample.
     const bool would_leave_one = most > 2 && left - 1 == most;
     return would_leave_one ? most - 1 : std::min(left, most);
 }

@@ -7,14 +7,14 @@
 
 namespace microbatch {
 
-/// A micro-batch size that no batch exceeds: the batch is not cut.
+/// A micro-batch size that no batch exceeds: the batch is not split.
 inline constexpr std::int64_t whole_batch = std::numeric_limits<std::int64_t>::max();
 
 /// How a batch is run.
 struct Plan {
     /// Samples per forward and backward, at least 1.
     std::int64_t micro_batch = whole_batch;
-    /// The activations inside the model's blocks are computed again in backward instead of kept.
+    /// Backward recomputes the activations inside the model's blocks instead of storing them.
     bool recompute = false;
 
     bool operator==(const Plan&) const = default;
@@ -35,13 +35,13 @@ struct TooFewSamples : Error {
     using Error::Error;
 };
 
-/// Samples of a batch's next micro-batch, or of a run's next batch, where `left` samples are left: `most`, or what is
-/// left; one less where a single sample would be left over, which BatchNorm may not be able to train on.
+/// The number of samples in a batch's next micro-batch, or in a run's next batch, if `left` samples are left: `most`,
+/// or what is left; one less if a single sample would be left over, because BatchNorm may be unable to train on it.
 /// Requires: both at least 1.
 std::int64_t next_cut(std::int64_t left, std::int64_t most);
 
-/// Micro-batches that a batch is cut into: all full but perhaps the last (100 in 16 is six of 16 and one of 4), or the
-/// last two (33 in 16 is 16, 15 and 2). 0 for an empty batch.
+/// The number of micro-batches in a batch: all full except possibly the last (100 in 16 is six of 16 and one of 4), or
+/// the last two (33 in 16 is 16, 15 and 2). 0 for an empty batch.
 /// Errors: ErrorKind::usage if batch is negative or micro_batch below 1.
 std::int64_t micro_batch_count(std::int64_t batch, std::int64_t micro_batch);
 

@@ -21,7 +21,7 @@ std::string_view trimmed(std::string_view input) {
 BatchStage parse_stage(std::string_view input) {
     const std::string_view stage = trimmed(input);
     const auto at = stage.find(" at ");
-    if (at == std::string_view::npos) refuse(str_cat("has \"", stage, "\" for a stage"));
+    if (at == std::string_view::npos) refuse(str_cat("has an invalid stage \"", stage, "\""));
     const std::string_view from = trimmed(stage.substr(at + 4));
     // 0 is the same in every unit.
     return {parse_count(trimmed(stage.substr(0, at))), from == "0" ? Interval{} : parse_interval(from)};
@@ -70,7 +70,7 @@ std::string to_string(const BatchSchedule& schedule) {
 
 void validate(const BatchSchedule& schedule) {
     if (schedule.empty()) refuse("has no stage");
-    if (schedule.front().from.count != 0) refuse("says nothing of the start: its first stage must be at 0");
+    if (schedule.front().from.count != 0) refuse("does not define the start: its first stage must be at 0");
     for (std::size_t i = 0; i < schedule.size(); ++i) {
         const BatchStage& stage = schedule[i];
         if (stage.batch < 1) refuse(str_cat("has a batch of ", stage.batch, "; it must be at least 1"));
@@ -80,7 +80,7 @@ void validate(const BatchSchedule& schedule) {
             refuse(str_cat("mixes ", to_string(before.from.unit), " and ", to_string(stage.from.unit)));
         }
         if (stage.from.count <= before.from.count) {
-            refuse(str_cat("goes on at ", to_string(stage.from), ", which is not after ", to_string(before.from)));
+            refuse(str_cat("continues at ", to_string(stage.from), ", which is not after ", to_string(before.from)));
         }
     }
 }
@@ -113,9 +113,9 @@ BatchSchedule seesaw(const Schedule& schedule, std::int64_t batch, std::int64_t 
     need(batch >= 1, str_cat("the batch is ", batch, "; it must be at least 1"));
     need(most >= batch, str_cat("the largest batch of ", most, " is below the first of ", batch));
     need(schedule.shape != ScheduleShape::constant && schedule.floor < schedule.peak,
-         "the batch grows as the learning rate falls, but this schedule does not fall; take cosine or linear");
+         "the batch grows as the learning rate falls, but this schedule does not fall; use cosine or linear");
     need(schedule.length.unit != Unit::steps,
-         "a run of a number of steps would see more samples the larger its batch is; say its length in samples or "
+         "if the length is in steps, a larger batch trains on more samples; give the length in samples or "
          "tokens");
     BatchSchedule result{{batch, {0, schedule.length.unit}}};
     double rate = schedule.peak;

@@ -10,7 +10,7 @@
 
 namespace microbatch {
 
-/// A batch size, and from where on it holds.
+/// A batch size, and the point from which it applies.
 struct BatchStage {
     std::int64_t batch = 1;
     Interval from{};  ///< counted from the start of the run
@@ -39,9 +39,9 @@ std::int64_t batch_at(const BatchSchedule& schedule, const Progress& progress);
 std::int64_t smallest_batch(const BatchSchedule& schedule);
 std::int64_t largest_batch(const BatchSchedule& schedule);
 
-/// The batch doubles wherever the learning rate's schedule has halved since its warmup, up to `most` samples. The rate
-/// is the schedule's times the rule's factor for the batch: where it would have halved, it falls by 0.71 with `sqrt`
-/// and stays with `linear`.
+/// The batch doubles each time the learning rate's schedule has halved since its warmup, up to `most` samples. The rate
+/// is the schedule's rate times the rule's factor for the batch: where it would have halved, it is multiplied by 0.71
+/// with `sqrt` and does not change with `linear`.
 ///
 /// Errors: ErrorKind::usage if `batch` is below 1, `most` below it, the schedule does not fall or is not valid, or its
 ///         length is in steps, which would be more samples the larger the batch.

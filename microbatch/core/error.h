@@ -7,17 +7,17 @@
 
 namespace microbatch {
 
-/// What went wrong, by what the caller can do about it. The values are the exit codes of the command.
+/// The kind of an error, by what the caller can do about it. The values are the exit codes of the command.
 enum class ErrorKind {
     usage = 2,         ///< a setting or an argument is wrong: change it and call again
     does_not_fit = 3,  ///< the memory budget is too small for the smallest micro-batch
-    stopped = 4,       ///< the run was stopped because its steps went bad
+    stopped = 4,       ///< the run was stopped because it diverged or ended worse than it began
     bad_data = 5,      ///< a file is missing, truncated or not what it says it is
     not_written = 6,   ///< a file could not be written: disk full, no permission
 };
 
-/// The one exception of this library. The text says what was wrong, where, and what to do.
-/// torch's own exceptions (c10::Error and its kinds) pass through unchanged.
+/// The only exception type of this library. The text says what is wrong, where, and what to do.
+/// torch's own exceptions (c10::Error and its subclasses) pass through unchanged.
 class Error : public std::runtime_error {
 public:
     /// The message is its parts one after the other: see str_cat().

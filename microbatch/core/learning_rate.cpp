@@ -25,8 +25,8 @@ constexpr std::array<std::pair<RateRule, std::string_view>, 5> names = {{{RateRu
 double sde_beta(const char* name, double beta, double k) {
     const double forgotten = k * (1.0 - beta);
     if (forgotten >= 1.0 - 1e-12) {  // 10 (1 - 0.9) is one rounding below 1
-        refuse(str_cat("adam-sde has no ", name, " for a batch ", k, " times the reference: 1 - ", name, " = ",
-                       1.0 - beta, " times that is not below 1. Take a batch below ", 1.0 / (1.0 - beta),
+        refuse(str_cat("adam-sde has no ", name, " for a batch of ", k, " times the reference: 1 - ", name, " = ",
+                       1.0 - beta, " times that is not below 1. Use a batch below ", 1.0 / (1.0 - beta),
                        " times the reference, or the rule sqrt"));
     }
     return 1.0 - forgotten;
@@ -53,7 +53,7 @@ RateRule parse_rate_rule(std::string_view name) {
         if (its == name) return rule;
         all += str_cat(all.empty() ? "" : ", ", its);
     }
-    refuse(str_cat("no rule is called \"", name, "\"; there are ", all));
+    refuse(str_cat("unknown rule \"", name, "\"; choose one of ", all));
 }
 
 std::string_view to_string(RateRule rule) {
@@ -69,7 +69,7 @@ RateConstants scale_to_batch(const RateConstants& reference, RateRule rule, std:
     if (batch < 1) refuse(str_cat("the batch is ", batch, "; it must be at least 1"));
     if ((rule == RateRule::adam_sde || rule == RateRule::beta2_time) && !reference.adam) {
         refuse(str_cat("the rule ", to_string(rule),
-                       " changes Adam's constants, and this optimizer has none; take linear or sqrt"));
+                       " changes Adam's constants, but this optimizer has none; use linear or sqrt"));
     }
     const double k = static_cast<double>(batch) / static_cast<double>(reference_batch);
     RateConstants scaled = reference;

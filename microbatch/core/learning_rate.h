@@ -7,7 +7,7 @@
 
 namespace microbatch {
 
-/// How an optimizer's constants follow the batch; k is the batch divided by the reference batch.
+/// How an optimizer's constants are scaled with the batch; k is the batch divided by the reference batch.
 enum class RateRule {
     none,        ///< unchanged
     linear,      ///< rate k; gradient noise averages out and steps are longer: SGD, with warmup

@@ -57,7 +57,7 @@ std::int64_t peak_of(const MemoryProfile& profile) {
 }
 
 const MemoryLine& MemoryModel::line_at(std::int64_t micro_batch) const {
-    if (lines.empty()) throw Error(ErrorKind::usage, "a memory model of no lines predicts nothing: fit it first");
+    if (lines.empty()) throw Error(ErrorKind::usage, "an empty memory model predicts nothing: fit it first");
     if (micro_batch < 1) {
         throw Error(ErrorKind::usage, str_cat("the micro-batch is ", micro_batch, " samples; it must be 1 or more"));
     }

@@ -6,7 +6,7 @@
 
 namespace microbatch {
 
-/// Live bytes after every allocation and release of a piece of work, in order; only the peak where no more is known.
+/// Live bytes after every allocation and release of a piece of work, in order; only the peak if no more is known.
 using MemoryProfile = std::vector<std::int64_t>;
 
 /// The largest of the profile; 0 for an empty one.
@@ -31,9 +31,9 @@ struct MemoryLine {
 
 /// Peak memory as a function of the micro-batch: M(b) = max over the points of the work of (fixed + per sample * b).
 ///
-/// A job's peak is not affine in the micro-batch: at a small one it is where a large weight's gradient is made, at a
-/// larger one at the end of the forward pass. The live bytes at each point of the work are affine, and the peak at a
-/// size is the largest of these lines there.
+/// A job's peak is not linear in the micro-batch: for a small one, it occurs where a large weight's gradient is
+/// created; for a larger one, at the end of the forward pass. The live bytes at each point of the work are linear (with
+/// an offset), and the peak at a size is the largest of these lines.
 struct MemoryModel {
     std::vector<MemoryLine> lines;  ///< that are the largest at some size, by rising bytes_per_sample
     /// True if both profiles had the same allocations in the same order, so that they could be matched one by one;
@@ -48,7 +48,7 @@ struct MemoryModel {
     const MemoryLine& line_at(std::int64_t micro_batch) const;
 };
 
-/// The model through both points. Where memory falls as the micro-batch grows, the larger value is used for every size:
+/// The model through both points. If memory falls as the micro-batch grows, the larger value is used for every size, so
 /// no prediction falls as the micro-batch grows.
 ///
 /// Errors: ErrorKind::usage unless both sizes are at least 1 and differ, and no profile is empty.

@@ -38,7 +38,7 @@ void NoiseAverage::add(const NoiseMeasure& measure) {
 void NoiseAverage::restore(const State& state) {
     const bool sound = state.weight >= 0.0 && state.weight <= 1.000001 && std::isfinite(state.sum.variance) &&
                        std::isfinite(state.sum.squared_gradient);
-    if (!sound) throw Error(ErrorKind::usage, "noise: this is the state of no average");
+    if (!sound) throw Error(ErrorKind::usage, "noise: this state is invalid");
     state_ = state;
 }
 

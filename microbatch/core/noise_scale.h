@@ -40,27 +40,27 @@ std::optional<NoiseMeasure> measure_noise(const NoiseSums& parts, double squared
 /// State: a value.
 class NoiseAverage {
 public:
-    /// `decay` per measure: 0.95 remembers about twenty. Errors: ErrorKind::usage unless it is from 0 to below 1.
+    /// `decay` per measurement: 0.95 remembers about twenty. Errors: ErrorKind::usage unless it is from 0 to below 1.
     explicit NoiseAverage(double decay = 0.95);
 
     void add(const NoiseMeasure& measure);
 
-    /// nullopt before the first measure.
+    /// nullopt before the first measurement.
     std::optional<NoiseMeasure> mean() const;
 
-    /// tr(Sigma) / |G|^2: the batch at which noise and gradient are as large, in units of weight. A proxy: language
-    /// models can use several times as much (Merrill et al. 2025, arXiv:2505.23971). nullopt where it is undefined: no
-    /// measure yet, or the noise hides the gradient (|G|^2 or tr(Sigma) not above 0).
+    /// tr(Sigma) / |G|^2: the batch at which the noise is as large as the gradient, in units of weight. A proxy:
+    /// language models can make use of batches several times as large (Merrill et al. 2025, arXiv:2505.23971). nullopt
+    /// if undefined: no measurement yet, or the noise hides the gradient (|G|^2 or tr(Sigma) not above 0).
     std::optional<double> noise_batch() const;
 
     /// Everything needed to continue from here.
     struct State {
-        double weight = 0.0;  ///< of all measures so far; approaches 1
+        double weight = 0.0;  ///< of all measurements so far; approaches 1
         NoiseMeasure sum = {};
     };
     const State& state() const { return state_; }
 
-    /// Errors: ErrorKind::usage for a state that no average can have; then nothing changes.
+    /// Errors: ErrorKind::usage for an invalid state; nothing changes then.
     void restore(const State& state);
 
 private:

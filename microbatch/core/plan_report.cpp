@@ -25,7 +25,7 @@ std::string advice(const PlanReport& report, const Candidate& candidate, const M
         result += ", an optimizer that keeps less state (SGD without momentum keeps none)";
     }
     if (parts.other >= missing && parts.other > candidate.peak_bytes() / 20) {
-        result += ", a smaller batch (its samples are held whole)";
+        result += ", a smaller batch (all its samples are in memory)";
     }
     return result + ", a smaller model";
 }
@@ -48,8 +48,8 @@ std::string explain_cut(const PlanReport& report, const Candidate& chosen) {
     const Candidate* recomputed = whole_batch_of(report, /*recompute=*/true);
     const Candidate* whole = kept != nullptr ? kept : recomputed;
     if (whole == nullptr) return "the fastest that fits";
-    if (whole->fits && whole->measured) return "the fastest; the whole batch would fit, too, but is not faster";
-    if (whole->fits) return "the fastest that was tried; the whole batch would fit, too, but promises no more";
+    if (whole->fits && whole->measured) return "the fastest; the whole batch would also fit, but is not faster";
+    if (whole->fits) return "the fastest that was tried; the whole batch would also fit, but promises no gain";
     const bool fits_recomputed = recomputed != nullptr && recomputed->fits;
     return str_cat("the fastest that fits; the whole batch would need ", format_bytes(whole->peak_bytes()),
                    fits_recomputed ? ", or recompute, which is slower" : "");
@@ -77,8 +77,8 @@ const Candidate& PlanReport::choice() const {
 
 MemoryParts parts_of(const PlanReport& report, const Candidate& candidate) {
     if (!candidate.measured && !candidate.predicted) {
-        throw Error(ErrorKind::usage, str_cat("nothing is known of the memory of a micro-batch of ",
-                                              candidate.plan.micro_batch, ": it was not measured"));
+        throw Error(ErrorKind::usage, str_cat("the memory of a micro-batch of ", candidate.plan.micro_batch,
+                                              " is unknown: it was not measured"));
     }
     const PhasePeaks& peaks = candidate.measured ? *candidate.measured : *candidate.predicted;
     MemoryParts parts = report.fixed;
@@ -116,17 +116,18 @@ std::string explain_misfit(const PlanReport& report) {
     const Candidate* least = smallest(report);
     if (least == nullptr) {
         const std::int64_t size = report.candidates.empty() ? 1 : report.candidates.front().plan.micro_batch;
-        return str_cat("nothing fits: a micro-batch of ", samples(size),
-                       " and the optimizer's step after it do not fit the memory budget of ", budget,
-                       ", and there was no room to measure what they need: take a larger budget, shorter or smaller "
-                       "samples, a smaller model");
+        return str_cat(
+            "nothing fits: a micro-batch of ", samples(size),
+            " and the optimizer's step after it do not fit in the memory budget of ", budget,
+            ", and there was not enough memory to measure how much they need: use a larger budget, shorter or "
+            "smaller samples, or a smaller model");
     }
     const MemoryParts parts = parts_of(report, *least);
     const std::string size = samples(least->plan.micro_batch);
     const std::string with = least->plan.recompute ? " with recompute" : "";
     const std::string subject =
         report.given ? str_cat("the micro-batch of ", size, " that was asked for does not fit:", with, " it")
-                     : str_cat("nothing fits: the smallest peak, that of a micro-batch of ", size, with, ",");
+                     : str_cat("nothing fits: the smallest peak, with a micro-batch of ", size, with, ",");
     return str_cat(subject, " needs ", format_bytes(least->peak_bytes()), ", ",
                    format_bytes(least->peak_bytes() - report.budget_bytes), " more than the memory budget of ", budget,
                    "\n  parameters       ", format_bytes(parts.parameters), "\n  gradients        ",

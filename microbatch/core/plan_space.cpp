@@ -131,7 +131,7 @@ std::set<std::int64_t> PlanSpace::sizes(const Mode& mode) const {
         result.insert(size);
         if (!predicted_to_fit(mode, size)) break;
     }
-    // Once a size has failed the predictions are off: the limit of another is not worth a try.
+    // Once a size has failed, the predictions are off: do not try the limit of another mode.
     const std::int64_t largest = mode.trials.any_cut_failed() ? 0 : largest_that_fits(mode);
     if (largest > 0) result.insert(evened(largest));
     result.insert(options.batch);
@@ -167,7 +167,7 @@ void validate(const PlannerOptions& options) {
                 "from 1 to the batch");
     }
     if (options.recompute == Recompute::always && !options.offers_recompute) {
-        throw Error(ErrorKind::usage, "recompute is asked of a model that does not offer it");
+        throw Error(ErrorKind::usage, "recompute was requested for a model that does not support it");
     }
 }
 

@@ -36,7 +36,7 @@ struct PlanSpace {
     std::int64_t doubled(std::int64_t size) const;
     /// True if the optimizer's step does not fit, and so no plan does.
     bool hopeless() const;
-    /// False if the trial of the smallest size shows that even the first micro-batch does not fit beside the
+    /// False if the trial of the smallest size shows that even the first micro-batch does not fit in addition to the
     /// optimizer's state.
     bool uncut_may_fit(const Mode& mode) const;
     /// Time of the whole batch and the optimizer's step.
@@ -57,10 +57,10 @@ struct PlanSpace {
     std::int64_t least_peak() const;
     /// The largest micro-batch below the batch that is predicted to fit; 0 if none is.
     std::int64_t largest_that_fits(const Mode& mode) const;
-    /// The smallest size that cuts the batch into as many micro-batches as this one: as fast, with less memory.
+    /// The smallest size that splits the batch into as many micro-batches as this one: as fast, with less memory.
     std::int64_t evened(std::int64_t size) const;
-    /// The rows of the report: all tried sizes, the smallest and its doubles up to the first that does not fit, the
-    /// fewest micro-batches that fit, the whole batch.
+    /// The rows of the report: all tried sizes, the smallest size and its doubles up to the first that does not fit,
+    /// the fewest micro-batches that fit, and the whole batch.
     std::set<std::int64_t> sizes(const Mode& mode) const;
     Candidate candidate(const Mode& mode, std::int64_t size) const;
 };

@@ -12,9 +12,9 @@
 namespace microbatch {
 namespace {
 
-// A plan pays only if it is at least this much faster than the best before.
+// A plan is worthwhile only if it is at least this much faster than the best one so far.
 constexpr double worthwhile = 0.99, tie = 1.01;
-// A plan that looks at most this much slower than the fastest is timed again: noise can be as large.
+// A plan that seems at most this much slower than the fastest is timed again: noise can be as large.
 constexpr double close = 1.3;
 constexpr std::size_t most_finalists = 4;
 constexpr int most_turns = 9;
@@ -23,11 +23,11 @@ constexpr double least_cost_of_recompute = 1.1;
 // The share of the measuring time for plans that promise less than the noise.
 constexpr double search_share = 2.0 / 3.0;
 constexpr double large_gain = 0.95;
-// Peaks predicted to within this by matched allocations count as affine.
+// If peaks are predicted to within this by matched allocations, the job counts as linear.
 constexpr double affine_error = 0.01;
-// Smaller sizes may look slow because another process disturbed them, and their trials cost next to nothing.
+// Smaller sizes may seem slow because another process disturbed them, and their trials cost almost nothing.
 constexpr std::int64_t telling = 16;
-// The first two trials take most of the time of such a batch's step: they do not count.
+// For such a batch, the first two trials take most of the time of a step: they do not count.
 constexpr std::int64_t small_batch = 16;
 // More than any search needs: the search must end even if times and bytes are nonsense.
 constexpr int most_trials = 100;
@@ -77,7 +77,7 @@ private:
             if (known_.allowed(*mode) && !known_.hopeless() && !may_do_without(*mode)) begin(*mode);
         }
         try_all();
-        // Recompute may pay at larger sizes although the first two spoke against it.
+        // Recompute may be worthwhile at larger sizes although the first two were slow.
         Mode& mode = known_.recomputed;
         const bool untried = known_.allowed(mode) && !known_.hopeless() && mode.trials.empty();
         if (!untried || !known_.fits(known_.kept, known_.smallest) || may_do_without(mode)) return;
@@ -91,7 +91,7 @@ private:
         }
     }
 
-    // The fastest few take turns in the time that is left, so that disturbances hit them alike.
+    // The fastest few take turns in the remaining time, so that disturbances affect them equally.
     void time_finalists() {
         share_ = 1.0;
         std::vector<Target> finalists = fastest();
@@ -175,8 +175,8 @@ private:
             try_size(mode, batch);
     }
 
-    // Long strides come first: time per sample falls, and rises again where a cache overflows, which small sizes cannot
-    // predict. They leave time for the most promising plan. Returns false if there is nothing more to try.
+    // Large steps come first: the time per sample falls, and rises again where a cache overflows, which small sizes
+    // cannot predict. They leave time for the most promising plan. Returns false if there is nothing more to try.
     bool try_next() {
         share_ = 1.0;
         std::optional<Target> target = most_promising();
@@ -225,7 +225,7 @@ private:
         return !mode.trials.contains(size) && known_.predicted_to_fit(mode, size);
     }
 
-    // The trial itself may show that the model needs more samples.
+    // The trial itself may reveal that the model needs more samples.
     bool try_smallest(Mode& mode) {
         const std::int64_t size = known_.smallest;
         return try_size(mode, size) || (size < known_.smallest && try_size(mode, known_.smallest));
@@ -283,7 +283,7 @@ private:
         report_.update_seconds = known_.update->seconds;
     }
 
-    // Finds the smallest peak of all plans. Memory grows with the micro-batch, but an uncut batch holds no gradients in
+    // Finds the smallest peak of all plans. Memory grows with the micro-batch, but a whole batch holds no gradients in
     // its forward pass.
     void find_least() {
         const std::set<std::int64_t> sizes{options_.micro_batch.value_or(known_.smallest),
@@ -296,7 +296,7 @@ private:
         }
     }
 
-    // Stops a trial as soon as it needs more than the least known, and skips it where no plan can need less.
+    // Stops a trial as soon as it needs more than the smallest known peak, and skips it if no plan can need less.
     void try_below_least(Mode& mode, std::int64_t size) {
         const std::int64_t least = known_.least_peak();
         if (options_.most_bytes <= options_.budget_bytes || known_.update_failed) return;
@@ -306,7 +306,7 @@ private:
         if (size < known_.smallest) try_below_least(mode, known_.smallest);
     }
 
-    // A trial runs two micro-batches; one if the batch is not cut.
+    // A trial runs two micro-batches; one if the batch is not split.
     double micro_batch_cost(const Mode& mode, std::int64_t size) const {
         return micro_batch_cost((mode.trials.empty() ? known_.kept : mode).trials.seconds(size), size);
     }
@@ -358,7 +358,7 @@ private:
             explain_choice(report_, options_.micro_batch.has_value(), options_.recompute == Recompute::always);
     }
 
-    // Only a tried plan: the budget is a promise, a prediction is not.
+    // Only a tried plan: the budget is a guarantee, a prediction is not.
     void choose() {
         const auto seconds = [](const Candidate& one) {
             return one.step_seconds > 0.0 ? one.step_seconds : std::numeric_limits<double>::infinity();
@@ -386,7 +386,7 @@ private:
     double failed_seconds_ = 0.0;    // upper bound for the trials that ran out of memory
     double needed_seconds_ = 0.0;    // of the trials that do not count for a small batch
     double share_ = 1.0;             // of the measuring time that may be spent by now
-    bool choose_recomputed_ = true;  // false if it was tried for the table alone
+    bool choose_recomputed_ = true;  // false if it was tried only for the table
     PlanReport report_;
 };
 

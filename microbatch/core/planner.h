@@ -18,7 +18,7 @@ struct UpdateTrial {
     double spent_seconds = 0.0;
 };
 
-/// A job that can be tried without leaving a trace: the planner asks for trials, a live job runs them.
+/// A job that can be tried without side effects: the planner requests trials, and a live job runs them.
 class Rehearsal {
 public:
     virtual ~Rehearsal() = default;
@@ -50,10 +50,11 @@ struct PlannerOptions {
     std::int64_t steps = 2;
     bool offers_recompute = false;  ///< the model supports it
     Recompute recompute = Recompute::automatic;
-    std::optional<std::int64_t> micro_batch = {};  ///< the only one to consider
-    std::int64_t most_bytes = 0;  ///< may be used where no plan fits, to measure what the smallest needs
-    double most_steps = 3.0;      ///< measuring ends after the time of this many steps of the best plan,
-    double least_seconds = 0.3;   ///< or after this long, where steps are shorter
+    std::optional<std::int64_t> micro_batch = {};  ///< the only micro-batch to consider
+    std::int64_t most_bytes =
+        0;                    ///< if no plan fits, up to this much may be used to measure what the smallest plan needs
+    double most_steps = 3.0;  ///< measuring ends after the time of this many steps of the best plan,
+    double least_seconds = 0.3;  ///< or after this long, where steps are shorter
     /// Also tries the smallest two sizes with recompute where it cannot pay, after and in addition to the time for
     /// measuring, for a report that says what recompute would take.
     bool whole_table = false;
@@ -62,27 +63,27 @@ struct PlannerOptions {
 
 /// Finds the fastest plan that fits.
 ///
-/// Tries micro-batches of 1 and 2 (and 3, where those two do not allocate alike), matches their allocations one by one,
-/// and from these predicts the peak at every size. Times are assumed to be affine until measured otherwise. Does the
-/// same with recompute, unless every plan fits without it or even the whole batch at once would not be the fastest
-/// after losing a tenth to the second forward pass. Then tries the most promising plan (of those within 1 % the
-/// smallest micro-batch), by long strides while they leave time for it, until none promises 1 % more. Candidates are
-/// the powers of two, the sizes midway between them, the fewest equal micro-batches that fit, and the whole batch.
-/// Every trial checks the prediction made before it and improves the next one. In the time that is left (at least a
-/// third, unless much is to be gained) the fastest few take turns, since a single measurement on a shared machine
-/// cannot tell close plans apart. Only a plan that was tried and stayed within the budget is chosen: the one with the
-/// smallest step time; within 1 %, the one with the smaller peak.
+/// Tries micro-batches of 1 and 2 (and 3, if the first two do not allocate in the same order), matches their
+/// allocations one by one, and from these predicts the peak at every size. Times are assumed to be linear until
+/// measured otherwise. Does the same with recompute, unless every plan fits without it, or even the whole batch in one
+/// piece would not be the fastest after losing a tenth to the second forward pass. Then tries the most promising plan
+/// (of those within 1 %, the smallest micro-batch), in large steps while they leave time for it, until none promises a
+/// gain of 1 %. Candidates are the powers of two, the sizes midway between them, the fewest equal micro-batches that
+/// fit, and the whole batch. Every trial checks its prediction and improves the next one. In the remaining time (at
+/// least a third, unless large gains are possible), the fastest few take turns, because a single measurement on a
+/// shared machine cannot distinguish close plans. Only a plan that was tried and stayed within the budget is chosen:
+/// the one with the smallest step time; within 1 %, the one with the smaller peak.
 ///
-/// An uncut batch never holds gradients during a forward pass, and can fit where a micro-batch of 1 does not. Where the
-/// model cannot train on a single sample, no plan has one: micro-batches begin at 2, or at 3 if the batch is odd.
+/// A whole batch never holds gradients during a forward pass, and can fit where a micro-batch of 1 does not. If the
+/// model cannot train on a single sample, no plan uses one: micro-batches begin at 2, or at 3 if the batch is odd.
 ///
 /// Units:  bytes, samples, seconds.
-/// Errors: ErrorKind::usage if batch, budget, steps or micro_batch is below 1, micro_batch above the batch, or
-///         recompute is asked of a model without it. TooFewSamples if the batch or the micro_batch is 1 and the model
-///         cannot train on that. If nothing fits there is no error: the report has no choice. What the rehearsal or
-///         on_trial throws passes through.
-/// Cost:   at most the time of most_steps steps, or least_seconds where that is more, as far as a trial's time can be
-///         predicted. The first two sizes and the optimizer's step are always tried; with a batch below 16 they do not
+/// Errors: ErrorKind::usage if batch, budget, steps or micro_batch is below 1, micro_batch is above the batch, or
+///         recompute is requested of a model that does not support it. TooFewSamples if the batch or the micro_batch is
+///         1 and the model cannot train on that. If nothing fits, there is no error: the report has no choice.
+///         Exceptions from the trials or on_trial pass through.
+/// Cost:   at most the time of most_steps steps, or least_seconds if that is more, as far as the time of a trial can be
+///         predicted. The first two sizes and the optimizer's step are always tried; with a batch below 16, they do not
 ///         count.
 PlanReport make_plan(const PlannerOptions& options, Rehearsal& rehearsal);
 

@@ -126,7 +126,7 @@ void validate(const Schedule& schedule) {
 double learning_rate(const Schedule& schedule, const Progress& before, const Progress& batch) {
     validate(schedule);
     require(!is_negative(before) && !is_negative(batch),
-            str_cat("the learning rate was asked for at negative progress: before ", before.steps, " steps, ",
+            str_cat("the learning rate was requested at negative progress: before ", before.steps, " steps, ",
                     before.samples, " samples, ", before.tokens, " tokens, batch ", batch.steps, " steps, ",
                     batch.samples, " samples, ", batch.tokens, " tokens; count from 0"));
     const Progress after = before + batch;

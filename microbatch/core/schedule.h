@@ -6,7 +6,7 @@
 
 namespace microbatch {
 
-/// How the learning rate goes from its peak to its end.
+/// The shape of the learning rate from its peak to its end.
 enum class ScheduleShape { constant, linear, cosine, wsd, polynomial };
 
 /// The shape of that name: constant, linear, cosine, wsd or polynomial.

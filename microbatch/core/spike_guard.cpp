@@ -12,11 +12,11 @@ namespace microbatch {
 
 namespace {
 
-constexpr std::size_t level_steps = 16;   // the median of so many losses is where the run is
-constexpr std::int64_t enough_steps = 8;  // fewer say nothing of their spread
+constexpr std::size_t level_steps = 16;   // the level of the loss is the median of this many losses
+constexpr std::int64_t enough_steps = 8;  // fewer do not show their spread
 constexpr double knee = 0.01;             // of the scale: losses above it compare by ratio, below by difference
 constexpr double first_factor = 10.0;     // how far above the first loss the second may be
-constexpr double least_spread = 0.0075;   // losses that are all the same do not say what is far
+constexpr double least_spread = 0.0075;   // for losses that are all the same
 constexpr double least_rise = 0.02;       // of the scale: a loss that rises by less is not refused
 constexpr double least_climb = 0.1;       // of the level and of the scale: less is not divergence
 
@@ -41,8 +41,9 @@ struct Usual {
     double median = 0.0, spread = least_spread, spread_below = least_spread;
 };
 
-// The spread is how far above the median the upper sixteenth begins. Of fewer than `least` values, which a climb could
-// be a sixteenth of, it is their median deviation. Both are the deviation of a normal distribution.
+// The spread is the distance from the median to the start of the top sixteenth. With fewer than `least` values, of
+// which a climb could be a sixteenth, it is the median deviation. Both are scaled to the deviation of a normal
+// distribution.
 Usual usual_of(std::vector<double> values, std::int64_t least) {
     std::sort(values.begin(), values.end());
     Usual usual{median_of(values)};
@@ -90,7 +91,8 @@ void validate(const SpikeGuardOptions& options) {
     const auto refuse = [](const std::string& what) { throw Error(ErrorKind::usage, "spike guard: " + what); };
     if (options.least < 2) refuse(str_cat("least is ", options.least, "; a spread needs at least 2 steps"));
     if (options.window < options.least) {
-        refuse(str_cat("the window of ", options.window, " steps is shorter than the ", options.least, " it needs"));
+        refuse(
+            str_cat("the window of ", options.window, " steps is shorter than the required ", options.least, " steps"));
     }
     if (!std::isfinite(options.sigmas) || options.sigmas <= 0.0) {
         refuse(str_cat("sigmas is ", options.sigmas, "; it must be finite and above 0"));
@@ -152,7 +154,7 @@ std::string SpikeGuard::why_unusual(double loss, double gradient_norm) const {
     if (!std::isfinite(gradient_norm)) return "gradient norm is not finite";
     if (state_.accepted.empty()) return {};
     const auto exceeds = [](const char* what, double value, double bound) {
-        return str_cat(what, " of ", value, " exceeds ", bound, ", the most that the steps before allow");
+        return str_cat(what, " of ", value, " exceeds ", bound, ", the bound from the previous steps");
     };
     if (const double bound = bound_of_losses(); loss > bound) return exceeds("loss", loss, bound);
     if (steps() < options_.least) return {};
@@ -168,7 +170,7 @@ std::string SpikeGuard::why_climbing(double loss) const {
     if (!state_.bounds) return {};
     const double level = level_of(state_.accepted, loss);
     if (level <= state_.bounds->diverged) return {};
-    return str_cat("median loss of the last ", level_steps, " steps has climbed to ", level, ", beyond the bound of ",
+    return str_cat("median loss of the last ", level_steps, " steps has climbed to ", level, ", above the bound of ",
                    state_.bounds->diverged);
 }
 
@@ -177,7 +179,7 @@ double SpikeGuard::room_at_first() const {
     return std::max(missing, 0.0) * std::log(first_factor);
 }
 
-// What a single loss may be.
+// The bound of a single loss.
 double SpikeGuard::bound_of_losses() const {
     const Usual usual = usual_losses(state_, options_.least);
     const double median = knee * state_.scale * std::sinh(usual.median);
@@ -203,7 +205,7 @@ bool ends_worse(const std::vector<double>& losses, std::optional<double> held_ou
     double last = median_of({losses.end() - static_cast<std::ptrdiff_t>(count), losses.end()});
     if (held_out) last = std::isfinite(*held_out) ? std::max(last, *held_out) : *held_out;
     if (!std::isfinite(last)) return true;
-    // The fewer the first losses are, the less they say.
+    // The fewer first losses there are, the less reliable they are.
     for (const auto& [steps, factor] : {std::pair{1U, count < 4 ? 10.0 : 3.0}, {4U, 2.0}, {16U, 1.1}}) {
         if (count < steps) break;
         const double largest = *std::max_element(losses.begin(), losses.begin() + steps);

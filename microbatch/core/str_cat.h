@@ -5,7 +5,7 @@
 
 namespace microbatch {
 
-/// The arguments written one after the other, as `operator<<` writes them. For messages, not for data.
+/// The arguments as written by `operator<<`, concatenated. For messages, not for data.
 template <class... Parts>
 std::string str_cat(const Parts&... parts) {
     std::ostringstream out;

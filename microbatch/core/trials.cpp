@@ -19,7 +19,7 @@ void Trials::add_time(std::int64_t size, double seconds) {
     if (times.size() < 2) return;
     std::vector<double> sorted = times;
     std::sort(sorted.begin(), sorted.end());
-    // The lesser of two: disturbances only make a measurement longer.
+    // The smaller of two: disturbances only make a measurement longer.
     trials_.at(size).seconds = sorted[(sorted.size() - 1) / 2];
 }
 
@@ -32,7 +32,7 @@ void Trials::add_failure(std::int64_t size) {
 }
 
 bool Trials::failed(std::int64_t size) const {
-    // An uncut batch holds no gradients in its forward pass: it may fit where a smaller micro-batch does not.
+    // A whole batch holds no gradients in its forward pass: it may fit where a smaller micro-batch does not.
     return size == batch_ ? uncut_failed_ : size >= smallest_failure_;
 }
 

@@ -13,7 +13,7 @@ namespace microbatch {
 /// Memory and time of one micro-batch size, measured without any optimizer state that did not exist before.
 struct MicroBatchTrial {
     MemoryProfile first;         ///< of a batch's first micro-batch, which creates the gradients
-    MemoryProfile later = {};    ///< of a later one; empty if the batch is not cut
+    MemoryProfile later = {};    ///< of a later one; empty if the batch is not split
     double seconds = 0.0;        ///< one warm micro-batch, forward and backward
     double spent_seconds = 0.0;  ///< of the whole trial
 };
@@ -21,7 +21,7 @@ struct MicroBatchTrial {
 /// Peak bytes of the first and of the later micro-batches of a batch.
 struct MicroBatchPeaks {
     std::int64_t first = 0;
-    std::int64_t later = 0;  ///< 0 if the batch is not cut
+    std::int64_t later = 0;  ///< 0 if the batch is not split
 };
 
 /// The trials of some micro-batch sizes, and what they predict for others.
@@ -31,33 +31,35 @@ public:
 
     void add(std::int64_t size, MicroBatchTrial trial);
 
-    /// Adds another time of a size that was tried. From the second on their median replaces the trial's own time, which
-    /// is of another moment.
+    /// Adds another time for a size that was tried. From the second on, their median replaces the trial's own time,
+    /// which was measured at another moment.
     void add_time(std::int64_t size, double seconds);
 
-    /// Records that the size does not fit, nor any larger one below the batch.
+    /// Records that neither this size nor any larger one below the batch fits.
     void add_failure(std::int64_t size);
 
     bool empty() const { return trials_.empty(); }
     bool contains(std::int64_t size) const { return trials_.contains(size); }
     bool failed(std::int64_t size) const;
     bool any_cut_failed() const { return smallest_failure_ < batch_; }
-    std::int64_t largest() const { return trials_.rbegin()->first; }  ///< that was tried; requires !empty()
+    std::int64_t largest() const {
+        return trials_.rbegin()->first;
+    }  ///< of the sizes that were tried; requires !empty()
     const std::map<std::int64_t, MicroBatchTrial>& all() const { return trials_; }
 
-    /// As measured; for a size that was not tried, predicted from the largest two trials that allocated alike (or else
-    /// the largest two). nullopt where there are too few.
+    /// As measured; for a size that was not tried, predicted from the largest two trials that allocated in the same
+    /// order (or else the largest two). nullopt if there are too few.
     std::optional<MicroBatchPeaks> peaks(std::int64_t size) const;
 
-    /// Of one micro-batch: as measured, interpolated between the neighbouring trials, or extrapolated from the last
-    /// two; in proportion to a single trial. 0 without a trial.
+    /// The time of one micro-batch: as measured, interpolated between the neighbouring trials, or extrapolated from the
+    /// last two; proportional to a single trial. 0 without a trial.
     double seconds(std::int64_t size) const;
 
     /// A lower bound of seconds(), assuming a fixed time per micro-batch and a time per sample that never falls: on the
     /// line through the two trials below. seconds() where there are no two.
     double least_seconds(std::int64_t size) const;
 
-    /// False if no two trials allocated alike, so that only peaks could be compared.
+    /// False if no two trials allocated in the same order, so that only peaks could be compared.
     bool matched() const;
 
 private:

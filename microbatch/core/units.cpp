@@ -160,15 +160,16 @@ Unit read_unit(std::string_view input, std::string_view name, std::string_view w
 std::int64_t sum(std::int64_t left, std::int64_t right, Unit unit) {
     const bool fits = right >= 0 ? left <= largest - right : left >= std::numeric_limits<std::int64_t>::min() - right;
     if (!fits) {
-        throw Error(ErrorKind::usage, str_cat("progress leaves 64 bits: ", left, " + ", right, " ", to_string(unit),
-                                              "; give the size of the step, not a marker for \"no limit\""));
+        throw Error(ErrorKind::usage,
+                    str_cat("progress exceeds 64 bits: ", left, " + ", right, " ", to_string(unit),
+                            "; give the actual size of the step, not a placeholder for \"no limit\""));
     }
     return left + right;
 }
 
 std::int64_t product(std::int64_t count, std::int64_t rate) {
     if (count > largest / rate) {
-        throw Error(ErrorKind::usage, str_cat("an interval leaves 64 bits: ", count, " * ", rate, "; shorten it"));
+        throw Error(ErrorKind::usage, str_cat("an interval exceeds 64 bits: ", count, " * ", rate, "; shorten it"));
     }
     return count * rate;
 }

@@ -49,7 +49,7 @@ Interval parse_interval(std::string_view input);
 /// "100 steps", "1 token": parse_interval reads the same interval back.
 std::string to_string(Interval interval);
 
-/// How far a run has come, in each unit.
+/// The progress of a run, in each unit.
 struct Progress {
     std::int64_t steps = 0;
     std::int64_t samples = 0;
@@ -57,7 +57,7 @@ struct Progress {
 
     std::int64_t in(Unit unit) const;
 
-    /// Errors: ErrorKind::usage if a sum leaves int64; then this is unchanged.
+    /// Errors: ErrorKind::usage if a sum exceeds int64; then this is unchanged.
     Progress& operator+=(const Progress& other);
 
     bool operator==(const Progress&) const = default;

@@ -12,7 +12,8 @@ std::int64_t Batch::size() const {
         const at::Tensor& field = fields[i];
         if (!field.defined()) throw Error(ErrorKind::usage, "field ", i, " of the batch is an undefined tensor");
         if (field.dim() == 0) {
-            throw Error(ErrorKind::usage, "field ", i, " of the batch has no dimension; samples go along dimension 0");
+            throw Error(ErrorKind::usage, "field ", i,
+                        " of the batch has no dimension; dimension 0 must be the samples");
         }
         if (field.size(0) != fields[0].size(0)) {
             throw Error(ErrorKind::usage, "field ", i, " of the batch holds ", field.size(0),

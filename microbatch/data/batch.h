@@ -7,7 +7,7 @@
 
 namespace microbatch {
 
-/// The samples of one optimizer step, or a slice of them: one tensor a field, samples along dimension 0.
+/// The samples of one optimizer step, or a slice of them: one tensor per field, with samples along dimension 0.
 ///
 /// Shapes:  every field has at least one dimension and the same length along dimension 0.
 /// Threads: const calls may overlap; others need outside locking.

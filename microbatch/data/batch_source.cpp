@@ -23,7 +23,7 @@ std::uint32_t TensorBatch::fingerprint() const {
 }
 
 DatasetBatch DatasetBatch::longest(const Dataset& dataset, std::int64_t samples) {
-    if (samples < 1) throw Error(ErrorKind::usage, "a batch of ", samples, " samples; give at least 1");
+    if (samples < 1) throw Error(ErrorKind::usage, "a batch of ", samples, " samples; it must have at least 1");
     return {dataset, std::vector<std::int64_t>(static_cast<std::size_t>(samples), dataset.longest_sample())};
 }
 

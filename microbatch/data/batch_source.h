@@ -9,7 +9,7 @@
 
 namespace microbatch {
 
-/// Where the samples of one batch come from, a micro-batch at a time.
+/// The source of the samples of one batch, one micro-batch at a time.
 ///
 /// Threads: no two calls at the same time.
 class BatchSource {
@@ -19,19 +19,19 @@ public:
     BatchSource& operator=(const BatchSource&) = delete;
     virtual ~BatchSource() = default;
 
-    /// Samples of the whole batch.
+    /// The number of samples in the whole batch.
     virtual std::int64_t size() const = 0;
 
     /// The samples of the slice. Requires: 0 <= begin < end <= size().
-    /// Errors: ErrorKind::usage if another number of samples comes back than was asked for.
+    /// Errors: ErrorKind::usage if the number of returned samples differs from the requested one.
     virtual Batch fetch(Slice slice) const = 0;
 
-    /// Tells this batch from others, in another process too: a batch left half-way is resumed with no other.
-    /// Cost: reads the batch once where it is tensors.
+    /// Identifies this batch, also in another process: a partial batch is resumed only with the same batch.
+    /// Cost: reads the batch once if it consists of tensors.
     virtual std::uint32_t fingerprint() const = 0;
 };
 
-/// A batch that is there: slices are views of it. Errors: as Batch::size().
+/// A batch in memory: slices are views of it. Errors: as Batch::size().
 class TensorBatch final : public BatchSource {
 public:
     /// Ownership: shares the tensors.
@@ -46,7 +46,7 @@ private:
     std::int64_t size_;
 };
 
-/// Samples of a dataset by number, fetched when their turn comes: the batch is never held whole.
+/// Samples of a dataset by number, loaded when needed: the whole batch is never in memory.
 ///
 /// Ownership: borrows the dataset.
 class DatasetBatch final : public BatchSource {
@@ -54,7 +54,7 @@ public:
     DatasetBatch(const Dataset& dataset, std::vector<std::int64_t> indices)
         : dataset_(dataset), indices_(std::move(indices)) {}
 
-    /// The dataset's sample that takes the most memory, `samples` times: a batch to plan with.
+    /// `samples` copies of the dataset's sample that takes the most memory: a batch for planning.
     /// Errors: ErrorKind::usage if `samples` is below 1.
     static DatasetBatch longest(const Dataset& dataset, std::int64_t samples);
 

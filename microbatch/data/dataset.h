@@ -7,7 +7,7 @@
 
 namespace microbatch {
 
-/// Samples that can be fetched by index. Derive from it to train on data of your own.
+/// Samples that can be loaded by index. Derive from it to train on your own data.
 ///
 /// Threads: const calls may overlap.
 class Dataset {
@@ -20,10 +20,10 @@ public:
     /// Number of samples.
     virtual std::int64_t size() const = 0;
 
-    /// Tokens (or, for images, samples: 1) that one sample counts for in speeds and intervals.
+    /// The number of tokens (for images: 1) that one sample counts as in speeds and intervals.
     virtual std::int64_t tokens_per_sample() const { return 1; }
 
-    /// The sample that takes the most memory: plans are made for it. 0 where all samples have the same shape.
+    /// The sample that takes the most memory, for which plans are made. 0 if all samples have the same shape.
     virtual std::int64_t longest_sample() const { return 0; }
 
     /// The samples at these indices, in this order, as freshly allocated tensors on the CPU.

@@ -23,7 +23,7 @@ constexpr std::array signatures{
     Signature{"\x28\xb5\x2f\xfd"sv, "Zstandard-compressed"},
     Signature{"\xfd\x37zXZ\0"sv, "xz-compressed"},
     Signature{"BZh91AY&SY"sv, "bzip2-compressed"},
-    Signature{"PK\x03\x04"sv, "a zip archive (as of torch.save or numpy.savez)"},
+    Signature{"PK\x03\x04"sv, "a zip archive (such as from torch.save or numpy.savez)"},
     Signature{"\x93NUMPY"sv, "a NumPy array (.npy)"},
     Signature{"PAR1"sv, "a Parquet table"},
     Signature{"ARROW1\0\0"sv, "an Arrow table"},
@@ -31,7 +31,7 @@ constexpr std::array signatures{
     Signature{"%PDF-"sv, "a PDF document"},
 };
 
-/// Whether the characters at every second place are NUL and those between are ASCII text.
+/// True if every second character is NUL and the others are ASCII text.
 bool has_nul_beside_ascii(std::string_view head) {
     if (head.size() < 2) return false;
     const std::size_t nul = head[0] == '\0' ? 0 : 1;  // big-endian or little-endian

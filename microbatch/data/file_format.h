@@ -8,8 +8,8 @@ namespace microbatch {
 struct FileFormat {
     enum Kind {
         text,    ///< no NUL byte
-        utf16,   ///< a byte order mark, or ASCII text with a NUL byte beside each character
-        known,   ///< the signature of a format with a name
+        utf16,   ///< a byte order mark, or ASCII text with a NUL byte next to each character
+        known,   ///< the signature of a known format
         binary,  ///< a NUL byte
     };
     Kind kind = text;

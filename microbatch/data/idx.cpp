@@ -20,14 +20,14 @@ namespace {
 
 constexpr std::uint8_t unsigned_byte = 0x08;
 constexpr std::size_t chunk_bytes = 1 << 20;
-// The most that deflate makes of one byte: https://zlib.net/zlib_tech.html
+// The largest expansion of one byte by deflate: https://zlib.net/zlib_tech.html
 constexpr std::uint64_t largest_expansion = 1032;
 
 /// Bytes of a file in order, decompressed on the way if it is gzipped.
 class Reader {
 public:
     explicit Reader(const std::filesystem::path& path) : path_(path) {
-        // zlib opens folders and pipes and says little about why it cannot: let InputFile judge first.
+        // zlib opens folders and pipes and gives few reasons for errors, so InputFile checks first.
         size_ = InputFile(path).size();
         if (size_ == 0) refuse("is empty: give an IDX file");
         file_.reset(::gzopen(path.c_str(), "rbe"));
@@ -40,16 +40,16 @@ public:
         throw Error(ErrorKind::bad_data, path_.string(), " ", reason...);
     }
 
-    /// More bytes than the file can hold, gzipped or not.
+    /// An upper bound of the content, gzipped or not.
     std::uint64_t bound() const { return (size_ + 1) * largest_expansion; }
 
-    /// As many bytes as there are left, up to the length of `into`.
+    /// Reads as many bytes as are left, up to the length of `into`.
     std::size_t read(std::span<std::uint8_t> into) {
         const int count = ::gzread(file_.get(), into.data(), static_cast<unsigned>(into.size()));
         int state = Z_OK;
         const char* reason = ::gzerror(file_.get(), &state);
-        // A stream cut off before its checksum gives what it has and sets only the state.
-        if (count < 0 || state == Z_BUF_ERROR) refuse("is damaged: ", reason, "; fetch it again");
+        // A stream that is truncated before its checksum returns its data and sets only the state.
+        if (count < 0 || state == Z_BUF_ERROR) refuse("is corrupted: ", reason, "; download it again");
         return static_cast<std::size_t>(count);
     }
 
@@ -94,15 +94,14 @@ std::vector<std::int64_t> read_shape(Reader& file, int dimensions, std::uint64_t
     std::uint64_t elements = 1;
     for (int i = 0; i < dimensions; ++i) {
         if (file.read(word) < word.size()) {
-            file.refuse("is truncated within its header, expected ", 4 + 4 * dimensions, " bytes of it");
+            file.refuse("is truncated within its header, expected ", 4 + 4 * dimensions, " bytes of header");
         }
         shape.push_back(std::int64_t{word[0]} << 24 | word[1] << 16 | word[2] << 8 | word[3]);
-        if (shape.back() == 0) file.refuse("has nothing in it: dimension ", i, " is 0, expected at least 1");
+        if (shape.back() == 0) file.refuse("is empty: dimension ", i, " is 0, expected at least 1");
         const auto length = static_cast<std::uint64_t>(shape.back());
         if (length > most_bytes / elements) {
-            file.refuse("has a header that announces more than ", format_bytes(static_cast<std::int64_t>(most_bytes)),
-                        " (dimension ", i, " is ", length,
-                        "), which is what it may take of memory: give a smaller data set");
+            file.refuse("has a header that claims more than ", format_bytes(static_cast<std::int64_t>(most_bytes)),
+                        " (dimension ", i, " is ", length, "), its limit in memory: use a smaller data set");
         }
         elements *= length;
     }
@@ -118,11 +117,11 @@ std::vector<std::uint8_t> read_elements(Reader& file, std::size_t announced) {
         bytes.resize(before + wanted);
         const std::size_t count = file.read(std::span(bytes).subspan(before));
         if (count < wanted) {
-            file.refuse("is truncated: it holds ", before + count, " bytes after its header, expected ", announced);
+            file.refuse("is truncated: it has ", before + count, " bytes after its header, expected ", announced);
         }
     }
     if (std::array<std::uint8_t, 1> next{}; file.read(next) != 0) {
-        file.refuse("goes on after its end: its header announces ", announced, " bytes, expected no more");
+        file.refuse("has extra bytes at the end: its header claims ", announced, " bytes");
     }
     return bytes;
 }

@@ -14,7 +14,7 @@
 namespace microbatch {
 namespace {
 
-/// Whether there are `dimensions` lengths whose product is the number of bytes.
+/// True if there are `dimensions` lengths whose product is the number of bytes.
 bool is_filled(const IdxArray& array, std::size_t dimensions) {
     if (array.shape.size() != dimensions) return false;
     std::uint64_t left = array.bytes.size();
@@ -28,8 +28,8 @@ bool is_filled(const IdxArray& array, std::size_t dimensions) {
 void check_data(const LabelledImages& data) {
     if (!is_filled(data.images, 3) || !is_filled(data.labels, 1)) {
         throw Error(ErrorKind::bad_data, data.source,
-                    ": expected bytes for images [n, height, width] and labels [n], but a shape and its number of "
-                    "bytes disagree");
+                    ": expected bytes for images [n, height, width] and labels [n], but a shape does not match its "
+                    "number of bytes");
     }
     if (data.images.shape[0] != data.labels.shape[0]) {
         throw Error(ErrorKind::bad_data, data.source, ": there are ", data.images.shape[0], " images but ",
@@ -40,13 +40,13 @@ void check_data(const LabelledImages& data) {
 }  // namespace
 
 PixelScale pixel_scale(std::span<const std::uint8_t> pixels) {
-    if (pixels.empty()) throw Error(ErrorKind::usage, "no pixels to take the mean of: give at least one image");
+    if (pixels.empty()) throw Error(ErrorKind::usage, "no pixels to average: give at least one image");
     std::array<std::int64_t, 256> count{};
     for (const std::uint8_t pixel : pixels) ++count[pixel];
     const auto total = static_cast<double>(pixels.size());
     double sum = 0.0;
     for (std::size_t x = 0; x < count.size(); ++x) sum += static_cast<double>(count[x]) * static_cast<double>(x);
-    const double mean = sum / total;  // in units of pixels, where equal pixels give exactly themselves
+    const double mean = sum / total;  // in units of pixels, where equal pixels have exactly their value as mean
     double squares = 0.0;
     for (std::size_t x = 0; x < count.size(); ++x) {
         const double distance = static_cast<double>(x) - mean;
@@ -61,12 +61,12 @@ ImageDataset::ImageDataset(std::shared_ptr<const LabelledImages> data, const Pix
     : data_(std::move(data)), begin_(begin), end_(end) {
     check_data(*data_);
     if (begin < 0 || begin >= end || end > data_->images.shape[0]) {
-        throw Error(ErrorKind::usage, "images [", begin, ", ", end, ") are not at least one of the ",
-                    data_->images.shape[0], " there are");
+        throw Error(ErrorKind::usage, "images [", begin, ", ", end, ") are not a nonempty part of the ",
+                    data_->images.shape[0], " images");
     }
     if (!std::isfinite(scale.mean) || !std::isfinite(scale.deviation) || scale.deviation <= 0.0) {
         throw Error(ErrorKind::usage, "pixels cannot be scaled by mean ", scale.mean, " and deviation ",
-                    scale.deviation, ": give finite ones and a positive deviation");
+                    scale.deviation, ": the mean must be finite and the deviation finite and above 0");
     }
     for (std::size_t x = 0; x < value_of_.size(); ++x) {
         value_of_[x] = static_cast<float>((static_cast<double>(x) / 255.0 - scale.mean) / scale.deviation);

@@ -11,32 +11,32 @@
 
 namespace microbatch {
 
-/// Grey images [n, height, width] and their labels [n], as read.
+/// Greyscale images [n, height, width] and their labels [n], as read.
 struct LabelledImages {
     IdxArray images;
     IdxArray labels;
     std::string source;  ///< where they come from, for messages
 };
 
-/// What pixels are shifted and scaled by: (x / 255 - mean) / deviation.
+/// Normalisation of pixels: (x / 255 - mean) / deviation.
 struct PixelScale {
     double mean = 0.0;
     double deviation = 1.0;
 };
 
-/// Mean and standard deviation of pixels / 255; the deviation of pixels that are all the same is given as 1.
+/// Mean and standard deviation of pixels / 255; the deviation is 1 if all pixels are the same.
 /// Errors: ErrorKind::usage if there are no pixels.
 PixelScale pixel_scale(std::span<const std::uint8_t> pixels);
 
-/// Images with their labels; the bytes are kept and turned into numbers when they are asked for.
+/// Images with their labels; the bytes are stored and converted to floating point on demand.
 ///
-/// Shapes: get() gives two fields, images [b, 1, height, width] float32 and labels [b] int64.
-/// Errors: the constructor throws ErrorKind::bad_data if the numbers of images and labels differ or an array's bytes do
-///         not fill its shape, ErrorKind::usage unless 0 <= begin < end <= n and the scale is finite with a positive
-///         deviation; get() throws std::out_of_range.
+/// Shapes: get() returns two fields, images [b, 1, height, width] float32 and labels [b] int64.
+/// Errors: the constructor throws ErrorKind::bad_data if the numbers of images and labels differ or the bytes of an
+///         array do not match its shape, ErrorKind::usage unless 0 <= begin < end <= n and the scale is finite with a
+///         positive deviation; get() throws std::out_of_range.
 class ImageDataset final : public Dataset {
 public:
-    /// Samples are the images [begin, end), so that several datasets can share the storage.
+    /// The samples are the images [begin, end), so several datasets can share the storage.
     ImageDataset(std::shared_ptr<const LabelledImages> data, const PixelScale& scale, std::int64_t begin,
                  std::int64_t end);
 

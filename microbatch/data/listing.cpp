@@ -27,7 +27,7 @@ const DataFile* find(const DataListing& listing, const std::string& name) {
     return found == listing.files.end() ? nullptr : &*found;
 }
 
-/// Whether a file that is not listed is not there: it may also come after the last one that is.
+/// True if a file that is not listed is missing: it may also come after the last listed one.
 bool lacks(const DataListing& listing, const std::string& name) {
     const bool complete = listing.count == static_cast<std::int64_t>(listing.files.size());
     return (complete || std::filesystem::path(name) < std::filesystem::path(listing.files.back().name)) &&
@@ -43,11 +43,11 @@ std::vector<std::string> changes_between(const DataListing& before, const DataLi
         } else if (old->bytes != file.bytes) {
             changes.push_back(str_cat(file.name, " had ", size_of(*old), " and has ", size_of(file)));
         } else if (old->checksum != file.checksum) {
-            changes.push_back(str_cat(file.name, " still has ", size_of(file), ", but other ones"));
+            changes.push_back(str_cat(file.name, " still has ", size_of(file), ", but different content"));
         }
     }
     for (const DataFile& file : before.files) {
-        if (lacks(now, file.name)) changes.push_back(str_cat(file.name, " (", size_of(file), ") is gone"));
+        if (lacks(now, file.name)) changes.push_back(str_cat(file.name, " (", size_of(file), ") is missing"));
     }
     return changes;
 }
@@ -68,7 +68,7 @@ std::string describe_difference(const DataListing& before, const DataListing& no
     if (!changes.empty()) {
         text += str_cat(text.empty() ? "" : ": ", list_names(changes));
     } else if (text.empty()) {
-        text = str_cat("of the ", total_of(before), ", others than the first ", before.files.size(), " have changed");
+        text = str_cat("of the ", total_of(before), ", files after the first ", before.files.size(), " have changed");
     }
     return text;
 }

@@ -30,12 +30,12 @@ std::string samples_in_words(const OpenedData& data) {
                    " held-out ");
 }
 
-/// What text or an array may take: a part of what there is now, so that what is read next has some left.
+/// The most memory for text or an array: a part of what is free now, so that the next one has some left.
 std::uint64_t most_bytes() {
     return static_cast<std::uint64_t>(available_memory_bytes() / 2);
 }
 
-/// How many of all there are to be trained on: the others, the last 10 %, are held out.
+/// How many of all are training data: the last 10 % are held out.
 std::int64_t trained_of(std::int64_t all) {
     return all - all / 10;
 }
@@ -69,7 +69,7 @@ void split_tokens(OpenedData& data, const Tokens& tokens, std::int64_t length, c
     data.held_out = std::make_unique<TokenWindows>(tokens.slice(trained, total), length);
 }
 
-/// Whether a file of this name holds records: the names of their fields would be trained on, too.
+/// True if a file of this name has records: the names of their fields would be trained on, too.
 bool has_records(const std::string& name) {
     const auto ends = [&](const char* end) { return name.ends_with(end); };
     return ends(".json") || ends(".jsonl") || ends(".csv") || ends(".tsv");
@@ -80,13 +80,13 @@ void warn_of_text(OpenedData& data, const std::vector<LeftOut>& left_out) {
     std::uint64_t in_records = 0;
     for (const DataFile& file : data.files.files) in_records += has_records(file.name) ? file.bytes : 0;
     if (in_records > data.files.bytes / 2) {
-        warn("most of it is JSON or a table, read as it is: to train on a field alone, write that into a text file");
+        warn("most of the text is JSON or a table, read verbatim: to train on one field only, write it to a text file");
     }
     for (const LeftOut& one : left_out) {
         if (one.what == "UTF-16 file") {
-            warn(describe({one}), " left out: convert to UTF-8 what is to be trained on");
+            warn(describe({one}), " skipped: to train on it, convert it to UTF-8");
         } else if (one.what == "binary file" && one.bytes > data.files.bytes) {
-            warn(describe({one}), " left out, with more bytes (", format_bytes(static_cast<std::int64_t>(one.bytes)),
+            warn(describe({one}), " skipped, with more bytes (", format_bytes(static_cast<std::int64_t>(one.bytes)),
                  ") than the text that was read");
         }
     }
@@ -105,7 +105,7 @@ OpenedData open_text(const fs::path& path, std::int64_t length) {
                                format_count(length), " bytes");
     data.files = std::move(text.files);
     note_files(data);
-    if (!text.left_out.empty()) data.notes.push_back(str_cat("left out ", describe(text.left_out)));
+    if (!text.left_out.empty()) data.notes.push_back(str_cat("skipped ", describe(text.left_out)));
     warn_of_text(data, text.left_out);
     return data;
 }
@@ -157,19 +157,19 @@ TopLevel look_at(const fs::path& folder) {
     return found;
 }
 
-/// Which of several token files, or the text beside them, is meant is not guessed.
+/// Does not guess which of several token files, or the text next to them, is meant.
 void require_no_token_files(const std::vector<std::string>& bin, bool others, const fs::path& folder) {
     const auto is_there = [&](const char* name) { return std::find(bin.begin(), bin.end(), name) != bin.end(); };
     if (bin.empty() || (others && !is_there("train.bin") && !is_there("val.bin"))) return;
     const fs::path example = folder / (is_there("train.bin") ? "train.bin" : bin.front());
-    throw Error(ErrorKind::bad_data, "the folder ", folder.string(), " holds .bin files (", list_names(bin),
+    throw Error(ErrorKind::bad_data, "the folder ", folder.string(), " has .bin files (", list_names(bin),
                 "), which are read as uint16 tokens: name the one to train on, such as ", example.string(),
                 others ? ", or a text file" : "");
 }
 
 std::optional<fs::path> find_idx(const fs::path& folder, const std::string& name) {
     for (const fs::path& candidate : {folder / name, folder / (name + ".gz")}) {
-        std::error_code ignored;  // a link to nowhere and a missing file are the same here
+        std::error_code ignored;  // a broken link and a missing file are treated the same
         if (fs::exists(candidate, ignored)) return candidate;
     }
     return std::nullopt;
@@ -184,7 +184,7 @@ std::shared_ptr<const LabelledImages> read_set(const fs::path& folder, const std
     if (!images && !labels) return nullptr;
     if (!images || !labels) {
         throw Error(ErrorKind::bad_data, folder.string(), " has ", (images ? *images : *labels).filename().string(),
-                    " but no ", images ? labels_name : images_name, " (.gz or not): put it there");
+                    " but no ", images ? labels_name : images_name, " (.gz or not): add it");
     }
     auto set = std::make_shared<LabelledImages>(
         LabelledImages{read_idx(*images, 3, most_bytes()), read_idx(*labels, 1, most_bytes()),
@@ -204,7 +204,7 @@ void note_unread(OpenedData& data, const std::vector<std::string>& found) {
     const auto read = names_of(data.files);
     std::copy_if(found.begin(), found.end(), std::back_inserter(unread),
                  [&](const std::string& name) { return std::find(read.begin(), read.end(), name) == read.end(); });
-    if (!unread.empty()) data.notes.push_back(str_cat("left out ", list_names(unread)));
+    if (!unread.empty()) data.notes.push_back(str_cat("skipped ", list_names(unread)));
 }
 
 OpenedData open_images(const fs::path& folder, const std::vector<std::string>& found) {
@@ -212,9 +212,9 @@ OpenedData open_images(const fs::path& folder, const std::vector<std::string>& f
     data.kind = DataKind::images;
     const auto train = read_set(folder, "train", data.files);
     if (!train) {
-        throw Error(ErrorKind::bad_data, folder.string(), " has ", list_names(found),
-                    " but no train-images-idx3-ubyte and train-labels-idx1-ubyte (.gz or not): put them there, or "
-                    "rename what is theirs");
+        throw Error(
+            ErrorKind::bad_data, folder.string(), " has ", list_names(found),
+            " but no train-images-idx3-ubyte and train-labels-idx1-ubyte (.gz or not): add them, or rename the files");
     }
     const auto test = read_set(folder, "t10k", data.files);
     const auto& shape = train->images.shape;
@@ -253,20 +253,20 @@ OpenedData open_images(const fs::path& folder, const std::vector<std::string>& f
 }  // namespace
 
 OpenedData open_data(const fs::path& path, std::int64_t length) {
-    std::error_code ignored;  // what cannot be looked at is reported by opening it
+    std::error_code ignored;  // opening it reports errors
     if (fs::is_directory(path, ignored)) {
         const TopLevel found = look_at(path);
         if (!found.idx.empty()) return open_images(path, found.idx);
         require_no_token_files(found.bin, found.others, path);
         OpenedData data = open_text(path, length);
         if (!found.bin.empty()) {
-            data.warnings.push_back(str_cat(list_names(found.bin), " left out: to train on tokens, name their file"));
+            data.warnings.push_back(str_cat(list_names(found.bin), " skipped: to train on tokens, name their file"));
         }
         return data;
     }
     if (is_idx_name(path.filename().string()) && fs::exists(path, ignored)) {
         throw Error(ErrorKind::bad_data, path.string(),
-                    " is an IDX file, which holds images or labels alone: give the folder with both");
+                    " is an IDX file, which has only images or only labels: give the folder that has both");
     }
     return path.extension() == ".bin" ? open_tokens(path, length) : open_text(path, length);
 }

@@ -17,7 +17,7 @@ template <class... Parts>
     throw Error(ErrorKind::bad_data, source, ": ", reason...);
 }
 
-/// The tokens that were seen, in increasing order.
+/// The tokens that occur, in increasing order.
 std::vector<std::int64_t> values_seen(const TokenScan& seen, bool even, bool odd) {
     std::vector<std::int64_t> values;
     for (std::size_t token = 0; token < TokenScan::values; ++token) {
@@ -35,7 +35,7 @@ void refuse_wider_tokens(const TokenScan& seen, const std::string& source) {
     const std::int64_t small = std::min(even, odd), large = std::max(even, odd);
     if (small == 0 ? large == 0 : small >= 16 || large < 4096 || seen.count < 64) return;
     refuse(source, "every second token is ", small == 0 ? "0" : str_cat("at most ", small),
-           ", as when a file of uint32 tokens is read as uint16: write it as uint16, with a tokenizer of at most "
+           ", as if a file of uint32 tokens were read as uint16: write it as uint16, with a tokenizer of at most "
            "65,536 tokens");
 }
 
@@ -49,8 +49,8 @@ void refuse_narrower_tokens(const std::vector<std::int64_t>& values, const std::
     }
     if (std::count(high.begin(), high.end(), true) < enough) return;
     refuse(source,
-           "no token has a low byte above 127, as when text or a file of uint8 tokens is read as uint16: give text "
-           "under a name that does not end in .bin, or write two bytes for each token");
+           "no token has a low byte above 127, as if text or a file of uint8 tokens were read as uint16: give text a "
+           "name that does not end in .bin, or write two bytes per token");
 }
 
 /// "0 to 9, 255".
@@ -96,15 +96,15 @@ std::vector<std::string> check_tokens(const TokenScan& seen, const std::string& 
     }
     refuse_wider_tokens(seen, source);
     refuse_narrower_tokens(values, source);
-    // Few tokens above a gap that is half of a large vocabulary, and dense ones below it: not the rare tokens of a
-    // small file.
+    // Few tokens above a gap of half of a large vocabulary, and dense ones below it: unlike the rare tokens of a small
+    // file.
     for (std::size_t i = 1; i < values.size() && seen.vocabulary >= 512; ++i) {
         const std::int64_t below = values[i - 1];
         const auto last = static_cast<std::int64_t>(i), stray = static_cast<std::int64_t>(values.size()) - last;
         if (values[i] - below <= seen.vocabulary / 2 || 4 * last < below || 8 * stray > last) continue;
         return {str_cat(stray == 1 ? "token " : "tokens ", ranges_of({values.begin() + last, values.end()}),
                         stray == 1 ? " is" : " are", " far above the others, which end at ", format_count(below),
-                        ": remove what is there by mistake, or the model gets a vocabulary of ",
+                        ": remove them if they are a mistake; otherwise the model gets a vocabulary of ",
                         format_count(seen.vocabulary))};
     }
     return {};
@@ -115,7 +115,7 @@ std::vector<std::string> check_labels(std::span<const std::uint8_t> trained, std
     const Counts of_trained = count_labels(trained), of_held_out = count_labels(held_out);
     if (const auto only = labels_of(of_trained); only.size() == 1) {
         refuse(source, "all ", format_count(static_cast<std::int64_t>(trained.size())), " training labels are ",
-               only.front(), ": there is nothing to tell apart; give images of at least 2 classes");
+               only.front(), ": there is nothing to distinguish; give images of at least 2 classes");
     }
     Counts all{}, unseen{};
     for (std::size_t i = 0; i < all.size(); ++i) {
@@ -128,8 +128,8 @@ std::vector<std::string> check_labels(std::span<const std::uint8_t> trained, std
     if (absent > 0) {
         warnings.push_back(str_cat("the labels are ", ranges_of(present), " (",
                                    images(all[static_cast<std::size_t>(present.back())]), " of the largest): ", absent,
-                                   " of the ", classes, " classes that the model gets ", absent == 1 ? "has" : "have",
-                                   " no image; number the classes from 0, without a gap"));
+                                   " of the model's ", classes, " classes ", absent == 1 ? "has" : "have",
+                                   " no image; number the classes from 0 without gaps"));
     }
     if (const auto labels = labels_of(unseen); !labels.empty()) {
         std::int64_t count = 0;
@@ -140,7 +140,7 @@ std::vector<std::string> check_labels(std::span<const std::uint8_t> trained, std
     if (const auto labels = labels_of(of_held_out); labels.size() == 1 && held_out.size() >= 10) {
         warnings.push_back(str_cat("all ", format_count(static_cast<std::int64_t>(held_out.size())),
                                    " held-out images have label ", labels.front(),
-                                   ": their loss tells nothing of the other classes"));
+                                   ": their loss says nothing about the other classes"));
     }
     return warnings;
 }
@@ -149,9 +149,9 @@ void refuse_grouped(std::span<const std::uint8_t> labels, const std::string& sou
     std::size_t runs = 1;
     for (std::size_t i = 1; i < labels.size(); ++i) runs += labels[i] != labels[i - 1] ? 1 : 0;
     if (runs == 1 || runs * 10 > labels.size() || labels_of(count_labels(labels)).size() != runs) return;
-    refuse(source,
-           "the images are sorted by class, so that the last tenth, which is held out, shows nearly only label ",
-           int{labels.back()}, " of ", runs, ": shuffle images and labels alike, or add a t10k- pair to hold out");
+    refuse(source, "the images are sorted by class, so the last tenth, which is held out, has almost only label ",
+           int{labels.back()}, " of ", runs,
+           ": shuffle images and labels together, or add a t10k- pair as held-out data");
 }
 
 }  // namespace microbatch

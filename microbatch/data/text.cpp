@@ -20,7 +20,7 @@ namespace {
 namespace fs = std::filesystem;
 
 bool has(const fs::path& folder, const char* name) {
-    std::error_code ignored;  // what cannot be looked at is reported by the walk
+    std::error_code ignored;  // the walk reports errors
     return fs::exists(folder / name, ignored);
 }
 
@@ -32,7 +32,7 @@ bool is_dataset(const fs::path& folder) {
     return has(folder, "dataset_dict.json") || (has(folder, "dataset_info.json") && has(folder, "state.json"));
 }
 
-/// Whether a run writes a file or folder of this name into its own folder.
+/// True if a run writes a file or folder of this name into its own folder.
 bool is_of_a_run(const std::string& name) {
     constexpr std::array<std::string_view, 6> whole{"config.toml", "metrics.jsonl",     "summary.json",
                                                     "report.html", "model.safetensors", "checkpoints"};
@@ -44,7 +44,7 @@ void check_walk(const std::error_code& error, const fs::path& folder) {
     if (error) throw Error(ErrorKind::bad_data, "cannot read the folder ", folder.string(), ": ", error.message());
 }
 
-/// Why a file or folder is left out, unopened; null if it is not.
+/// Why a file or folder is skipped without opening it; null if it is not.
 const char* reason_to_leave_out(const fs::path& path, const fs::file_status& status, bool top_of_a_run) {
     if (path.filename().native().starts_with('.')) return "hidden name";
     if (fs::is_symlink(status)) return "link";
@@ -60,7 +60,7 @@ struct Entry {
     const char* left_out;  ///< why; null for a regular file
 };
 
-/// Regular files below the folder and what is left out, sorted: the system lists them in any order.
+/// Regular files below the folder and skipped entries, sorted, because the system lists them in any order.
 std::vector<Entry> entries_below(const fs::path& folder) {
     const bool of_a_run = is_run(folder);
     std::vector<Entry> entries;
@@ -95,7 +95,7 @@ void leave_out(std::vector<LeftOut>& all, const std::string& what, const std::st
     if (found->names.size() < 3) found->names.push_back(name);
 }
 
-/// The text files below the folder. What else is there is added to `left_out`.
+/// The text files below the folder. Other entries are added to `left_out`.
 std::vector<TextFile> text_below(const fs::path& folder, std::vector<LeftOut>& left_out) {
     std::vector<TextFile> found;
     for (const auto& [path, reason] : entries_below(folder)) {
@@ -131,8 +131,7 @@ std::vector<TextFile> only_text(const fs::path& path) {
             throw Error(ErrorKind::bad_data, path.string(),
                         " is UTF-16 text: convert it to UTF-8, such as by iconv -f UTF-16 -t UTF-8");
         case FileFormat::known:
-            throw Error(ErrorKind::bad_data, path.string(), " is ", format.name,
-                        ", not text: give the plain text that is in it");
+            throw Error(ErrorKind::bad_data, path.string(), " is ", format.name, ", not text: extract the plain text");
         case FileFormat::binary:
             break;
     }
@@ -146,28 +145,28 @@ std::size_t total_size(const std::vector<TextFile>& files, const fs::path& path,
     std::uint64_t total = 0;
     for (const TextFile& file : files) {
         if (file.size > most - total) {
-            throw Error(
-                ErrorKind::bad_data, path.string(), " holds more text than the ",
-                format_bytes(static_cast<std::int64_t>(most)),
-                " of memory that it may take: give less, or a .bin of uint16 tokens, which is not kept in memory");
+            throw Error(ErrorKind::bad_data, path.string(), " has more text than the ",
+                        format_bytes(static_cast<std::int64_t>(most)),
+                        " of memory that it may use: give less, or a .bin file of uint16 tokens, which is not loaded "
+                        "into memory");
         }
         total += file.size;
     }
     return static_cast<std::size_t>(total);
 }
 
-/// Errors: ErrorKind::bad_data if the folder is a dataset of Hugging Face.
+/// Errors: ErrorKind::bad_data if the folder is a Hugging Face dataset.
 std::vector<TextFile> text_of_folder(const fs::path& path, std::vector<LeftOut>& left_out) {
     if (is_dataset(path)) {
         throw Error(ErrorKind::bad_data, path.string(),
-                    " is a dataset that Hugging Face's save_to_disk wrote: load it with datasets.load_from_disk, and "
-                    "write its text into a file or its tokens into a .bin of uint16");
+                    " is a dataset written by Hugging Face's save_to_disk: load it with datasets.load_from_disk, and "
+                    "write its text to a file or its tokens to a .bin file of uint16");
     }
     std::vector<TextFile> files = text_below(path, left_out);
     if (files.empty()) {
-        throw Error(ErrorKind::bad_data, "the folder ", path.string(), " holds no text",
-                    left_out.empty() ? "" : "; left out: ", describe(left_out),
-                    ": give one with text files, or name a .bin file of uint16 tokens");
+        throw Error(ErrorKind::bad_data, "the folder ", path.string(), " has no text",
+                    left_out.empty() ? "" : "; skipped: ", describe(left_out),
+                    ": give a folder with text files, or name a .bin file of uint16 tokens");
     }
     return files;
 }
@@ -185,12 +184,12 @@ std::string describe(const std::vector<LeftOut>& left_out) {
 
 Text read_text(const fs::path& path, std::uint64_t most_bytes) {
     Text text;
-    std::error_code ignored;  // what cannot be looked at is reported by opening it
+    std::error_code ignored;  // opening it reports errors
     const auto files = fs::is_directory(path, ignored) ? text_of_folder(path, text.left_out) : only_text(path);
     text.bytes.resize(total_size(files, path, most_bytes));
     std::span<std::uint8_t> rest(text.bytes);
     for (const TextFile& file : files) {
-        // By the size that was counted: what a file has grown by meanwhile is not read.
+        // By the counted size: what has been appended since is not read.
         const auto part = rest.first(static_cast<std::size_t>(file.size));
         InputFile(file.path).read(0, std::as_writable_bytes(part));
         text.files.add({file.name, file.size, crc32c({reinterpret_cast<const char*>(part.data()), part.size()})});

@@ -40,7 +40,7 @@ template <class... Parts>
     throw Error(ErrorKind::bad_data, file.path().string(), " ", reason...);
 }
 
-/// The first words of a header of llm.c; 0 where the file is too short.
+/// The first words of an llm.c header; 0 if the file is too short.
 std::array<std::int32_t, 3> read_header(const InputFile& file) {
     std::array<std::int32_t, 3> words{};
     const auto bytes = std::as_writable_bytes(std::span(words));
@@ -48,25 +48,25 @@ std::array<std::int32_t, 3> read_header(const InputFile& file) {
     return words;
 }
 
-/// That a file without a header is not of a format with a name, nor text.
+/// Checks that a file without a header is neither a known format nor text.
 void check_bare(const InputFile& file) {
-    constexpr std::uint64_t enough = 4096;  // tokens without a zero byte are not as many
+    constexpr std::uint64_t enough = 4096;  // so many tokens without a zero byte are unlikely
     const FileFormat format = format_of(file);
     if (format.kind == FileFormat::known) {
-        refuse(file, "is ", format.name, ", not a file of uint16 tokens: write the tokens alone into it");
+        refuse(file, "is ", format.name, ", not a file of uint16 tokens: write only the tokens");
     }
     if (format.kind == FileFormat::text && file.size() >= enough) {
         refuse(file,
-               "looks like text, not like uint16 tokens (no byte is 0): give text under a name that does not end in "
-               ".bin, or write two bytes for each token");
+               "looks like text, not like uint16 tokens (no byte is 0): give text a name that does not end in .bin, "
+               "or write two bytes per token");
     }
 }
 
-/// That the header of llm.c describes the file.
+/// Checks that the llm.c header describes the file.
 void check_header(std::span<const std::int32_t, 3> header, const InputFile& file) {
     if (file.size() < header_bytes) {
         refuse(file, "is truncated: it has ", file.size(), " bytes of the ", header_bytes,
-               " of an llm.c header; write or fetch it again");
+               " of an llm.c header; write or download it again");
     }
     const std::int32_t version = header[1], count = header[2];
     if (version != known_version) {
@@ -75,8 +75,8 @@ void check_header(std::span<const std::int32_t, 3> header, const InputFile& file
     }
     const auto following = static_cast<std::int64_t>(file.size() - header_bytes);
     if (following != std::int64_t{count} * 2) {
-        refuse(file, "is truncated or damaged: its header announces ", count, " tokens of 2 bytes, but ", following,
-               " bytes follow it; write or fetch it again");
+        refuse(file, "is truncated or corrupted: its header claims ", count, " tokens of 2 bytes, but ", following,
+               " bytes follow it; write or download it again");
     }
 }
 
@@ -88,7 +88,7 @@ std::int64_t Tokens::size() const {
 
 Tokens Tokens::slice(std::int64_t begin, std::int64_t end) const {
     if (begin < 0 || begin > end || end > size()) {
-        throw Error(ErrorKind::usage, "tokens [", begin, ", ", end, ") are not within the ", size(), " there are");
+        throw Error(ErrorKind::usage, "tokens [", begin, ", ", end, ") are outside the ", size(), " tokens");
     }
     const auto part = [&](const auto& all) -> decltype(values) {
         return all.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(end - begin));
@@ -107,7 +107,7 @@ Tokens open_token_file(const std::filesystem::path& path) {
     const auto header = read_header(*file);
     if (header[0] == uint32_magic) {
         refuse(*file, "holds uint32 tokens (llm.c's ", uint32_magic,
-               ", the Llama 3 tokenizer), but only uint16 tokens can be read: write it with another one");
+               ", the Llama 3 tokenizer), but only uint16 tokens can be read: use another tokenizer");
     }
     const bool has_header = header[0] == uint16_magic;
     has_header ? check_header(header, *file) : check_bare(*file);

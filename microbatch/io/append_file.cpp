@@ -33,7 +33,7 @@ AppendFile::AppendFile(std::filesystem::path path, std::uint64_t bytes) : Append
 }
 
 AppendFile::AppendFile(std::filesystem::path path, Flags flags) : path_(std::move(path)) {
-    // O_NONBLOCK: a pipe that nobody reads from is refused, not waited for.
+    // O_NONBLOCK: a pipe without a reader is refused instead of waiting.
     descriptor_ = ::open(path_.c_str(), O_WRONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK | static_cast<int>(flags), 0666);
     if (descriptor_ < 0) refuse(last_error());
 }
@@ -55,7 +55,7 @@ std::string AppendFile::append(std::string_view record) {
         if (count < 0 && errno == EINTR) continue;
         if (count <= 0) {
             const std::string why = str_cat("cannot write ", path_.string(), ": ", last_error());
-            // Half a record is worse than none. If this fails, too, what is there is written over by the next try.
+            // Half a record is worse than none. If this fails too, the next attempt overwrites it.
             [[maybe_unused]] const int cut = ::ftruncate(descriptor_, static_cast<off_t>(size_));
             return why;
         }

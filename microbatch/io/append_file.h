@@ -7,30 +7,29 @@
 
 namespace microbatch {
 
-/// A file that grows by whole records, such as lines, each written through at once.
+/// A file to which whole records, such as lines, are appended; each one is written immediately.
 ///
-/// Faults:  a record that cannot be written whole (disk full) is taken back from the file and kept in memory, with
-/// those
-///          after it, and written with the next one that can be: a log is no reason to lose a run.
-/// Memory:  what could not be written.
+/// Faults:  a record that cannot be written completely (disk full) is removed from the file and kept in memory, like
+///          those after it, and written with the next record that can be written: a log must not end a run.
+/// Memory:  the records that could not be written.
 /// Threads: no two calls at the same time.
 class AppendFile {
 public:
-    /// A new file. Errors: ErrorKind::not_written if it cannot be made, or there is a file, or a link, of that name.
+    /// Creates a new file. Errors: ErrorKind::not_written if it cannot be created, or if the name is already in use.
     explicit AppendFile(std::filesystem::path path);
 
-    /// One that is there, of which the first `bytes` stay. Errors: ErrorKind::not_written if it cannot be opened or
-    /// cut, or is no regular file; ErrorKind::bad_data if it is shorter.
+    /// Opens an existing file and keeps its first `bytes`. Errors: ErrorKind::not_written if it cannot be opened or
+    /// truncated, or is not a regular file; ErrorKind::bad_data if it is shorter.
     AppendFile(std::filesystem::path path, std::uint64_t bytes);
 
     AppendFile(const AppendFile&) = delete;
     AppendFile& operator=(const AppendFile&) = delete;
     ~AppendFile();
 
-    /// Why it, or those before it, could not be written; empty if all are.
+    /// Appends a record. Returns why it, or an earlier one, could not be written; empty if all are written.
     std::string append(std::string_view record);
 
-    /// Tries again what could not be written. As append().
+    /// Retries the records that could not be written. Returns as append().
     std::string flush() { return append({}); }
 
     const std::filesystem::path& path() const { return path_; }
@@ -42,7 +41,7 @@ private:
 
     std::filesystem::path path_;
     int descriptor_ = -1;
-    std::uint64_t size_ = 0;  // of the whole records in it
+    std::uint64_t size_ = 0;  // of the whole records in the file
     std::string waiting_;
 };
 

@@ -20,7 +20,7 @@ constexpr const char* state_name = "state.json";
 constexpr std::string_view tensors_suffix = ".safetensors";
 constexpr std::uint64_t most_manifest_bytes = std::uint64_t{1} << 20U;
 
-/// Passes on what is written, and adds it up.
+/// Passes on the written bytes and computes their size and checksum.
 class CountedFile final : public OutputFile {
 public:
     explicit CountedFile(std::unique_ptr<OutputFile> file) : file_(std::move(file)) {}
@@ -49,7 +49,7 @@ StoredTensors tensors_in(const StateDict& state, const std::string& section) {
     return tensors;
 }
 
-// What could not be read again is refused: a section names a file.
+// Refuses what could not be read again: a section is part of a file name.
 std::set<std::string> sections_of(const StateDict& state) {
     std::set<std::string> sections;
     for (const auto& [name, tensor] : state.tensors()) {
@@ -65,11 +65,11 @@ std::set<std::string> sections_of(const StateDict& state) {
     return sections;
 }
 
-// The file that it must be: a regular one of the folder itself, whatever else may have its name.
+// Opens the file itself: a regular file in the folder, not a link.
 InputFile open_plain(const std::filesystem::path& path) {
     std::error_code failure;
     if (std::filesystem::is_symlink(path, failure)) {
-        throw Error(ErrorKind::bad_data, "cannot read ", path.string(), ": it is a link that leads elsewhere");
+        throw Error(ErrorKind::bad_data, "cannot read ", path.string(), ": it is a symbolic link");
     }
     return InputFile(path);
 }
@@ -77,8 +77,8 @@ InputFile open_plain(const std::filesystem::path& path) {
 void verify(const std::filesystem::path& path, const CheckpointFile& wanted) {
     const InputFile file = open_plain(path);
     if (file.size() != wanted.bytes) {
-        throw Error(ErrorKind::bad_data, path.string(), " is corrupted: it has ", file.size(), " bytes of the ",
-                    wanted.bytes, " that were written");
+        throw Error(ErrorKind::bad_data, path.string(), " is corrupted: it has ", file.size(), " of the ", wanted.bytes,
+                    " bytes that were written");
     }
     std::string chunk;
     std::uint32_t crc = 0;
@@ -148,7 +148,7 @@ StateDict read_checkpoint(const std::filesystem::path& folder) {
         throw Error(ErrorKind::bad_data, (folder / state_name).string(), ": ", error.what());
     }
     if (found.progress != manifest.progress || found.open_samples != manifest.open_samples) {
-        throw Error(ErrorKind::bad_data, folder.string(), ": the manifest is of another state");
+        throw Error(ErrorKind::bad_data, folder.string(), ": the manifest does not match the state");
     }
     return state;
 }

@@ -27,24 +27,24 @@ std::string last_line(std::string_view before) {
 
 std::uint32_t crc_from(const std::string& digits) {
     const bool sound = digits.size() == 8 && digits.find_first_not_of("0123456789abcdef") == std::string::npos;
-    if (!sound) throw std::invalid_argument("a checksum is none");
+    if (!sound) throw std::invalid_argument("invalid checksum");
     return static_cast<std::uint32_t>(std::stoul(digits, nullptr, 16));
 }
 
-// A file of the folder itself, whatever the system makes of dots and slashes.
+// The name of a file in the folder itself, however the system treats dots and slashes.
 std::string name_from(std::string name) {
     const bool sound = !name.empty() && name.size() <= 100 && name.front() != '.' &&
                        std::all_of(name.begin(), name.end(), [](unsigned char c) {
                            return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '.' || c == '-' || c == '_';
                        });
-    if (!sound) throw std::invalid_argument("the name of a file leads elsewhere");
+    if (!sound) throw std::invalid_argument("invalid file name");
     return name;
 }
 
 CheckpointManifest manifest_from(const nlohmann::json& json, const std::string& source) {
     if (count_from(json.at("version")) != version) {
-        throw AnotherVersion(ErrorKind::bad_data, source, ": it has the checkpoint format ",
-                             count_from(json.at("version")), ", this version of microbatch reads format ", version,
+        throw AnotherVersion(ErrorKind::bad_data, source, ": it has checkpoint format ", count_from(json.at("version")),
+                             ", but this version of microbatch reads format ", version,
                              ": resume the run with the version that wrote it (format 1: microbatch 0.1)");
     }
     CheckpointManifest manifest{
@@ -52,7 +52,7 @@ CheckpointManifest manifest_from(const nlohmann::json& json, const std::string& 
         .open_samples = count_from(json.at("open_samples")),
         .healthy = json.at("healthy").get<bool>(),
         .kept = json.at("kept").get<bool>()};
-    if (!json.at("files").is_object()) throw std::invalid_argument("its files are none");
+    if (!json.at("files").is_object()) throw std::invalid_argument("its list of files is invalid");
     for (const auto& [name, file] : json.at("files").items()) {
         manifest.files.push_back({name_from(name), static_cast<std::uint64_t>(count_from(file.at("bytes"))),
                                   crc_from(file.at("crc32c").get<std::string>())});
@@ -88,7 +88,7 @@ CheckpointManifest parse_checkpoint_manifest(std::string_view content, const std
                        content.substr(content.size() - end) == last_line(content.substr(0, content.size() - end));
     if (!whole) throw Error(ErrorKind::bad_data, file, ": it is corrupted: CRC-32C mismatch");
     const auto read = [&file](const nlohmann::json& json) { return manifest_from(json, file); };
-    return read_json(content, most_values, file, ": it is no manifest of a checkpoint", read);
+    return read_json(content, most_values, file, ": it is not the manifest of a checkpoint", read);
 }
 
 }  // namespace microbatch

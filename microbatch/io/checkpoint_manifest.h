@@ -19,28 +19,28 @@ struct CheckpointFile {
     bool operator==(const CheckpointFile&) const = default;
 };
 
-/// manifest.json, the last file of a checkpoint to be written: what the checkpoint is of, and what it is made of.
+/// manifest.json, the last file of a checkpoint to be written: the progress of the run, and a list of the files.
 struct CheckpointManifest {
     Progress progress = {};
-    std::int64_t open_samples = 0;  ///< of the batch that was left half-way
+    std::int64_t open_samples = 0;  ///< of the partial batch
     bool healthy = true;            ///< steps were applied, and the run is not recovering from a divergence
-    bool kept = false;              ///< not to be removed when newer ones are there
+    bool kept = false;              ///< not to be deleted when there are newer ones
     std::vector<CheckpointFile> files = {};
 
     bool operator==(const CheckpointManifest&) const = default;
 };
 
-/// A checkpoint that is whole, but is for another version to read.
+/// A valid checkpoint with a different format version.
 class AnotherVersion : public Error {
 public:
     using Error::Error;
 };
 
-/// As text: a JSON object whose last line is the CRC-32C of all that stands before it.
+/// As text: a JSON object whose last line is the CRC-32C of everything before it.
 std::string to_text(const CheckpointManifest& manifest);
 
-/// Reads it back. It is not trusted: any change of a bit is found, names lead nowhere but into the checkpoint's folder.
-/// Errors: ErrorKind::bad_data, naming the `file`, if it is not as to_text() writes it; AnotherVersion, of that kind.
+/// Parses the text, which is not trusted: any flipped bit is detected, and file names cannot lead out of the folder.
+/// Errors: ErrorKind::bad_data, naming the `file`, if it was not written by to_text(); AnotherVersion, of that kind.
 CheckpointManifest parse_checkpoint_manifest(std::string_view text, const std::string& file);
 
 }  // namespace microbatch

@@ -32,12 +32,12 @@ std::string name_of(std::int64_t steps, std::int64_t open_samples) {
     return "step-" + digits + (open_samples > 0 ? str_cat("-", open_samples) : std::string());
 }
 
-// Bytes of all that the next step changes: not the snapshots.
+// The size of everything that the next step changes, which excludes the snapshots.
 std::int64_t bytes_to_own(const StateDict& state) {
     return state.bytes() - state.bytes("recovery/");
 }
 
-// With headers, scalars and the manifest, and the ends of blocks.
+// Includes headers, scalars, the manifest, and rounding to blocks.
 std::int64_t bytes_to_write(const StateDict& state) {
     constexpr std::int64_t of_files = std::int64_t{1} << 16U, of_a_tensor = std::int64_t{1} << 10U;
     return state.bytes() + of_files + of_a_tensor * std::ssize(state.tensors());
@@ -47,7 +47,7 @@ void own_tensors(StateDict& state) {
     for (const char* section : {"model/", "optimizer/", "batch/", "rng/"}) state.own(section);
 }
 
-// Of whatever was thrown, in a thread whose exceptions nobody else would see.
+// The message of any exception in the thread, which would otherwise be lost.
 std::string failure_of(const std::function<void()>& call) {
     try {
         call();
@@ -57,18 +57,18 @@ std::string failure_of(const std::function<void()>& call) {
     } catch (const std::exception& error) {
         return error.what();
     } catch (...) {
-        return "it is not known why";
+        return "unknown error";
     }
 }
 
 }  // namespace
 
-/// Where in the run a checkpoint is, and its folder.
+/// The progress of a checkpoint, and its folder.
 struct CheckpointStore::Place {
     std::int64_t steps, open_samples;
     std::filesystem::path path;
 
-    // By its name; none where that is no checkpoint's.
+    // Parses the name; empty if it is not that of a checkpoint.
     static std::optional<Place> of(const std::filesystem::path& path) {
         const std::string name = path.filename().string();
         if (!name.starts_with("step-")) return std::nullopt;
@@ -96,10 +96,10 @@ struct CheckpointStore::Place {
     }
 };
 
-/// What the thread writes.
+/// The data of the writing thread.
 struct CheckpointStore::Writing {
     StateDict state;
-    std::future<std::string> warning;  // of write(), or what it threw; the first to be destroyed: it waits
+    std::future<std::string> warning;  // of write(), or its exception; destroyed first, because it waits
 };
 
 CheckpointStore::CheckpointStore(std::filesystem::path folder, CheckpointOptions options, FileSystem& files)
@@ -125,7 +125,7 @@ std::vector<CheckpointStore::Place> CheckpointStore::places() const {
     for (const auto& path : paths_in(folder_, failure)) {
         if (auto place = Place::of(path)) found.push_back(std::move(*place));
     }
-    // Half of a list would be taken for all there is.
+    // An incomplete list must not be taken for a complete one.
     if (failure) {
         throw Error(ErrorKind::bad_data, "cannot read the checkpoints in ", folder_.string(), ": ", failure.message());
     }
@@ -138,7 +138,7 @@ void CheckpointStore::remove_leftovers() {
     for (const auto& path : paths_in(folder_, failure)) {
         const std::string extension = path.extension().string();
         const bool leftover = extension == unfinished || extension == removed;
-        // In the way of nothing: not to be able to remove one is no harm.
+        // Leftovers are harmless, so failing to delete one is ignored.
         if (leftover && Place::of(path.stem())) failure_of([&] { files_.remove_all(path); });
     }
 }
@@ -154,16 +154,16 @@ std::optional<StateDict> CheckpointStore::newest(bool healthy) {
             for (const std::string& why : damaged) warnings_.push_back(str_cat("a checkpoint was skipped: ", why));
             return state;
         } catch (const AnotherVersion&) {
-            throw;  // it is whole, but not for us
+            throw;  // it is valid, but has another format version
         } catch (const Error& error) {
             damaged.emplace_back(error.what());
             damaged_.push_back(place->path);
         }
     }
     if (damaged.empty()) return std::nullopt;
-    std::string message = str_cat("no checkpoint in ", folder_.string(), " is whole");
+    std::string message = str_cat("no checkpoint in ", folder_.string(), " is valid");
     for (const std::string& why : damaged) message += "; " + why;
-    throw Error(ErrorKind::bad_data, message + "; start the run again in another folder");
+    throw Error(ErrorKind::bad_data, message + "; start the run again in a new folder");
 }
 
 void CheckpointStore::go_on_from(const StateDict& state, const std::vector<std::filesystem::path>& damaged) {
@@ -207,7 +207,7 @@ bool CheckpointStore::is_kept(const Progress& progress) const {
     return multiple(progress) > multiple(saved_.value_or(Progress{}));
 }
 
-// Throws if it is not on the disk in the end; returns what else went wrong. On a full disk older ones give way.
+// Throws if it is not on the disk at the end; returns what else went wrong. On a full disk, deletes older ones.
 std::string CheckpointStore::write(const StateDict& state) const {
     while (true) {
         try {
@@ -220,7 +220,7 @@ std::string CheckpointStore::write(const StateDict& state) const {
     }
 }
 
-// Not the only one, nor the only healthy one, nor one that is kept. False if there is none to give up.
+// Deletes the oldest one that is neither the only one, nor the only healthy one, nor kept. False if there is none.
 bool CheckpointStore::remove_oldest() const {
     const std::vector<Place> all = places();
     if (all.size() < 2) return false;
@@ -245,29 +245,30 @@ std::string CheckpointStore::write_once(const StateDict& state) const {
     const std::string failure = failure_of([&] {
         files_.make_folder(beside);
         write_checkpoint(files_, beside, state, is_kept(progress));
-        // A log is no reason to have no checkpoint.
+        // A log must not prevent a checkpoint.
         for (const auto& file : options_.sync_first) {
             const std::string why = failure_of([&] { files_.sync(file); });
-            if (!why.empty()) warning = str_cat("before a checkpoint, ", why);
+            if (!why.empty()) warning = str_cat("before writing a checkpoint: ", why);
         }
-        // One of that name is damaged, or it would have been gone on from, or is not known to be on the disk.
+        // An existing one of this name is corrupted (otherwise it would have been resumed), or not known to be on the
+        // disk.
         if (std::filesystem::exists(place.path)) remove(place.path);
         files_.rename(beside, place.path);
     });
     if (!failure.empty()) {
-        failure_of([&] { files_.remove_all(beside); });  // what it takes of a full disk
+        failure_of([&] { files_.remove_all(beside); });  // frees its space on a full disk
         throw Error(ErrorKind::not_written, failure);
     }
     files_.sync(folder_);
     const std::string left = failure_of([&] { remove_old(place); });
     if (left.empty()) return warning;
-    return (warning.empty() ? "" : warning + "; ") + "a checkpoint that is not to be kept is still there: " + left;
+    return (warning.empty() ? "" : warning + "; ") + "an old checkpoint could not be deleted: " + left;
 }
 
 void CheckpointStore::remove_old(const Place& newest) const {
     std::vector<Place> all = places();
     std::erase_if(all, [&newest](const Place& place) { return newest < place; });
-    // None that is damaged takes the place of one that is whole.
+    // A corrupted checkpoint does not take the place of a valid one.
     const auto is_whole = [&](const Place& place) { return place.path == newest.path || !is_damaged(place); };
     const auto damaged = std::stable_partition(all.begin(), all.end(), is_whole);
     const auto passing = all.begin() + std::max<std::ptrdiff_t>(0, damaged - all.begin() - options_.keep);
@@ -277,14 +278,14 @@ void CheckpointStore::remove_old(const Place& newest) const {
     bool one_is_healthy = std::any_of(passing, damaged, is_healthy);
     for (auto place = old.rbegin(); place != old.rend(); ++place) {
         const auto found = place->manifest();
-        const bool kept = !found || found->kept;  // what cannot be read now may be one that stays
+        const bool kept = !found || found->kept;  // what cannot be read now may be one that is to be kept
         const bool last_healthy = !one_is_healthy && is_healthy(*place);
         one_is_healthy = one_is_healthy || last_healthy;
         if (!kept && !last_healthy) remove(place->path);
     }
 }
 
-// First by a name under which it is none: half of a checkpoint is never looked at.
+// First renames it to a name that is not a checkpoint's, so that half of a checkpoint is never read.
 void CheckpointStore::remove(const std::filesystem::path& checkpoint) const {
     std::filesystem::path old = checkpoint;
     old += removed;
@@ -296,7 +297,7 @@ void CheckpointStore::remove(const std::filesystem::path& checkpoint) const {
 void CheckpointStore::save(StateDict state) {
     release();
     if (is_saved(manifest_of(state))) return;
-    // Whatever keeps it from being copied, such as memory, does not keep it from being written.
+    // Whatever prevents the copy, such as a lack of memory, does not prevent writing.
     const bool in_thread = bytes_to_own(state) <= options_.memory_bytes && !state.reads_files() &&
                            failure_of([&] { own_tensors(state); }).empty();
     in_thread ? start(std::move(state)) : static_cast<void>(save_now(state));
@@ -326,7 +327,7 @@ bool CheckpointStore::conclude(const CheckpointManifest& what, const std::functi
     std::string warning;
     const std::string failure = failure_of([&] { warning = write(); });
     if (!failure.empty()) {
-        warnings_.push_back(str_cat("the checkpoint of step ", what.progress.steps, " is not written: ", failure));
+        warnings_.push_back(str_cat("the checkpoint of step ", what.progress.steps, " was not written: ", failure));
         return false;
     }
     if (!warning.empty()) warnings_.push_back(std::move(warning));

@@ -16,18 +16,18 @@
 namespace microbatch {
 
 struct CheckpointOptions {
-    std::int64_t keep = 3;                    ///< so many of the newest stay, and the newest healthy one
-    std::optional<Interval> keep_every = {};  ///< and the first at or after each multiple of this
-    /// What the copy may take of memory that a thread writes from; a checkpoint that takes more is written at once,
-    /// while the training waits.
+    std::int64_t keep = 3;                    ///< how many of the newest to keep; the newest healthy one is always kept
+    std::optional<Interval> keep_every = {};  ///< also keep the first at or after each multiple of this
+    /// The most memory that the copy for the background thread may take. A larger checkpoint is written in the
+    /// foreground while training waits.
     std::int64_t memory_bytes = std::numeric_limits<std::int64_t>::max();
     std::vector<std::filesystem::path> sync_first =
-        {};  ///< what is to be on the disk before it: the run's log, and its folder
+        {};  ///< called before each checkpoint to sync the log and its folder
 };
 
-/// The checkpoints of a run: a folder with a folder for each, step-00000100, or step-00000100-24 where 24 samples of
-/// the next batch were in already. Each is written beside its place, to the disk, and then given its name at once, so
-/// that it is whole or not there; then those that are not to be kept are removed.
+/// The checkpoints of a run, each in its own folder: step-00000100, or step-00000100-24 if it includes 24 samples of
+/// the next batch. A checkpoint is written next to its final place, synced to the disk and then renamed, so it is
+/// either complete or absent. Then the checkpoints that are no longer to be kept are deleted.
 ///
 ///     CheckpointStore store(run / "checkpoints");
 ///     if (const auto newest = store.newest()) load(trainer, StateReader(*newest));
@@ -37,61 +37,62 @@ struct CheckpointOptions {
 ///         for (const std::string& warning : store.warnings()) ...
 ///     }
 ///
-/// Faults:  whatever goes wrong while one is written is a warning: those before it are untouched, and the next save()
-///          tries anew. On a full disk the oldest gives way to the new one.
-/// Threads: no two calls at the same time; one thread of its own, while it writes.
+/// Faults:  any failure to write a checkpoint is a warning: earlier ones stay untouched, and the next save() tries
+///          again. On a full disk, the oldest is deleted to make room for the new one.
+/// Threads: no two calls at the same time; uses a thread of its own while it writes.
 class CheckpointStore {
 public:
-    /// Errors: ErrorKind::usage unless keep >= 1, keep_every is above 0 and memory_bytes at least 0. The folder is made
-    ///         with the first checkpoint. What a run that was killed left of one half written, or half removed, goes.
+    /// Errors: ErrorKind::usage unless keep >= 1, keep_every is above 0 and memory_bytes at least 0. The folder is
+    ///         created with the first checkpoint. Half-written or half-deleted checkpoints of a killed run are deleted.
     explicit CheckpointStore(std::filesystem::path folder, CheckpointOptions options = {},
                              FileSystem& files = system_files());
     CheckpointStore(const CheckpointStore&) = delete;
     CheckpointStore& operator=(const CheckpointStore&) = delete;
-    /// Waits for what is being written.
+    /// Waits for the current write.
     ~CheckpointStore();
 
-    /// The newest one that is whole, and with `healthy` was healthy. Those newer that are corrupted are named in
-    /// warnings().
-    /// Errors: ErrorKind::bad_data, naming each, if there are some and none is whole, or if the folder cannot be read;
-    ///         AnotherVersion if the newest that is whole is one.
+    /// The newest valid checkpoint; with `healthy`, the newest valid one that is healthy. warnings() names newer ones
+    /// that are corrupted.
+    /// Errors: ErrorKind::bad_data, naming each, if there are checkpoints but none is valid, or if the folder cannot be
+    ///         read; AnotherVersion if the newest valid one has a different format version.
     std::optional<StateDict> newest(bool healthy = false);
 
-    /// The next save() of this progress writes nothing: it is that of a checkpoint that is there. `damaged` are those
-    /// that another store's newest() passed over.
+    /// Tells the store that the run resumes from `state`: the next save() of this progress writes nothing, because its
+    /// checkpoint exists. `damaged` are the corrupted checkpoints that newest() of another store skipped.
     void go_on_from(const StateDict& state, const std::vector<std::filesystem::path>& damaged = {});
 
-    /// Removes those that are newer than the one gone on from, but for damaged ones: their steps are made again.
-    /// Errors: ErrorKind::bad_data if the folder cannot be read; as FileSystem's.
+    /// Deletes checkpoints newer than the resumed one, except corrupted ones: their steps run again.
+    /// Errors: ErrorKind::bad_data if the folder cannot be read; as FileSystem.
     void abandon_newer() const;
 
-    /// The steps of the newest that says it is healthy; it is not read further. None if there is none.
+    /// The steps of the newest checkpoint whose manifest says that it is healthy; nothing else is read. Empty if there
+    /// is none.
     std::optional<std::int64_t> newest_healthy() const;
 
-    /// Those that newest() passed over; one that is written anew is none of them any more.
+    /// The checkpoints that newest() skipped as corrupted, without those that have been written again.
     const std::vector<std::filesystem::path>& damaged() const { return damaged_; }
 
-    /// Copies the tensors that the next step changes and writes from the copy in a thread. Without room for the copy,
-    /// where a snapshot is in a file (which is read while it is written) or a thread cannot be had, as save_now().
-    /// Requires: not is_busy(); it is waited for.
+    /// Copies the tensors that the next step changes, and writes from the copy in a thread. If the copy does not fit, a
+    /// snapshot is in a file (which is read during writing) or a thread cannot be started, acts as save_now().
+    /// Requires: not is_busy(); otherwise it waits.
     void save(StateDict state);
 
-    /// Returns when it is written, or has failed. True if it, or one of the same progress before it, is on the disk.
+    /// Writes in the foreground. Returns true if it, or an earlier one of the same progress, is on the disk.
     bool save_now(const StateDict& state);
 
-    /// True while the thread writes.
+    /// True while the thread is writing.
     bool is_busy() const;
 
-    /// What went wrong since the last call, of what is finished; frees the copy of what is.
+    /// The failures since the last call of writes that have finished; also frees their copies.
     std::vector<std::string> warnings();
 
-    /// How many have been written, of those that are finished.
+    /// The number of checkpoints written so far.
     std::int64_t written() const { return written_; }
 
-    /// Waits for the thread and frees its copy. True if there was one.
+    /// Waits for the thread and frees its copy. Returns true if there was one.
     bool release();
 
-    /// What the copy takes of memory; until warnings() or release() after it is written.
+    /// The memory of the copy, which lives until warnings() or release() is called after the write.
     std::int64_t memory_bytes() const;
 
     const std::filesystem::path& folder() const { return folder_; }
@@ -117,8 +118,8 @@ private:
     CheckpointOptions options_;
     FileSystem& files_;
     std::unique_ptr<Writing> writing_;
-    std::optional<Progress> saved_;   // of the last that was written or read
-    std::int64_t saved_samples_ = 0;  // of the batch after it
+    std::optional<Progress> saved_;   // of the last one that was written or read
+    std::int64_t saved_samples_ = 0;  // of the partial batch after it
     std::int64_t written_ = 0;
     std::vector<std::filesystem::path> damaged_;
     std::vector<std::string> warnings_;

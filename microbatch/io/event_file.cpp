@@ -47,7 +47,7 @@ std::string begin_event() {
     return event;
 }
 
-// TensorFlow's: a checksum stored beside what it is of must not be the checksum of both.
+// TensorFlow's masked checksum: one that is stored next to its data must not be valid for both.
 std::uint32_t masked_crc(std::string_view data) {
     const std::uint32_t crc = crc32c(data);
     return ((crc >> 15U) | (crc << 17U)) + 0xA282EAD8U;
@@ -62,7 +62,7 @@ std::filesystem::path new_name(const std::filesystem::path& folder) {
         return folder /
                str_cat("events.out.tfevents.", seconds, ".", host, ".", ::getpid(), more > 0 ? str_cat(".", more) : "");
     };
-    // A clock may jump back, and in a container every process has the same number.
+    // A clock may jump back, and processes in containers may have the same number.
     int more = 0;
     while (std::filesystem::exists(std::filesystem::symlink_status(name(more)))) ++more;
     return name(more);

@@ -10,13 +10,13 @@
 
 namespace microbatch {
 
-/// A number to draw over the steps.
+/// A number that TensorBoard draws over the steps.
 struct Scalar {
     std::string_view name;
     double value = 0.0;
 };
 
-/// events.out.tfevents.*: what TensorBoard reads, written through a step at a time.
+/// events.out.tfevents.*: the file that TensorBoard reads, written step by step.
 ///
 /// Faults:  as RunLog's.
 /// Format: records of (length, masked CRC-32C of it, data, masked CRC-32C of it), each an Event of tensorboard's
@@ -24,16 +24,16 @@ struct Scalar {
 /// Threads: no two calls at the same time.
 class EventFile {
 public:
-    /// Makes a new file in the folder, named after now and this process.
+    /// Creates a new file in the folder, named after the time and this process.
     /// Errors: ErrorKind::not_written if it cannot be written.
     explicit EventFile(const std::filesystem::path& folder);
 
-    /// Tells TensorBoard that a run goes on after so many steps: what other files of the folder have of later ones is
-    /// not drawn. As write().
+    /// Tells TensorBoard that a run resumes after so many steps: later steps from other files in the folder are not
+    /// drawn. Returns as write().
     std::string go_on(std::int64_t steps);
 
-    /// Adds the numbers of a step; none is left out for not being finite. Returns why they, or those before them, could
-    /// not be written, naming the file; empty if all are.
+    /// Adds the numbers of a step, including those that are not finite. Returns why they, or earlier ones, could not be
+    /// written, naming the file; empty if all are written.
     std::string write(std::int64_t step, std::span<const Scalar> scalars);
 
     const std::filesystem::path& path() const { return file_.path(); }

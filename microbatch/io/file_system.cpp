@@ -47,7 +47,7 @@ public:
     }
 
     void close() override {
-        // Whatever it says, the descriptor is gone.
+        // Whatever it returns, the descriptor is closed.
         if (::close(std::exchange(descriptor_, -1)) != 0) refuse("write", path_, last_error());
     }
 
@@ -65,7 +65,7 @@ public:
     void make_folder(const std::filesystem::path& folder) override {
         std::error_code failure;
         std::filesystem::create_directories(folder, failure);
-        if (failure) refuse("make the folder", folder, failure);
+        if (failure) refuse("create the folder", folder, failure);
     }
 
     void rename(const std::filesystem::path& from, const std::filesystem::path& to) override {
@@ -86,7 +86,7 @@ public:
         const bool synced = ::fsync(descriptor) == 0;
         const std::error_code why = last_error();
         ::close(descriptor);
-        // Some file systems have no such thing for folders.
+        // Some file systems do not support this for folders.
         if (!synced && why.value() != EINVAL) refuse("write", path, why);
     }
 };
@@ -110,7 +110,7 @@ std::vector<std::filesystem::path> paths_in(const std::filesystem::path& folder,
 void make_folders_to_the_disk(FileSystem& files, const std::filesystem::path& folder) {
     std::vector<std::filesystem::path> made;
     std::error_code failure;
-    // What cannot be looked at is refused by what makes it.
+    // If the state is unknown, creating it reports the error.
     for (auto at = std::filesystem::absolute(folder); !std::filesystem::exists(at, failure) && !failure;
          at = at.parent_path()) {
         made.push_back(at);

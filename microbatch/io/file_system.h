@@ -13,30 +13,28 @@ namespace microbatch {
 
 /// A new file that is being written.
 ///
-/// Errors: every call throws ErrorKind::not_written, naming the file and the system's reason, where it cannot be done
-/// (disk
-///         full, short write); what the file holds then is not said.
+/// Errors: every call throws ErrorKind::not_written, naming the file and the system's reason, if it fails (disk full,
+///         partial write); the content of the file is then unspecified.
 class OutputFile {
 public:
     OutputFile() = default;
     OutputFile(const OutputFile&) = delete;
     OutputFile& operator=(const OutputFile&) = delete;
-    /// Closes it, and says nothing of how that went.
+    /// Closes the file and ignores errors.
     virtual ~OutputFile() = default;
 
     virtual void write(std::string_view bytes) = 0;
 
-    /// Returns once all that was written is on the disk.
+    /// Returns when everything written is on the disk.
     virtual void sync() = 0;
 
     virtual void close() = 0;
 };
 
-/// What is done to files where a fault must lose nothing: behind an interface, so that tests can make each call fail.
+/// File operations that must not lose data on a fault, behind an interface, so that tests can make each call fail.
 ///
 /// Errors:  ErrorKind::not_written, naming the file and the system's reason; a call that throws has changed nothing,
-/// but for
-///          remove_all, which may have removed a part.
+///          except that remove_all may have removed a part.
 /// Threads: calls may overlap.
 class FileSystem {
 public:
@@ -45,39 +43,37 @@ public:
     FileSystem& operator=(const FileSystem&) = delete;
     virtual ~FileSystem() = default;
 
-    /// A new file; refused if there is one, or a link, of that name.
+    /// Creates a new file; fails if the name is in use.
     virtual std::unique_ptr<OutputFile> create(const std::filesystem::path& file) = 0;
 
-    /// With those that it is in. It is no error if it is there already.
+    /// Creates a folder and its parents. It is not an error if it exists.
     virtual void make_folder(const std::filesystem::path& folder) = 0;
 
-    /// Takes the place of a file of that name, or of an empty folder, at once.
+    /// Renames; atomically replaces a file or an empty folder of the new name.
     virtual void rename(const std::filesystem::path& from, const std::filesystem::path& to) = 0;
 
-    /// A file, or a folder with all in it. It is no error if there is none.
+    /// Deletes a file, or a folder with its content. It is not an error if there is none.
     virtual void remove_all(const std::filesystem::path& path) = 0;
 
-    /// Returns once the content of a file, or the names in a folder, are on the disk.
+    /// Returns when the content of a file, or the names in a folder, are on the disk.
     virtual void sync(const std::filesystem::path& path) = 0;
 };
 
-/// The system's own.
+/// The file system of the operating system.
 FileSystem& system_files();
 
-/// What is in a folder, in any order: all that could be listed before a failure, which is told.
+/// The content of a folder, in any order; after a `failure`, what was listed before it.
 std::vector<std::filesystem::path> paths_in(const std::filesystem::path& folder, std::error_code& failure);
 
-/// Makes a folder and those that it is in; returns once the names of those that were not there are on the disk.
-/// Errors: as FileSystem's.
+/// Creates a folder and its parents; returns when their names are on the disk. Errors: as FileSystem.
 void make_folders_to_the_disk(FileSystem& files, const std::filesystem::path& folder);
 
-/// "; 1.2 MiB are needed, 400 KiB are free" where a folder's file system has less than that; empty if it has not.
+/// "; 1.2 MiB are needed, 400 KiB are free" if the file system of a folder has less free space; empty if it has enough.
 std::string lack_of_space(const std::filesystem::path& folder, std::int64_t needed);
 
-/// Writes a file, whole or not at all, and to the disk: under another name beside it first, then renamed.
-/// Errors: ErrorKind::not_written if it cannot be written, naming it and why, and what `write` throws; what was there
-/// before
-///         stays then, unless it is only the folder that could not be brought to the disk.
+/// Writes a file atomically and syncs it to the disk: under a temporary name first, then renamed.
+/// Errors: ErrorKind::not_written, naming the file and the reason, if it cannot be written; whatever `write` throws.
+///         The previous file is then unchanged, unless only syncing the folder failed.
 void write_whole(const std::filesystem::path& file, const std::function<void(OutputFile&)>& write,
                  FileSystem& files = system_files());
 void write_whole(const std::filesystem::path& file, std::string_view content, FileSystem& files = system_files());

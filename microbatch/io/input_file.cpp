@@ -25,7 +25,7 @@ template <class... Parts>
 }  // namespace
 
 InputFile::InputFile(std::filesystem::path path) : path_(std::move(path)) {
-    // O_NONBLOCK: opening a pipe that nobody writes to would wait for ever before it could be refused.
+    // O_NONBLOCK: opening a pipe without a writer would wait forever before it could be refused.
     descriptor_ = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (descriptor_ < 0) refuse_for(errno, path_);
     struct stat status {};
@@ -68,7 +68,7 @@ void InputFile::read(std::uint64_t offset, std::span<std::byte> into) const {
 }
 
 std::string InputFile::read_all(std::uint64_t most) const {
-    if (size_ > most) refuse(path_, "it has ", size_, " bytes, more than the ", most, " that are allowed");
+    if (size_ > most) refuse(path_, "it has ", size_, " bytes, more than the allowed ", most);
     std::string content(static_cast<std::size_t>(size_), '\0');
     read(0, std::as_writable_bytes(std::span(content)));
     return content;

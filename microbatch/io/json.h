@@ -15,7 +15,7 @@
 
 namespace microbatch {
 
-/// A value as JSON. A number that JSON has none for is "nan", "inf" or "-inf"; an optional without a value is null.
+/// A value as JSON. Numbers that JSON lacks become "nan", "inf" or "-inf"; an optional without a value becomes null.
 template <class Value>
 nlohmann::ordered_json json_value(const Value& value) {
     if constexpr (std::is_floating_point_v<Value>) {
@@ -33,7 +33,7 @@ nlohmann::ordered_json json_value(const Value& value) {
     }
 }
 
-/// Reads a number back. Throws nlohmann::json::exception where it is something else.
+/// Reads a number back. Throws nlohmann::json::exception if it is something else.
 inline double number_from(const nlohmann::json& value) {
     if (!value.is_string()) return value.get<double>();
     const auto& word = value.get_ref<const std::string&>();
@@ -43,36 +43,37 @@ inline double number_from(const nlohmann::json& value) {
     return nlohmann::json(word).get<double>();  // throws
 }
 
-/// A count that was written, at least 0. Throws std::invalid_argument where it is none: a conversion of what is beyond
-/// 63 bits is undefined.
+/// Reads a count of at least 0. Throws std::invalid_argument if it is invalid: converting a number beyond 63 bits is
+/// undefined.
 inline std::int64_t count_from(const nlohmann::json& number) {
     const bool sound = number.is_number_unsigned() && number.get<std::uint64_t>() <= INT64_MAX;
-    if (!sound) throw std::invalid_argument("a count is none");
+    if (!sound) throw std::invalid_argument("invalid count");
     return number.get<std::int64_t>();
 }
 
-/// JSON of somebody who is not trusted: a value takes many times the memory of its text, so their number is bounded,
-/// and so is how deep they are nested.
+/// Parses untrusted JSON: a value takes many times the memory of its text, so the number of values and their nesting
+/// depth are bounded.
 ///
-/// Memory: the text's, and 64 bytes a value. Errors: std::invalid_argument that says why, also where it is no JSON.
+/// Memory: the text, and 64 bytes per value.
+/// Errors: std::invalid_argument that says why, also if the text is not valid JSON.
 inline nlohmann::json parse_bounded(std::string_view text, std::size_t most_values) {
     constexpr int most_depth = 16;
     std::size_t values = 0;
     const auto count = [&](int depth, nlohmann::json::parse_event_t, nlohmann::json&) {
-        if (depth > most_depth) throw std::invalid_argument("it is nested too deep");
+        if (depth > most_depth) throw std::invalid_argument("it is nested too deeply");
         if (++values > most_values) throw std::invalid_argument("it has too many values");
         return true;
     };
     try {
         return nlohmann::json::parse(text.begin(), text.end(), count);
     } catch (const nlohmann::json::exception&) {
-        throw std::invalid_argument("it is no JSON");
+        throw std::invalid_argument("it is not valid JSON");
     }
 }
 
-/// What `read` makes of such a text.
-/// Errors: ErrorKind::bad_data, naming the `source`: why it is not sound, or `otherwise` where `read` finds something
-///         else than it looks for.
+/// Parses such a text and returns the result of `read`.
+/// Errors: ErrorKind::bad_data, naming the `source`: why the text is invalid, or `otherwise` if `read` does not find
+///         what it expects.
 template <class Read>
 auto read_json(std::string_view text, std::size_t most_values, const std::string& source, const char* otherwise,
                Read read) {

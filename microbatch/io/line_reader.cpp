@@ -1,5 +1,7 @@
 #include "microbatch/io/line_reader.h"
 
+#include <cerrno>
+#include <cstring>
 #include <limits>
 
 #include "microbatch/core/error.h"
@@ -9,14 +11,24 @@ namespace microbatch {
 
 LineReader::LineReader(const std::filesystem::path& path, LongLines long_lines)
     : path_(path), long_lines_(long_lines), line_(longest + 1, '\0') {
-    const InputFile judge(path);  // a stream would wait for a pipe, and says little of why it cannot be opened
+    const InputFile check(path);  // a stream would wait for a pipe, and does not say why a file cannot be opened
+    errno = 0;
     in_.open(path, std::ios::binary);
+    if (!in_.is_open()) refuse();
+}
+
+// The stream leaves the reason of the system's call in errno.
+void LineReader::refuse() const {
+    const int reason = errno;
+    throw Error(ErrorKind::bad_data, "cannot read ", path_.string(), ": ",
+                reason != 0 ? std::strerror(reason) : "the read failed");
 }
 
 std::optional<std::string_view> LineReader::next() {
+    errno = 0;
     in_.getline(line_.data(), static_cast<std::streamsize>(line_.size()));
-    if (in_.bad() || !in_.is_open()) throw Error(ErrorKind::bad_data, "cannot read ", path_.string());
-    const auto taken = static_cast<std::uint64_t>(in_.gcount());  // the end of the line included
+    if (in_.bad()) refuse();
+    const auto taken = static_cast<std::uint64_t>(in_.gcount());  // including the line break
     if (taken == 0 && in_.eof()) return std::nullopt;
     ++number_;
     offset_ += taken;
@@ -27,6 +39,7 @@ std::optional<std::string_view> LineReader::next() {
     if (too_long) {
         in_.clear();
         in_.ignore(std::numeric_limits<std::streamsize>::max(), '\n');
+        if (in_.bad()) refuse();
         offset_ += static_cast<std::uint64_t>(in_.gcount());
     }
     whole_ = !in_.eof();

@@ -34,14 +34,14 @@ const char* dtype_name(const std::string& tensor, const at::Tensor& shape) {
     for (const auto& [name, type] : types) {
         if (type == shape.scalar_type()) return name;
     }
-    throw Error(ErrorKind::usage, tensor, " is ", shape.scalar_type(), ", which safetensors cannot hold");
+    throw Error(ErrorKind::usage, tensor, " is ", shape.scalar_type(), ", which safetensors cannot store");
 }
 
 at::ScalarType type_of(const std::string& dtype) {
     for (const auto& [name, type] : types) {
         if (dtype == name) return type;
     }
-    throw Error(ErrorKind::bad_data, "there is no dtype ", dtype);
+    throw Error(ErrorKind::bad_data, "unknown dtype ", dtype);
 }
 
 std::string make_header(const StoredTensors& tensors) {
@@ -71,7 +71,7 @@ std::string make_header(const StoredTensors& tensors) {
     } catch (const nlohmann::json::exception&) {
         throw Error(ErrorKind::usage, "a tensor's name is not UTF-8");
     }
-    // What is written must be something that can be read again.
+    // Ensures that what is written can be read again.
     try {
         parse_safetensors_header(std::string_view(header).substr(safetensors_length_bytes), offset, "the tensors");
     } catch (const Error& error) {
@@ -99,7 +99,7 @@ at::Tensor shape_of(const SafetensorsEntry& entry) {
     return at::empty_strided(entry.shape, entry.strides, at::TensorOptions(at::kMeta).dtype(type_of(entry.dtype)));
 }
 
-/// Removes the file when the last tensor in it is gone.
+/// Deletes the file when its last tensor is destroyed.
 struct TemporaryFile {
     std::filesystem::path path;
 
@@ -120,7 +120,7 @@ void write_safetensors(OutputFile& file, const StoredTensors& tensors) {
     for (const auto& [name, stored] : tensors) {
         const at::Tensor tensor = stored.get().detach().cpu().contiguous();
         if (tensor.nbytes() != stored.shape().nbytes()) {
-            throw Error(ErrorKind::usage, name, " is not of the size that it was announced with");
+            throw Error(ErrorKind::usage, name, " does not have its declared size");
         }
         file.write(bytes_of(tensor));
     }
@@ -129,7 +129,7 @@ void write_safetensors(OutputFile& file, const StoredTensors& tensors) {
 void write_safetensors(const std::filesystem::path& path, const NamedTensors& tensors) {
     StoredTensors all;
     for (const NamedTensor& one : tensors) all.emplace_back(one.name, StoredTensor(one.tensor));
-    make_header(all);  // refuses before there is a file
+    make_header(all);  // validates before the file is created
     write_whole(path, [&all](OutputFile& file) { write_safetensors(file, all); });
 }
 
@@ -167,7 +167,7 @@ void copy_by_name(const NamedTensors& from, const NamedTensors& to, const std::s
     for (const NamedTensor& one : from) found.emplace(one.name, one.tensor);
     for (const NamedTensor& one : to) {
         const auto at = found.find(one.name);
-        if (at == found.end()) refuse_tensor("there is no ", one.name);
+        if (at == found.end()) refuse_tensor("missing tensor ", one.name);
         if (at->second.sizes() != one.tensor.sizes() || at->second.scalar_type() != one.tensor.scalar_type()) {
             refuse_tensor(one.name, " is ", at->second.scalar_type(), " of shape ", at->second.sizes(), ", not ",
                           one.tensor.scalar_type(), " of shape ", one.tensor.sizes());
@@ -179,7 +179,7 @@ void copy_by_name(const NamedTensors& from, const NamedTensors& to, const std::s
 }
 
 StateDict moved_to_file(const StateDict& state, const std::filesystem::path& file) {
-    const std::unique_ptr<OutputFile> out = system_files().create(file);  // never over a file that is there
+    const std::unique_ptr<OutputFile> out = system_files().create(file);  // never overwrites a file
     const auto owner = std::make_shared<const TemporaryFile>(file);
     write_safetensors(*out, {state.tensors().begin(), state.tensors().end()});
     out->close();

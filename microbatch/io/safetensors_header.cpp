@@ -36,10 +36,10 @@ constexpr const char* empty_key = "microbatch.empty";
 
 template <class... Parts>
 [[noreturn]] void refuse(const std::string& file, const Parts&... why) {
-    throw Error(ErrorKind::bad_data, file, " is not a sound safetensors file: ", why...);
+    throw Error(ErrorKind::bad_data, file, " is not a valid safetensors file: ", why...);
 }
 
-// Of the shape; none where it leaves 63 bits.
+// The size of the shape; empty if it exceeds 63 bits.
 std::optional<std::uint64_t> bytes_of(const SafetensorsEntry& entry) {
     std::int64_t count = safetensors_element_size(entry.dtype);
     for (const std::int64_t size : entry.shape) {
@@ -58,20 +58,20 @@ void require_counts(const Json& numbers, const char* what) {
 SafetensorsEntry read_entry(const std::string& name, const Json& json) {
     SafetensorsEntry entry{.name = name, .dtype = json.at("dtype").get<std::string>(), .shape = {}, .strides = {}};
     if (safetensors_element_size(entry.dtype) == 0) throw std::invalid_argument("its dtype is " + entry.dtype);
-    require_counts(json.at("data_offsets"), "its offsets are no stretch");
-    require_counts(json.at("shape"), "its shape is none");
+    require_counts(json.at("data_offsets"), "its offsets are invalid");
+    require_counts(json.at("shape"), "its shape is invalid");
     const auto offsets = json.at("data_offsets").get<std::vector<std::uint64_t>>();
-    if (offsets.size() != 2 || offsets[0] > offsets[1]) throw std::invalid_argument("its offsets are no stretch");
+    if (offsets.size() != 2 || offsets[0] > offsets[1]) throw std::invalid_argument("its offsets are invalid");
     entry.begin = offsets[0];
     entry.end = offsets[1];
     if (json.at("shape").size() > most_dimensions) throw std::invalid_argument("its shape has too many dimensions");
     entry.shape = json.at("shape").get<std::vector<std::int64_t>>();
-    if (bytes_of(entry) != entry.end - entry.begin) throw std::invalid_argument("its shape and its bytes differ");
+    if (bytes_of(entry) != entry.end - entry.begin) throw std::invalid_argument("its shape and its size differ");
     entry.strides = row_major_strides(entry.shape);
     return entry;
 }
 
-// Whether every element of the shape has a place of its own and there are no others.
+// True if every element of the shape has its own position and there are no gaps.
 bool is_dense(const std::vector<std::int64_t>& shape, const std::vector<std::int64_t>& strides) {
     if (shape.size() != strides.size()) return false;
     std::vector<std::size_t> order(shape.size());
@@ -88,7 +88,7 @@ bool is_dense(const std::vector<std::int64_t>& shape, const std::vector<std::int
     return true;
 }
 
-// None of what they say is needed to read the numbers: what is not sound is passed over.
+// The metadata is not needed to read the numbers: invalid entries are ignored.
 void read_strides(const Json& header, std::vector<SafetensorsEntry>& entries) {
     try {
         const Json all = parse_bounded(header.at(metadata).at(strides_key).get_ref<const std::string&>(), most_values);
@@ -104,7 +104,7 @@ void read_strides(const Json& header, std::vector<SafetensorsEntry>& entries) {
     }
 }
 
-// The names of tensors without elements, in their order, which their offsets do not tell.
+// The names of tensors without elements, in order, which their offsets do not determine.
 std::unordered_map<std::string, std::size_t> read_order(const Json& header) {
     std::unordered_map<std::string, std::size_t> order;
     try {
@@ -121,7 +121,7 @@ std::unordered_map<std::string, std::size_t> read_order(const Json& header) {
 Json parse(std::string_view header, const std::string& file) {
     try {
         Json json = parse_bounded(header, most_values);
-        if (!json.is_object()) refuse(file, "its header is no JSON object");
+        if (!json.is_object()) refuse(file, "its header is not a JSON object");
         return json;
     } catch (const std::invalid_argument& error) {
         refuse(file, "its header: ", error.what());
@@ -142,7 +142,7 @@ std::vector<std::int64_t> row_major_strides(const std::vector<std::int64_t>& sha
     std::int64_t stride = 1;
     for (std::size_t i = shape.size(); i-- > 0;) {
         strides[i] = stride;
-        // A tensor with no elements may have sizes whose product means nothing.
+        // A tensor without elements may have sizes whose product is meaningless.
         if (__builtin_mul_overflow(stride, std::max<std::int64_t>(shape[i], 1), &stride)) stride = 1;
     }
     return strides;
@@ -165,7 +165,7 @@ std::string make_safetensors_header(const std::vector<SafetensorsEntry>& entries
             {"dtype", entry.dtype}, {"shape", entry.shape}, {"data_offsets", {entry.begin, entry.end}}};
     }
     std::string text = header.dump();
-    // The data begins at a multiple of 8 bytes, as the format's own writer has it.
+    // The data begins at a multiple of 8 bytes, as in the format's reference writer.
     text.append((8 - text.size() % 8) % 8, ' ');
     const std::uint64_t length = text.size();
     std::string result(safetensors_length_bytes, '\0');
@@ -176,10 +176,9 @@ std::string make_safetensors_header(const std::vector<SafetensorsEntry>& entries
 std::uint64_t safetensors_header_length(std::string_view first_bytes, std::uint64_t file_bytes,
                                         const std::string& file) {
     std::uint64_t length = 0;
-    if (first_bytes.size() < sizeof(length) || file_bytes < sizeof(length))
-        refuse(file, "it is cut short, or none at all");
+    if (first_bytes.size() < sizeof(length) || file_bytes < sizeof(length)) refuse(file, "it is truncated");
     std::memcpy(&length, first_bytes.data(), sizeof(length));
-    if (length > file_bytes - sizeof(length) || length > most_header) refuse(file, "it is cut short, or none at all");
+    if (length > file_bytes - sizeof(length) || length > most_header) refuse(file, "it is truncated");
     return length;
 }
 
@@ -192,7 +191,7 @@ std::vector<SafetensorsEntry> parse_safetensors_header(std::string_view header, 
         try {
             entries.push_back(read_entry(name, value));
         } catch (const Json::exception&) {
-            refuse(file, "the entry of ", name, " is not as the format has it");
+            refuse(file, "the entry of ", name, " is invalid");
         } catch (const std::invalid_argument& error) {
             refuse(file, name, ": ", error.what());
         }
@@ -207,7 +206,7 @@ std::vector<SafetensorsEntry> parse_safetensors_header(std::string_view header, 
         [&key](const SafetensorsEntry& one, const SafetensorsEntry& other) { return key(one) < key(other); });
     std::uint64_t at = 0;
     for (const SafetensorsEntry& entry : entries) {
-        if (entry.begin != at) refuse(file, "the bytes of ", entry.name, " do not follow those before them");
+        if (entry.begin != at) refuse(file, "the bytes of ", entry.name, " do not follow the previous tensor");
         at = entry.end;
     }
     if (at != data_bytes) refuse(file, "its tensors take ", at, " bytes, and it has ", data_bytes);

@@ -18,7 +18,7 @@ constexpr std::size_t most_values = 400'000;
 
 std::int64_t whole_from(const Json& value) {
     if (value.is_number_unsigned() && value.get<std::uint64_t>() > INT64_MAX) {
-        throw std::invalid_argument("a number in a list is beyond 63 bits");
+        throw std::invalid_argument("a number in a list exceeds 63 bits");
     }
     return value.get<std::int64_t>();
 }
@@ -55,7 +55,7 @@ std::string scalars_to_json(const StateDict& state) {
     }
     std::string text = json.dump(0, ' ', false, Written::error_handler_t::replace) + "\n";
     if (text.size() > most_scalar_bytes || values > most_values) {
-        throw Error(ErrorKind::usage, "the state's scalars are too many: ", values, " values, ", text.size(), " bytes");
+        throw Error(ErrorKind::usage, "the state has too many scalars: ", values, " values, ", text.size(), " bytes");
     }
     return text;
 }
@@ -65,7 +65,7 @@ void read_scalars(std::string_view json, const std::string& source, StateDict& s
         if (!values.is_object()) throw std::invalid_argument("it is not a JSON object");
         for (const auto& [name, value] : values.items()) state.put(name, scalar_from(value));
     };
-    read_json(json, most_values, source, " is not a state as this library writes it", read);
+    read_json(json, most_values, source, " is not a state written by this library", read);
 }
 
 }  // namespace microbatch

@@ -7,8 +7,8 @@
 
 namespace microbatch {
 
-/// The scalars of a state as a JSON object, name by name, in their order. Numbers that are not finite are the strings
-/// "nan", "inf" and "-inf".
+/// The scalars of a state as a JSON object, in the order of their names. Non-finite numbers are the strings "nan",
+/// "inf" and "-inf".
 /// Errors: ErrorKind::usage if it would be larger than read_scalars() accepts.
 std::string scalars_to_json(const StateDict& state);
 

@@ -16,7 +16,7 @@ std::uint64_t mark_of(const Block* block) {
     return 0x6d69'6372'6f62'6c6bULL ^ reinterpret_cast<std::uintptr_t>(block);
 }
 
-// The address sanitizer sees that data without an owner is nobody's.
+// Tells the address sanitizer that data without an owner must not be accessed.
 void forbid_access([[maybe_unused]] Block* block) {
 #ifdef __SANITIZE_ADDRESS__
     __asan_poison_memory_region(data_of(block), block->bytes - block_header_bytes);
@@ -30,7 +30,7 @@ void allow_access([[maybe_unused]] void* begin, [[maybe_unused]] std::size_t byt
 
 }  // namespace
 
-// What lies in front of a foreign block is nothing that the sanitizer lets one read.
+// The sanitizer does not allow reading what precedes a foreign block.
 __attribute__((no_sanitize_address)) Block* block_of(void* data) {
     if (reinterpret_cast<std::uintptr_t>(data) % block_alignment != block_header_bytes) return nullptr;
     Block* block = static_cast<Block*>(data) - 1;

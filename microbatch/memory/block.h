@@ -8,13 +8,13 @@ namespace microbatch {
 
 /// The header of a block of memory; the data follows it.
 struct alignas(64) Block {
-    std::uint64_t mark = 0;        ///< says that this is a block that somebody owns: see block_of()
-    std::size_t bytes = 0;         ///< header, data and what rounding added
-    std::int64_t asked_bytes = 0;  ///< by the owner; of no meaning in a cached block
-    std::uint64_t cached = 0;      ///< 1 where nobody owns it
-    Block* next = nullptr;         ///< cached blocks of its size class
+    std::uint64_t mark = 0;        ///< marks a block that is in use: see block_of()
+    std::size_t bytes = 0;         ///< header, data and rounding
+    std::int64_t asked_bytes = 0;  ///< requested by the owner; meaningless in a cached block
+    std::uint64_t cached = 0;      ///< 1 if it has no owner
+    Block* next = nullptr;         ///< the next cached block of its size class
     Block* previous = nullptr;
-    Block* below = nullptr;  ///< neighbours by address; blocks with pages of their own only
+    Block* below = nullptr;  ///< neighbours by address; only for blocks of whole pages
     Block* above = nullptr;
 };
 inline constexpr std::size_t block_header_bytes = sizeof(Block);
@@ -27,18 +27,18 @@ inline void* data_of(Block* block) {
     return block + 1;
 }
 
-/// The block whose data this is, or nullptr if this came from another allocator. Reads nothing outside of the page in
-/// which `data` begins.
+/// The block that has this data, or nullptr if it came from another allocator. Reads only the page in which `data`
+/// begins.
 Block* block_of(void* data);
 
-/// An owner of `asked` bytes for a block that had none. keep_unowned() takes it back.
+/// Gives an unowned block an owner of `asked` bytes. keep_unowned() reverses it.
 void give_to_owner(Block* block, std::size_t asked);
 void keep_unowned(Block* block);
 
-/// Before the memory of an unowned block goes back to the system, the last `bytes` of it.
+/// Called before the last `bytes` of an unowned block are returned to the system.
 void forget_tail(Block* block, std::size_t bytes);
 
-/// Size classes, eight in each doubling: all sizes of a class are within an eighth.
+/// Size classes, eight per doubling: all sizes of a class are within an eighth.
 std::size_t size_class_of(std::size_t bytes);
 std::size_t largest_of_class(std::size_t size_class);
 
@@ -48,7 +48,7 @@ public:
     void put(Block* block);
     void remove(Block* block);
 
-    /// A smallest block of at least `bytes`, and at most `most` to within a class; nullptr if there is none.
+    /// A smallest block of at least `bytes`, and at most `most`, to within a class; nullptr if there is none.
     Block* best_fit(std::size_t bytes, std::size_t most) const;
 
     /// A block of the largest class that has any, or nullptr.
@@ -60,7 +60,7 @@ private:
     std::size_t occupied_class_from(std::size_t size_class) const;
 
     std::array<Block*, classes> first_{};
-    std::array<std::uint64_t, classes / 64> occupied_{};  // a bit for each class
+    std::array<std::uint64_t, classes / 64> occupied_{};  // one bit per class
 };
 
 }  // namespace microbatch

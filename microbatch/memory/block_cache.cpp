@@ -7,7 +7,7 @@
 namespace microbatch {
 namespace {
 
-// Above this rounding to whole pages costs less than a sixteenth.
+// Above this size, rounding to whole pages costs less than a sixteenth.
 constexpr std::size_t smallest_of_pages = std::size_t{64} << 10;
 
 std::size_t small_block_bytes(std::size_t bytes) {

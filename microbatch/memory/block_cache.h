@@ -8,10 +8,10 @@
 
 namespace microbatch {
 
-/// No block is larger: more than any machine's address space, and all sums of sizes stay within 64 bits.
+/// The largest block: more than the address space of any machine, and sums of sizes stay within 64 bits.
 inline constexpr std::size_t largest_block_bytes = std::size_t{1} << 46;
 
-/// Blocks from the system, kept when they are freed and given out again: small ones by size class, large ones as whole
+/// Blocks from the system that are kept when they are freed, and reused: small ones by size class, large ones as whole
 /// pages.
 ///
 /// Threads: one at a time; nothing throws.
@@ -20,18 +20,18 @@ public:
     /// A cached block with room for `bytes`, 1 to largest_block_bytes; nullptr if there is none.
     Block* reuse(std::size_t bytes);
 
-    /// A block from the system, for which cached ones are given back where held_bytes() would rise above `most`;
-    /// nullptr if the system has no memory.
+    /// A block from the system. First returns cached blocks to the system if held_bytes() would exceed `most`; nullptr
+    /// if the system has no memory.
     Block* add(std::size_t bytes, std::int64_t most);
 
-    /// Takes back a block that reuse() or add() gave out.
+    /// Takes back a block from reuse() or add().
     void keep(Block* block);
 
-    /// Gives cached blocks back to the system, large ones first, until held_bytes() is at most `bytes` or none is
+    /// Returns cached blocks to the system, large ones first, until held_bytes() is at most `bytes` or no block is
     /// cached.
     void shrink(std::int64_t bytes);
 
-    /// Of all blocks, and of those that nobody owns; headers and rounding included.
+    /// The bytes of all blocks, and of unowned blocks, including headers and rounding.
     std::int64_t held_bytes() const { return small_held_bytes_ + pages_.held_bytes(); }
     std::int64_t cached_bytes() const { return small_cached_bytes_ + pages_.cached_bytes(); }
 

@@ -19,30 +19,31 @@
 namespace microbatch {
 namespace {
 
-/// All there is to know, behind one lock: a request that is refused in one thread must not crowd out another's, and the
-/// process must not be above the budget even for a moment. Where memory is reused the lock is held some nanoseconds.
+/// The allocator's accounts, behind one lock: a refused request in one thread must not affect another thread's, and the
+/// process must never exceed the budget, even for a moment. When memory is reused, the lock is held for some
+/// nanoseconds.
 struct Books {
     std::mutex mutex;
     BlockCache cache;
     std::int64_t live = 0;
     std::int64_t peak = 0;
-    std::int64_t highest = 0;  // the most live since release_cached_memory(), whatever reset the peak
+    std::int64_t highest = 0;  // peak of the live bytes since release_cached_memory(), whatever reset the peak
     std::int64_t budget = no_budget;
     std::int64_t allocations = 0;
-    std::int64_t fail_in = 0;  // so many allocations from now; 0 is never
+    std::int64_t fail_in = 0;  // this many allocations from now; 0 means never
 
-    // What all blocks may take, cached ones included. This much above the most that was live is room enough for what
-    // rounding and fragments cost, of a small job with a few large tensors, too.
+    // The limit for all blocks, including cached ones. This much above the peak of the live bytes is enough for
+    // rounding and fragmentation, also for a small job with a few large tensors.
     std::int64_t allowed() const { return std::min(budget, highest + highest / 16 + (std::int64_t{1} << 20)); }
 };
 
-// Never destroyed: tensors with static lifetime are freed after every destructor that could be written here.
+// Never destroyed: tensors with static lifetime may be freed after any destructor here.
 constinit Books books;
 constinit std::atomic<bool> installed = false;
 
 enum class Refusal { none, budget, system, rehearsed };
 
-/// The answer to a request for memory, with the figures as they were then.
+/// The answer to a request for memory, with the figures at that moment.
 struct Answer {
     Block* block = nullptr;
     Refusal refusal = Refusal::none;
@@ -55,7 +56,7 @@ bool fits_budget(std::size_t bytes) {
     return books.live <= books.budget && bytes <= static_cast<std::uint64_t>(books.budget - books.live);
 }
 
-/// Counts a request, and says whether it has to be refused.
+/// Counts a request, and decides whether to refuse it.
 Refusal judge(std::size_t bytes) {
     ++books.allocations;
     if (books.fail_in > 0 && --books.fail_in == 0) return Refusal::rehearsed;
@@ -106,7 +107,7 @@ Answer request_for_a_moment(std::size_t bytes) {
     c10::reportOutOfMemoryToProfiler(size, static_cast<std::size_t>(answer.live),
                                      static_cast<std::size_t>(answer.live + answer.cached), at::kCPU);
     TORCH_CHECK_WITH(OutOfMemoryError, answer.refusal != Refusal::rehearsed, what, " of ", format_bytes(size),
-                     " is refused because fail_allocation() asked for it");
+                     " is refused because of fail_allocation()");
     TORCH_CHECK_WITH(OutOfMemoryError, answer.refusal != Refusal::system, "the machine has no ", format_bytes(size),
                      " left for ", what, "; ", format_bytes(answer.live), " are in use");
     TORCH_CHECK_WITH(OutOfMemoryError, false, what, " of ", format_bytes(size),
@@ -123,7 +124,7 @@ void tell_profiler(void* data, std::int64_t bytes, std::int64_t live, std::int64
 void release(void* data) {
     if (data == nullptr) return;
     Block* block = block_of(data);
-    // oneDNN frees by the allocator of the day what it took from the one before.
+    // oneDNN uses the current allocator to free what it took from the previous one.
     if (block == nullptr) return c10::free_cpu(data);
     const std::int64_t bytes = block->asked_bytes;
     std::int64_t live = 0, cached = 0;
@@ -131,7 +132,7 @@ void release(void* data) {
         const std::lock_guard lock(books.mutex);
         books.live -= bytes;
         books.cache.keep(block);
-        // Only where the budget was set below what was live: what is freed then is not kept.
+        // Only if the budget was set below the live bytes: freed blocks are then not cached.
         if (books.cache.held_bytes() > books.budget) books.cache.shrink(books.budget);
         live = books.live;
         cached = books.cache.cached_bytes();
@@ -170,10 +171,10 @@ void expect_memory(std::int64_t bytes) {
 }
 
 void install_budget_allocator() {
-    // Never destroyed, as the books.
+    // Never destroyed, like the accounts.
     static auto* allocator = [] {
         auto* made = new BudgetAllocator;
-        // A fork in another thread must not leave the child with a lock that nobody will open.
+        // A fork in another thread must not leave the child with a lock that is never released.
         ::pthread_atfork([] { books.mutex.lock(); }, [] { books.mutex.unlock(); }, [] { books.mutex.unlock(); });
         c10::SetCPUAllocator(made, /*priority=*/10);
         installed = true;

@@ -5,8 +5,8 @@
 
 namespace microbatch {
 
-/// Bytes of a device's tensors: what is allocated now, and the most there has been since the last reset of the peak.
-/// On the CPU both count what was asked for: no allocator rounding, nothing but tensors and torch's scratch.
+/// Bytes of a device's tensors: what is allocated now, and the most since the last reset of the peak. On the CPU, both
+/// count the requested bytes, without rounding: only tensors and torch's scratch memory.
 struct MemoryUse {
     std::int64_t live_bytes = 0;
     std::int64_t peak_bytes = 0;
@@ -15,36 +15,37 @@ struct MemoryUse {
 
 inline constexpr std::int64_t no_budget = std::numeric_limits<std::int64_t>::max();
 
-/// Counts every CPU tensor of the process from now on, lets a budget be set, and reuses memory that was freed: a
-/// training step like the one before takes next to nothing from the system. Tensors made before are not counted; the
-/// allocator that made them frees them. A second call does nothing.
+/// From now on, counts every CPU tensor of the process, allows a budget, and reuses freed memory: a training step like
+/// the previous one requests almost nothing from the system. Tensors that already exist are not counted; their own
+/// allocator frees them. A second call does nothing.
 ///
-/// Before memory is taken from the system, freed blocks are given back to it until all blocks together are within the
-/// budget and within a sixteenth (and 1 MiB) of the most that was live at once since the last release_cached_memory().
+/// Before requesting memory from the system, freed blocks are returned to it until all blocks together are within the
+/// budget, and exceed the peak of the live bytes since the last release_cached_memory() by at most a sixteenth plus 1
+/// MiB.
 ///
-/// Threads: any. A child of fork() may go on allocating.
+/// Threads: any. A child of fork() may continue to allocate.
 /// Cost:    less than torch's own allocator; tens of nanoseconds for a block that is reused.
 void install_budget_allocator();
 
 /// Live, peak and cached bytes; zeros before install_budget_allocator(). Threads: any.
 MemoryUse memory_use();
 
-/// Gives every cached block back to the system: worth it where less memory will be needed than before. Threads: any.
+/// Returns every cached block to the system: useful if less memory is needed from now on. Threads: any.
 void release_cached_memory();
 
-/// The peak begins again at what is live now. Threads: any.
+/// Resets the peak to the live bytes. Threads: any.
 void reset_peak_memory();
 
-/// An allocation that would take the live bytes above `bytes` throws c10::OutOfMemoryError instead. Returns the budget
-/// before. What is allocated already stays, even above the budget. Threads: any.
-/// State:  cached blocks that do not fit the new budget are given back at once.
+/// From now on, an allocation that would raise the live bytes above `bytes` throws c10::OutOfMemoryError. Returns the
+/// previous budget. Existing allocations stay, even above the budget. Threads: any.
+/// State:  cached blocks that exceed the new budget are freed immediately.
 /// Errors: ErrorKind::usage if `bytes` is not above 0.
 std::int64_t set_memory_budget(std::int64_t bytes);
 
 /// The budget in bytes, or no_budget. Threads: any.
 std::int64_t memory_budget();
 
-/// Another budget for as long as this lives; the one before comes back after.
+/// Sets another budget for the lifetime of this object, then restores the previous one.
 class BudgetScope {
 public:
     explicit BudgetScope(std::int64_t bytes) : before_(set_memory_budget(bytes)) {}
@@ -56,16 +57,16 @@ private:
     std::int64_t before_;
 };
 
-/// Counts `bytes` towards the peak as if they were allocated now and freed at once, and refuses as an allocation would:
-/// before work that threads share, whose own peak depends on how they meet. With a bound on what they can hold together
-/// the peak is the same every time, and memory runs out before the work begins, if at all. A MemoryTrace has it as an
-/// allocation and a release. Does nothing before install_budget_allocator().
+/// Counts `bytes` towards the peak as if they were allocated and immediately freed, and throws as an allocation would.
+/// To be called before threads share work, whose own peak depends on how they interleave: with a bound on what they can
+/// hold together, the peak is the same every time, and if memory runs out, it does so before the work starts. A
+/// MemoryTrace records it as an allocation and a release. Does nothing before install_budget_allocator().
 /// Errors: c10::OutOfMemoryError.
 /// Threads: any.
 void expect_memory(std::int64_t bytes);
 
-/// Rehearses running out of memory: the `countdown`-th CPU allocation from now, 1 being the next, of any thread, throws
-/// c10::OutOfMemoryError, once, as if the budget were used up. 0 calls it off. Only install_budget_allocator() counts.
+/// Simulates running out of memory: the `countdown`-th CPU allocation from now, in any thread (1 is the next), throws
+/// c10::OutOfMemoryError once, as if the budget were exhausted. 0 cancels it. Requires install_budget_allocator().
 ///
 ///     const std::int64_t before = allocation_count();
 ///     step();
@@ -75,7 +76,8 @@ void expect_memory(std::int64_t bytes);
 /// Threads: any.
 void fail_allocation(std::int64_t countdown);
 
-/// CPU allocations since install_budget_allocator(), refused ones included and those of 0 bytes not. Threads: any.
+/// The number of CPU allocations since install_budget_allocator(), including refused ones but not those of 0 bytes.
+/// Threads: any.
 std::int64_t allocation_count();
 
 }  // namespace microbatch

@@ -15,11 +15,11 @@ public:
 
     void reportMemoryUsage(void* /*data*/, std::int64_t /*bytes*/, std::size_t total_allocated,
                            std::size_t /*total_reserved*/, at::Device device) override {
-        // Devices without an index are of a kind that has one device only.
+        // Devices without an index are of a type with a single device.
         if (device.type() != device_.type() || (device_.has_index() && device.index() != device_.index())) return;
         const std::lock_guard lock(mutex_);
         if (!complete_) return;
-        // Called inside of releases, from which nothing may be thrown.
+        // Called inside releases, which must not throw.
         try {
             live_bytes_.push_back(static_cast<std::int64_t>(total_allocated));
         } catch (const std::bad_alloc&) {

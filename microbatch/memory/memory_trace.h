@@ -10,16 +10,16 @@
 
 namespace microbatch {
 
-/// Live bytes of a device after every allocation and release, in their order, from now until stop().
+/// Live bytes of a device after every allocation and release, in order, from now until stop().
 ///
-/// Those of this thread, the backward pass included; what other threads allocate is in the figures, but no event of its
-/// own: the workers of at::parallel_for come in an order of chance. The same program on another size of micro-batch
-/// gives a trace of the same length.
+/// Records the events of this thread, including the backward pass. Allocations of other threads count in the figures,
+/// but are no events: the workers of at::parallel_for interleave randomly. The same program with another micro-batch
+/// size gives a trace of the same length.
 ///
-/// State:   a trace made while another one lives hides that one's events until it stops; so does torch's profiler.
-///          Traces end in the opposite order of their beginning, in the thread in which they began.
-/// Threads: live_bytes() and clear() only while nothing allocates.
-/// Cost:    8 bytes and some tens of nanoseconds an event.
+/// State:   a trace that starts while another one is active suspends the other until it stops, and also torch's
+///          profiler. Traces end in reverse order of their start, in the thread in which they started.
+/// Threads: call live_bytes() and clear() only while nothing allocates.
+/// Cost:    8 bytes and some tens of nanoseconds per event.
 class MemoryTrace {
 public:
     explicit MemoryTrace(at::Device device);
@@ -27,13 +27,13 @@ public:
     MemoryTrace& operator=(const MemoryTrace&) = delete;
     ~MemoryTrace();
 
-    /// Nothing is recorded from now on; a second call does nothing.
+    /// Stops recording; a second call does nothing.
     void stop();
 
-    /// Ends before the first event that there was no memory to record: see complete().
+    /// The trace ends before the first event that could not be recorded for lack of memory: see complete().
     const std::vector<std::int64_t>& live_bytes() const;
 
-    /// False where memory for the trace itself ran out.
+    /// False if memory for the trace itself ran out.
     bool complete() const;
 
     void clear();
@@ -46,15 +46,15 @@ private:
     std::unique_ptr<Guard> guard_;
 };
 
-/// As long as it lives, no trace of this thread has an event: for this thread's share of work whose allocations come in
-/// an order of chance. What all threads can hold together is told before, by expect_memory(). Torch's profiler sees
-/// neither memory nor operators of it.
+/// During its lifetime, no trace of this thread records events: for the share of this thread in work whose allocations
+/// interleave randomly. Before, expect_memory() reserves what all threads can hold together. Torch's profiler sees
+/// neither memory nor operators of this work.
 class UntracedMemory {
 public:
     UntracedMemory();
 
 private:
-    at::RecordFunctionGuard no_operators_;  // the profiler would take what stands in its place for its own
+    at::RecordFunctionGuard no_operators_;  // otherwise the profiler would take the replacement for its own
     c10::DebugInfoGuard guard_;
 };
 

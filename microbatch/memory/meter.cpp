@@ -67,7 +67,7 @@ private:
 
     at::Device device_;
     c10::DeviceAllocator* allocator_;
-    std::atomic<std::int64_t> budget_ = 0;  // 0: none was set
+    std::atomic<std::int64_t> budget_ = 0;  // 0: not set
 };
 
 std::unique_ptr<Meter> make_meter(at::Device device) {
@@ -76,7 +76,7 @@ std::unique_ptr<Meter> make_meter(at::Device device) {
     if (allocator == nullptr) {
         throw Error(ErrorKind::usage,
                     str_cat("the memory of device ", device.str(),
-                            " cannot be metered: its allocator keeps no statistics; use the CPU or an "
+                            " cannot be measured: its allocator keeps no statistics; use the CPU or an "
                             "accelerator that this LibTorch supports"));
     }
     return std::make_unique<DeviceMeter>(device, allocator);
@@ -88,7 +88,7 @@ Meter& meter_of(at::Device device) {
     const at::Device one =
         device.is_cpu() ? at::Device(at::kCPU) : at::Device(device.type(), device.has_index() ? device.index() : 0);
     static std::mutex mutex;
-    // Never destroyed: who meters may have static lifetime.
+    // Never destroyed: users may have static lifetime.
     static auto& meters = *new std::map<std::pair<at::DeviceType, at::DeviceIndex>, std::unique_ptr<Meter>>;
     const std::lock_guard lock(mutex);
     auto& meter = meters[{one.type(), one.index()}];

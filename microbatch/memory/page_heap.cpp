@@ -70,7 +70,7 @@ void PageHeap::shrink(std::int64_t bytes) {
     }
 }
 
-// The last `bytes` of a cached block go back to the system; false if that cannot take them.
+// Returns the last `bytes` of a cached block to the system; false if that fails.
 bool PageHeap::release_tail(Block* block, std::size_t bytes) {
     const Block before = *block;
     remove(block);
@@ -92,7 +92,7 @@ bool PageHeap::release_tail(Block* block, std::size_t bytes) {
 
 void PageHeap::insert_by_address(Block* block) {
     Block* below = nullptr;
-    Block* above = lowest_;  // where Linux puts new pages, mostly
+    Block* above = lowest_;  // where Linux usually puts new pages
     while (above != nullptr && above < block) {
         below = above;
         above = above->above;
@@ -103,7 +103,7 @@ void PageHeap::insert_by_address(Block* block) {
     if (above != nullptr) above->below = block;
 }
 
-// What follows the first `bytes` of a cached block becomes one of its own.
+// Splits off what follows the first `bytes` of a cached block.
 void PageHeap::split(Block* block, std::size_t bytes) {
     auto* place = reinterpret_cast<char*>(block) + bytes;
     forget_tail(block, block->bytes - bytes);
@@ -118,7 +118,7 @@ void PageHeap::split(Block* block, std::size_t bytes) {
     put(rest);
 }
 
-// One block of two neighbours.
+// Merges two neighbouring blocks.
 void PageHeap::join(Block* below, Block* above) {
     below->bytes += above->bytes;
     below->above = above->above;

@@ -7,28 +7,28 @@
 
 namespace microbatch {
 
-/// Blocks of whole pages. A request takes the smallest cached block that fits and leaves the rest of it; what is freed
-/// joins its free neighbours, wherever the system put them, so that other sizes find room there: on the training steps
-/// of a transformer, an MLP and a conv net all blocks together stayed within 6 % of the most that was live.
+/// Blocks of whole pages. A request takes the smallest cached block that fits and splits off the rest. Freed blocks
+/// merge with free neighbours, wherever the system put them, so that other sizes fit there: in training steps of a
+/// transformer, an MLP and a conv net, all blocks together stayed within 6 % of the peak of the live bytes.
 ///
 /// Threads: one at a time; nothing throws.
-/// Cost:    a walk over all blocks where the system is asked for memory.
+/// Cost:    a walk over all blocks when the system is asked for memory.
 class PageHeap {
 public:
     /// A cached block with room for `bytes`, or nullptr.
     Block* reuse(std::size_t bytes);
 
-    /// A block from the system; nullptr if that has no memory.
+    /// A block from the system; nullptr if it has no memory.
     Block* add(std::size_t bytes);
 
-    /// Takes back a block that reuse() or add() gave out.
+    /// Takes back a block from reuse() or add().
     void keep(Block* block);
 
-    /// Gives cached pages back to the system, the largest blocks' first, until held_bytes() is at most `bytes` or none
-    /// are cached.
+    /// Returns cached pages to the system, those of the largest blocks first, until held_bytes() is at most `bytes` or
+    /// none are cached.
     void shrink(std::int64_t bytes);
 
-    /// What add() takes from the system.
+    /// The bytes that add() requests from the system.
     static std::size_t block_bytes(std::size_t bytes);
 
     std::int64_t held_bytes() const { return held_bytes_; }

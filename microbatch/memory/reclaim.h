@@ -11,29 +11,29 @@
 
 namespace microbatch {
 
-/// Something that can give memory back when it has run out.
+/// Something that can free memory when it has run out.
 struct Reclaimer {
-    /// True if memory was freed (or less is needed from now on), and another attempt is worthwhile.
+    /// Returns true if memory was freed (or less is needed from now on), so another attempt is worthwhile.
     std::function<bool()> reclaim;
-    /// The attempt that follows is reported as one that ran out of memory. False where nothing is lost by reclaiming,
-    /// such as waiting for a checkpoint's copy.
+    /// True if the next attempt counts as an out-of-memory retry. False if reclaiming loses nothing, such as waiting
+    /// for a checkpoint's copy.
     bool counts = true;
 };
 
-/// In the order in which they are asked: the cheapest loss first.
+/// In the order in which they are asked: cheapest first.
 using Reclaimers = std::vector<Reclaimer>;
 
-/// True if it is c10::OutOfMemoryError, or an exception that a registered test takes for one.
+/// True if it is c10::OutOfMemoryError, or an exception that a registered test recognises.
 bool is_oom(const std::exception_ptr& failure);
 
-/// Adds a test to is_oom(), for exceptions of another language. Threads: any.
+/// Adds a test to is_oom(), for exceptions from another language. Threads: any.
 void register_oom_test(std::function<bool(const std::exception_ptr&)> test);
 
-/// What an exception says, without a stack trace.
+/// The message of an exception, without a stack trace.
 std::string message_of(const std::exception_ptr& failure);
 
-/// Calls `attempt`. Returns none if it ran out of memory, with what was said in `message`: by then the exception, which
-/// keeps tensors of the attempt alive, is gone.
+/// Calls `attempt`. Returns an empty result if it ran out of memory, with the error message in `message`. By then, the
+/// exception, which keeps tensors of the attempt alive, has been destroyed.
 template <class Attempt>
 auto unless_oom(const Attempt& attempt, std::string* message = nullptr) {
     using Result = std::invoke_result_t<Attempt>;
@@ -54,12 +54,12 @@ auto unless_oom(const Attempt& attempt, std::string* message = nullptr) {
     return result;
 }
 
-/// The first of the reclaimers that frees something; null if none does. Caches are emptied too.
+/// Returns the first reclaimer that frees something; null if none does. Also frees the allocator's caches.
 const Reclaimer* reclaim(const Reclaimers& reclaimers);
 
-/// Calls `attempt` until it does not run out of memory. After each failure `undo` runs, then the reclaimers are asked
-/// in their order; `retried(reclaimer, message)` tells which one helped. Where none does, `give_up(message)` throws.
-/// The one place where running out of memory is handled.
+/// Calls `attempt` until it does not run out of memory. After each failure, `undo` runs, then the reclaimers are asked
+/// in order; `retried(reclaimer, message)` reports which one helped. If none does, `give_up(message)` throws. The only
+/// place where running out of memory is handled.
 template <class Attempt, class Undo, class Retried, class GiveUp>
 auto retry_on_oom(const Reclaimers& reclaimers, const Attempt& attempt, const Undo& undo, const Retried& retried,
                   const GiveUp& give_up) {

@@ -37,10 +37,10 @@ Commit prepare_generators(const Model& model, const StateReader& reader) {
     for (const at::Device& device : devices_of(model)) {
         states.emplace_back(device, reader.tensor(device.str()).get());
         if (!is_generator_state(device, states.back().second)) {
-            reader.refuse(device.str(), "it is not a state of this generator");
+            reader.refuse(device.str(), "it does not match this generator");
         }
     }
-    if (reader.tensors().size() != states.size()) reader.refuse("", "it has generators of other devices");
+    if (reader.tensors().size() != states.size()) reader.refuse("", "it is for generators of other devices");
     return [states = std::move(states)] {
         for (const auto& [device, state] : states) set_generator_state(device, state);
     };
@@ -50,7 +50,7 @@ Commit prepare_forward_state(Model& model, const StateReader& reader) {
     Commit buffers = prepare_tensors(reader.section("model"), model.buffers(), "buffer");
     Commit generators = prepare_generators(model, reader.section("rng"));
     std::vector<std::int64_t> flags = reader.counts("training_flags");
-    if (flags.size() != model.training_flags().size()) reader.refuse("training_flags", "they are of another model");
+    if (flags.size() != model.training_flags().size()) reader.refuse("training_flags", "they do not match the model");
     return [&model, buffers = std::move(buffers), generators = std::move(generators), flags = std::move(flags)] {
         model.set_training_flags(flags);
         buffers();

@@ -5,25 +5,25 @@
 
 namespace microbatch {
 
-/// A copy of what a forward pass may change beside gradients: buffers and training flags in `model/`, torch's
-/// generators (the CPU's and those of the parameters' devices) in `rng/`.
+/// A copy of everything that a forward pass may change, except gradients: buffers and training flags in `model/`,
+/// torch's generators (for the CPU and the parameters' devices) in `rng/`.
 ///
-/// Cost: one copy of the buffers, 5 KB a generator.
+/// Cost: one copy of the buffers, 5 KB per generator.
 StateDict forward_state(const Model& model);
 
-/// The generators alone, in the section that `writer` writes.
+/// Only the generators, in the section that `writer` writes.
 void save_generators(const Model& model, const StateWriter& writer);
 
-/// Validates generators' states that save_generators() wrote. Errors: ErrorKind::bad_data.
+/// Validates generator states from save_generators(). Errors: ErrorKind::bad_data.
 Commit prepare_generators(const Model& model, const StateReader& reader);
 
-/// Validates what forward_state() returned. Errors: ErrorKind::bad_data.
+/// Validates a state from forward_state(). Errors: ErrorKind::bad_data.
 Commit prepare_forward_state(Model& model, const StateReader& reader);
 
-/// Puts back buffers and training flags, or with `generators` all of it, bit for bit.
+/// Restores buffers and training flags, and with `generators` also the generators, bit for bit.
 void restore_forward_state(Model& model, const StateDict& state, bool generators);
 
-/// Restores it all when it goes out of scope.
+/// Restores the whole state when it goes out of scope.
 class ForwardStateScope {
 public:
     explicit ForwardStateScope(Model& model) : model_(model), before_(forward_state(model)) {}

@@ -13,10 +13,10 @@ class Module;
 
 namespace microbatch {
 
-/// Where a model keeps what training uses and changes. The defaults are those of bare tensors: no buffers, no training
-/// mode, no activation checkpointing.
+/// The tensors and modes of a model that training uses and changes. The defaults are for bare tensors: no buffers, no
+/// training mode, no activation checkpointing.
 ///
-/// Threads: none may use the model during a call.
+/// Threads: no other thread may use the model during a call.
 class Model {
 public:
     Model() = default;
@@ -24,20 +24,21 @@ public:
     Model& operator=(const Model&) = delete;
     virtual ~Model() = default;
 
-    /// Each tensor once, frozen ones included.
+    /// Each tensor once, including frozen ones.
     virtual Parameters parameters() const = 0;
 
     /// Tensors that a forward pass may change without a gradient, such as BatchNorm's running statistics.
     virtual NamedTensors buffers() const { return {}; }
 
-    /// Training mode of every part of the model, in an order that does not change.
+    /// The training mode of every part of the model, in a fixed order.
     virtual std::vector<std::int64_t> training_flags() const { return {}; }
     virtual void set_training_flags(const std::vector<std::int64_t>&) {}
 
-    /// True if the model can compute the activations of its blocks again in backward instead of keeping them.
+    /// True if the model can recompute the activations of its blocks in backward instead of storing them.
     virtual bool offers_checkpointing() const { return false; }
 
-    /// Switches that for every forward from now on. Requires: offers_checkpointing(), or `on` is false.
+    /// Turns activation checkpointing on or off for every later forward. Requires: offers_checkpointing(), or `on` is
+    /// false.
     virtual void set_checkpointing(bool) {}
 };
 
@@ -47,7 +48,7 @@ std::shared_ptr<Model> make_model(torch::nn::Module& module);
 /// Bare tensors.
 std::shared_ptr<Model> make_model(Parameters parameters);
 
-/// A model of any kind as an argument: bare tensors, a torch::nn::Module or its holder, or a Model of your own.
+/// A model of any kind as an argument: bare tensors, a torch::nn::Module or its holder, or your own Model.
 class AnyModel {
 public:
     AnyModel(const Parameters& parameters) : model_(make_model(parameters)) {}  // NOLINT: implicit by design

@@ -4,14 +4,14 @@
 
 namespace microbatch {
 
-/// A tensor that training changes, with the name that messages use for it.
+/// A tensor that training changes, and its name for messages.
 using Parameter = NamedTensor;
 using Parameters = NamedTensors;
 
 /// The parameters with each tensor once, under its first name: a tied weight has one gradient and one update.
 Parameters without_repeats(const Parameters& parameters);
 
-/// Every parameter of a torch::nn::Module (or its holder), each tensor once, frozen ones too.
+/// Every parameter of a torch::nn::Module (or its holder), each tensor once, including frozen ones.
 template <class Module>
 Parameters parameters_of(const Module& module) {
     Parameters parameters;

@@ -2,12 +2,12 @@
 
 namespace microbatch {
 
-/// A torch::nn::Module that can run its blocks by `recompute`; make_model() finds it by dynamic_cast.
+/// A torch::nn::Module that can run its blocks with `recompute`; make_model() detects it by dynamic_cast.
 class Recomputable {
 public:
     virtual ~Recomputable() = default;
 
-    /// Every forward from now on; off at first.
+    /// Applies to every later forward; off by default.
     virtual void set_recompute(bool on) = 0;
     virtual bool recomputes() const = 0;
 };

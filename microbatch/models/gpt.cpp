@@ -42,7 +42,7 @@ Linear make_projection(std::int64_t inputs, const GptConfig& config) {
     return make_linear(inputs, config.width, init_deviation / std::sqrt(2.0 * static_cast<double>(config.layers)));
 }
 
-/// Under the names of the parts of a block; what is done with them is transformer_block's.
+/// Under the names of the parts of a block; transformer_block() computes with them.
 class Attention : public torch::nn::Module {
 public:
     explicit Attention(const GptConfig& config)
@@ -126,15 +126,15 @@ GptConfig gpt_preset(std::string_view name) {
     if (name == "gpt-tiny") return {};
     if (name == "gpt-small") return {.layers = 6, .heads = 6, .width = 384, .length = 256};
     if (name == "gpt2") return {.layers = 12, .heads = 12, .width = 768, .length = 1024, .vocabulary = 50257};
-    throw Error(ErrorKind::usage, str_cat("no GPT is called \"", name, "\"; there are gpt-tiny, gpt-small and gpt2"));
+    throw Error(ErrorKind::usage, str_cat("unknown GPT \"", name, "\"; choose gpt-tiny, gpt-small or gpt2"));
 }
 
 std::int64_t count_parameters(const GptConfig& config) {
     require_valid(config);
     const double estimate = parameters_as<double>(config);
     if (estimate > 0x1p62) {
-        throw Error(ErrorKind::usage, str_cat("gpt: ", estimate, " parameters are more than can be counted; layers ",
-                                              config.layers, " or width ", config.width, " is too large"));
+        throw Error(ErrorKind::usage, str_cat("gpt: ", estimate, " parameters are too many; layers ", config.layers,
+                                              " or width ", config.width, " is too large"));
     }
     return parameters_as<std::int64_t>(config);
 }
@@ -159,8 +159,8 @@ at::Tensor GptImpl::hidden(const at::Tensor& tokens) {
     }
     const std::int64_t length = tokens.size(1);
     if (length < 1 || length > config_.length) {
-        throw Error(ErrorKind::usage, str_cat("gpt: a sample has ", length, " tokens, the model takes 1 to ",
-                                              config_.length, "; cut the data or set length"));
+        throw Error(ErrorKind::usage, str_cat("gpt: a sample has ", length, " tokens, but the model accepts 1 to ",
+                                              config_.length, "; shorten the samples or set length"));
     }
     at::Tensor x = token_embedding_->forward(tokens) + position_embedding_->weight.narrow(0, 0, length);
     x = dropout_->forward(x);

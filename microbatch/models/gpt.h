@@ -18,45 +18,46 @@ namespace microbatch {
 /// Sizes of a `Gpt`.
 struct GptConfig {
     std::int64_t layers = 4;
-    std::int64_t heads = 4;         ///< attention heads a layer
-    std::int64_t width = 128;       ///< numbers a token, in all heads together
-    std::int64_t length = 64;       ///< tokens a sample, at most
+    std::int64_t heads = 4;         ///< attention heads per layer
+    std::int64_t width = 128;       ///< numbers per token, in all heads together
+    std::int64_t length = 64;       ///< tokens per sample, at most
     std::int64_t vocabulary = 256;  ///< tokens are 0 to vocabulary - 1
-    double dropout = 0;             ///< share set to 0 in the embeddings and in what attention and MLP add
+    double dropout = 0;             ///< share set to 0 in the embeddings and in the outputs of attention and MLP
 };
 
-/// The sizes that go by a name: gpt-tiny (0.8M parameters), gpt-small (10.8M), gpt2 (124M).
+/// The named sizes: gpt-tiny (0.8M parameters), gpt-small (10.8M), gpt2 (124M).
 /// Errors: ErrorKind::usage, listing the names, for any other name.
 GptConfig gpt_preset(std::string_view name);
 
-/// Parameters of a `Gpt` of these sizes, without building it.
+/// The number of parameters of a `Gpt` of these sizes, without building it.
 /// Errors: as for GptImpl's constructor.
 std::int64_t count_parameters(const GptConfig& config);
 
 class GptBlock;
 
-/// A causal language model as GPT-2: learned positions, blocks of attention and MLP behind layer norms, and a head
-/// whose weight is the token embedding: one parameter, "token_embedding.weight".
+/// A causal language model like GPT-2: learned positions, pre-norm blocks of attention and MLP, and a head whose weight
+/// is the token embedding: one parameter, "token_embedding.weight".
 ///
 /// Errors: ErrorKind::usage if a size is below 1, width is not a multiple of heads, dropout is outside [0, 1), or the
-///         parameters are more than 64 bits can count.
-/// State:  parameters from torch's default generator (at::manual_seed): normal of deviation 0.02, divided by
-///         sqrt(2 layers) for the linear layers that end in the residual stream; biases 0. Dropout draws from the
-///         same generator in training mode, and from none if it is 0.
+///         number of parameters exceeds 64 bits.
+/// State:  parameters from torch's default generator (at::manual_seed): normal with deviation 0.02, divided by sqrt(2
+///         layers) for the linear layers that end in the residual stream; biases 0. In training mode, dropout draws
+///         from the same generator, unless it is 0.
 /// Source: Radford et al. 2019 (GPT-2), section 2.3.
-/// Cost:   dropout leaves the attention weights alone, for torch's attention would then need memory quadratic in T.
+/// Cost:   dropout is not applied to the attention weights, because torch's attention would then need memory quadratic
+///         in T.
 class GptImpl : public torch::nn::Module, public Recomputable {
 public:
     explicit GptImpl(const GptConfig& config = {});
 
-    /// Scores of the next token before the softmax; those at t depend on the tokens up to t only.
+    /// Logits of the next token; those at t depend only on the tokens up to t.
     /// Shapes: tokens [b, T], int64, 1 <= T <= length -> [b, T, vocabulary].
-    /// Errors: ErrorKind::usage for another shape or type; on the CPU torch's c10::IndexError for a token outside
-    ///         [0, vocabulary).
+    /// Errors: ErrorKind::usage for another shape or type; on the CPU, torch's c10::IndexError for a token outside [0,
+    ///         vocabulary).
     at::Tensor forward(const at::Tensor& tokens);
 
-    /// What the head makes the scores of: forward(tokens) is at::linear(hidden(tokens), head_weight()). With
-    /// `linear_cross_entropy_sum` the loss needs no scores as large as [b, T, vocabulary].
+    /// The input of the head: forward(tokens) is at::linear(hidden(tokens), head_weight()). With
+    /// `linear_cross_entropy_sum`, the loss does not need logits of size [b, T, vocabulary].
     /// Shapes: tokens [b, T] -> [b, T, width].
     /// Errors: as for forward.
     at::Tensor hidden(const at::Tensor& tokens);

@@ -27,7 +27,7 @@ MlpImpl::MlpImpl(const MlpConfig& config) : config_(config) {
 at::Tensor MlpImpl::forward(const at::Tensor& samples) {
     if (samples.dim() < 2 || samples.flatten(1).size(1) != config_.inputs) {
         throw Error(ErrorKind::usage,
-                    str_cat("mlp: an input of shape ", samples.sizes(), " is not a batch of samples of ",
+                    str_cat("mlp: the input has shape ", samples.sizes(), ", which is not a batch of samples of ",
                             config_.inputs, " numbers each; set inputs to the size of one sample"));
     }
     return layers_->forward(samples.flatten(1));

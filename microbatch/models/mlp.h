@@ -10,13 +10,13 @@ namespace microbatch {
 
 /// Sizes of an `Mlp`.
 struct MlpConfig {
-    std::int64_t inputs = 784;  ///< numbers in one sample, all dimensions together
+    std::int64_t inputs = 784;  ///< numbers per sample, all dimensions together
     std::int64_t layers = 2;    ///< hidden layers
-    std::int64_t width = 256;   ///< numbers in one hidden layer
+    std::int64_t width = 256;   ///< numbers per hidden layer
     std::int64_t classes = 10;
 };
 
-/// A multilayer perceptron: flatten, `layers` times linear and ReLU, linear.
+/// A multilayer perceptron: flatten, then `layers` times linear and ReLU, then linear.
 ///
 /// Errors: ErrorKind::usage if a size is below 1.
 /// State:  parameters initialised by torch's default from torch's default generator (at::manual_seed).
@@ -24,7 +24,7 @@ class MlpImpl : public torch::nn::Module {
 public:
     explicit MlpImpl(const MlpConfig& config = {});
 
-    /// Class scores before the softmax.
+    /// Logits of the classes.
     /// Shapes: samples [b, ...] with `inputs` numbers each -> [b, classes].
     /// Errors: ErrorKind::usage if a sample does not have `inputs` numbers.
     at::Tensor forward(const at::Tensor& samples);

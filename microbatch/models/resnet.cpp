@@ -28,7 +28,7 @@ constexpr int stages = 3;
 
 }  // namespace
 
-/// A convolution that keeps the image's size (divided by its stride) and the norm behind it.
+/// A convolution that preserves the image size (divided by its stride), followed by a norm.
 class NormedConvolution {
 public:
     /// They join `layers` as conv`number` and norm`number`.
@@ -58,7 +58,7 @@ public:
     }
 
     const at::Tensor& weight() const { return convolution_->weight; }
-    const torch::nn::GroupNorm& group_norm() const { return group_norm_; }  ///< empty where it is a batch norm
+    const torch::nn::GroupNorm& group_norm() const { return group_norm_; }  ///< empty for batch norm
 
 private:
     torch::nn::Conv2d convolution_;
@@ -68,7 +68,7 @@ private:
 
 namespace {
 
-/// Without bias: the norm behind the convolution has one.
+/// Without bias, because the norm after the convolution has one.
 torch::nn::Conv2dOptions convolution_of(std::int64_t inputs, std::int64_t outputs, std::int64_t kernel,
                                         std::int64_t stride) {
     return torch::nn::Conv2dOptions(inputs, outputs, kernel).stride(stride).padding(kernel / 2).bias(false);
@@ -117,10 +117,10 @@ private:
     std::optional<NormedConvolution> projection_;
 };
 
-/// The channels of a pixel side by side, as the fastest convolutions and the norm take them.
+/// With the channels of a pixel next to each other, as the fastest convolutions and the norm need them.
 at::Tensor channels_last(const at::Tensor& images) {
     if (images.size(1) > 1) return images.contiguous(at::MemoryFormat::ChannelsLast);
-    // Of one channel both orders are the same; the strides say which is meant.
+    // With one channel, both layouts are the same; the strides say which is meant.
     const std::int64_t width = images.size(3), pixels = images.size(2) * width;
     return images.contiguous().as_strided(images.sizes(), {pixels, 1, width, 1});
 }
@@ -132,7 +132,7 @@ void require_valid(const ResNetConfig& config) {
     require_size("resnet", "blocks", config.blocks);
     if (config.norm == ImageNorm::group && config.width % norm_groups != 0) {
         throw Error(ErrorKind::usage, str_cat("resnet: width ", config.width, " is not a multiple of the ", norm_groups,
-                                              " groups of group norm; give such a width or norm batch"));
+                                              " groups of group norm; change the width or use batch norm"));
     }
 }
 
@@ -145,7 +145,7 @@ std::string_view to_string(ImageNorm norm) {
 ImageNorm parse_image_norm(std::string_view name) {
     if (name == "batch") return ImageNorm::batch;
     if (name == "group") return ImageNorm::group;
-    throw Error(ErrorKind::usage, str_cat("no image norm is called \"", name, "\"; there are batch and group"));
+    throw Error(ErrorKind::usage, str_cat("unknown image norm \"", name, "\"; choose batch or group"));
 }
 
 ResNetImpl::ResNetImpl(const ResNetConfig& config) : config_(config) {
@@ -168,7 +168,7 @@ ResNetImpl::ResNetImpl(const ResNetConfig& config) : config_(config) {
 
 at::Tensor ResNetImpl::forward(const at::Tensor& images) {
     if (images.dim() != 4 || images.size(1) != config_.channels) {
-        throw Error(ErrorKind::usage, str_cat("resnet: images of shape ", images.sizes(), "; give [samples, ",
+        throw Error(ErrorKind::usage, str_cat("resnet: images have shape ", images.sizes(), "; give [samples, ",
                                               config_.channels, ", height, width] or set channels"));
     }
     at::Tensor x = stem_->forward(channels_last(images), {.relu = true});

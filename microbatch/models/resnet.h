@@ -13,15 +13,14 @@
 
 namespace microbatch {
 
-/// What normalises between the convolutions. Batch norm makes a sample's result depend on its micro-batch, so the
-/// update then depends on how the batch was cut; group norm does not.
+/// The normalization after the convolutions. With batch norm, the result for a sample depends on its micro-batch, so
+/// the update depends on how the batch is split; with group norm, it does not.
 enum class ImageNorm { batch, group };
 
 /// "batch" or "group".
 std::string_view to_string(ImageNorm norm);
 
-/// The other way round.
-/// Errors: ErrorKind::usage, listing the names, for any other text.
+/// Parses the name. Errors: ErrorKind::usage, listing the names, for any other text.
 ImageNorm parse_image_norm(std::string_view name);
 
 class NormedConvolution;
@@ -31,7 +30,7 @@ struct ResNetConfig {
     std::int64_t channels = 1;  ///< of the image
     std::int64_t classes = 10;
     std::int64_t width = 16;  ///< channels of the first stage; the second has 2 width, the third 4 width
-    std::int64_t blocks = 2;  ///< residual blocks a stage, of two convolutions each
+    std::int64_t blocks = 2;  ///< residual blocks per stage, of two convolutions each
     ImageNorm norm = ImageNorm::batch;
 };
 
@@ -47,7 +46,7 @@ class ResNetImpl : public torch::nn::Module, public Recomputable {
 public:
     explicit ResNetImpl(const ResNetConfig& config = {});
 
-    /// Class scores before the softmax.
+    /// Logits of the classes.
     /// Shapes: images [b, channels, height, width] -> [b, classes].
     /// Errors: ErrorKind::usage for another shape.
     at::Tensor forward(const at::Tensor& images);

@@ -6,8 +6,8 @@
 
 namespace microbatch {
 
-/// Causal multi-head attention: each token attends to itself and the tokens before it. Queries, keys and values lie
-/// side by side in one tensor.
+/// Causal multi-head attention: each token attends to itself and the tokens before it. Queries, keys and values are
+/// interleaved in one tensor.
 ///
 /// Formula:  softmax(Q K^T / sqrt(size), keys up to the query's own) V for every sample and head.
 /// Source:   Vaswani et al. 2017, arXiv:1706.03762; memory by Dao et al. 2022, arXiv:2205.14135: the probabilities are

@@ -16,8 +16,9 @@ namespace microbatch {
 at::Tensor cross_entropy_sum(const at::Tensor& logits, const at::Tensor& targets, std::int64_t ignored) {
     require_targets(targets);
     require_rows("logits", "classes", logits, targets);
-    if (logits.size(-1) == 0)
-        throw Error(ErrorKind::usage, str_cat("logits of shape ", logits.sizes(), " have no class"));
+    if (logits.size(-1) == 0) {
+        throw Error(ErrorKind::usage, str_cat("logits of shape ", logits.sizes(), " have no classes"));
+    }
     const at::Tensor rows = logits.reshape({targets.numel(), logits.size(-1)});
     // A sum of many losses keeps only two or three digits in half precision.
     const at::Tensor log_probabilities = at::log_softmax(rows, 1, at::toOpMathType(logits.scalar_type()));

@@ -218,15 +218,14 @@ public:
     static variable_list backward(AutogradContext* context, variable_list gradients) {
         if (at::GradMode::is_enabled()) {
             throw Error(ErrorKind::usage,
-                        "linear_cross_entropy_sum: it has no gradient of a gradient (create_graph); "
-                        "use cross_entropy_sum of at::linear for it");
+                        "linear_cross_entropy_sum: it does not support gradients of gradients (create_graph); "
+                        "use cross_entropy_sum and at::linear instead");
         }
         auto& saved = context->saved_data;
         if (saved.empty()) {
-            throw Error(
-                ErrorKind::usage,
-                "linear_cross_entropy_sum: its gradients were handed over by the first backward (retain_graph); "
-                "call it again for each");
+            throw Error(ErrorKind::usage,
+                        "linear_cross_entropy_sum: it supports one backward only, even with retain_graph; "
+                        "call it again for each backward");
         }
         // The only references, so that the receiver can keep the gradients without a copy.
         variable_list results = {saved["grad_hidden"].toTensor(), saved["grad_weight"].toTensor(), {}, {}, {}, {}};
@@ -243,16 +242,16 @@ public:
 void require_weight(const at::Tensor& weight, const at::Tensor& hidden) {
     if (!weight.defined()) throw Error(ErrorKind::usage, "the weight is an undefined tensor");
     if (weight.dim() != 2 || weight.size(1) != hidden.size(-1)) {
-        throw Error(ErrorKind::usage,
-                    str_cat("a weight of shape ", weight.sizes(), " does not go with hidden states of ", "shape ",
-                            hidden.sizes(), "; give [vocabulary, width] and [..., width]"));
+        throw Error(ErrorKind::usage, str_cat("a weight of shape ", weight.sizes(), " does not match hidden states of ",
+                                              "shape ", hidden.sizes(), "; give [vocabulary, width] and [..., width]"));
     }
     if (weight.scalar_type() != hidden.scalar_type()) {
         throw Error(ErrorKind::usage, str_cat("the weight is ", weight.scalar_type(), ", the hidden states are ",
-                                              hidden.scalar_type(), "; convert one by .to()"));
+                                              hidden.scalar_type(), "; convert one with .to()"));
     }
-    if (weight.size(0) == 0)
-        throw Error(ErrorKind::usage, str_cat("a weight of shape ", weight.sizes(), " has no class"));
+    if (weight.size(0) == 0) {
+        throw Error(ErrorKind::usage, str_cat("a weight of shape ", weight.sizes(), " has no classes"));
+    }
 }
 
 }  // namespace

@@ -30,7 +30,7 @@ std::vector<at::Tensor> AdamW::make_state(const at::Tensor& parameter) const {
 }
 
 at::Tensor AdamW::make_constant(const at::Tensor& parameter, double, double) const {
-    return at::ones({}, parameter.options().dtype(at::kFloat));  // what a step adds to the counts
+    return at::ones({}, parameter.options().dtype(at::kFloat));  // the increment of the step counts
 }
 
 void AdamW::update(const Bucket& bucket, const Settings& settings) const {

@@ -11,14 +11,14 @@ struct AdamWOptions {
     double epsilon = 1e-8;
 };
 
-/// AdamW in one pass over parameter, gradient and both moments, the division of the gradient included.
+/// AdamW in one pass over parameter, gradient and both moments, including the division of the gradient.
 ///
 /// Formula:  theta -= eta lambda theta;  m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;
 ///           theta -= eta (m / (1-b1^t)) / (sqrt(v / (1-b2^t)) + eps).
-/// Source:   Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2, with eta lambda in place of lambda, as
-///           torch::optim::AdamW has it.
-/// State:    two moments and a step count a parameter, made when its first gradient comes; a parameter without a
-///           gradient is left alone. Memory: 2 x parameter.
+/// Source:   Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2, with eta lambda instead of lambda, as in
+///           torch::optim::AdamW.
+/// State:    two moments and a step count per parameter, created with its first gradient; a parameter without a
+///           gradient is not changed. Memory: 2 x parameter.
 /// Threads:  no two calls at the same time.
 class AdamW final : public FusedOptimizer {
 public:

@@ -6,15 +6,15 @@
 
 namespace microbatch {
 
-/// Euclidean norm over all the tensors together, its squares summed in fp64; NaN or infinity if any element is, or if
+/// Euclidean norm over all the tensors together, with squares summed in fp64; NaN or infinity if any element is, or if
 /// the sum overflows fp64 (a norm above 1e154). 0 for no tensors. The bits do not depend on the number of threads.
-/// Cost: for dense float32 and float64 on the CPU one pass at memory bandwidth and no tensor memory; for other types an
-///       fp64 copy of one tensor at a time.
+/// Cost: for dense float32 and float64 on the CPU, one pass at memory bandwidth and no tensor memory; for other types,
+///       an fp64 copy of one tensor at a time.
 double joint_norm(const std::vector<at::Tensor>& tensors);
 
-/// The factor for the gradients that brings their norm to at most `limit`: min(1, limit / (norm + 1e-6)). 1 for an
-/// infinite limit; otherwise NaN for a norm that is NaN and 0 for an infinite one: such steps must be refused before.
-/// Source: Pascanu et al. 2013, arXiv:1211.5063; the 1e-6 is torch's clip_grad_norm_'s.
+/// The factor that scales gradients of this norm to at most `limit`: min(1, limit / (norm + 1e-6)). 1 for an infinite
+/// limit; otherwise NaN for a NaN norm and 0 for an infinite one: such steps must be refused before.
+/// Source: Pascanu et al. 2013, arXiv:1211.5063; the 1e-6 as in torch's clip_grad_norm_.
 double clip_coefficient(double norm, double limit);
 
 }  // namespace microbatch

@@ -28,8 +28,8 @@ void validate_group(const char* optimizer, const ParameterGroup& group) {
     }
 }
 
-// Whether tensors of one shape have the same numbers at the same places. The stride of a dimension of size 1 says
-// nothing: that of a 1x1 convolution's gradient is another one than the weight's.
+// True if tensors of one shape have the same memory layout. The stride of a dimension of size 1 is ignored: for the
+// gradient of a 1x1 convolution, it differs from the weight's.
 bool same_layout(const at::Tensor& left, const at::Tensor& right) {
     for (std::int64_t i = 0; i < left.dim(); ++i) {
         if (left.size(i) != 1 && left.stride(i) != right.stride(i)) return false;
@@ -37,25 +37,25 @@ bool same_layout(const at::Tensor& left, const at::Tensor& right) {
     return true;
 }
 
-// The gradient laid out as the parameter is, which every update takes for granted.
+// The gradient in the memory layout of the parameter, which every update requires.
 at::Tensor dense_gradient(const Parameter& parameter, const at::Tensor& gradient) {
     if (gradient.layout() != at::kStrided) {
         throw Error(ErrorKind::usage, str_cat("parameter ", parameter.name,
-                                              " has a sparse gradient; make its embedding with sparse = false"));
+                                              " has a sparse gradient; create its embedding with sparse = false"));
     }
     if (gradient.scalar_type() != parameter.tensor.scalar_type()) {
         throw Error(ErrorKind::usage, str_cat("parameter ", parameter.name, " is ", parameter.tensor.scalar_type(),
-                                              ", its gradient ", gradient.scalar_type()));
+                                              ", but its gradient is ", gradient.scalar_type()));
     }
     if (gradient.sizes() != parameter.tensor.sizes()) {
         throw Error(ErrorKind::usage, str_cat("parameter ", parameter.name, " has the shape ", parameter.tensor.sizes(),
-                                              ", its gradient ", gradient.sizes()));
+                                              ", but its gradient has ", gradient.sizes()));
     }
     if (same_layout(gradient, parameter.tensor)) return gradient;
     return at::empty_like(parameter.tensor).copy_(gradient);
 }
 
-// Of the tensors that are as large as the parameter; a count of steps is not.
+// Applies to tensors of the parameter's size, not to a step count.
 void require_same_layout(const Parameter& parameter, const at::Tensor& state) {
     const at::Tensor& tensor = parameter.tensor;
     if (state.dim() == 0 && tensor.dim() > 0) return;
@@ -65,12 +65,12 @@ void require_same_layout(const Parameter& parameter, const at::Tensor& state) {
     }
     throw Error(ErrorKind::usage,
                 str_cat("parameter ", parameter.name, " is now ", tensor.scalar_type(), " of shape ", tensor.sizes(),
-                        " and not as when its state was made: make the optimizer anew"));
+                        ", unlike when its state was created: create a new optimizer"));
 }
 
 }  // namespace
 
-/// Lets go of the gradients at the end of a step, however it ends.
+/// Releases the gradients at the end of a step, however it ends.
 struct FusedOptimizer::Forget {
     std::vector<Group>& groups;
     Parts& parts;
@@ -100,7 +100,7 @@ void FusedOptimizer::add_group(const ParameterGroup& group) {
         for (const at::Tensor& tensor : known) {
             if (tensor.is_same(parameter.tensor)) {
                 throw Error(ErrorKind::usage,
-                            str_cat(name_, ": parameter ", parameter.name, " is in another group already"));
+                            str_cat(name_, ": parameter ", parameter.name, " is already in another group"));
             }
         }
         made.slots.push_back({.parameter = parameter});
@@ -127,7 +127,7 @@ void FusedOptimizer::step(std::span<const GradientView> gradients, double diviso
     const Forget forget{groups_, parts_};
     take(gradients);
     if (!still_right(parts_)) parts_ = make_parts(&Slot::state);
-    // Everything before any update: a gradient that is refused leaves every parameter as it was.
+    // Everything is checked before any update: a refused gradient leaves every parameter unchanged.
     refresh(parts_, divisor);
     update_all(parts_, divisor);
 }
@@ -191,12 +191,12 @@ Commit FusedOptimizer::prepare(const StateReader& reader) {
     }
     if (known != reader.tensors().size()) {
         throw Error(ErrorKind::bad_data,
-                    str_cat(name_, ": the state is of other parameters: it has ", reader.tensors().size(),
+                    str_cat(name_, ": the state belongs to other parameters: it has ", reader.tensors().size(),
                             " tensors, of which ", known, " belong here"));
     }
     return [this, states = std::move(states)] {
         const at::NoGradGuard no_grad;
-        parts_.clear();  // they hold what was there
+        parts_.clear();  // they refer to the previous state
         for (const auto& [slot, state] : states) restore(*slot, state);
     };
 }
@@ -205,7 +205,7 @@ std::vector<StoredTensor> FusedOptimizer::state_of(const Slot& slot, const State
     const std::string& name = slot.parameter.name;
     const StateReader section = reader.section(name);
     std::vector<StoredTensor> state;
-    if (!section.has("0")) return state;  // it has made no step yet
+    if (!section.has("0")) return state;  // the optimizer has made no step yet
     for (const at::Tensor& wanted : make_state(at::empty_like(slot.parameter.tensor, at::TensorOptions(at::kMeta)))) {
         state.push_back(section.tensor(std::to_string(state.size())));
         const at::Tensor& tensor = state.back().shape();
@@ -216,12 +216,12 @@ std::vector<StoredTensor> FusedOptimizer::state_of(const Slot& slot, const State
         throw Error(ErrorKind::bad_data,
                     str_cat(name_, ": a state tensor of parameter ", name, " is ", tensor.scalar_type(), " of shape ",
                             tensor.sizes(), ", not ", wanted.scalar_type(), " of shape ", wanted.sizes(),
-                            " laid out as the parameter"));
+                            " with the memory layout of the parameter"));
     }
     return state;
 }
 
-// One tensor at a time; in place where there is a state already.
+// One tensor at a time; in place if there is already a state.
 void FusedOptimizer::restore(Slot& slot, const std::vector<StoredTensor>& state) {
     if (slot.state.size() == state.size()) {
         for (std::size_t i = 0; i < state.size(); ++i) slot.state[i].copy_(state[i].get());
@@ -296,7 +296,7 @@ void FusedOptimizer::refresh(Parts& parts, double divisor) const {
         for (std::size_t i = 0; i < part.slots.size(); ++i) {
             bucket.gradients[i] = dense_gradient(part.slots[i]->parameter, part.slots[i]->gradient);
             for (const auto& tensors : bucket.state) require_same_layout(part.slots[i]->parameter, tensors[i]);
-            bucket.parameters[i].mutable_data_ptr();  // a copy that is still to be made on writing is made now
+            bucket.parameters[i].mutable_data_ptr();  // performs a pending copy-on-write now
         }
     }
     for (Part& part : parts) {
@@ -315,7 +315,7 @@ void FusedOptimizer::update_all(Parts& parts, double divisor) const {
         const Settings settings{rate_of(group), group.weight_decay, divisor};
         if (updates_in_one_pass(bucket.parameters.front())) {
             update(bucket, settings);
-            // As torch's own operators do: a graph that has saved the parameter must notice.
+            // As torch's own operators do, so that a graph that has saved the parameter notices the change.
             for (const at::Tensor& parameter : bucket.parameters) parameter.unsafeGetTensorImpl()->bump_version();
         } else {
             update_by_torch(bucket, settings);

@@ -7,18 +7,18 @@
 
 namespace microbatch {
 
-/// The gradient of a parameter, or a batch's sum of them.
+/// The gradient of a parameter, or the sum of a batch's gradients.
 struct GradientView {
     at::Tensor parameter;
-    at::Tensor sum;  ///< of the parameter's sizes and dtype
+    at::Tensor sum;  ///< with the parameter's sizes and dtype
 };
 
 using GradientViews = std::vector<GradientView>;
 
-/// What is in .grad, of the parameters that have one.
+/// The .grad of the parameters that have one.
 GradientViews gradients_in(const std::vector<at::Tensor>& parameters);
 
-/// The sums alone.
+/// Only the sums.
 std::vector<at::Tensor> sums_of(std::span<const GradientView> gradients);
 
 }  // namespace microbatch

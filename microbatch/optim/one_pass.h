@@ -13,13 +13,13 @@ namespace microbatch {
 /// The updates of AdamW and Sgd for tensors on the CPU, each in one pass over memory. A gradient is divided as it is
 /// read, and never written: 28 bytes per parameter for AdamW in float.
 ///
-/// Bits: as if the gradient had been divided first; the same for every number of threads and kind of vector.
+/// Bits: as if the gradient had been divided first; the same for every number of threads and vector width.
 
 /// True if update_stretch() supports the parameter: float or double on the CPU.
 bool updates_in_one_pass(const at::Tensor& parameter);
 
 /// Calls work(i, begin, end) for stretches begin <= j < end of the i-th tensor that together cover all tensors, on
-/// torch's threads: one parallel region for all of them.
+/// torch's threads: a single parallel region for all of them.
 void for_each_stretch(const std::vector<at::Tensor>& tensors,
                       const std::function<void(std::size_t, std::int64_t, std::int64_t)>& work);
 

@@ -9,9 +9,10 @@
 
 namespace microbatch {
 
-/// What the Accumulator needs of an optimizer. AdamW and Sgd are ours; TorchOptimizer takes any torch::optim one.
+/// The interface between the Accumulator and an optimizer. AdamW and Sgd are our own; TorchOptimizer adapts any
+/// torch::optim optimizer.
 ///
-/// State:   the tensors that steps have made, by parameter; not the learning rate.
+/// State:   the tensors that steps have created, by parameter; not the learning rate.
 /// Threads: no two calls at the same time.
 class Optimizer : public Stateful {
 public:
@@ -19,25 +20,25 @@ public:
     Optimizer(const Optimizer&) = delete;
     Optimizer& operator=(const Optimizer&) = delete;
 
-    /// Updates every parameter that has a gradient among these by the gradient over `divisor`; the others keep value
-    /// and state. The gradients of a batch are sums: the divisor is its weight over the clip coefficient. Gradients of
-    /// parameters of others are ignored.
-    /// State: gradients may be left divided. If it throws c10::OutOfMemoryError no parameter has changed, nor any
-    /// state.
+    /// Updates every parameter that has a gradient among these with the gradient / `divisor`; other parameters keep
+    /// their value and state. The gradients of a batch are sums: the divisor is its weight over the clip coefficient.
+    /// Gradients of unknown parameters are ignored.
+    /// State: gradients may be left divided. If it throws c10::OutOfMemoryError, neither parameters nor state have
+    ///        changed.
     virtual void step(std::span<const GradientView> gradients, double divisor) = 0;
 
-    /// The same with what is in .grad, for a loop that calls backward() itself.
+    /// The same with the .grad tensors, for a loop that calls backward() itself.
     void step(double divisor = 1.0) { step(gradients_in(parameters()), divisor); }
 
-    /// Uses the memory and the time of a step, and leaves parameters and state alone. In their place it changes the
-    /// gradients, whose values are lost, and a state of its own that is kept until end_dry_run().
+    /// Uses memory and time like a step, but leaves parameters and state unchanged. Instead it overwrites the
+    /// gradients, and uses temporary state that is kept until end_dry_run().
     virtual void dry_run(std::span<const GradientView> gradients, double divisor) = 0;
     void dry_run(double divisor) { dry_run(gradients_in(parameters()), divisor); }
 
-    /// Drops the state that dry_run() made.
+    /// Drops the state that dry_run() created.
     virtual void end_dry_run() = 0;
 
-    /// True once steps have made the state of every parameter that requires a gradient.
+    /// True when steps have created the state of every parameter that requires a gradient.
     virtual bool has_state() const = 0;
 
     /// The learning rate of the groups whose learning_rate_scale is 1.
@@ -51,15 +52,15 @@ public:
     virtual std::vector<at::Tensor> parameters() const = 0;
 };
 
-/// Parameters that share their settings.
+/// Parameters with common settings.
 struct ParameterGroup {
     Parameters parameters;
     double weight_decay = 0.0;         ///< decoupled, per unit of learning rate
-    double learning_rate_scale = 1.0;  ///< the group's rate is this times the optimizer's
+    double learning_rate_scale = 1.0;  ///< the group's rate is the optimizer's rate times this
 };
 
-/// Two groups: tensors of two or more dimensions decay, biases and norms (fewer dimensions) do not.
-/// Empty groups are left out.
+/// Two groups: tensors with two or more dimensions have weight decay; biases and norms (fewer dimensions) do not. Empty
+///             groups are omitted.
 std::vector<ParameterGroup> split_by_decay(const Parameters& parameters, double weight_decay);
 
 /// Throws ErrorKind::usage unless `value` is finite and at least 0: "AdamW: epsilon is -1; it must ...".

@@ -18,7 +18,7 @@ Sgd::Sgd(const std::vector<ParameterGroup>& groups, SgdOptions options)
                     str_cat("Sgd: momentum is ", options.momentum, "; it must be at least 0 and below 1"));
     }
     if (options.nesterov && options.momentum == 0.0) {
-        throw Error(ErrorKind::usage, "Sgd: Nesterov needs a momentum above 0");
+        throw Error(ErrorKind::usage, "Sgd: Nesterov requires a momentum above 0");
     }
 }
 
@@ -29,7 +29,7 @@ std::vector<at::Tensor> Sgd::make_state(const at::Tensor& parameter) const {
 }
 
 at::Tensor Sgd::make_constant(const at::Tensor& parameter, double learning_rate, double weight_decay) const {
-    return at::full({}, 1.0 - learning_rate * weight_decay, parameter.options());  // what decoupled decay leaves
+    return at::full({}, 1.0 - learning_rate * weight_decay, parameter.options());  // the factor of decoupled decay
 }
 
 void Sgd::update(const Bucket& bucket, const Settings& settings) const {

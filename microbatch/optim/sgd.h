@@ -8,14 +8,14 @@ struct SgdOptions {
     double learning_rate = 1e-2;
     double momentum = 0.0;
     bool nesterov = false;
-    bool decoupled_weight_decay = true;  ///< false: the decay is added to the gradient, as torch::optim::SGD does
+    bool decoupled_weight_decay = true;  ///< false: the decay is added to the gradient, as in torch::optim::SGD
 };
 
-/// Stochastic gradient descent with momentum, in one pass, the division of the gradient included.
+/// Stochastic gradient descent with momentum, in one pass, including the division of the gradient.
 ///
 /// Formula:  theta -= eta lambda theta (decoupled);  v = mu v + g;  theta -= eta v, or eta (g + mu v) with Nesterov.
 /// Source:   Sutskever et al. 2013, in torch::optim::SGD's form; Loshchilov and Hutter 2019, arXiv:1711.05101 (SGDW).
-/// State:    with momentum one buffer a parameter, made when its first gradient comes. Memory: 1 x parameter.
+/// State:    with momentum, one buffer per parameter, created with its first gradient. Memory: 1 x parameter.
 /// Threads:  no two calls at the same time.
 class Sgd final : public FusedOptimizer {
 public:

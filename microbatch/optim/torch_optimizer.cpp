@@ -31,7 +31,7 @@ TorchOptimizer::TorchOptimizer(torch::optim::Optimizer& optimizer) : optimizer_(
 
 namespace {
 
-// Torch's optimizers read .grad: the gradients stand there for one step, divided.
+// Torch's optimizers read .grad: during a step, it has the divided gradients.
 class GradientsInPlace {
 public:
     GradientsInPlace(const std::vector<at::Tensor>& parameters, std::span<const GradientView> gradients, double divisor)
@@ -70,8 +70,8 @@ void TorchOptimizer::step(std::span<const GradientView> gradients, double diviso
         throw Error(
             ErrorKind::does_not_fit,
             str_cat("the torch optimizer ran out of memory between its updates, and some parameters may have been "
-                    "updated: go on from weights that were saved before, with a larger budget (AdamW and Sgd of "
-                    "this library update all or none); ",
+                    "updated: continue from saved weights with a larger budget (this library's AdamW and Sgd "
+                    "update all parameters or none); ",
                     error.what_without_backtrace()));
     }
 }
@@ -80,7 +80,7 @@ namespace {
 
 using States = std::vector<std::unique_ptr<torch::optim::OptimizerParamState>>;
 
-// Puts gradients in the place of the parameters, and other states in the place of theirs; puts all back at its end.
+// Puts gradients in the place of the parameters, and temporary states in the place of theirs; restores all at its end.
 class StandIns {
 public:
     StandIns(torch::optim::Optimizer& optimizer, States& states) : optimizer_(optimizer), states_(states) {
@@ -144,7 +144,7 @@ namespace {
 
 using ParamState = torch::optim::OptimizerParamState;
 
-/// What torch keeps of a parameter.
+/// Torch's state of a parameter.
 struct Fields {
     std::int64_t* step;
     std::vector<std::pair<const char*, at::Tensor*>> tensors;
@@ -174,7 +174,7 @@ std::optional<Fields> fields_of(ParamState& state) {
     return std::nullopt;
 }
 
-// Which of the tensors there must be, by what the optimizer is to do with them.
+// Which tensors must exist, by the settings of the optimizer.
 std::vector<bool> needed_tensors(const torch::optim::OptimizerOptions& options) {
     if (const auto* adamw = dynamic_cast<const torch::optim::AdamWOptions*>(&options)) {
         return {true, true, adamw->amsgrad()};
@@ -203,11 +203,11 @@ std::unique_ptr<ParamState> new_state(const torch::optim::Optimizer& optimizer) 
 
 [[noreturn]] void refuse_kind() {
     throw Error(ErrorKind::usage,
-                "the state of this torch optimizer cannot be kept: it can of Adam, AdamW, SGD, RMSprop and Adagrad, "
-                "and of this library's own");
+                "the state of this torch optimizer cannot be saved; use Adam, AdamW, SGD, RMSprop or Adagrad, "
+                "or an optimizer of this library");
 }
 
-// A parameter's state as it is read; null if it is not one of such an optimizer and parameter.
+// The state of a parameter, as read; null if it does not match the optimizer and the parameter.
 std::unique_ptr<ParamState> read_state(const torch::optim::Optimizer& optimizer, const StateReader& reader,
                                        const at::Tensor& parameter, const std::vector<bool>& needed, bool with_values) {
     std::unique_ptr<ParamState> state = new_state(optimizer);
@@ -220,11 +220,11 @@ std::unique_ptr<ParamState> read_state(const torch::optim::Optimizer& optimizer,
         ++known;
         const StoredTensor& stored = reader.tensor(name);
         if (stored.shape().sizes() != parameter.sizes() || stored.shape().scalar_type() != parameter.scalar_type()) {
-            reader.refuse(name, "its shape or dtype is not the parameter's");
+            reader.refuse(name, "its shape or dtype differs from the parameter");
         }
         if (with_values) *tensor = stored.get_own().to(parameter.options());
     }
-    if (known != reader.tensors().size()) reader.refuse("", "it has tensors that this optimizer does not keep");
+    if (known != reader.tensors().size()) reader.refuse("", "it has tensors that this optimizer does not have");
     return state;
 }
 
@@ -252,7 +252,7 @@ Commit TorchOptimizer::prepare(const StateReader& reader) {
         StateReader reader;
         std::vector<bool> needed;
     };
-    // Torch makes Adagrad's state with the optimizer, others' in the first step.
+    // Torch creates Adagrad's state at construction, others' in the first step.
     const bool may_be_empty = dynamic_cast<const torch::optim::Adagrad*>(&optimizer_) == nullptr;
     std::vector<One> states;
     std::size_t number = 0, known = 0;
@@ -266,7 +266,7 @@ Commit TorchOptimizer::prepare(const StateReader& reader) {
             states.push_back({parameter, section, needed});
         }
     }
-    if (known != reader.tensors().size()) reader.refuse("", "it is of another torch optimizer's parameters");
+    if (known != reader.tensors().size()) reader.refuse("", "it belongs to the parameters of another torch optimizer");
     return [this, states = std::move(states)] {
         const at::NoGradGuard no_grad;
         std::remove_reference_t<decltype(optimizer_.state())> restored;

@@ -18,7 +18,7 @@ void Outcome::save(const StateWriter& writer) const {
 }
 
 Outcome Outcome::from(const StateReader& reader) {
-    constexpr std::int64_t most = INT64_MAX / 2;  // counted on from: far from the end
+    constexpr std::int64_t most = INT64_MAX / 2;  // totals continue from it, so it must be far from the maximum
     Outcome outcome;
     outcome.last.step.loss = reader.number("loss");
     outcome.last.step.reason = reader.word("reason");

@@ -45,7 +45,7 @@ StateDict training_snapshot(const Accumulator& accumulator) {
 
 Commit prepare_snapshot(Accumulator& accumulator, const StateReader& reader) {
     Commit model = prepare_tensors(reader.section("model"), weights_of(accumulator), "parameter");
-    // An optimizer that lacks some of its tensors would go on as if it had not made them yet.
+    // An optimizer that lacks some of its tensors would continue as if it had not created them yet.
     const StateReader saved = reader.section("optimizer");
     const auto tensors = static_cast<std::int64_t>(saved.tensors().size());
     if (saved.exists() && saved.count("tensors") != tensors) saved.refuse("tensors", str_cat("there are ", tensors));
@@ -66,7 +66,7 @@ std::string Recovery::keep(std::int64_t steps, const SpikeGate& gate, const Recl
     const std::int64_t last = points_.empty() ? 0 : std::max(points_.back().steps, rolled_back_at_);
     const bool due = points_.empty() || (steps - last >= options_.every && gate.guard().is_calm());
     if (!due || failed_) return std::exchange(warning_, {});
-    // Before the new one is made, so that there are never three.
+    // Before the new one is taken, so that there are never three.
     if (std::ssize(points_) == most_points) points_.pop_front();
     Reclaimers all = reclaimers;
     all.push_back({[this] { return !options_.folder.empty() && std::exchange(options_.memory_bytes, 0) > 0; }});
@@ -80,7 +80,7 @@ std::string Recovery::keep(std::int64_t steps, const SpikeGate& gate, const Recl
     return std::exchange(warning_, {});
 }
 
-// In memory where its share allows, otherwise in a file.
+// In memory if its share allows it, otherwise in a file.
 Recovery::Point Recovery::make_point(std::int64_t steps, const SpikeGate& gate) {
     Point point{steps, training_snapshot(*accumulator_)};
     gate.save(StateWriter(point.state, "gate/"));
@@ -89,7 +89,7 @@ Recovery::Point Recovery::make_point(std::int64_t steps, const SpikeGate& gate) 
     } else if (!options_.folder.empty()) {
         point.state = moved_to_file(point.state, new_file());
     } else {
-        throw Error(ErrorKind::usage, "it does not fit the memory that is left for it");
+        throw Error(ErrorKind::usage, "it does not fit in the remaining memory");
     }
     return point;
 }
@@ -108,7 +108,7 @@ void Recovery::fail(const std::string& why) {
 }
 
 std::optional<std::int64_t> Recovery::roll_back(std::int64_t steps, SpikeGate& gate) {
-    const std::int64_t good = steps - gate.guard().refused_in_a_row();  // the last step that was applied
+    const std::int64_t good = steps - gate.guard().refused_in_a_row();  // the last applied step
     if (points_.empty() || good <= points_.front().steps) return std::nullopt;
     auto point = points_.rbegin();
     while (point + 1 != points_.rend() && point->steps > good - options_.margin) ++point;
@@ -138,7 +138,7 @@ double Recovery::limited(double scheduled, std::int64_t steps) const {
 }
 
 std::filesystem::path Recovery::new_file() {
-    // One of that name is of a process that was killed.
+    // An existing file of this name belongs to a killed process.
     std::filesystem::path file;
     do {
         file = options_.folder / str_cat("snapshot-", files_++, ".bin");
@@ -203,7 +203,7 @@ Commit Recovery::prepare(const StateReader& reader) {
     };
 }
 
-// What a checkpoint holds becomes a snapshot of this run: in memory, or in a file of its own.
+// Turns a snapshot from a checkpoint into one of this run: in memory, or in a file of its own.
 void Recovery::take_over(Point point) {
     const auto in_memory = [&] {
         if (!options_.folder.empty() && point.state.bytes() > options_.memory_bytes / most_points) return false;
@@ -211,7 +211,7 @@ void Recovery::take_over(Point point) {
     };
     try {
         if (!in_memory()) {
-            if (options_.folder.empty()) throw Error(ErrorKind::usage, "there is no memory for them, and no folder");
+            if (options_.folder.empty()) throw Error(ErrorKind::usage, "there is neither memory nor a folder for them");
             options_.memory_bytes = 0;
             point.state = moved_to_file(point.state, new_file());
         }

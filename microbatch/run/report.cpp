@@ -15,7 +15,7 @@ using Json = nlohmann::ordered_json;
 constexpr std::size_t most_points = 10'000;
 constexpr std::size_t most_events = 1'000;
 
-// A refused step is drawn, whatever is left out.
+// A refused step is always drawn, even if others are omitted.
 bool is_drawn(const LoggedRun& run, std::size_t i) {
     const std::size_t stride = (run.steps.size() + most_points - 1) / most_points;
     return i % stride == 0 || i + 1 == run.steps.size() || !run.steps[i].applied;
@@ -53,10 +53,10 @@ void add_events(const LoggedRun& run, Json& document) {
     for (const StepRecord& step : run.steps) {
         if (step.out_of_memory > 0) {
             add(step, "out of memory",
-                str_cat("made again in micro-batches of ", step.micro_batch, step.recompute ? " with recompute" : ""));
+                str_cat("repeated in micro-batches of ", step.micro_batch, step.recompute ? " with recompute" : ""));
         }
         if (!step.applied) add(step, "refused", step.reason);
-        if (step.went_back_to) add(step, "went back", str_cat("to the weights of step ", *step.went_back_to));
+        if (step.rolled_back_to) add(step, "rolled back", str_cat("to the weights of step ", *step.rolled_back_to));
     }
     document["events"] = std::move(events);
     document["events_left_out"] = left_out;
@@ -75,7 +75,7 @@ Json document_of(const LoggedRun& run, const ReportText& text) {
     return document;
 }
 
-// Inside a script element only "<" can do harm; in JSON it stands in strings alone.
+// Inside a script element, only "<" is harmful; in JSON, it occurs only in strings.
 std::string script_safe(std::string json) {
     for (std::size_t at = json.find('<'); at != std::string::npos; at = json.find('<', at)) {
         json.replace(at, 1, "\\u003c");

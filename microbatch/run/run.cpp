@@ -21,14 +21,14 @@ std::int64_t steps_of(const RunFolder& folder) {
     return folder.state() ? StateReader(*folder.state()).section("data").count("steps") : 0;
 }
 
-// Opened before anything of the run is written.
+// Opened before the run writes anything.
 RunLog open_log(RunFolder& folder) {
     folder.lock();
     if (folder.resumes()) folder.remove_snapshots();
     return folder.resumes() ? RunLog(folder.path(), steps_of(folder)) : RunLog(folder.path());
 }
 
-// What TensorBoard draws.
+// The numbers that TensorBoard draws.
 std::vector<Scalar> scalars_of(const StepRecord& record) {
     std::vector<Scalar> scalars;
     for (const StepField& field : step_fields()) {
@@ -43,7 +43,7 @@ std::int64_t times_of(const Interval& every, const Progress& progress) {
     return every.count > 0 ? progress.in(every.unit) / every.count : 0;
 }
 
-// What can be listed of it.
+// The part of the state that can be listed.
 std::int64_t bytes_in(const std::filesystem::path& folder) {
     std::int64_t bytes = 0;
     std::error_code failure;
@@ -66,21 +66,21 @@ Run::Run(RunFolder& folder, Accumulator& accumulator, const Dataset& dataset, Lo
       had_weights_(std::filesystem::exists(folder.path() / "model.safetensors")) {
     if (options_.checkpoints.enabled) {
         CheckpointOptions store = options_.checkpoints.store;
-        // The log is on the disk before a checkpoint that it leads to.
+        // The log must be on the disk before a checkpoint that follows it.
         store.sync_first = {folder_.path() / "metrics.jsonl", folder_.path()};
         checkpoints_ = std::make_unique<CheckpointStore>(checkpoints_of(folder_.path()), std::move(store));
     }
     if (!options_.config.empty()) write_whole(folder_.path() / "config.toml", options_.config);
     if (folder_.state()) resume(*folder_.state());
-    // Its files are open as long as its tensors can be asked for.
+    // Its files are open as long as its tensors may be read.
     folder_.state().reset();
-    // What a process before drew of steps that are made again is not drawn.
+    // Steps that run again are not drawn from an earlier process.
     if (folder_.resumes()) events_.go_on(trainer_.progress().steps);
     outcome_.plan = options_.plan;
     compare_with_disk();
 }
 
-// The writer's copy of a checkpoint is the first to give memory back: nothing is lost but time.
+// The checkpoint's copy is reclaimed first: this costs only time.
 TrainerOptions Run::trainer_options() const {
     TrainerOptions options = options_.trainer;
     options.reclaimers.insert(options.reclaimers.begin(),
@@ -104,7 +104,7 @@ void Run::resume(const StateDict& state) {
     outcome_.resumed_from = progress.steps;
 }
 
-// The checkpoints that stay, one more while it is written, and the weights; each checkpoint with two snapshots.
+// The space for the kept checkpoints, one more while it is written, and the weights; each checkpoint has two snapshots.
 void Run::compare_with_disk() const {
     const RunCheckpointOptions& checkpoints = options_.checkpoints;
     const std::int64_t checkpoint = (options_.trainer.recovery ? 3 : 1) * options_.state_bytes;
@@ -114,7 +114,7 @@ void Run::compare_with_disk() const {
     const std::string lack = lack_of_space(folder_.path(), std::max<std::int64_t>(0, needed));
     if (lack.empty()) return;
     note(str_cat("warning: checkpoints and weights may fill the disk", lack, " in ", folder_.path().string(),
-                 checkpoints.enabled ? ": older checkpoints give way to new ones then" : ""));
+                 checkpoints.enabled ? ": older checkpoints will then be deleted for new ones" : ""));
 }
 
 StateDict Run::state() const {
@@ -135,7 +135,7 @@ const Outcome& Run::train() {
             outcome_.seconds = seconds_before + seconds_since(started);
         }
     } catch (...) {
-        // Whatever it was, the trainer is as before the step.
+        // Whatever it was, the step has not changed the trainer.
         if (trainer_.progress().steps > 0) {
             save_now();
             save_weights_after_failure();
@@ -147,7 +147,7 @@ const Outcome& Run::train() {
     return outcome_;
 }
 
-// One step, and all that is written of it. False if it was left in the middle of its batch.
+// Runs one step and writes all its records. False if it was interrupted in the middle of its batch.
 bool Run::step() {
     reset_peak_memory();
     const std::int64_t copy_bytes = checkpoints_ ? checkpoints_->memory_bytes() : 0;
@@ -166,9 +166,8 @@ bool Run::step() {
     const std::string event_failure = events_.write(record.step, scalars_of(record));
     if (options_.observer != nullptr) options_.observer->on_step(outcome_);
     if (!outcome_.diverged()) save_where_due();
-    note_once(log_fails_, log_failure, "; the run goes on, and the lines are written when they can be");
-    note_once(events_fail_, event_failure,
-              "; the run goes on without what TensorBoard would draw, until it can be written");
+    note_once(log_fails_, log_failure, "; the run continues, and the lines will be written when possible");
+    note_once(events_fail_, event_failure, "; the run continues without TensorBoard events until they can be written");
     note_checkpoints();
     return true;
 }
@@ -180,7 +179,7 @@ std::optional<StateDict> Run::state_to_save() {
     } catch (const std::exception&) {
         const std::string why = message_of(std::current_exception());
         note_checkpoint(str_cat("the checkpoint of step ", trainer_.progress().steps,
-                                " is not written: ", why.substr(0, why.find('\n'))));
+                                " was not written: ", why.substr(0, why.find('\n'))));
         return std::nullopt;
     }
 }
@@ -191,7 +190,7 @@ void Run::save_where_due() {
     const std::int64_t times = times_of(every, trainer_.progress());
     checkpoint_is_due_ = checkpoint_is_due_ || times > times_;
     times_ = times;
-    // The one before is still being written: no step waits for it.
+    // The previous one is still being written: a step does not wait for it.
     if (!checkpoint_is_due_ || checkpoints_->is_busy()) return;
     checkpoint_is_due_ = false;
     const auto started = std::chrono::steady_clock::now();
@@ -222,7 +221,7 @@ void Run::end(bool left_half_way) {
         outcome_.checkpoints = checkpoints_->written();
         if (outcome_.diverged()) outcome_.healthy_checkpoint = checkpoints_->newest_healthy();
     }
-    // The weights that are written are those of the last step, not of the middle of a batch.
+    // The written weights are those of the last step, not those in the middle of a batch.
     trainer_.discard_partial();
     if (trainer_.progress().steps > 0) save_weights();
 }
@@ -240,7 +239,7 @@ void Run::save_weights() {
     outcome_.weights_written = true;
 }
 
-// What ended the run is what is said of its end.
+// The reason that ended the run is the reason that is reported.
 void Run::save_weights_after_failure() {
     try {
         save_weights();
@@ -259,9 +258,9 @@ void Run::note_once(bool& failing, const std::string& failure, const char* conse
 }
 
 void Run::note_checkpoint(const std::string& warning) {
-    if (warning == checkpoint_warning_) return;  // such as that the log is gone, each time
+    if (warning == checkpoint_warning_) return;  // the same warning each time, such as that the log is gone
     checkpoint_warning_ = warning;
-    note(str_cat("warning: ", warning, "; the run goes on, and earlier checkpoints are unchanged"));
+    note(str_cat("warning: ", warning, "; the run continues, and earlier checkpoints are unchanged"));
 }
 
 void Run::note_checkpoints() {

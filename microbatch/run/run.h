@@ -16,73 +16,73 @@
 
 namespace microbatch {
 
-/// What whoever started a run wants to see of it. No call may throw.
+/// Receives the events of a run. No call may throw.
 class RunObserver {
 public:
     virtual ~RunObserver() = default;
 
-    /// After every step that was made, when it is logged.
+    /// Called after every completed step, when it has been logged.
     virtual void on_step(const Outcome&) {}
 
-    /// What happens seldom: a warning, one line.
+    /// Called for rare events: a warning of one line.
     virtual void on_note(const std::string&) {}
 };
 
-/// When a run writes checkpoints, and how many stay.
+/// When a run writes checkpoints, and how many are kept.
 struct RunCheckpointOptions {
     bool enabled = true;
-    Interval every{100, Unit::steps};  ///< 0: when the run is interrupted, and at its end
+    Interval every{100, Unit::steps};  ///< 0: only on interrupt and at the end
     CheckpointOptions store = {};      ///< sync_first is set by the run
 };
 
 struct RunOptions {
     TrainerOptions trainer = {};
     RunCheckpointOptions checkpoints = {};
-    std::string config = {};  ///< written as config.toml where it is not empty
-    StateDict notes = {};     ///< kept in every checkpoint under `notes/`
-    /// What is logged of a step beside the trainer's report; without it the CPU allocator's peak, if it is installed.
+    std::string config = {};  ///< written to config.toml if it is not empty
+    StateDict notes = {};     ///< stored in every checkpoint under `notes/`
+    /// Returns additional data to log for a step; by default, the CPU allocator's peak, if it is installed.
     std::function<StepMeasures(const TrainerReport&, std::int64_t copy_bytes)> measures = {};
-    std::int64_t state_bytes = 0;    ///< of parameters and optimizer state, to compare with the free disk space
+    std::int64_t state_bytes = 0;    ///< of parameters and optimizer state, compared with the free disk space
     std::int64_t planned_batch = 0;  ///< samples of a full batch, for its median time
-    Plan plan = {};                  ///< by which full batches are planned to run
+    Plan plan = {};                  ///< the plan for full batches
     RunObserver* observer = nullptr;
 };
 
-/// A training run in a folder: `metrics.jsonl` and TensorBoard's events as it goes on, checkpoints on the way and at
-/// its end, `model.safetensors` when it ends. A run that is killed at any instant resumes bit-for-bit:
+/// A training run in a folder: writes `metrics.jsonl`, TensorBoard events and checkpoints during training, and
+/// `model.safetensors` at the end. A run that is killed at any instant resumes bit-for-bit:
 ///
 ///     RunFolder folder("runs/mine", /*resume=*/true);
 ///     Run run(folder, accumulator, dataset, loss, {.trainer = {.batch = 64, .length = {1000, Unit::steps}}});
 ///     const Outcome& outcome = run.train();
 ///
-/// Faults:    what cannot be written is noted, and the run goes on; it is written when it can be.
+/// Faults:    what cannot be written is reported, and the run continues; it is written when possible.
 /// Ownership: borrows the folder, accumulator, dataset and observer, which must outlive this.
 /// Threads:   no two calls at the same time.
 class Run {
 public:
-    /// Opens the log and the checkpoints, and resumes from the folder's state, which is used up.
+    /// Opens the log and the checkpoints, and resumes from the state of the folder, which it consumes.
     /// Errors: as RunLog, EventFile, CheckpointStore, Trainer and its load.
     Run(RunFolder& folder, Accumulator& accumulator, const Dataset& dataset, LossFunction loss, RunOptions options);
 
     Run(const Run&) = delete;
     Run& operator=(const Run&) = delete;
 
-    /// Trains until the run is done, the trainer's `stop` says so, it has diverged, or it is out of memory whatever the
-    /// micro-batch. What came of it is in outcome() in any case, and the last state in a checkpoint, unless it
-    /// diverged. Weights are written at the end, and when an exception ends it.
+    /// Trains until the run is complete, `stop` of the trainer returns true, the run has diverged, or it is out of
+    /// memory whatever the micro-batch. In each case, outcome() has the results, and a checkpoint has the last state,
+    /// unless the run diverged. Weights are written at the end, and also when an exception ends the run.
     const Outcome& train();
 
     Outcome& outcome() { return outcome_; }
     Trainer& trainer() { return trainer_; }
 
-    /// Lines that the log lacks of the steps before a resumed run.
+    /// The number of steps before a resumed run that are missing in the log.
     std::int64_t missing_lines() const { return missing_lines_; }
 
-    /// Writes model.safetensors. Not over those of a run before where this one has made no step that was applied, or
-    /// diverged. Errors: as write_safetensors().
+    /// Writes model.safetensors. Does not overwrite the weights of a previous run if this run has applied no step or
+    /// has diverged. Errors: as write_safetensors().
     void save_weights();
 
-    /// Removes what a run that made no step has written.
+    /// Deletes the files of a run that made no step.
     void remove_unused() const { folder_.remove_unused(events_.path()); }
 
     /// Why the last lines of the log are lost; empty if they are written.
@@ -109,14 +109,14 @@ private:
     RunOptions options_;
     RunLog log_;
     EventFile events_;
-    std::unique_ptr<CheckpointStore> checkpoints_;  // null: none are written
+    std::unique_ptr<CheckpointStore> checkpoints_;  // null: checkpoints are off
     Trainer trainer_;
     Outcome outcome_ = {};
     std::int64_t missing_lines_ = 0;
-    bool had_weights_ = false;  // of a run before
+    bool had_weights_ = false;  // of a previous run
     bool applied_ = false;      // a step, by this process
     bool log_fails_ = false, events_fail_ = false;
-    std::int64_t times_ = 0;          // that the interval between checkpoints has gone by, at the last step
+    std::int64_t times_ = 0;          // how many times the checkpoint interval had passed at the last step
     bool checkpoint_is_due_ = false;  // since one of those times
     std::string checkpoint_warning_;  // the last one
 };

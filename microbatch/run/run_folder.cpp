@@ -16,7 +16,7 @@
 namespace microbatch {
 namespace {
 
-// A link that leads nowhere counts: writing through it would write elsewhere.
+// A broken link counts too: writing through it would write elsewhere.
 bool is_there(const std::filesystem::path& path) {
     std::error_code ignored;
     return std::filesystem::exists(std::filesystem::symlink_status(path, ignored));
@@ -26,7 +26,7 @@ bool is_there(const std::filesystem::path& path) {
 
 RunLock::RunLock(const std::filesystem::path& folder) {
     make_folders_to_the_disk(system_files(), folder);
-    // The folder itself: no file is left behind, and a process of its children does not hold it.
+    // Locks the folder itself: leaves no file behind, and child processes do not hold the lock.
     descriptor_ = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (descriptor_ < 0) {
         throw Error(ErrorKind::usage, "cannot open the run folder ", folder.string(), ": ",
@@ -35,8 +35,8 @@ RunLock::RunLock(const std::filesystem::path& folder) {
     held_ = ::flock(descriptor_, LOCK_EX | LOCK_NB) == 0;
     if (held_ || errno != EWOULDBLOCK) return;
     ::close(descriptor_);
-    throw Error(ErrorKind::usage, "another process trains in ", folder.string(),
-                ": wait for it, end it, or name another folder for this run");
+    throw Error(ErrorKind::usage, "another process is training in ", folder.string(),
+                ": wait for it, stop it, or name another folder for this run");
 }
 
 RunLock::~RunLock() {
@@ -56,7 +56,7 @@ RunFolder::RunFolder(std::filesystem::path path, bool resume) : path_(std::move(
     if (!find_state(/*healthy=*/false)) refuse_files_without_checkpoint();
 }
 
-// The weights of a finished run, or a page that is not this run's, are not overwritten.
+// Does not overwrite the weights of a finished run, or a page of something else.
 void RunFolder::refuse_files_without_checkpoint() const {
     for (const char* name : {"model.safetensors", "report.html", "summary.json"}) {
         const bool own_page = is_there(path_ / "metrics.jsonl") && std::string_view(name) != "model.safetensors";
@@ -70,7 +70,7 @@ void RunFolder::refuse_files_without_checkpoint() const {
 void RunFolder::lock() {
     if (lock_) return;
     lock_.emplace(path_);
-    // It was not there before; another process that came first may be done with it already.
+    // It did not exist before; another process may have created it and finished already.
     refuse_used();
 }
 
@@ -78,7 +78,7 @@ void RunFolder::refuse_used() const {
     for (const char* name : {"config.toml", "metrics.jsonl", "model.safetensors", "report.html", "summary.json"}) {
         if (!is_there(path_ / name)) continue;
         throw Error(ErrorKind::usage, path_.string(), ": ", name,
-                    " exists already; resume that run (--resume), or name a new folder for this one");
+                    " already exists; resume that run (--resume), or name a new folder for this one");
     }
 }
 
@@ -112,7 +112,7 @@ void RunFolder::remove_unused(const std::filesystem::path& events) const {
     std::filesystem::remove(events, ignored);
     std::filesystem::remove(path_ / "config.toml", ignored);
     std::filesystem::remove(path_ / "metrics.jsonl", ignored);
-    std::filesystem::remove(path_, ignored);  // only if nothing else is in it
+    std::filesystem::remove(path_, ignored);  // only if it is empty
 }
 
 }  // namespace microbatch

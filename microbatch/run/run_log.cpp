@@ -15,10 +15,11 @@ namespace {
 void make_folder(const std::filesystem::path& folder) {
     std::error_code failure;
     std::filesystem::create_directories(folder, failure);
-    if (failure) throw Error(ErrorKind::usage, "cannot make the run folder ", folder.string(), ": ", failure.message());
+    if (failure)
+        throw Error(ErrorKind::usage, "cannot create the run folder ", folder.string(), ": ", failure.message());
 }
 
-// Whose line it is; none if it is none.
+// The step of a line; empty if it is not a valid line.
 std::optional<std::int64_t> step_of(std::string_view line) {
     constexpr std::string_view begin = "{\"step\":";
     if (!line.starts_with(begin) || !line.ends_with('}')) return std::nullopt;
@@ -28,10 +29,10 @@ std::optional<std::int64_t> step_of(std::string_view line) {
     return sound ? std::optional(step) : std::nullopt;
 }
 
-// The lines of steps up to `steps`, each step's once.
+// The lines of steps up to `steps`, each step once.
 void for_each_kept(const std::filesystem::path& path, std::int64_t steps,
                    const std::function<void(std::string_view line, std::uint64_t end)>& call) {
-    // One beyond all measure, such as the zeros that a crash has left, is no step's.
+    // An extremely long line, such as the zeros that a crash has left, is not a step.
     LineReader lines(path, LineReader::LongLines::pass_over);
     std::int64_t last = 0;
     while (const auto line = lines.next()) {
@@ -44,7 +45,7 @@ void for_each_kept(const std::filesystem::path& path, std::int64_t steps,
 
 struct Kept {
     std::int64_t lines = 0;
-    std::uint64_t bytes = 0, end = 0;  // of the lines, and where the last one ends
+    std::uint64_t bytes = 0, end = 0;  // of the lines; the end of the last one
 
     bool is_begin() const { return bytes == end; }
 };
@@ -70,7 +71,7 @@ void mend(const std::filesystem::path& path, std::int64_t steps, FileSystem& fil
     write_whole(path, write, files);
 }
 
-// None if the line is not a step.
+// Empty if the line is not a step.
 std::optional<StepRecord> read_step(std::string_view text) {
     try {
         const StepRecord step = step_record_from(text);
@@ -85,10 +86,10 @@ std::optional<StepRecord> read_step(std::string_view text) {
 
 RunLog::RunLog(const std::filesystem::path& folder) : path_(folder / "metrics.jsonl") {
     make_folder(folder);
-    // A link that leads nowhere counts, too: writing through it would write elsewhere.
+    // A broken link counts too: writing through it would write elsewhere.
     std::error_code failure;
     if (std::filesystem::exists(std::filesystem::symlink_status(path_, failure))) {
-        throw Error(ErrorKind::usage, path_.string(), " exists already: name a new folder for this run");
+        throw Error(ErrorKind::usage, path_.string(), " already exists: name a new folder for this run");
     }
     file_.emplace(path_);
 }
@@ -102,7 +103,7 @@ RunLog::RunLog(const std::filesystem::path& folder, std::int64_t steps, FileSyst
         return;
     }
     if (!std::filesystem::is_regular_file(std::filesystem::symlink_status(path_, failure))) {
-        throw Error(ErrorKind::usage, path_.string(), " is no file: it is in the way of the run's log");
+        throw Error(ErrorKind::usage, path_.string(), " is not a file: the log of the run cannot be written there");
     }
     const Kept kept = kept_of(path_, steps);
     if (!kept.is_begin()) mend(path_, steps, files);
@@ -118,7 +119,7 @@ std::string RunLog::write(const StepRecord& record) {
 LoggedRun read_run_log(const std::filesystem::path& folder) {
     const std::filesystem::path path = folder / "metrics.jsonl";
     const auto refuse = [](const auto&... what) { throw Error(ErrorKind::bad_data, what...); };
-    if (!std::filesystem::is_regular_file(path)) refuse(folder.string(), " is no run: there is no ", path.string());
+    if (!std::filesystem::is_regular_file(path)) refuse(folder.string(), " is not a run: there is no ", path.string());
     LineReader lines(path);
     LoggedRun run;
     while (const auto line = lines.next()) {
@@ -127,10 +128,10 @@ LoggedRun read_run_log(const std::filesystem::path& folder) {
             run.cut = true;
             break;
         }
-        if (!step) refuse(path.string(), " line ", lines.number(), " is not a step as `train` writes it");
+        if (!step) refuse(path.string(), " line ", lines.number(), " is not a valid step");
         run.steps.push_back(*step);
     }
-    if (run.steps.empty()) refuse(path.string(), " holds no step");
+    if (run.steps.empty()) refuse(path.string(), " has no steps");
     return run;
 }
 

@@ -12,31 +12,31 @@
 
 namespace microbatch {
 
-/// metrics.jsonl: one JSON object a step, one a line, each written through at once.
+/// metrics.jsonl: one line with a JSON object per step, each written immediately.
 ///
 /// Keys: see step_fields().
 /// Faults:  a line that cannot be written (disk full) is kept and written with the next one that can be: see
-/// AppendFile. Threads: no two calls at the same time.
+///          AppendFile.
+/// Threads: no two calls at the same time.
 class RunLog {
 public:
-    /// Makes the folder where it is missing, and a new metrics.jsonl in it.
-    /// Errors: ErrorKind::usage if the folder cannot be written, or holds a metrics.jsonl already.
+    /// Creates the folder if it is missing, and a new metrics.jsonl in it.
+    /// Errors: ErrorKind::usage if the folder cannot be written, or already has a metrics.jsonl.
     explicit RunLog(const std::filesystem::path& folder);
 
-    /// Goes on with the log of a run that goes on after so many steps: the lines after them are left out, and so is
-    /// what is no line of a step. lines() then tells whether all are there.
-    /// Errors: ErrorKind::usage as above, and ErrorKind::bad_data if it cannot be read: it is as it was then. A log
-    /// that
-    ///         is not there is begun anew.
+    /// Continues the log of a run that resumes after so many steps: drops later lines and invalid lines. lines() then
+    /// shows whether any are missing.
+    /// Errors: ErrorKind::usage as above, and ErrorKind::bad_data if it cannot be read; it is then unchanged. If there
+    ///         is no log, a new one is created.
     RunLog(const std::filesystem::path& folder, std::int64_t steps, FileSystem& files = system_files());
 
-    /// Why the line, or those before it, could not be written, naming the file; empty if all are.
+    /// Why the line, or an earlier one, could not be written, naming the file; empty if all are written.
     std::string write(const StepRecord& record);
 
-    /// Tries again what could not be written. As write().
+    /// Retries the lines that could not be written. Returns as write().
     std::string flush() { return file_->flush(); }
 
-    /// Lines so far, those that wait included.
+    /// The number of lines so far, including those not yet written.
     std::int64_t lines() const { return lines_; }
 
     const std::filesystem::path& path() const { return path_; }
@@ -49,13 +49,13 @@ private:
 
 struct LoggedRun {
     std::vector<StepRecord> steps;
-    bool cut = false;  ///< the last line is incomplete, as a process that is killed leaves it; it is ignored
+    bool cut = false;  ///< the last line is incomplete, as after a kill; it is ignored
 };
 
 /// Reads a run's metrics.jsonl.
 /// Memory: the steps, and a line of at most 1 MiB.
-/// Errors: ErrorKind::bad_data, naming file and line, if there is none, it holds no step, or a line that is not the
-///         last is none that RunLog writes.
+/// Errors: ErrorKind::bad_data, naming file and line, if there is no log, it has no steps, or a line other than the
+///         last was not written by RunLog.
 LoggedRun read_run_log(const std::filesystem::path& folder);
 
 }  // namespace microbatch

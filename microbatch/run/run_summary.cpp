@@ -60,7 +60,7 @@ RunSummary read_run_summary(const std::filesystem::path& folder) {
     constexpr std::size_t most_values = 4'000'000;
     const std::filesystem::path path = folder / file_name;
     if (!std::filesystem::exists(path)) return {};
-    return read_json(InputFile(path).read_all(most_bytes), most_values, path.string(), " is not as `train` writes it",
+    return read_json(InputFile(path).read_all(most_bytes), most_values, path.string(), " was not written by `train`",
                      summary_from);
 }
 

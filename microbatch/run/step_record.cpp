@@ -53,7 +53,7 @@ std::span<const StepField> step_fields() {
         {"predicted_peak_bytes", &R::predicted_peak_bytes, "memory/predicted_peak_bytes", true},
         {"applied", &R::applied, "train/applied"},
         {"reason", &R::reason},
-        {"went_back_to", &R::went_back_to},
+        {"rolled_back_to", &R::rolled_back_to},
         {"gradient_variance", &R::gradient_variance},
         {"squared_gradient", &R::squared_gradient},
         {"noise_batch", &R::noise_batch, "noise/noise_batch", true},
@@ -86,7 +86,7 @@ std::string to_json(const StepRecord& record) {
 }
 
 StepRecord step_record_from(std::string_view json) {
-    constexpr std::size_t most_values = 1000;  // of a record, which has some 25
+    constexpr std::size_t most_values = 1000;  // of a record, which has about 25
     const Json values = parse_bounded(json, most_values);
     StepRecord record;
     try {

@@ -14,7 +14,7 @@
 namespace microbatch {
 namespace {
 
-// Noise changes as a model trains: the average remembers some 20 measures, or 200 steps where that is less.
+// The noise changes as a model trains: the average remembers about 20 measurements, or 200 steps if that is less.
 double decay_of_noise(std::int64_t every) {
     return 1.0 - std::clamp(static_cast<double>(every) / 200.0, 0.05, 0.5);
 }
@@ -44,10 +44,12 @@ void Trainer::validate_options() const {
     }
     if (options_.schedule) validate(*options_.schedule);
     if (options_.batches) validate(*options_.batches);
-    if (options_.recovery && !options_.guard) refuse("recovery needs a guard that says when the run has diverged");
+    if (options_.recovery && !options_.guard) {
+        refuse("recovery requires a guard, which detects when the run has diverged");
+    }
     if (options_.rate_rule == RateRule::adam_sde || options_.rate_rule == RateRule::beta2_time) {
-        refuse("a batch that changes during the run goes with the rules none, linear and sqrt; ",
-               to_string(options_.rate_rule), " would have to change the optimizer's betas");
+        refuse("a batch that changes during the run requires the rule none, linear or sqrt; ",
+               to_string(options_.rate_rule), " would change the optimizer's betas");
     }
     if (options_.noise_every < 0) refuse("noise_every is ", options_.noise_every, "; it must be at least 0 steps");
 }
@@ -65,7 +67,7 @@ std::int64_t Trainer::samples_left() const {
 }
 
 TrainerReport Trainer::step() {
-    if (done()) throw Error(ErrorKind::usage, "the run of ", to_string(options_.length), " is done");
+    if (done()) throw Error(ErrorKind::usage, "the run of ", to_string(options_.length), " is complete");
     const auto started = std::chrono::steady_clock::now();
     const double seconds_before = std::exchange(at_.partial_seconds, 0.0);
     const auto seconds = [&] {
@@ -109,7 +111,7 @@ void Trainer::begin_step(TrainerReport& report) {
     report.samples = batch.samples;
     report.progress = at_.progress + batch;
     report.warning = std::exchange(partial_warning_, {});
-    // The snapshot before a batch that was left half-way was taken before it.
+    // The snapshot of a partial batch was taken before the batch.
     if (!recovery_) return;
     if (!partial_) report.warning = recovery_->keep(at_.progress.steps, *gate_, options_.reclaimers);
     report.snapshot_bytes = recovery_->memory_bytes();
@@ -133,7 +135,7 @@ double Trainer::next_learning_rate() const {
 
 StepOptions Trainer::step_options(const TrainerReport& report) {
     const std::int64_t full = full_batch();
-    // Smaller batches are noisier: what was usual says nothing of them.
+    // Smaller batches are noisier: the statistics do not apply to them.
     if (gate_ && full < at_.last_batch) gate_->reset();
     StepOptions how{.measure_noise = options_.noise_every > 0 && at_.progress.steps % options_.noise_every == 0,
                     .before_noise = options_.reclaimers,
@@ -156,20 +158,20 @@ void Trainer::roll_back(TrainerReport& report) {
     if (!recovery_) return;
     if (recovery_->times() == 0) at_.own_rate = accumulator_.optimizer().learning_rate();
     try {
-        report.went_back_to = retry_on_oom(
+        report.rolled_back_to = retry_on_oom(
             options_.reclaimers, [&] { return recovery_->roll_back(at_.progress.steps, *gate_); }, [] {},
             [](const Reclaimer&, const std::string&) {},
             [](const std::string&) { throw Error(ErrorKind::does_not_fit, "out of memory"); });
     } catch (const Error& error) {
         report.warning = str_cat("the run could not be rolled back: ", error.what());
     }
-    if (!report.went_back_to) return;
+    if (!report.rolled_back_to) return;
     // The gate of a larger batch would refuse the noise of this one.
-    if (*report.went_back_to < at_.shrunk_at) gate_->reset();
+    if (*report.rolled_back_to < at_.shrunk_at) gate_->reset();
     report.diverged = !recovery_->may_go_on();
 }
 
-// The run was resumed with options that make it another batch: it is begun anew.
+// The run was resumed with options that change the batch: it is started again.
 void Trainer::drop_partial_of_another(const BatchSource& batch) {
     if (!partial_) return;
     if (partial_->fingerprint == batch.fingerprint() && partial_->samples < batch.size()) return;
@@ -205,7 +207,7 @@ StepRecord record_of(const TrainerReport& report, const StepMeasures& measures) 
                       .predicted_peak_bytes = measures.predicted_peak_bytes,
                       .applied = step.applied,
                       .reason = step.reason,
-                      .went_back_to = report.went_back_to,
+                      .rolled_back_to = report.rolled_back_to,
                       .noise_batch = report.noise_batch};
     if (step.noise) {
         record.gradient_variance = step.noise->variance;

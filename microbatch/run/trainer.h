@@ -23,59 +23,60 @@ namespace microbatch {
 
 struct TrainerOptions {
     std::int64_t batch = 1;  ///< samples per step
-    /// The batch over the run, in the place of `batch`; the schedule's rate is that of its first stage.
+    /// The batch over the run, instead of `batch`; the schedule's rate applies to its first stage.
     std::optional<BatchSchedule> batches = {};
-    RateRule rate_rule = RateRule::none;    ///< how the rate follows `batches`: none, linear or sqrt
-    Interval length{0, Unit::steps};        ///< how long to train; the last batch is smaller where it must be
-    std::optional<Schedule> schedule = {};  ///< none: the optimizer's learning rate is left alone
-    std::uint64_t seed = 0;                 ///< of the order of the samples
-    /// Steps that are beyond what is usual are refused; none: only those that are not finite. A last, smaller batch is
-    /// not judged.
+    RateRule rate_rule = RateRule::none;    ///< how the rate is scaled with `batches`: none, linear or sqrt
+    Interval length{0, Unit::steps};        ///< how long to train; the last batch may be smaller
+    std::optional<Schedule> schedule = {};  ///< empty: the optimizer's learning rate is not changed
+    std::uint64_t seed = 0;                 ///< for the order of the samples
+    /// Refuses steps that exceed its bounds; if empty, only non-finite steps are refused. A smaller last batch is not
+    /// checked.
     std::optional<SpikeGuardOptions> guard = {};
-    /// What is done where the guard says that the run has diverged; none: nothing, whoever trains decides.
+    /// What to do when the guard detects a divergence; if empty, the caller decides.
     std::optional<RecoveryOptions> recovery = {};
-    std::int64_t noise_every = 0;  ///< steps from one measure of the gradient's noise to the next; 0: none
-    /// Asked after every micro-batch but a step's last: true ends step() there, see TrainerReport::paused.
+    std::int64_t noise_every = 0;  ///< steps between measurements of the gradient noise; 0: never
+    /// Called after every micro-batch except the last one of a step: true ends step() there, see TrainerReport::paused.
     StopToken stop = {};
-    /// What can give memory back when it runs out, before snapshots are moved to files.
+    /// What can free memory when it runs out, before snapshots are moved to files.
     Reclaimers reclaimers = {};
 };
 
-/// A batch's report, with where in the run it was.
+/// The report of a batch and the progress of the run.
 struct TrainerReport {
     StepReport step;
-    /// The batch was left between two micro-batches, and progress is that of before it: the next step() resumes it.
+    /// The batch was interrupted between two micro-batches; progress is that of before it. The next step() resumes it.
     bool paused = false;
-    Progress progress;         ///< after this batch; a batch that was not applied counts too
+    Progress progress;         ///< after this batch, even if it was not applied
     std::int64_t samples = 0;  ///< in this batch
-    double seconds = 0.0;      ///< wall time, fetching the data included; of a batch that was left, all its parts
-    bool diverged = false;     ///< the guard says that going on does not help; not applied, step.reason says why
-    /// The run had diverged, step.reason says why, and was rolled back: parameters and optimizer are as after so many
-    /// steps.
-    std::optional<std::int64_t> went_back_to = {};
-    /// Batch, in samples, at which the gradient's noise is as large as the gradient; averaged over the measures so far,
-    /// none where it is undefined: see NoiseAverage.
+    double seconds = 0.0;      ///< wall time, including loading the data; of an interrupted batch, of all its parts
+    bool diverged =
+        false;  ///< the guard says that continuing does not help; the step was not applied, and step.reason says why
+    /// If the run diverged (step.reason says why) and was rolled back: the step whose parameters and optimizer state
+    /// were restored.
+    std::optional<std::int64_t> rolled_back_to = {};
+    /// The batch, in samples, at which the gradient noise is as large as the gradient, averaged over the measurements
+    /// so far; empty if undefined: see NoiseAverage.
     std::optional<double> noise_batch = {};
-    std::int64_t snapshot_bytes = 0;  ///< that snapshots took of memory beside the step
-    std::string warning = {};         ///< what whoever trains should know, and the run can do without
+    std::int64_t snapshot_bytes = 0;  ///< the memory of snapshots during the step
+    std::string warning = {};         ///< for the caller; the run continues
 };
 
-/// What a record holds of a step beside the trainer's own report.
+/// Additional data for the record of a step.
 struct StepMeasures {
     std::int64_t peak_bytes = 0;
-    std::optional<std::int64_t> predicted_peak_bytes = {};  ///< none if nothing was predicted
+    std::optional<std::int64_t> predicted_peak_bytes = {};  ///< empty if there is no prediction
     std::optional<double> predicted_step_seconds = {};
 };
 
 StepRecord record_of(const TrainerReport& report, const StepMeasures& measures);
 
-/// Draws batches, sets the learning rate, steps; the samples of a micro-batch are fetched when its turn comes, so that
-/// the batch is never held whole: `while (!trainer.done()) report = trainer.step();`
+/// Draws batches, sets the learning rate and steps. The samples of a micro-batch are loaded when needed, so the whole
+/// batch is never in memory: `while (!trainer.done()) report = trainer.step();`
 ///
-/// State:     `model/ optimizer/ gate/ noise/ data/ rng/ caps/ batch/ recovery/ run/`: all that the run goes on from,
-///            between two steps or after one that was paused. A trainer of the same model, optimizer, data and options
-///            resumes bit-for-bit with the same plan and threads; plan and length may be others. It is loaded one
-///            tensor at a time.
+/// State:     `model/ optimizer/ gate/ noise/ data/ rng/ caps/ batch/ recovery/ run/`: everything needed to continue,
+///            between two steps or after a paused one. A trainer with the same model, optimizer, data and options
+///            resumes bit-for-bit with the same plan and threads; plan and length may differ. It is loaded one tensor
+///            at a time.
 /// Ownership: borrows accumulator and dataset, which must outlive this.
 /// Threads:   no two calls at the same time.
 class Trainer final : public Stateful {
@@ -85,26 +86,26 @@ public:
     ///         the optimizer's constants, noise_every < 0; as SpikeGuard and Recovery.
     Trainer(Accumulator& accumulator, const Dataset& dataset, LossFunction loss, TrainerOptions options);
 
-    /// Trains on the next batch: as many samples as the options say, or what is left of the length.
-    /// Errors: as Accumulator::step() and the dataset's get(); ErrorKind::usage if done(), or the progress would leave
-    /// 64 bits. On any exception the position in the data and the gate are as before.
+    /// Trains on the next batch: as many samples as the options say, or the rest of the length.
+    /// Errors: as Accumulator::step() and the dataset's get(); ErrorKind::usage if done(), or if the progress would
+    ///         exceed 64 bits. On any exception, the position in the data and the gate are unchanged.
     TrainerReport step();
 
-    /// Errors: ErrorKind::usage if a buffer of the model has another name or shape than when this was made: what is
-    ///         saved could not be loaded.
+    /// Errors: ErrorKind::usage if a buffer of the model has a different name or shape than at construction, because
+    ///         the saved state could not be loaded.
     void save(const StateWriter& writer) const override;
     Commit prepare(const StateReader& reader) override;
 
-    /// True if a batch was left between two micro-batches: the next step() resumes it.
+    /// True if a batch was interrupted between two micro-batches: the next step() resumes it.
     bool is_paused() const { return partial_.has_value(); }
 
-    /// Drops that batch, as if it had not been begun; generators go on.
+    /// Drops that batch as if it had not been started; the generators are not rewound.
     void discard_partial();
 
     bool done() const { return at_.progress.in(options_.length.unit) >= options_.length.count; }
     const Progress& progress() const { return at_.progress; }
 
-    /// The learning rate that the next step() takes. Requires: not done().
+    /// The learning rate for the next step(). Requires: not done().
     double next_learning_rate() const;
 
 private:
@@ -120,15 +121,15 @@ private:
     bool is_healthy() const;
     void require_first_buffers(const StateReader& buffers) const;
 
-    /// Where the run is.
+    /// The progress of the run.
     struct Position {
         Sampler sampler;
         NoiseAverage noise;
         Progress progress = {};
-        double own_rate = 0.0;         // without a schedule: the optimizer's, before the first roll-back
+        double own_rate = 0.0;         // without a schedule: of the optimizer, before the first roll-back
         std::int64_t last_batch = 0;   // the full batch of the last step
-        std::int64_t shrunk_at = 0;    // after so many steps it became smaller, the last time
-        double partial_seconds = 0.0;  // that the partial batch has taken so far
+        std::int64_t shrunk_at = 0;    // the step after which the batch last became smaller
+        double partial_seconds = 0.0;  // the time of the partial batch so far
     };
 
     Accumulator& accumulator_;
@@ -136,16 +137,16 @@ private:
     LossFunction loss_;
     TrainerOptions options_;
     Position at_;
-    NamedTensors first_buffers_;  // the model's when this was made, without values
+    NamedTensors first_buffers_;  // of the model at construction, without values
     std::optional<SpikeGate> gate_;
     std::optional<Recovery> recovery_;
     std::optional<PartialBatch> partial_;
-    std::string partial_warning_;  // of the step that was left, not reported yet
+    std::string partial_warning_;  // of the interrupted step, not yet reported
 };
 
-/// Mean loss over the dataset, or its first `most` samples, at `micro_batch` samples a time, without gradients: sum of
-/// sums / sum of weights.
-/// The loss function's model must be in evaluation mode already. 0 if the weight is 0.
+/// Mean loss over the dataset, or its first `most` samples, `micro_batch` samples at a time, without gradients: the sum
+/// of the sums / the sum of the weights. The loss function's model must already be in evaluation mode. 0 if the weight
+/// is 0.
 /// Errors: ErrorKind::usage if micro_batch < 1 or a loss is not valid; whatever the loss function throws.
 double mean_loss(const Dataset& dataset, std::int64_t micro_batch, const LossFunction& loss,
                  std::int64_t most = std::numeric_limits<std::int64_t>::max());

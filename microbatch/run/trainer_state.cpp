@@ -63,7 +63,7 @@ void load_partial(const StateReader& reader, const Parameters& parameters, Parti
     partial.before.own();
 }
 
-// What is said of a value that cannot be, in the words of who found it.
+// Reports an invalid value with the message of the check that found it.
 void as_bad_data(const std::function<void()>& call) {
     try {
         call();
@@ -83,8 +83,8 @@ void Trainer::require_first_buffers(const StateReader& buffers) const {
     try {
         prepare_tensors(buffers, first_buffers_, "buffer");
     } catch (const Error& error) {
-        throw Error(ErrorKind::usage, "what is saved now could not be loaded: ", error.what(),
-                    "; a buffer must keep the shape that it had when the trainer was made");
+        throw Error(ErrorKind::usage, "the saved state could not be loaded again: ", error.what(),
+                    "; a buffer must keep the shape that it had when the trainer was created");
     }
 }
 
@@ -125,7 +125,7 @@ Commit Trainer::prepare(const StateReader& reader) {
     next.partial_seconds = 0.0;
     next.progress = {data.count("steps"), data.count("samples"), data.count("tokens")};
     if (data.count("size") != dataset_.size()) {
-        throw Error(ErrorKind::bad_data, "it is of a run over ", data.count("size"), " samples, the data has ",
+        throw Error(ErrorKind::bad_data, "it is from a run over ", data.count("size"), " samples, but the data has ",
                     dataset_.size());
     }
     as_bad_data([&] {

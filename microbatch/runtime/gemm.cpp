@@ -9,7 +9,7 @@
 
 #include <string_view>
 
-// MKL's, which torch's own builds contain; a torch without MKL may have no such function, or another one.
+// MKL's function, which torch's own builds contain; a torch without MKL may have none, or a different one.
 extern "C" __attribute__((weak)) int MKL_Set_Num_Threads_Local(int threads);
 extern "C" __attribute__((weak)) void sgemm_(const char* transpose_a, const char* transpose_b, const int* rows,
                                              const int* columns, const int* depth, const float* alpha, const float* a,
@@ -26,7 +26,7 @@ using LinearSignature = at::Tensor(const at::Tensor& x, const at::Tensor& weight
                                    std::optional<std::string_view> then_algorithm);
 using Linear = c10::TypedOperatorHandle<LinearSignature>;
 
-/// Measured on Zen 4 alone, where MKL takes a kernel for AVX2 and oneDNN one for AVX-512.
+/// Measured only on Zen 4, where MKL uses an AVX2 kernel and oneDNN an AVX-512 kernel.
 bool onednn_suits_the_processor() {
 #if defined(__x86_64__) && defined(__GNUC__)
     __builtin_cpu_init();
@@ -47,7 +47,7 @@ std::optional<Linear> find_linear() {
     }
 }
 
-/// oneDNN's product; nullptr where MKL's is as good.
+/// oneDNN's product; nullptr if MKL is as fast.
 const Linear* onednn_linear() {
     static const std::optional<Linear> linear = find_linear();
     return linear && at::globalContext().userEnabledMkldnn() ? &*linear : nullptr;
@@ -81,7 +81,7 @@ at::Tensor mkl_product(const at::Tensor& x, const at::Tensor& matrix, const std:
     return bias ? at::addmm(*bias, x, matrix) : at::mm(x, matrix);
 }
 
-/// Sets MKL to one thread: for several it copies even small matrices.
+/// Sets MKL to one thread: with several, it copies even small matrices.
 class OneThreadOfMkl {
 public:
     OneThreadOfMkl() : before_(MKL_Set_Num_Threads_Local(1)) {}

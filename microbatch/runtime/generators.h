@@ -6,7 +6,7 @@
 
 namespace microbatch {
 
-/// The devices whose default generators a model on these tensors draws from: the CPU, then those of the tensors.
+/// The devices whose default generators a model with these tensors uses: the CPU, then the tensors' devices.
 std::vector<at::Device> generator_devices(const std::vector<at::Tensor>& tensors);
 
 /// A copy of the state of torch's default generator of the device (5 KB on the CPU).
@@ -15,7 +15,7 @@ at::Tensor generator_state(at::Device device);
 /// Errors: torch's own if it is not a state of such a generator.
 void set_generator_state(at::Device device, const at::Tensor& state);
 
-/// True if the generator can be set to `state` and drawn from afterwards. Leaves the generator as it is.
+/// True if the generator accepts `state` and can be used afterwards. Does not change the generator.
 bool is_generator_state(at::Device device, const at::Tensor& state);
 
 }  // namespace microbatch

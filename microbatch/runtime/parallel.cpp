@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <array>
 
-// OpenMP's, from the library that comes with torch; a torch with other threads has none.
+// OpenMP's function, from the library that comes with torch; a torch with other threads has none.
 extern "C" __attribute__((weak)) int omp_get_max_threads();
 extern "C" __attribute__((weak)) void omp_set_num_threads(int threads);
 
@@ -45,7 +45,7 @@ std::int64_t thread_places() {
     return std::max(at::get_num_threads(), at::get_thread_num() + 1);
 }
 
-// Affects the calling thread's task alone, not torch's setting nor other threads.
+// Affects only the calling thread's task, neither torch's setting nor other threads.
 OneThread::OneThread() : before_(possible() ? omp_get_max_threads() : 1) {
     if (possible()) omp_set_num_threads(1);
 }

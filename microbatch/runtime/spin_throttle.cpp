@@ -14,13 +14,13 @@
 namespace microbatch {
 namespace {
 
-constexpr double much_waiting = 0.25;  // of a core's time: somebody is there
+constexpr double much_waiting = 0.25;  // of a core's time: another process needs the cores
 constexpr double no_waiting = 0.05;
 constexpr int quiet_polls = 20;  // in a row, before the threads may spin again
 constexpr std::chrono::milliseconds between_looks(100);
 
-// What GCC makes of "#pragma omp parallel", in the OpenMP that torch brought along: the library is compiled without
-// one.
+// What GCC generates for "#pragma omp parallel", in the OpenMP that torch brings: this library is compiled without
+// OpenMP.
 using Parallel = void (*)(void (*work)(void*), void* data, unsigned threads, unsigned flags);
 
 Parallel libgomp_parallel() {
@@ -51,7 +51,7 @@ private:
     void run() {
         const int cores = static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
         const auto count = static_cast<unsigned>(std::max(2, cores - at::get_num_threads() + 2));
-        // A team of this thread; it stays as long as the thread does.
+        // A team of this thread, for the lifetime of the thread.
         if (const auto parallel = libgomp_parallel()) parallel([](void*) {}, nullptr, count, 0);
         std::unique_lock lock(mutex_);
         there_ = true;
@@ -84,7 +84,7 @@ std::optional<double> seconds_waited_for_cores() {
 }
 
 void SpinThrottle::poll() {
-    if (at::get_num_threads() == 1) {  // nobody spins
+    if (at::get_num_threads() == 1) {  // no thread spins
         team_.reset();
         return;
     }

@@ -7,17 +7,17 @@
 
 namespace microbatch {
 
-/// Keeps torch's threads from fighting with other processes for the cores.
+/// Keeps torch's threads from competing with other processes for the cores.
 ///
-/// Between two pieces of work OpenMP's threads spin for some milliseconds before they sleep. On a core that somebody
-/// else wants, too, that uses up the thread's time slices, and when there is work for it again it must wait for its
-/// turn: a step becomes five times as long. While threads are seen to wait for a core, this makes them sleep at once,
-/// by starting more OpenMP threads than there are cores, which libgomp takes as the sign to spin briefly; they
-/// themselves sleep. When nobody is in the way any longer, they end.
+/// Between two parallel regions, OpenMP's threads spin for some milliseconds before they sleep. On a core that another
+/// process also needs, this uses up the thread's time slices, and when there is work again, the thread must wait to be
+/// scheduled: a step takes five times as long. While threads have to wait for a core, this makes them sleep
+/// immediately: it starts an oversubscription team of sleeping threads, more than there are cores, because libgomp then
+/// spins only briefly. When the cores are free again, the team ends.
 ///
-/// State:    no number changes, only who waits how. Where the system does not say how long threads waited
-///           (Linux: /proc/self/task/*/schedstat), or OpenMP is not libgomp, it does nothing.
-/// Cost:     a look takes some 10 microseconds a thread, at most ten times a second.
+/// State:    changes no results, only how threads wait. Does nothing if the system does not report waiting times
+///           (Linux: /proc/self/task/*/schedstat), or OpenMP is not libgomp.
+/// Cost:     a poll takes about 10 microseconds per thread, at most ten times per second.
 /// Threads:  no two calls at the same time.
 class SpinThrottle {
 public:
@@ -26,10 +26,10 @@ public:
     SpinThrottle& operator=(const SpinThrottle&) = delete;
     ~SpinThrottle();
 
-    /// Call it before or after a batch: looks whether the threads had to wait since the look before.
+    /// Polls whether the threads have waited for a core since the last poll; to be called before or after a batch.
     void poll();
 
-    /// Decides by a share of time that threads waited for a core, of the time that went by.
+    /// Decides by the time that threads waited for a core, as a share of the elapsed time.
     void decide(double waiting_share);
 
     bool active() const { return team_ != nullptr; }
@@ -44,7 +44,7 @@ private:
     int quiet_polls_ = 0;
 };
 
-/// Seconds that the threads of this process have waited for a core so far; none where the system does not tell.
+/// Seconds that the threads of this process have waited for a core so far; empty if the system does not report it.
 std::optional<double> seconds_waited_for_cores();
 
 }  // namespace microbatch

@@ -10,7 +10,7 @@
 namespace microbatch {
 namespace {
 
-// The names of a sorted map that begin with a prefix are one range.
+// In a sorted map, the names with a common prefix are one range.
 template <class Map>
 auto range_of(Map& map, std::string_view prefix) {
     const auto begin = map.lower_bound(prefix);
@@ -140,7 +140,7 @@ bool StateReader::flag(std::string_view name) const {
 }
 
 std::int64_t StateReader::count(std::string_view name, std::int64_t least, std::int64_t most) const {
-    // What was put as unsigned, such as a size, reads back from a file as signed.
+    // An unsigned value, such as a size, reads back from a file as signed.
     const auto* size = std::get_if<std::uint64_t>(&scalar(name));
     const bool fits = size != nullptr && *size <= static_cast<std::uint64_t>(most);
     const std::int64_t value = fits ? static_cast<std::int64_t>(*size) : get<std::int64_t>(name, "a whole number");
@@ -180,7 +180,7 @@ std::string StateReader::word(std::string_view name) const {
 std::vector<std::int64_t> StateReader::counts(std::string_view name) const {
     const auto& values = get<std::vector<std::int64_t>>(name, "a list of whole numbers");
     for (const std::int64_t value : values) {
-        if (value < 0) refuse(name, str_cat("it holds ", value, ", which is below 0"));
+        if (value < 0) refuse(name, str_cat("it has ", value, ", which is below 0"));
     }
     return values;
 }

@@ -13,12 +13,13 @@
 
 namespace microbatch {
 
-/// What a state holds beside tensors.
+/// A scalar value of a state.
 using StateScalar = std::variant<bool, std::int64_t, std::uint64_t, double, std::string, std::vector<std::int64_t>,
                                  std::vector<double>>;
 
-/// State by name: tensors (in memory or in a file) and scalars. Names are paths, such as `optimizer/fc.weight/1`; what
-/// comes before a slash is a section. A run's sections are `model/ optimizer/ gate/ data/ rng/ batch/ recovery/ run/`.
+/// State by name: tensors (in memory or in a file) and scalars. Names are paths, such as `optimizer/fc.weight/1`; the
+/// part before a slash is a section. The sections of a run are `model/ optimizer/ gate/ data/ rng/ batch/ recovery/
+/// run/`.
 ///
 /// Threads: const calls may overlap.
 class StateDict {
@@ -26,40 +27,40 @@ public:
     using Tensors = std::map<std::string, StoredTensor, std::less<>>;
     using Scalars = std::map<std::string, StateScalar, std::less<>>;
 
-    /// Errors: ErrorKind::usage if the name is taken.
+    /// Adds a tensor or a scalar. Errors: ErrorKind::usage if the name is taken.
     void put(std::string name, StoredTensor tensor);
     void put(std::string name, StateScalar scalar);
 
-    /// Puts a scalar in the place of one of that name, if there is one.
+    /// Adds a scalar, or replaces the one of the same name.
     void set(std::string name, StateScalar scalar) { scalars_.insert_or_assign(std::move(name), std::move(scalar)); }
 
     const Tensors& tensors() const { return tensors_; }
     const Scalars& scalars() const { return scalars_; }
 
-    /// True if a name begins with `section`.
+    /// True if a name starts with `section`.
     bool has(std::string_view section) const;
 
-    /// Drops every name that begins with `section`.
+    /// Removes every name that starts with `section`.
     void erase(std::string_view section);
 
-    /// Renames every name that begins with `from`, so that it begins with `to`, and replaces what has that name.
+    /// Renames every name that starts with `from` so that it starts with `to`, replacing existing names.
     void move(std::string_view from, std::string_view to);
 
-    /// Adds every name of `other`, with `section` before it. Errors: as put().
+    /// Adds every name of `other`, prefixed with `section`. Errors: as put().
     void merge(std::string_view section, const StateDict& other);
 
-    /// Bytes of the tensors whose names begin with `section`, resident or not.
+    /// The size in bytes of the tensors whose names start with `section`, resident or not.
     std::int64_t bytes(std::string_view section = {}) const;
 
-    /// Makes the tensors whose names begin with `section` resident and this dict's own: what is in memory is copied, so
-    /// that later steps do not change it, what is in a file is read.
+    /// Makes the tensors whose names start with `section` resident and owned by this dict: copies those in memory, so
+    /// that later steps do not change them, and reads those in files.
     /// Errors: c10::OutOfMemoryError, or whatever reading throws; the state is unchanged then.
     void own(std::string_view section = {});
 
-    /// True if a tensor whose name begins with `section` is in a file.
+    /// True if a tensor whose name starts with `section` is in a file.
     bool reads_files(std::string_view section = {}) const;
 
-    /// Reads every tensor that is in a file once. Errors: whatever reading throws.
+    /// Reads every tensor in a file once. Errors: whatever reading throws.
     void require_readable() const;
 
 private:
@@ -98,16 +99,16 @@ private:
     std::string prefix_;
 };
 
-/// Reads one section of a StateDict. The dict may come from a file that nobody vouches for: every read checks.
+/// Reads one section of a StateDict. The dict may come from an untrusted file: every read validates.
 ///
-/// Errors: ErrorKind::bad_data, naming the value, if it is missing, of another kind, or out of range.
+/// Errors: ErrorKind::bad_data, naming the value, if it is missing, has another type, or is out of range.
 class StateReader {
 public:
     explicit StateReader(const StateDict& dict, std::string prefix = {}) : dict_(&dict), prefix_(std::move(prefix)) {}
 
     StateReader section(std::string_view name) const;
 
-    /// True if this section holds anything.
+    /// True if this section has any value.
     bool exists() const { return dict_->has(prefix_); }
     bool has(std::string_view name) const;
 
@@ -125,7 +126,7 @@ public:
     /// The section's tensors, without its prefix, in the order of their names.
     std::vector<std::pair<std::string, const StoredTensor*>> tensors() const;
 
-    /// The section by itself, its names without the prefix; tensors are shared.
+    /// This section as its own dict, with names without the prefix; tensors are shared.
     StateDict copy() const;
 
     /// Throws ErrorKind::bad_data about this section, or about `name` in it.

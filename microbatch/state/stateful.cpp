@@ -17,13 +17,13 @@ Commit prepare_tensors(const StateReader& reader, const NamedTensors& live, cons
     std::vector<std::pair<at::Tensor, StoredTensor>> pairs;
     for (const auto& [name, stored] : reader.tensors()) {
         const auto found = known.find(name);
-        if (found == known.end()) refuse("there is no ", what, " ", name, " in this model");
+        if (found == known.end()) refuse("this model has no ", what, " ", name);
         const at::Tensor& tensor = found->second;
         const at::Tensor& shape = stored->shape();
         const bool fits =
             tensor.scalar_type() == shape.scalar_type() && (fit == Fit::resize || tensor.sizes() == shape.sizes());
         if (!fits) {
-            refuse(what, " ", name, " is ", shape.scalar_type(), " of shape ", shape.sizes(), ", in this model ",
+            refuse(what, " ", name, " is ", shape.scalar_type(), " of shape ", shape.sizes(), ", but in this model ",
                    tensor.scalar_type(), " of shape ", tensor.sizes());
         }
         pairs.emplace_back(tensor, *stored);

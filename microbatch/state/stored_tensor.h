@@ -17,7 +17,7 @@ struct NamedTensor {
 
 using NamedTensors = std::vector<NamedTensor>;
 
-/// A tensor handle: resident in memory, or in a file and read when asked for.
+/// A tensor handle, resident or lazily loaded from a file.
 ///
 /// Threads: const calls may overlap.
 class StoredTensor {
@@ -25,7 +25,7 @@ public:
     /// Resident; shares the tensor's memory.
     explicit StoredTensor(const at::Tensor& tensor) : shape_(tensor.detach()) {}
 
-    /// Elsewhere. `shape` has sizes, strides and dtype, and may be on the meta device.
+    /// In a file. `shape` has sizes, strides and dtype, and may be on the meta device.
     StoredTensor(at::Tensor shape, std::function<at::Tensor()> read)
         : shape_(std::move(shape)), read_(std::move(read)) {}
 
@@ -38,7 +38,7 @@ public:
     /// The tensor itself, which must not be changed. Errors: whatever reading throws.
     at::Tensor get() const { return read_ ? read_() : shape_; }
 
-    /// A tensor that nobody else holds: what was read, or a copy. Errors: as get(); c10::OutOfMemoryError.
+    /// A tensor that is not shared: newly read, or a copy. Errors: as get(); c10::OutOfMemoryError.
     at::Tensor get_own() const;
 
 private:

@@ -18,14 +18,14 @@ Reclaimers joined(Reclaimers first, const Reclaimers& second) {
     return first;
 }
 
-// The first time only: memory that others used may be free again.
+// Only the first time: memory that others used may be free again.
 Reclaimer once() {
     return {[tried = std::make_shared<bool>(false)] { return !std::exchange(*tried, true); }};
 }
 
 }  // namespace
 
-/// A batch that is run, perhaps several times.
+/// A batch that runs, possibly several times.
 struct Accumulator::Attempt {
     Plan plan = {};
     bool measure_noise = false;
@@ -54,12 +54,12 @@ void Accumulator::set_plan(const Plan& plan) {
         throw Error(ErrorKind::usage, str_cat("the micro-batch is ", plan.micro_batch, "; it must be at least 1"));
     }
     if (plan.recompute && !model_->offers_checkpointing()) {
-        throw Error(ErrorKind::usage, "the plan recomputes, but the accumulator has no model that offers it");
+        throw Error(ErrorKind::usage, "the plan uses recompute, but the accumulator has no model that supports it");
     }
     options_.plan = plan;
     caps_.clear();
     model_->set_checkpointing(plan.recompute);
-    // The blocks of another plan's sizes would be in the way of this one's.
+    // Cached blocks of another plan's sizes would only take memory.
     release_cached_memory();
 }
 
@@ -72,7 +72,7 @@ void Accumulator::refuse_unknown_parameters() {
     for (const at::Tensor& tensor : updated) {
         if (known.count(tensor.unsafeGetTensorImpl()) == 0) {
             throw Error(ErrorKind::usage, str_cat("the optimizer updates a parameter of shape ", tensor.sizes(),
-                                                  " that the accumulator does not know; give it to track()"));
+                                                  " that the accumulator does not know; pass it to track()"));
         }
     }
     known_ = std::move(updated);
@@ -117,13 +117,13 @@ StepReport Accumulator::step(const BatchSource& batch, const LossFunction& loss,
         [](const std::string& message) {
             throw Error(ErrorKind::does_not_fit,
                         str_cat("the optimizer's step ran out of memory, whatever the micro-batch; parameters and "
-                                "optimizer are as before it: raise the memory budget, or take an optimizer with less "
+                                "optimizer are unchanged: raise the memory budget, or use an optimizer with less "
                                 "state (SGD); ",
                                 message));
         });
     report.out_of_memory += lost;
     if (report.partial) report.partial->out_of_memory = report.out_of_memory;
-    // Not in the attempt: a gate that runs out of memory here must not make the update again.
+    // Outside the attempt: a gate that runs out of memory here must not repeat the update.
     if (decided) gates.record(decided->first, decided->second);
     return report;
 }
@@ -158,10 +158,10 @@ std::variant<Gathered, PartialBatch> Accumulator::gather_batch(const BatchSource
         [](const std::string& message) {
             throw Error(ErrorKind::does_not_fit,
                         str_cat("out of memory with a micro-batch of 1 sample: ", message,
-                                "; everything is as before the step: raise the memory budget, or take shorter "
+                                "; the step changed nothing: raise the memory budget, or use shorter "
                                 "samples"));
         });
-    // Not before they have shown that they can run.
+    // Only after an attempt with them has succeeded.
     caps_ = std::move(attempt.caps);
     out_of_memory_ = attempt.out_of_memory;
     if (auto* partial = std::get_if<PartialBatch>(&result)) {
@@ -180,7 +180,7 @@ Accumulator::Attempt Accumulator::first_attempt(const BatchSource& batch, StepOp
     Attempt attempt{.plan = options_.plan, .caps = caps_, .partial = std::exchange(options.partial, std::nullopt)};
     attempt.plan.micro_batch =
         std::clamp<std::int64_t>(attempt.plan.micro_batch, 1, std::max<std::int64_t>(samples, 1));
-    // One micro-batch alone says nothing of noise.
+    // A single micro-batch does not show noise.
     attempt.measure_noise = options.measure_noise && (attempt.plan.micro_batch < samples || !caps_.empty());
     if (const auto& partial = attempt.partial) {
         gatherer_.require_partial(batch, *partial);
@@ -197,7 +197,7 @@ Accumulator::Attempt Accumulator::first_attempt(const BatchSource& batch, StepOp
 std::variant<Gathered, PartialBatch> Accumulator::try_gather(const BatchSource& batch, const LossFunction& loss,
                                                              const StopToken& stop, Attempt& attempt) {
     attempt.shape.clear();
-    attempt.plan_of_shape = attempt.caps.within(attempt.plan, {});  // where not even a micro-batch begins
+    attempt.plan_of_shape = attempt.caps.within(attempt.plan, {});  // if not even a micro-batch could start
     std::optional<PartialBatch> partial = std::exchange(attempt.partial, std::nullopt);
     try {
         before_ = partial ? std::move(partial->before) : forward_state(*model_);
@@ -227,11 +227,11 @@ std::variant<Gathered, PartialBatch> Accumulator::try_gather(const BatchSource& 
         throw Error(ErrorKind::does_not_fit,
                     str_cat("out of memory, and with a micro-batch of ", attempt.plan_of_shape.micro_batch,
                             " the loss function fails: ", why.substr(0, why.find('\n')), "; ", attempt.message,
-                            "; everything is as before the step: raise the memory budget, or take shorter samples"));
+                            "; the step changed nothing: raise the memory budget, or use shorter samples"));
     }
 }
 
-// For the samples at which memory ran out, and larger ones.
+// For samples of the shape at which memory ran out, and larger ones.
 bool Accumulator::make_plan_smaller(Attempt& attempt) const {
     Plan plan = attempt.plan_of_shape;
     if (plan.micro_batch > 2) {
@@ -271,13 +271,15 @@ void Accumulator::add(const WeightedLoss& loss) {
 }
 
 const Gathered& Accumulator::finish() {
-    throttle_.poll();  // a first batch that was streamed or tried may have been slow
+    throttle_.poll();  // a first batch that was streamed or used for planning may have been slow
     gathered_ = gatherer_.finish();
     return *gathered_;
 }
 
 StepReport Accumulator::apply() {
-    if (!gathered_) throw Error(ErrorKind::usage, "nothing is gathered to apply: call gather() or finish() first");
+    if (!gathered_) {
+        throw Error(ErrorKind::usage, "there is no gathered batch to apply: call gather() or finish() first");
+    }
     if (gathered_->weight == 0.0) return discard("zero weight");
     StepReport result = report();
     const auto started = std::chrono::steady_clock::now();
@@ -296,7 +298,9 @@ StepReport Accumulator::apply() {
 }
 
 void Accumulator::dry_run_apply() {
-    if (!gathered_) throw Error(ErrorKind::usage, "nothing is gathered for a dry run: call gather() or finish() first");
+    if (!gathered_) {
+        throw Error(ErrorKind::usage, "there is no gathered batch for a dry run: call gather() or finish() first");
+    }
     optimizer_.dry_run(gathered_->sums, gathered_->weight > 0.0 ? divisor() : 1.0);
 }
 

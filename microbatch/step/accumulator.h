@@ -20,54 +20,53 @@
 namespace microbatch {
 
 struct AccumulatorOptions {
-    Plan plan = {};                                              ///< how a batch is cut
-    double clip_norm = std::numeric_limits<double>::infinity();  ///< largest norm of the mean gradient that is applied
-    /// A weight's gradient is summed in the product that makes it: see InPlaceGradients. The same values to rounding,
-    /// in less time and memory.
+    Plan plan = {};                                              ///< how a batch is split
+    double clip_norm = std::numeric_limits<double>::infinity();  ///< the largest norm of the applied mean gradient
+    /// Accumulates weight gradients inside the GEMM: see InPlaceGradients. The same values up to rounding, in less time
+    /// and memory.
     bool sum_in_product = true;
     std::shared_ptr<Precision> precision = std::make_shared<FullPrecision>();
     std::shared_ptr<Reducer> reducer = std::make_shared<LocalReducer>();
 };
 
-/// What became of one batch.
+/// The result of one batch.
 struct StepReport {
     double loss = 0.0;               ///< mean over the batch's weight, at the parameters before the step
     double weight = 0.0;             ///< samples or target tokens, as the loss function counts
     double gradient_norm = 0.0;      ///< of the batch's mean gradient, before clipping
-    double learning_rate = 0.0;      ///< at which the step was, or would have been, taken
-    double update_seconds = 0.0;     ///< wall time of the optimizer's step, 0 if it was not taken
-    std::int64_t micro_batches = 0;  ///< how many the batch was cut into
-    Plan plan = {};                  ///< how it was run in the end; 0 as micro-batch if the caller cut it
-    /// What the micro-batches say of the gradient's noise; none unless it was to be measured, and where nothing can be
-    /// said: see measure_noise().
+    double learning_rate = 0.0;      ///< of the step, even if it was not applied
+    double update_seconds = 0.0;     ///< wall time of the optimizer's step, 0 if it was not applied
+    std::int64_t micro_batches = 0;  ///< into which the batch was split
+    Plan plan = {};                  ///< with which it was finally run; micro_batch is 0 if the caller split the batch
+    /// The gradient noise of the micro-batches; empty if it was not measured or is undefined: see measure_noise().
     std::optional<NoiseMeasure> noise = {};
-    std::int64_t out_of_memory = 0;  ///< how many times it ran out of memory and was begun again
-    bool applied = false;            ///< false: the parameters are as they were
+    std::int64_t out_of_memory = 0;  ///< how often it ran out of memory and was repeated
+    bool applied = false;            ///< false: the parameters are unchanged
     bool diverged = false;           ///< the gate says that skipping batches does not help
-    std::string reason = {};         ///< why not applied; empty if it was
-    /// The batch was left on the way, and nothing else is reported: give this to the next step() with the same batch.
+    std::string reason = {};         ///< why it was not applied; empty if it was
+    /// The batch was interrupted, and nothing else is reported: pass this to the next step() with the same batch.
     std::optional<PartialBatch> partial = {};
 };
 
-/// What step() and gather() do beside stepping.
+/// Options of step() and gather().
 struct StepOptions {
     StepGate* gate = nullptr;  ///< asked before FiniteGate, which is always asked
-    /// Measures the gradient's noise from the micro-batches, where there are two or more: see StepReport::noise and
-    /// MicroBatchGradientNorms. The update has the same bits. Memory: a copy of the gradients; where it runs out, the
-    /// batch is begun again without.
+    /// Measures the gradient noise if there are at least two micro-batches: see StepReport::noise and
+    /// MicroBatchGradientNorms. The update has the same bits. Memory: a copy of the gradients; if it does not fit, the
+    /// batch is repeated without it.
     bool measure_noise = false;
-    Reclaimers before_noise = {};              ///< what can give memory back before the noise measure is given up
-    Reclaimers before_plan = {};               ///< and what can before the micro-batch is made smaller
-    StopToken stop = {};                       ///< asked after every micro-batch but the last: see StepReport::partial
-    std::optional<PartialBatch> partial = {};  ///< resume this batch where it was left
+    Reclaimers before_noise = {};  ///< what can free memory before the noise measurement is dropped
+    Reclaimers before_plan = {};   ///< what can free memory before the micro-batch is reduced
+    StopToken stop = {};           ///< called after every micro-batch except the last: see StepReport::partial
+    std::optional<PartialBatch> partial = {};  ///< resumes this batch
 };
 
-/// One optimizer step for a whole batch, however it is cut.
+/// One optimizer step for a whole batch, however it is split.
 ///
 ///     Accumulator accumulator(model, optimizer, {.plan = {.micro_batch = 8}, .clip_norm = 1.0});
 ///     for (const Batch& batch : batches) StepReport report = accumulator.step(batch, loss);
 ///
-/// A loop that makes its own micro-batches streams them instead:
+/// A loop that forms its own micro-batches streams them instead:
 ///
 ///     accumulator.begin();
 ///     for (...) accumulator.add({loss_sum, weight});
@@ -75,35 +74,37 @@ struct StepOptions {
 ///     accumulator.apply();
 ///
 /// Out of memory: step() and gather() are transactions. A batch that runs out of memory is undone (gradients dropped,
-///           generators and the model's buffers as before); then it is run again, with half the micro-batch for samples
-///           of the shape that it failed at and larger ones, at 1 with recompute if the model offers it. The update is
-///           bit for bit the one that the smaller plan alone would have made, of a loss function that keeps no state of
-///           its own between calls, draws from torch's default generators and lets c10::OutOfMemoryError pass.
+///           generators and the model's buffers restored). Then it runs again with a smaller plan for samples of the
+///           shape that failed and larger ones: half the micro-batch down to 2, then recompute if the model supports
+///           it, then a micro-batch of 1. The update is bit for bit that of the smaller plan, if the loss function
+///           keeps no state between calls, draws only from torch's default generators and does not catch
+///           c10::OutOfMemoryError.
 /// Formula:  g = (sum of the micro-batches' loss-sum gradients) / (sum of their weights), clipped once, one step.
-/// Source:   reference: docs/how-it-works.md, section 1. Deviation: none.
-/// State:    between gather (or finish) and apply everything about the batch is known and no parameter has changed.
+/// Source:   reference: docs/how-it-works.md, section 2. Deviation: none.
+/// State:    between gather (or finish) and apply, everything about the batch is known and no parameter has changed.
 /// Ownership: borrows the optimizer and a module, which must outlive this; shares the parameters' tensors.
 /// Threads:  no two calls at the same time.
 class Accumulator {
 public:
-    /// Errors: ErrorKind::usage if the optimizer updates a tensor that is not among the model's parameters (its
-    /// gradients would never be cleared), clip_norm is not above 0, or as set_plan() and Gatherer's constructor.
+    /// Errors: ErrorKind::usage if the optimizer updates a tensor that is not a parameter of the model (its gradients
+    ///         would never be cleared), clip_norm is not above 0, or as set_plan() and Gatherer's constructor.
     Accumulator(const AnyModel& model, Optimizer& optimizer, AccumulatorOptions options = {});
 
-    /// Covers parameters that were added to the model; give them to the optimizer too.
+    /// Adds parameters that were added to the model; add them to the optimizer too.
     void track(const Parameters& parameters) { gatherer_.track(parameters); }
 
-    /// gather(), then apply(), or discard() if a gate refuses. If it throws before the optimizer steps, everything is
-    /// as before the step: no gradient is left, and parameters, buffers and generators are unchanged.
+    /// gather(), then apply(), or discard() if a gate refuses. If it throws before the optimizer steps, nothing has
+    /// changed: no gradient remains, and parameters, buffers and generators are unchanged.
     /// Errors: as gather(); ErrorKind::does_not_fit if the optimizer's step itself runs out of memory twice.
     StepReport step(const BatchSource& batch, const LossFunction& loss, StepOptions options = {});
     StepReport step(const Batch& batch, const LossFunction& loss, StepOptions options = {}) {
         return step(TensorBatch(batch), loss, std::move(options));
     }
 
-    /// All gradients of the batch, no update yet; or the batch as far as it came, if it was stopped. No gate is asked.
-    /// Errors: see Gatherer::gather(); ErrorKind::does_not_fit if the batch runs out of memory whatever the plan.
-    /// Whatever is thrown, everything is as before the call.
+    /// Computes all gradients of the batch without updating; returns the partial batch if it was stopped. No gate is
+    /// asked.
+    /// Errors: see Gatherer::gather(); ErrorKind::does_not_fit if the batch runs out of memory with every plan. After
+    ///         any exception, nothing has changed.
     std::variant<Gathered, PartialBatch> gather(const BatchSource& batch, const LossFunction& loss,
                                                 StepOptions options);
     const Gathered& gather(const Batch& batch, const LossFunction& loss);
@@ -112,29 +113,30 @@ public:
     void add(const WeightedLoss& loss);      ///< see Gatherer::add()
     const Gathered& finish();                ///< see Gatherer::finish()
 
-    /// Divides by the weight, clips, steps, clears. Steps whatever the gradients are, NaN included; only weight 0,
-    /// where there is nothing to divide by, is reported as not applied. Errors: ErrorKind::usage if nothing is
-    /// gathered. If the optimizer throws, the gradients are cleared and the parameters are as it left them.
+    /// Divides by the weight, clips, steps, clears. Steps even if gradients are NaN; only weight 0, which leaves
+    /// nothing to divide by, is reported as not applied. Errors: ErrorKind::usage if nothing is gathered. If the
+    /// optimizer throws, the gradients are cleared and the parameters are as it left them.
     StepReport apply();
 
-    /// Drops what is gathered, without an update; the report says why. Allowed at any time. The model's buffers are as
-    /// before gather(); generators go on.
+    /// Drops the gathered batch without an update; the report says why. Allowed at any time. Restores the model's
+    /// buffers, but not the generators.
     StepReport discard(std::string_view reason);
 
-    /// Does to memory and time what apply() would do, and leaves parameters and optimizer as they are; what is gathered
-    /// is lost. The optimizer keeps the state of the dry run until its end_dry_run(). Errors: as apply().
+    /// Uses memory and time like apply(), but leaves parameters and optimizer unchanged; the gathered batch is lost.
+    /// The optimizer keeps the state of the dry run until end_dry_run(). Errors: as apply().
     void dry_run_apply();
 
-    /// How batches are run from now on; what was learned from running out of memory is forgotten.
-    /// Errors: ErrorKind::usage if the micro-batch is below 1, or recompute is asked of a model that does not offer it.
+    /// Sets the plan for later batches, and forgets the caps learned from out-of-memory errors.
+    /// Errors: ErrorKind::usage if the micro-batch is below 1, or recompute is requested of a model that does not
+    ///         support it.
     void set_plan(const Plan& plan);
     const Plan& plan() const { return options_.plan; }
 
-    /// What was learned from running out of memory: part of a run's state.
+    /// The caps learned from out-of-memory errors: part of a run's state.
     MicroBatchCaps& caps() { return caps_; }
     const MicroBatchCaps& caps() const { return caps_; }
 
-    /// Throws ErrorKind::usage if a batch is open, or gathered and neither applied nor discarded.
+    /// Throws ErrorKind::usage if a batch is open, or gathered but neither applied nor discarded.
     void require_idle() const { gatherer_.require_idle(); }
 
     Model& model() const { return *model_; }
@@ -161,11 +163,11 @@ private:
     Gatherer gatherer_;
     Optimizer& optimizer_;
     AccumulatorOptions options_;
-    std::vector<at::Tensor> known_;  // what the optimizer updated when it was last checked
+    std::vector<at::Tensor> known_;  // of the optimizer, at the last check
     MicroBatchCaps caps_;
-    std::optional<StateDict> before_;   // the model before the batch that is gathered
-    std::optional<Gathered> gathered_;  // and neither applied nor discarded
-    std::int64_t out_of_memory_ = 0;    // in that batch
+    std::optional<StateDict> before_;   // the model before the gathered batch
+    std::optional<Gathered> gathered_;  // neither applied nor discarded
+    std::int64_t out_of_memory_ = 0;    // in the gathered batch
 };
 
 }  // namespace microbatch

@@ -35,7 +35,7 @@ std::variant<Gathered, PartialBatch> Gatherer::gather(const BatchSource& source,
                                                       std::optional<PartialBatch> partial) {
     const std::int64_t samples = source.size();
     if (samples == 0) throw Error(ErrorKind::usage, "the batch is empty: give it at least one sample");
-    micro_batch_count(samples, options.plan.micro_batch);  // refuses a plan that cuts nothing
+    micro_batch_count(samples, options.plan.micro_batch);  // refuses an invalid plan
     std::int64_t done = 0;
     if (partial) {
         done = partial->samples;
@@ -59,7 +59,7 @@ Gathered Gatherer::gather(const Batch& batch, const Plan& plan, const LossFuncti
     return std::get<Gathered>(gather(TensorBatch(batch), loss, {.plan = plan, .measure_noise = measure_noise}));
 }
 
-// Fetches, runs and adds the micro-batch that begins there; returns where it ends.
+// Loads, runs and adds the micro-batch that begins there; returns where it ends.
 std::int64_t Gatherer::add_next(const BatchSource& source, std::int64_t begin, const LossFunction& loss,
                                 const GatherOptions& options) {
     Plan plan = options.plan;
@@ -69,7 +69,7 @@ std::int64_t Gatherer::add_next(const BatchSource& source, std::int64_t begin, c
     if (options.caps != nullptr) {
         plan = options.caps->within(plan, shape);
         if (plan.micro_batch < micro.size()) {
-            micro = {};  // not beside the smaller one
+            micro = {};  // freed before the smaller one is loaded
             micro = fetch();
         }
     }
@@ -79,7 +79,7 @@ std::int64_t Gatherer::add_next(const BatchSource& source, std::int64_t begin, c
     gathered_.plan.recompute = gathered_.plan.recompute || plan.recompute;
     const std::int64_t end = begin + micro.size();
     const WeightedLoss sum = loss_of(loss, micro);
-    micro = {};  // what the backward pass does not need is gone before it, as in a trial of the planner
+    micro = {};  // freed before the backward pass, which does not need it, as in a trial of the planner
     add(sum);
     return end;
 }
@@ -93,9 +93,10 @@ void Gatherer::refuse_stale_gradients() {
         at::Tensor& gradient = parameter.tensor.mutable_grad();
         if (!gradient.defined()) continue;
         if (gradient.layout() != at::kStrided || at::count_nonzero(gradient).item<std::int64_t>() != 0) {
-            throw Error(ErrorKind::usage, str_cat("parameter ", parameter.name,
-                                                  " holds a gradient that is not of this batch; clear it (zero_grad) "
-                                                  "before the batch begins"));
+            throw Error(ErrorKind::usage,
+                        str_cat("parameter ", parameter.name,
+                                " has a gradient that does not belong to this batch; clear it (zero_grad) "
+                                "before the batch begins"));
         }
     }
 }
@@ -119,17 +120,18 @@ void Gatherer::refuse_changed_gradients() const {
         throw Error(ErrorKind::usage,
                     str_cat("the gradient of parameter ", parameters_[i].name,
                             " changed while the loss was computed: the loss function must neither call backward() nor "
-                            "clear gradients (zero_grad); return the sum and let this library differentiate it"));
+                            "clear gradients (zero_grad); return the sum, and this library differentiates it"));
     }
 }
 
 void Gatherer::require_idle() const {
     if (state_ == State::open) {
-        throw Error(ErrorKind::usage, "the batch before was not finished: call finish() after its last micro-batch");
+        throw Error(ErrorKind::usage, "the previous batch was not finished: call finish() after its last micro-batch");
     }
     if (state_ == State::gathered) {
-        throw Error(ErrorKind::usage,
-                    "the batch before was gathered but neither applied nor discarded: call apply() or discard() first");
+        throw Error(
+            ErrorKind::usage,
+            "the previous batch was gathered but neither applied nor discarded: call apply() or discard() first");
     }
 }
 
@@ -145,8 +147,9 @@ void Gatherer::begin(bool measure_noise, const Plan& plan) {
 }
 
 void Gatherer::add(const WeightedLoss& loss) {
-    if (state_ != State::open)
+    if (state_ != State::open) {
         throw Error(ErrorKind::usage, "no batch is open: call begin() before the first micro-batch");
+    }
     try {
         refuse_changed_gradients();
         add_checked(loss);
@@ -168,7 +171,8 @@ void Gatherer::add_checked(const WeightedLoss& loss) {
     }
     gathered_.weight += loss.weight;
     if (!std::isfinite(gathered_.weight)) {
-        throw Error(ErrorKind::usage, "the weights of the batch add up to more than a double holds; scale them down");
+        throw Error(ErrorKind::usage,
+                    "the sum of the weights of the batch exceeds the range of a double; scale them down");
     }
     const double scale = precision_->loss_scale();
     (scale == 1.0 ? loss.sum : loss.sum * scale).backward();
@@ -180,7 +184,7 @@ void Gatherer::add_checked(const WeightedLoss& loss) {
 
 Gathered Gatherer::finish() {
     if (state_ != State::open) throw Error(ErrorKind::usage, "no batch is open: call begin() before finish()");
-    norms_.reset();  // its memory is not in the way of the update
+    norms_.reset();  // frees its memory before the update
     try {
         refuse_changed_gradients();
         measure();
@@ -198,7 +202,7 @@ void Gatherer::refuse_sparse_gradients() const {
         const at::Tensor& gradient = parameter.tensor.grad();
         if (!gradient.defined() || gradient.layout() == at::kStrided) continue;
         throw Error(ErrorKind::usage, str_cat("parameter ", parameter.name,
-                                              " has a sparse gradient; make its embedding with sparse = false"));
+                                              " has a sparse gradient; create its embedding with sparse = false"));
     }
 }
 
@@ -208,11 +212,12 @@ void Gatherer::measure() {
         if (gradient.defined()) gathered_.sums.push_back({parameter.tensor, gradient});
     }
     if (gathered_.weight > 0.0 && gathered_.sums.empty()) {
-        throw Error(ErrorKind::usage,
-                    "no parameter got a gradient: are these the parameters of the model that the loss function uses?");
+        throw Error(
+            ErrorKind::usage,
+            "no parameter received a gradient: are these the parameters of the model that the loss function uses?");
     }
     if (loss_sum_.defined()) gathered_.loss_sum = loss_sum_.item<double>();
-    // Its sign says nothing, and would be printed.
+    // The sign of NaN is meaningless, and would be printed.
     if (std::isnan(gathered_.loss_sum)) gathered_.loss_sum = std::numeric_limits<double>::quiet_NaN();
     if (gathered_.weight == 0.0) return;
     gathered_.gradient_norm = joint_norm(sums_of(gathered_.sums)) / (gathered_.weight * precision_->loss_scale());
@@ -235,13 +240,13 @@ PartialBatch Gatherer::leave(const BatchSource& source, std::int64_t samples, bo
 void Gatherer::require_partial(const BatchSource& source, const PartialBatch& partial) const {
     if (partial.fingerprint != source.fingerprint() || partial.samples < 1 || partial.samples >= source.size()) {
         throw Error(ErrorKind::usage,
-                    "the partial batch is of another batch: give gather() the one that it was left in");
+                    "the partial batch belongs to another batch: pass gather() the batch that was interrupted");
     }
     for (const GradientView& view : partial.so_far.sums) {
         const auto is_owner = [&view](const Parameter& one) { return one.tensor.is_same(view.parameter); };
         if (std::none_of(parameters_.begin(), parameters_.end(), is_owner) ||
             view.sum.sizes() != view.parameter.sizes() || view.sum.scalar_type() != view.parameter.scalar_type()) {
-            throw Error(ErrorKind::usage, "the partial batch holds gradients of other parameters");
+            throw Error(ErrorKind::usage, "the partial batch has gradients of other parameters");
         }
     }
 }
@@ -251,7 +256,7 @@ void Gatherer::resume(const BatchSource& source, PartialBatch& partial, const Pl
     begin(partial.measure_noise, plan);
     try {
         for (const GradientView& view : partial.so_far.sums) {
-            // A copy of the partial batch stays what it is.
+            // A copy, so the partial batch does not change.
             view.parameter.mutable_grad() = view.sum.use_count() > 1 ? view.sum.clone() : view.sum;
         }
         gathered_ = std::exchange(partial.so_far, {});

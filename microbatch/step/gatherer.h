@@ -18,16 +18,16 @@
 
 namespace microbatch {
 
-/// Asked between micro-batches: true leaves the batch there.
+/// Called between micro-batches: true interrupts the batch.
 using StopToken = std::function<bool()>;
 
-/// How gather() runs a batch.
+/// Options of gather().
 struct GatherOptions {
     Plan plan = {};
     bool measure_noise = false;            ///< of the micro-batches' gradients: see MicroBatchGradientNorms
-    StopToken stop = {};                   ///< asked after every micro-batch but the last
+    StopToken stop = {};                   ///< called after every micro-batch except the last
     const MicroBatchCaps* caps = nullptr;  ///< smaller plans that samples of some shapes need
-    /// Told the shape of a micro-batch before its loss is computed.
+    /// Called with the shape of a micro-batch before its loss is computed.
     std::function<void(const SampleShape&, const Plan&)> on_micro_batch = {};
 };
 
@@ -35,53 +35,53 @@ struct GatherOptions {
 ///
 /// Formula:  .grad = sum over micro-batches of the gradient of the summed loss; the mean gradient of the batch is
 ///           .grad / W with W the sum of all weights.
-/// State:    a window is open from begin() to finish(); the sums stay in .grad until clear().
-/// Errors:   what add(), finish() or the loss function given to gather() throws closes the window and clears the
-///           gradients: as if begin() had not been called. A call out of turn throws and changes nothing.
+/// State:    a batch is open from begin() to finish(); the sums stay in .grad until clear().
+/// Errors:   if add(), finish() or the loss function throws, the batch is closed and the gradients are cleared, as if
+///           begin() had not been called. A call in the wrong order throws and changes nothing.
 /// Threads:  no two calls at the same time.
 class Gatherer {
 public:
-    /// Takes the model's parameters; frozen ones may be unfrozen later.
+    /// Covers the model's parameters; frozen ones may be unfrozen later.
     /// Errors: ErrorKind::usage if the precision does not support a parameter.
     explicit Gatherer(const AnyModel& model, bool sum_in_product = true,
                       std::shared_ptr<Precision> precision = std::make_shared<FullPrecision>());
 
     /// Covers more parameters, such as a head added to the model; known ones are ignored.
-    /// Errors: ErrorKind::usage as in the constructor, or if a window is open.
+    /// Errors: ErrorKind::usage as in the constructor, or if a batch is open.
     void track(const Parameters& parameters);
 
-    /// begin(), add() for every micro-batch, finish(); or a PartialBatch if it was stopped on the way, with the
-    /// gradients moved out of .grad. With `partial` the batch is resumed where that was left.
-    /// Errors: as those; ErrorKind::usage if the batch is empty, the micro-batch is below 1, or `partial` is of another
-    ///         batch or of other parameters.
+    /// begin(), add() for every micro-batch, finish(); or returns a PartialBatch if it was stopped, with the gradients
+    /// moved out of .grad. With `partial`, resumes that batch.
+    /// Errors: as those; ErrorKind::usage if the batch is empty, the micro-batch is below 1, or `partial` belongs to
+    ///         another batch or to other parameters.
     std::variant<Gathered, PartialBatch> gather(const BatchSource& source, const LossFunction& loss,
                                                 const GatherOptions& options, std::optional<PartialBatch> partial = {});
     Gathered gather(const Batch& batch, const Plan& plan, const LossFunction& loss, bool measure_noise = false);
 
-    /// Opens a window for micro-batches run by this plan. Errors: ErrorKind::usage if one is open, the gradients
-    /// gathered last were neither used nor cleared, or a parameter holds a gradient that somebody else left; it is
-    /// named. A .grad of zeros is dropped.
+    /// Opens a batch for micro-batches run with this plan. A .grad of zeros is dropped.
+    /// Errors: ErrorKind::usage if a batch is open, the last gathered gradients were neither used nor cleared, or other
+    ///         code left a gradient in a parameter, which is named.
     void begin(bool measure_noise = false, const Plan& plan = {});
 
-    /// Throws ErrorKind::usage if the partial batch is of another batch or of other parameters.
+    /// Throws ErrorKind::usage if the partial batch belongs to another batch or to other parameters.
     void require_partial(const BatchSource& source, const PartialBatch& partial) const;
 
-    /// Throws ErrorKind::usage if a window is open, or gradients were gathered and neither used nor cleared.
+    /// Throws ErrorKind::usage if a batch is open, or gradients were gathered and neither used nor cleared.
     void require_idle() const;
 
-    /// Adds the gradients of one micro-batch: backward of the sum, then the graph is freed. A micro-batch of weight 0
-    /// adds nothing and its loss is ignored, so that a 0/0 in it does no harm.
-    /// Errors: ErrorKind::usage if no window is open, the loss is not valid (see validate), it depends on nothing that
-    /// requires a gradient, a gradient is sparse, the sum of the weights is not finite, or somebody else changed a
-    /// .grad meanwhile.
+    /// Adds the gradients of one micro-batch: runs backward from the sum, then frees the graph. A micro-batch of weight
+    /// 0 adds nothing and its loss is ignored, so a 0/0 in it is harmless.
+    /// Errors: ErrorKind::usage if no batch is open, the loss is not valid (see validate) or depends on nothing that
+    ///         requires a gradient, a gradient is sparse, the sum of the weights is not finite, or other code changed a
+    ///         .grad in the meantime.
     void add(const WeightedLoss& loss);
 
-    /// Closes the window and says what was gathered. With weight 0 there are no gradients.
-    /// Errors: ErrorKind::usage if no window is open, the batch has weight but no parameter got a gradient, or somebody
-    /// else changed a .grad since the last add().
+    /// Closes the batch and returns what was gathered. With weight 0, there are no gradients.
+    /// Errors: ErrorKind::usage if no batch is open, the batch has weight but no parameter received a gradient, or
+    ///         other code changed a .grad since the last add().
     Gathered finish();
 
-    /// Drops all gradients and closes the window; allowed at any time.
+    /// Drops all gradients and closes the batch; allowed at any time.
     void clear();
 
     const Parameters& parameters() const { return parameters_; }
@@ -89,7 +89,7 @@ public:
 
 private:
     enum class State { idle, open, gathered };
-    /// A .grad as we left it. The reference is weak: it keeps the address from being used again, not the memory.
+    /// A .grad as we left it. The weak reference keeps its address from being reused, but does not keep the memory.
     struct Mark {
         c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl> gradient;
         std::uint32_t version = 0;
@@ -113,10 +113,10 @@ private:
     Parameters parameters_;
     std::shared_ptr<Precision> precision_;
     MicroBatchScopes scopes_;
-    std::optional<MicroBatchGradientNorms> norms_;  // while a window is open, where they are measured
+    std::optional<MicroBatchGradientNorms> norms_;  // while a batch is open, if they are measured
     State state_ = State::idle;
-    std::vector<Mark> marks_;  // one for each parameter
-    at::Tensor loss_sum_;      // fp64 on the loss's device, so that no micro-batch waits for the device
+    std::vector<Mark> marks_;  // one per parameter
+    at::Tensor loss_sum_;      // fp64 on the device of the loss, so that no micro-batch waits for the device
     Gathered gathered_;
 };
 

@@ -36,8 +36,8 @@ WeightedLoss loss_of(const LossFunction& loss, const Batch& micro) {
     }
     throw TooFewSamples(ErrorKind::usage,
                         str_cat("a micro-batch of ", micro.size(), micro.size() == 1 ? " sample" : " samples",
-                                " leaves BatchNorm a single value per channel, which it cannot normalise: take a "
-                                "micro-batch of 2 or more, and of 3 or more if the batch is odd; or GroupNorm"));
+                                " leaves BatchNorm a single value per channel, which it cannot normalise: use a "
+                                "micro-batch of at least 2, or at least 3 if the batch is odd; or use GroupNorm"));
 }
 
 }  // namespace microbatch

@@ -17,7 +17,7 @@ SampleShape shape_of(const Batch& batch) {
 }
 
 void MicroBatchCaps::remember(const SampleShape& shape, const Plan& plan) {
-    // What the new cap implies is not needed any more: the list stays as short as the shapes are different.
+    // Removes caps that the new one implies: the list stays as short as the number of different shapes.
     std::erase_if(caps_, [&](const Cap& old) {
         return covers(shape, old.shape) && plan.micro_batch <= old.plan.micro_batch &&
                plan.recompute >= old.plan.recompute;

@@ -9,18 +9,18 @@
 
 namespace microbatch {
 
-/// The shape of one sample, field by field, without the dimension of the samples.
+/// The shape of one sample, field by field, without the sample dimension.
 using SampleShape = std::vector<std::vector<std::int64_t>>;
 
 SampleShape shape_of(const Batch& batch);
 
-/// The smaller plans that samples of some shapes turned out to need when memory ran out.
+/// The smaller plans that samples of some shapes needed when memory ran out.
 class MicroBatchCaps final : public Stateful {
 public:
-    /// Samples of this shape, or of a larger one, are run by no larger plan from now on. An empty shape means all.
+    /// Limits samples of this shape and larger ones to this plan from now on. An empty shape means all.
     void remember(const SampleShape& shape, const Plan& plan);
 
-    /// The plan, or what was remembered of such samples where that is smaller.
+    /// The plan, limited by what is recorded for samples of this shape.
     Plan within(const Plan& plan, const SampleShape& shape) const;
 
     bool empty() const { return caps_.empty(); }

@@ -8,22 +8,23 @@
 
 namespace microbatch {
 
-/// What each micro-batch adds to the sums of gradients, measured without changing a bit of them.
+/// The norm of each micro-batch's contribution to the gradient sums, measured without changing a bit of them.
 ///
-/// Numbers: of differences of sums: relative to the sum's norm off by at most the rounding of its dtype.
+/// Numerics: computed from differences of sums: the error relative to the norm of the sum is at most the rounding of
+///           its dtype.
 /// Memory:  a copy of the gradients, from the first call to the end.
-/// Cost:    three passes over the gradients a call.
+/// Cost:    three passes over the gradients per call.
 /// Threads: no two calls at the same time.
 class MicroBatchGradientNorms {
 public:
-    /// Squared Euclidean norm of what has been added to the gradients since the last call, or since there were none.
+    /// Squared Euclidean norm of what has been added to the gradients since the last call, or since they were created.
     double added(const Parameters& parameters);
 
-    /// Goes on as if the gradients that there are had been seen by the last call.
+    /// Continues as if the last call had seen the current gradients.
     void begin_with(const Parameters& parameters);
 
 private:
-    std::vector<at::Tensor> before_;  // one for each parameter, as its gradient was; undefined for none
+    std::vector<at::Tensor> before_;  // the previous gradient of each parameter; undefined for none
 };
 
 }  // namespace microbatch

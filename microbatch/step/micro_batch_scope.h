@@ -10,21 +10,21 @@
 
 namespace microbatch {
 
-/// What must hold around one forward and backward.
+/// A condition that must hold during a forward and backward pass.
 class MicroBatchScope {
 public:
     virtual ~MicroBatchScope() = default;
 
-    /// Before the forward pass of a micro-batch that is run by this plan. May be called again without leave().
+    /// Called before the forward pass of a micro-batch with this plan. May be called again without leave().
     virtual void enter(const Plan& plan) = 0;
 
-    /// After the last backward pass, or an exception.
+    /// Called after the last backward pass, or an exception.
     virtual void leave() {}
 };
 
 using MicroBatchScopes = std::vector<std::shared_ptr<MicroBatchScope>>;
 
-/// Weight gradients are summed in the product that makes them: see InPlaceGradients.
+/// Weight gradients are accumulated inside the GEMM: see InPlaceGradients.
 class InProductSums final : public MicroBatchScope {
 public:
     void enter(const Plan&) override {
@@ -36,7 +36,7 @@ private:
     std::optional<InPlaceGradients> sums_;
 };
 
-/// The model recomputes its activations where the plan says so.
+/// The model recomputes its activations if the plan says so.
 class ActivationCheckpointing final : public MicroBatchScope {
 public:
     explicit ActivationCheckpointing(std::shared_ptr<Model> model) : model_(std::move(model)) {}

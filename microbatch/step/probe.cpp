@@ -17,8 +17,8 @@
 namespace microbatch {
 namespace {
 
-// A micro-batch is timed again until it has been for this long, or this often: short ones are noisy. The planner has
-// the best timed again anyhow, and would rather try more sizes.
+// A micro-batch is timed again until it has run for this long, or this often, because short times are noisy. The
+// planner times the best ones again anyway, and can use the time for more sizes.
 constexpr double enough_seconds = 0.025;
 constexpr std::size_t enough_times = 5;
 
@@ -35,14 +35,14 @@ double seconds_of(const Work& work) {
     return seconds_since(started);
 }
 
-// Of two the lesser: what disturbs a measurement makes it longer.
+// The smaller of two: disturbances only make a measurement longer.
 double median(std::vector<double> values) {
     const auto middle = values.begin() + static_cast<std::ptrdiff_t>((values.size() - 1) / 2);
     std::nth_element(values.begin(), middle, values.end());
     return *middle;
 }
 
-// Takes the gradients that somebody left out of the way, and puts them back.
+// Moves existing gradients out of the way, and restores them.
 class ParkedGradients {
 public:
     explicit ParkedGradients(std::vector<at::Tensor> tensors) : tensors_(std::move(tensors)) {
@@ -86,7 +86,7 @@ std::vector<at::Tensor> tensors_of(const Parameters& parameters) {
     return result;
 }
 
-// The model may have parameters that the accumulator was not given; they get gradients all the same.
+// The model may have parameters that the accumulator does not know; they still get gradients.
 std::vector<at::Tensor> all_tensors_of(const Accumulator& accumulator) {
     Parameters all = accumulator.parameters();
     for (Parameter& parameter : accumulator.model().parameters()) all.push_back(std::move(parameter));
@@ -101,12 +101,12 @@ at::Device device_of(const Accumulator& accumulator) {
         if (parameter.tensor.device() == device) continue;
         throw Error(ErrorKind::usage,
                     str_cat("parameter ", parameters.front().name, " is on ", device.str(), ", ", parameter.name,
-                            " on ", parameter.tensor.device().str(), ": a plan is for one device"));
+                            " on ", parameter.tensor.device().str(), ": a plan is for a single device"));
     }
     return device;
 }
 
-// The job as it is, put back after every trial.
+// The job, restored after every trial.
 class LiveJob final : public Rehearsal {
 public:
     LiveJob(Accumulator& accumulator, const BatchSource& batch, const LossFunction& loss)
@@ -153,7 +153,7 @@ public:
         if (!result && had_state) result = attempt(allowed_bytes, [&] { return run_update(/*rehearse=*/false); });
         if (!result) return std::nullopt;
         if (had_state) {
-            // The second state was the rehearsal's alone.
+            // The second state existed only in the dry run.
             result->later_peak_bytes -= result->state_bytes;
             result->first_peak_bytes = result->later_peak_bytes;
             result->state_bytes = 0;
@@ -176,8 +176,8 @@ private:
     std::int64_t live() const { return meter_.use().live_bytes - gradients_.bytes(); }
     std::int64_t peak() const { return meter_.use().peak_bytes - gradients_.bytes(); }
 
-    // Runs it with the job's state saved, and puts that back. None if it was out of memory: by then everything that the
-    // attempt held is gone. If it was not, its gradients may be kept for the attempt after it.
+    // Runs an attempt with the job's state saved, and restores it. Empty if it ran out of memory: everything that the
+    // attempt held is then freed. Otherwise, its gradients may be kept for the next attempt.
     template <class Run>
     auto attempt(std::int64_t allowed_bytes, const Run& run, bool keep = false) -> std::optional<decltype(run())> {
         const std::int64_t most = no_budget - gradients_.bytes();
@@ -203,7 +203,8 @@ private:
         std::vector<double> seconds;
         begin(plan);
         const double cold = seconds_of([&] { trial.first = profile_of([&] { add(plan.micro_batch, 0); }); });
-        // Long enough to hide what a first run costs it is a sample, too, and an uncut batch is not run twice.
+        // If it is long enough to hide the extra cost of a first run, it counts as a sample, and a whole batch is not
+        // run twice.
         double total = cold;
         if (cold >= enough_seconds) seconds.push_back(cold);
         while (seconds.empty() || (cut && trial.later.empty()) ||
@@ -240,11 +241,11 @@ private:
         accumulator_.model().set_checkpointing(plan.recompute);
     }
 
-    // The micro-batch of this size and number, beginning again at the front where the batch ends.
+    // The micro-batch of this size and index, starting again at the front when the batch ends.
     void add(std::int64_t size, std::int64_t number) {
         const std::int64_t begin = (number % (samples_ / size)) * size;
         WeightedLoss loss = loss_of(loss_, batch_.fetch({begin, begin + size}));
-        // Samples that count for nothing have no backward pass; others of their shape have.
+        // Samples of weight 0 have no backward pass; others of their shape have.
         if (loss.weight == 0.0 && loss.sum.defined() && loss.sum.requires_grad()) loss.weight = 1.0;
         accumulator_.add(loss);
     }
@@ -256,7 +257,7 @@ private:
         work();
         MemoryProfile profile = trace.live_bytes();
         for (std::int64_t& bytes : profile) bytes -= gradients_.bytes();
-        // What the trace has not seen (allocations that no thread of ours made) the meter has.
+        // The meter includes what the trace has not recorded: allocations of other threads.
         if (!trace.complete() || profile.empty() || peak_of(profile) < peak()) profile = {peak()};
         return profile;
     }
@@ -276,7 +277,7 @@ private:
         trial.state_bytes = live() - before;
         meter_.reset_peak();
         std::vector<double> seconds{trial.seconds + rehearse_again()};
-        // A later step's gradient norm is taken with the state already there.
+        // A later step computes its gradient norm while the state already exists.
         trial.later_peak_bytes = std::max(peak(), norm_peak + trial.state_bytes);
         while (seconds_since(started) + last_seconds_ < enough_seconds && seconds.size() < enough_times) {
             gather_last();
@@ -292,8 +293,7 @@ private:
         add(last_.micro_batch, 0);
     }
 
-    // Returns its seconds. A step that was rehearsed left any numbers in the gradients, and denormal ones would be
-    // slow.
+    // Returns its seconds. After a dry run, the gradients hold arbitrary numbers, and denormal ones would be slow.
     double rehearse_again() {
         refill_gradients();
         return seconds_of([&] { accumulator_.dry_run_apply(); });
@@ -325,8 +325,9 @@ PlanReport plan_batch(Accumulator& accumulator, const BatchSource& batch, const 
                       PlannerOptions options) {
     accumulator.require_idle();
     options.batch = batch.size();
-    if (options.batch < 1)
-        throw Error(ErrorKind::usage, "the batch to plan with is empty: give it at least one sample");
+    if (options.batch < 1) {
+        throw Error(ErrorKind::usage, "the batch for planning is empty: give it at least one sample");
+    }
     options.offers_recompute = accumulator.model().offers_checkpointing();
     LiveJob job(accumulator, batch, loss);
     if (options.budget_bytes == 0) options.budget_bytes = job.budget();

@@ -5,24 +5,23 @@
 
 namespace microbatch {
 
-/// Finds the fastest plan for batches like this one on the job as it is, within the budget, and leaves no trace:
-/// parameters, gradients, optimizer state, the model's buffers and the generators are bit for bit as before. The
-/// accumulator's plan is not changed; give the result to set_plan().
+/// Finds the fastest plan within the budget for batches like this one, on the job as it is, without side effects:
+/// parameters, gradients, optimizer state, the model's buffers and the generators are unchanged, bit for bit. Does not
+/// change the accumulator's plan; pass the result to set_plan().
 ///
 ///     const DatasetBatch batch = DatasetBatch::longest(dataset, 64);
 ///     const PlanReport report = plan_batch(accumulator, batch, loss, {.budget_bytes = 2 << 30});
 ///     accumulator.set_plan(report.choice().plan);
 ///
-/// The loss function is called with slices of the batch, in training as it stands; a loss of NaN is planned like any
-/// other. On the CPU the budget is enforced while it is tried (install_budget_allocator() is called); elsewhere what
-/// the device says is compared with it. Without state in the optimizer its first step is rehearsed; with state, only a
-/// later one, where there is room for a second state.
+/// The loss function is called with slices of the batch, in training mode as it is; a loss of NaN does not affect
+/// planning. On the CPU, the budget is enforced during the trials (install_budget_allocator() is called); elsewhere,
+/// the device's statistics are compared with it. If the optimizer has no state, its first step is a dry run; with
+/// state, a later step is, if there is memory for a second state.
 ///
-/// options: batch and offers_recompute are filled in here; budget_bytes 0 means the budget as it is set.
-/// Errors:  as make_plan(); whatever the loss function throws, the job as before. Nothing fits: no error, the report
-/// has
-///          none chosen.
-/// Threads: none may use the job meanwhile.
+/// options: batch and offers_recompute are set here; a budget_bytes of 0 means the current budget.
+/// Errors:  as make_plan(); whatever the loss function throws, with the job unchanged. If nothing fits, there is no
+///          error, and the report has no chosen plan.
+/// Threads: no other thread may use the job meanwhile.
 /// Cost:    see make_plan().
 PlanReport plan_batch(Accumulator& accumulator, const BatchSource& batch, const LossFunction& loss,
                       PlannerOptions options);

@@ -6,7 +6,7 @@
 
 namespace microbatch {
 
-/// One process or many: makes of what each has gathered the same batch for all, and lets all agree.
+/// One process or many: combines what each has gathered into the same batch for all, and lets all agree.
 class Reducer {
 public:
     virtual ~Reducer() = default;
@@ -18,7 +18,7 @@ public:
     virtual bool any_rank(bool mine) = 0;
 };
 
-/// One process: its batch is the whole batch.
+/// A single process: its batch is the whole batch.
 class LocalReducer final : public Reducer {
 public:
     Gathered reduce(Gathered gathered) override { return gathered; }

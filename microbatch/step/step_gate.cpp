@@ -43,7 +43,7 @@ void SpikeGate::save(const StateWriter& writer) const {
 
 Commit SpikeGate::prepare(const StateReader& reader) {
     const std::vector<double> losses = reader.numbers("losses"), norms = reader.numbers("gradient_norms");
-    if (losses.size() != norms.size()) reader.refuse("losses", "there are not as many losses as gradient norms");
+    if (losses.size() != norms.size()) reader.refuse("losses", "the numbers of losses and gradient norms differ");
     SpikeGuardState state{.refused_in_a_row = reader.count("refused_in_a_row"), .scale = reader.number("scale")};
     if (reader.has("bound_diverged")) state.bounds = {reader.number("bound_diverged"), reader.number("bound_calm")};
     for (std::size_t i = 0; i < losses.size(); ++i) state.accepted.push_back({losses[i], norms[i]});

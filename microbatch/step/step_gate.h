@@ -13,10 +13,10 @@ namespace microbatch {
 /// Decides between gather and apply whether a batch is applied.
 class StepGate : public Stateful {
 public:
-    /// What to do with the batch. Changes nothing, so that a step that is undone leaves no trace.
+    /// Decides about the batch. Changes nothing, so a step can be undone without side effects.
     virtual Judgement evaluate(const Gathered& gathered) const = 0;
 
-    /// Called once for every batch, when what was decided has been done. `judgement` may be another gate's.
+    /// Called once for every batch, after the decision has been carried out. `judgement` may come from another gate.
     virtual void record(const Gathered&, const Judgement&) {}
 
     void save(const StateWriter&) const override {}
@@ -31,7 +31,7 @@ public:
     Judgement evaluate(const Gathered& gathered) const override;
 };
 
-/// Refuses spikes and tells when the run has diverged: see SpikeGuard. Batches of weight 0 say nothing.
+/// Refuses spikes and detects when the run has diverged: see SpikeGuard. Batches of weight 0 are not evaluated.
 class SpikeGate final : public StepGate {
 public:
     explicit SpikeGate(const SpikeGuardOptions& options) : options_(options), guard_(options) {}
@@ -41,7 +41,7 @@ public:
     void save(const StateWriter& writer) const override;
     Commit prepare(const StateReader& reader) override;
 
-    /// Forgets what was usual, as where batches become smaller and noisier.
+    /// Forgets the statistics, for example when batches become smaller and noisier.
     void reset() { guard_ = SpikeGuard(options_); }
 
     const SpikeGuard& guard() const { return guard_; }
@@ -51,7 +51,8 @@ private:
     SpikeGuard guard_;
 };
 
-/// The user's own: returns why the batch is not to be applied, or an empty text. Asked of batches that have weight.
+/// A user-defined gate: returns why the batch is not to be applied, or an empty text. Called for batches that have
+/// weight.
 class FunctionGate final : public StepGate {
 public:
     explicit FunctionGate(std::function<std::string(const Gathered&)> reason) : reason_(std::move(reason)) {}
@@ -62,9 +63,9 @@ private:
     std::function<std::string(const Gathered&)> reason_;
 };
 
-/// Several, in order: the first that refuses decides, and all record it.
+/// Several gates, in order: the first that refuses decides, and all record the result.
 ///
-/// State:     that of each, in `0/`, `1/` and so on.
+/// State:     that of each gate, in `0/`, `1/` and so on.
 class GateChain final : public StepGate {
 public:
     /// Ownership: borrows the gates.

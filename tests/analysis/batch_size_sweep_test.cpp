@@ -41,7 +41,7 @@ TEST(Branches, TheFirstIsTheBaseAndTheRateFollowsTheBatch) {
     EXPECT_TRUE(found[0].as_good);
 }
 
-TEST(Branches, LeavesTheJobAsItWas) {
+TEST(Branches, LeavesTheJobUnchanged) {
     Training run;
     run.accumulator.step(regression_batch(8, 2), run.loss);
     const Named before = values_of(run.parameters);
@@ -72,7 +72,7 @@ TEST(Branches, ABatchTooLargeForItsRateIsNotAsGoodNorIsALargerOne) {
     EXPECT_FALSE(found[3].as_good);
 }
 
-TEST(Branches, RefusesWhatMeansNothing) {
+TEST(Branches, RefusesInvalidOptions) {
     Training run;
     expect_usage_error({"must be 1"}, [&] { run.branches({.batch = 4, .factors = {}}); });
     expect_usage_error({"must be 1"}, [&] { run.branches({.batch = 4, .factors = {2}}); });

@@ -68,7 +68,7 @@ TEST(Curvature, FindsTheTopOfAWideSpectrumInFewProducts) {
     EXPECT_LT(found.products, 40);
 }
 
-TEST(Curvature, OfANetworkIsThatOfItsWholeHessianHoweverTheBatchIsCut) {
+TEST(Curvature, OfANetworkIsThatOfItsWholeHessianHoweverTheBatchIsSplit) {
     const auto model = make_mlp(1);
     const Parameters parameters = parameters_of(model);
     const LossFunction loss = weighted_squares(model);

@@ -152,7 +152,7 @@ TEST(GradientVariance, CoversAllParameters) {
     std::size_t given = 0;
     const GradientVariance found =
         gradient_variance(parameters, 6, one_by_one(batches, given), {.micro_batch = 3}, loss);
-    EXPECT_NEAR(found.variance / variance, 1.0, 1e-10);  // the cut changes rounding alone, over weights of 9 decades
+    EXPECT_NEAR(found.variance / variance, 1.0, 1e-10);  // the split changes only rounding, over weights of 9 decades
     test::expect_same_bits(test::values_of(parameters), before);
     test::expect_no_gradients(parameters);
 }

@@ -1,4 +1,4 @@
-// Stochastic gradient descent on quadratics, of which everything is known: what is measured is what the formulas say.
+// Stochastic gradient descent on quadratics with known answers: the measurements must match the formulas.
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
@@ -66,10 +66,10 @@ double measured_variance(double rate, std::int64_t batch, std::int64_t micro_bat
     return sum;
 }
 
-TEST(KnownAnswers, TheStationaryVarianceIsThatOfTheWholeBatchHoweverItIsCut) {
+TEST(KnownAnswers, TheStationaryVarianceIsThatOfTheWholeBatchHoweverItIsSplit) {
     for (const auto& [batch, micro_batch] : {std::pair{4, 4}, {4, 1}, {7, 3}}) {
         const double rate = 0.8;
-        // 80,000 numbers, those of a direction hardly alike: good to half a percent.
+        // 80,000 numbers, with hardly any correlation within a direction: accurate to half a percent.
         EXPECT_NEAR(measured_variance(rate, batch, micro_batch) / stationary_variance(rate, batch), 1, 0.02)
             << batch << " " << micro_batch;
     }

@@ -1,4 +1,4 @@
-// Cases in which verify() could easily blame the wrong thing, or nothing.
+// Cases in which verify() could easily name the wrong cause, or none.
 #include <ATen/ops/randn_like.h>
 #include <gtest/gtest.h>
 
@@ -22,7 +22,7 @@ TEST(VerifyHardCases, NoiseThatTheLossAddsIsNotCalledCoupling) {
         shaken.fields[0] = b.fields[0] + 0.1 * at::randn_like(b.fields[0]);
         return WeightedLoss{losses(net, shaken).sum(), static_cast<double>(b.size())};
     };
-    // Draws one after the other are the same for the cut batch; drawn for every call anew they are not.
+    // Consecutive draws are the same for the split batch; new draws for every call are not.
     const LossFunction noisy_pairs = [&](const Batch& b) {
         at::randn_like(b.fields[0]);
         return noisy(b);

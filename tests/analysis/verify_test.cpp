@@ -81,7 +81,7 @@ TEST_P(EveryCut, FindsALossThatIsAveragedAlready) {
 }
 
 TEST(Verify, TakesHalfOfTheDigitsOfTheDtypeAsTolerance) {
-    // The gradient depends on the cut by about 2 millionths: far below fp32's 3e-4, far above fp64's 1e-8.
+    // The gradient depends on the split by about 2 millionths: far below fp32's 3e-4, far above fp64's 1e-8.
     Net net;
     const LossFunction loss = [&](const Batch& b) {
         return WeightedLoss{losses(net, b).sum() * (1 + 1e-6 * count(b)), count(b)};

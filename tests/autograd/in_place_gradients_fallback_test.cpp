@@ -1,4 +1,4 @@
-// Where autograd must have its way, and does.
+// Cases in which autograd must compute the gradient itself.
 #include <ATen/autocast_mode.h>
 #include <ATen/functorch/DynamicLayer.h>
 #include <ATen/functorch/TensorWrapper.h>
@@ -188,7 +188,7 @@ TEST_F(InPlace, FallsBackForAGradientOfAnotherKind) {
     EXPECT_EQ(low.grad().scalar_type(), at::kFloat);
     EXPECT_TRUE(at::equal(low.grad(), at::full({side, side}, 8.0F)));
 
-    // A number that stands for many cannot be added to: torch says so, and so it does here.
+    // An expanded number cannot be added to: torch reports an error, and so do we.
     const at::Tensor expanded = weight_with_gradient();
     for (const bool on : {false, true}) {
         expanded.mutable_grad() = at::zeros({1, side}).expand({side, side});

@@ -173,10 +173,10 @@ TEST_F(InPlace, AWeightThatHasAGradientNeedsNoMemoryForAnother) {
     }
 }
 
-TEST_F(InPlace, AFirstGradientIsKeptAsItIsMade) {
+TEST_F(InPlace, AFirstGradientIsStoredAsComputed) {
     const at::Tensor weight = leaf({side, side});
     const at::Tensor y = with_scope(true, [&] { return at::linear(at::ones({4, side}), weight); });
-    EXPECT_LT(growth([&] { y.sum().backward(); }), 2 * weight_bytes);  // not made in another layout and copied
+    EXPECT_LT(growth([&] { y.sum().backward(); }), 2 * weight_bytes);  // not computed in another layout and copied
 }
 
 TEST_F(InPlace, AnEmbeddingsGradientHasTheBitsOfAutogradOnTopOfZeros) {

@@ -1,4 +1,4 @@
-// What recompute is for: memory, and what it leaves where the memory runs out.
+// The purpose of recompute: memory; and its state after memory runs out.
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
 #include <gtest/gtest.h>

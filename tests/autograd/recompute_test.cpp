@@ -177,7 +177,7 @@ TEST(Recompute, PassesTheGradientOnInItsOwnLayout) {
     }
 }
 
-TEST(Recompute, GoesBackTwiceIfTheGraphIsRetained) {
+TEST(Recompute, RunsBackwardTwiceIfTheGraphIsRetained) {
     const auto twice = [](bool on) {
         const auto chain = make_chain(on);
         const at::Tensor y = chain->forward(input()).square().sum();

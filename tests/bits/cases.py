@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 import typing
 
-# No batch leaves a rest of one sample, which the cut avoids since the redesign: see next_cut().
+# No batch leaves a rest of one sample, which splitting avoids since the redesign: see next_cut().
 # Most cases read one file, so that a change to how folders are read shows only in the case "text".
 FOLDER = {"data": "/usr/share/games/fortunes"}
 TEXT = {"data": "/usr/share/games/fortunes/literature"}
@@ -75,9 +75,9 @@ def refuses(run):
 
 
 def rolls_back(run):
-    seen, back = refuses(run), [line for line in run.lines if line["went_back_to"] is not None]
-    require(back, "the run never went back to a snapshot")
-    require(any(line["applied"] for line in run.lines[int(back[0]["step"]):]), "no step was applied after going back")
+    seen, back = refuses(run), [line for line in run.lines if line["rolled_back_to"] is not None]
+    require(back, "the run never rolled back to a snapshot")
+    require(any(line["applied"] for line in run.lines[int(back[0]["step"]):]), "no step was applied after the roll-back")
     return f"{seen}, {len(back)} roll-backs"
 
 

@@ -60,7 +60,7 @@ def test_another_seed_is_another_run(changed):
     assert "\n    learning_rate" not in said and "\n    batch" not in said
 
 
-def test_a_difference_that_is_expected_is_reported_and_does_not_fail(changed):
+def test_an_expected_difference_is_reported_and_does_not_fail(changed):
     code, said = compared(changed(OTHER_SEED), "--case", "noise", "--expect-different", "noise=another seed")
     assert code == 0 and "1 expected" in said and "loss: step 1" in said and "(expected: another seed)" in said
 
@@ -70,19 +70,19 @@ def test_an_expected_field_excuses_no_other(changed):
     assert code == 1 and said.count("(expected: another seed)") == 1
 
 
-def test_an_expected_difference_that_is_not_there_is_said():
+def test_a_missing_expected_difference_is_reported():
     code, said = compared(COMMAND, "--case", "noise", "--expect-different", "noise:loss=smoother")
     assert code == 0 and "loss the same, though a difference was expected: smoother" in said
 
 
 @pytest.mark.parametrize("case, lines, words", [
     ("spike", "words.append('--no-guard')", "no step was refused"),
-    ("guard", "words[words.index('--warmup') + 1] = '1M steps'", "no step was refused"),
-    ("guard", "words[words.index('--restores') + 1] = '0'", "never went back"),
+    ("guard", "words[words.index('--lr') + 1] = '0.001'", "no step was refused"),
+    ("guard", "words[words.index('--restores') + 1] = '0'", "never rolled back"),
     ("out-of-memory", "del os.environ['MICROBATCH_BUDGET_DRILL']", "memory never ran out"),
     ("recompute", "words[words.index('--recompute') + 1] = 'never'", "not recomputed"),
     ("noise", "words[words.index('--noise-every') + 1] = '0'", "the noise was measured less than twice"),
-    ("resume", "words[words.index('--micro-batch') + 1] = '256'", "new: 5 times the run was interrupted"),
+    ("resume", "words[words.index('--micro-batch') + 1] = '256'", "new: the run was interrupted between two steps"),
     ("images-batch", "words[words.index('--norm') + 1] = 'group'", "no running means"),
     ("text", "words[words.index('--micro-batch') + 1] = '10'", "no batch ends in a smaller micro-batch"),
     ("noise", "print('no such device', file=sys.stderr); sys.exit(1)", "new: exit code 1: no such device"),
@@ -92,7 +92,7 @@ def test_a_case_without_its_premise_fails(changed, case, lines, words):
     assert code == 1 and "1 failed" in said and words in said
 
 
-def test_a_run_that_resumes_with_other_bits_is_seen(changed):
+def test_a_run_that_resumes_with_different_bits_is_detected(changed):
     file = changed("if '--resume' in words and len((folder / 'metrics.jsonl').read_text().splitlines()) >= 3:\n"
                    "    run()\n    log = folder / 'metrics.jsonl'\n"
                    "    log.write_text(re.sub(r'\"loss\":(.)', '\"loss\":9', log.read_text()))\n    sys.exit()")
@@ -103,7 +103,7 @@ def test_a_run_that_resumes_with_other_bits_is_seen(changed):
 @pytest.fixture
 def run():
     def make(**changes):
-        line = dict.fromkeys(compare.STEP_FIELDS, "1") | {"applied": True, "reason": "", "went_back_to": None}
+        line = dict.fromkeys(compare.STEP_FIELDS, "1") | {"applied": True, "reason": "", "rolled_back_to": None}
         lines = [line | {"step": str(step), "loss": f"{step}.125"} for step in (1, 2)]
         tensors = {"head": ("F32", ["2"], bytes(8)), "body": ("F32", ["1"], bytes(4))}
         return compare.Run(**{"lines": lines, "exit_code": 0, "held_out_loss": "2.5", "tensors": tensors,
@@ -133,7 +133,7 @@ def test_the_end_of_a_run_is_compared(run, changes, found):
     assert compare.differences(run(), run(**changes)) == found
 
 
-def test_a_run_with_fewer_steps_is_another_one(run):
+def test_a_run_with_fewer_steps_differs(run):
     assert compare.differences(run(), run(lines=run().lines[:1])) == {"steps": "2 became 1"}
 
 

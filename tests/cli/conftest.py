@@ -17,7 +17,9 @@ from array import array
 
 import pytest
 
-pytest.register_assert_rewrite("resuming")
+pytest.register_assert_rewrite("resuming", "gate")
+
+from gate import HANG, Gate, build_gate, deliver  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 COMMAND = os.path.abspath(os.environ.get("MICROBATCH", ROOT / "build" / "release" / "microbatch"))
@@ -145,8 +147,8 @@ def words_of(flags):
 
 
 class Run:
-    def __init__(self, folder, data):
-        self.folder, self.data, self.started = folder, data, []
+    def __init__(self, folder, data, environment=None):
+        self.folder, self.data, self.started, self.environment = folder, data, [], environment
 
     def __call__(self, *words, **options):
         return self.in_folder("run", words, **options)
@@ -161,18 +163,49 @@ class Run:
         flags = defaults | OF_COMMAND[command] | flags
         return self.in_folder(flags.get("run") or "", [command, *words_of(flags)])
 
-    def in_folder(self, name, words, timeout=120, **options):
+    def in_folder(self, name, words, timeout=HANG, **options):
         done = subprocess.run([COMMAND, *map(str, words)], cwd=self.folder, stdin=subprocess.DEVNULL, text=True,
-                              timeout=timeout, **({"capture_output": True} | options))
+                              timeout=timeout, **({"capture_output": True, "env": self.environment} | options))
         return Result(done.returncode, done.stdout, done.stderr, self.folder / str(name))
 
-    def start(self, command, preexec_fn=None, **flags):
-        """The same text job, running: the caller waits for it."""
+    def start(self, command, gate=None, options=None, **flags):
+        """The same text job, running: the caller waits for it. Options are those of Popen."""
         words = words_of({"data": self.data.text} | TEXT | OF_COMMAND[command] | flags)
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | (options or {})
+        if gate is not None:
+            options["env"] = gate.environment
         self.started.append(subprocess.Popen([COMMAND, command, *words], cwd=self.folder, stdin=subprocess.DEVNULL,
-                                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                             preexec_fn=preexec_fn))
+                                             text=True, **options))
         return self.started[-1]
+
+    def start_closed(self, command, gate, lines=0, after=0, options=None, **flags):
+        """Started with a gate, and stopped in the pass that comes so many after the log has so many lines."""
+        gate.close(self.folder / "run" / "metrics.jsonl", lines, after)
+        process = self.start(command, gate, options, **flags)
+        gate.wait(process)
+        return process
+
+
+def ended(process):
+    """(stdout, stderr) of a process that comes to its end."""
+    return process.communicate(timeout=HANG)
+
+
+def lines_of(run, name="run"):
+    """Steps in the log of a run, -1 while there is none."""
+    file = run.folder / name / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else -1
+
+
+def stop_in_a_batch(run, gate, sent, after_steps=0, micro_batches=2, **flags):
+    """Sends the signal in the batch after so many steps, when so many of its micro-batches are done; (stdout, stderr)."""
+    # The signal comes in the micro-batch before its backward pass, and that one is finished.
+    process = run.start_closed("train", gate, lines=after_steps, after=micro_batches - 1, **flags)
+    deliver(process, sent)
+    gate.open()
+    out, err = ended(process)
+    assert process.returncode == 130, err
+    return out, err
 
 
 def write_idx(folder, split, count, compressed):
@@ -206,6 +239,36 @@ def run(tmp_path, data):
     yield run
     for process in run.started:  # those of a test that failed
         process.kill()
+
+
+@pytest.fixture(scope="session")
+def gate_library(tmp_path_factory):
+    return build_gate(tmp_path_factory.mktemp("gate"))
+
+
+@pytest.fixture
+def new_gate(gate_library, tmp_path_factory):
+    """Makes gates, each for one process."""
+    return lambda: Gate(gate_library, tmp_path_factory.mktemp("gate") / "page")
+
+
+@pytest.fixture
+def gate(new_gate):
+    return new_gate()
+
+
+@pytest.fixture
+def paced(run, gate):
+    """What the planner measures is the same on every machine: two samples at once take as long as one."""
+    gate.pace()
+    return Run(run.folder, run.data, gate.environment)
+
+
+@pytest.fixture(scope="module")
+def shared_paced(tmp_path_factory, data, gate_library):
+    gate = Gate(gate_library, tmp_path_factory.mktemp("gate") / "page")
+    gate.pace()
+    return Run(tmp_path_factory.mktemp("shared"), data, gate.environment)
 
 
 @pytest.fixture(scope="module")

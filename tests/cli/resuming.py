@@ -1,4 +1,4 @@
-"""Runs that are resumed: how they are made, and what makes two of them the same."""
+"""Resumed runs: how to create them, and when two of them are the same."""
 
 import re
 import shutil
@@ -39,7 +39,7 @@ def train(run, name, job="gpt", **flags):
 
 @pytest.fixture(scope="module")
 def whole(shared_run):
-    """A run of 12 steps that nobody disturbed, with a checkpoint every 4."""
+    """An uninterrupted run of 12 steps, with a checkpoint every 4."""
     result = train(shared_run, "whole").ok()
     assert [checkpoint.name[-2:] for checkpoint in checkpoints_of(result.folder)] == ["04", "08", "12"]
     assert result.metrics[3]["gradient_variance"] is not None
@@ -47,7 +47,7 @@ def whole(shared_run):
 
 
 def checkpoints_of(folder):
-    """The folders of a run's checkpoints, oldest first; those that are being written are none yet."""
+    """The folders of a run's checkpoints, oldest first; without those that are still being written."""
     place = folder / "checkpoints"
     found = place.iterdir() if place.exists() else []
     return sorted(entry for entry in found if re.fullmatch(r"step-\d{8}(-\d+)?", entry.name))
@@ -93,7 +93,7 @@ def without_times(result):
 
 
 def assert_same(result, other):
-    """Two runs are the same, bit for bit: log, weights, and what a third would go on from."""
+    """Two runs are the same, bit for bit: log, weights, and the state from which a third would resume."""
     assert without_times(result) == without_times(other)
     assert weights_file(result) == weights_file(other)
     last, others = (checkpoints_of(each.folder)[-1] for each in (result, other))
@@ -107,5 +107,5 @@ def assert_same(result, other):
 
 @pytest.fixture(scope="module")
 def long_steps():
-    """Steps of some tenths of a second, in which a signal falls between micro-batches."""
-    return {"batch": 512, "micro_batch": 3, "dropout": 0.1, "steps": 4, "width": 64, "noise_every": 1, "restores": 3}
+    """Steps of many micro-batches, between which a signal falls."""
+    return {"batch": 64, "micro_batch": 3, "dropout": 0.1, "steps": 4, "noise_every": 1, "restores": 3}

@@ -5,7 +5,7 @@ import struct
 
 import pytest
 
-SENTENCE = ["BatchNorm", "single value per channel", "micro-batch of 2 or more"]
+SENTENCE = ["BatchNorm", "single value per channel", "micro-batch of at least 2"]
 
 
 def write_tiny(folder, split, count):
@@ -31,9 +31,9 @@ def test_the_plan_begins_at_the_smallest_micro_batch_that_can_be_trained_on(tiny
     assert min(sizes) == smallest and document["micro_batch"] >= smallest
 
 
-def test_it_trains_and_is_checked_in_two_and_two(tiny):
+def test_it_trains_and_is_verified_in_twos(tiny):
     result = tiny("train", batch=32).ok()
-    assert "verify    warning: the gradient depends on how the batch is cut" in result.stdout and "BatchNorm" in result.stdout
+    assert "verify    warning: the gradient depends on how the batch is split" in result.stdout and "BatchNorm" in result.stdout
     assert set(result.column("applied")) == {True}
 
 

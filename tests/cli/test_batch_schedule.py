@@ -1,4 +1,4 @@
-"""The batch may grow during a run: memory and micro-batch stay, the rate follows by the rule."""
+"""A batch that grows during a run: memory and micro-batch do not change, and the rule scales the rate."""
 
 import pytest
 
@@ -15,20 +15,20 @@ def test_every_step_has_the_batch_of_its_stage(growing):
     assert growing.metrics[-1]["samples"] == 88
 
 
-def test_the_micro_batch_stays_and_the_memory_is_what_was_predicted(growing):
+def test_the_micro_batch_does_not_change_and_the_memory_is_as_predicted(growing):
     assert len(set(growing.column("micro_batch"))) == 1 and growing.metrics[0]["micro_batch"] <= 4
     assert growing.metrics[-1]["predicted_peak_bytes"] == pytest.approx(growing.metrics[-1]["peak_bytes"], rel=0.03)
 
 
-def test_the_rate_follows_by_the_optimizers_usual_rule(growing):
+def test_the_rate_is_scaled_by_the_optimizers_default_rule(growing):
     rates = growing.column("learning_rate")
     assert rates[0] == pytest.approx(0.01) and rates[3] == pytest.approx(0.01 * 2**0.5)
     assert rates[7] == pytest.approx(0.02)
-    assert "4 at 0 steps, 8 at 12 samples" in growing.stdout and "by sqrt" in growing.stdout
+    assert "4 at 0 steps, 8 at 12 samples" in growing.stdout and "by the rule sqrt" in growing.stdout
 
 
 @pytest.mark.parametrize("rule, factor", [("linear", 4), ("none", 1)])
-def test_the_rate_follows_by_the_rule_that_is_asked_for(run, rule, factor):
+def test_the_rate_is_scaled_by_the_requested_rule(run, rule, factor):
     result = run.text("train", lr=0.01, schedule="constant", lr_rule=rule, **GROWING).ok()
     assert result.column("learning_rate")[-2] == pytest.approx(0.01 * factor)
 
@@ -58,7 +58,7 @@ def test_seesaw_doubles_the_batch_where_the_rate_has_halved(run):
     ({"batch_schedule": "4 at 0, 2 at 8 samples", "micro_batch": 4, "batch": None}, ["--batch-schedule", "2", "below --micro-batch 4"]),
     ({"batch_schedule": "4 at 0, 0 at 8 samples", "batch": None}, ["--batch-schedule", "0", "at least 1"]),
     ({"batch_schedule": "4 at 3 steps", "batch": None}, ["--batch-schedule", "start"]),
-    ({"batch_schedule": "4", "batch": None}, ["--batch-schedule", "for a stage"]),
+    ({"batch_schedule": "4", "batch": None}, ["--batch-schedule", "invalid stage"]),
     ({"batch_schedule": "4 at 0", "batch": 8}, ["--batch 8", "--batch-schedule"]),
     ({"batch_schedule": "seesaws"}, ["--batch-schedule", "seesaw"]),
     ({"batch_schedule": "seesaw to many"}, ["--batch-schedule", "many"]),
@@ -68,10 +68,10 @@ def test_seesaw_doubles_the_batch_where_the_rate_has_halved(run):
     ({"batch_schedule": "4 at 0, 8 at 8 samples", "batch": None, "lr_rule": "adam-sde"}, ["adam-sde", "--batch-schedule"]),
     ({"batch_schedule": "4 at 0, 8 at 8 samples", "batch": None, "reference_batch": 0}, ["--reference-batch", "0"]),
 ])
-def test_a_schedule_that_cannot_be_is_refused(run, flags, words):
+def test_an_invalid_schedule_is_refused(run, flags, words):
     run.text("train", **flags).refused(2, *words)
     assert not (run.folder / "run").exists()
 
 
-def test_another_command_does_not_take_it(run, data):
+def test_other_commands_do_not_accept_it(run, data):
     run("plan", "--data", data.text, "--batch-schedule", "4 at 0").refused(2, "--batch-schedule", "train")

@@ -1,4 +1,4 @@
-"""Checkpoints: when they are written, what is in them, how many stay, and what happens where they cannot be written."""
+"""Checkpoints: when they are written, what is in them, how many are kept, and what happens if they cannot be written."""
 
 import json
 import os
@@ -8,12 +8,12 @@ import resource
 import signal
 import struct
 import subprocess
-import time
 
 import pytest
 
-from conftest import COMMAND, FILES, IMAGES, TEXT, Result, weights_file, words_of
-from test_interrupt import interrupted_in_a_batch, lines_of, wait_for
+from conftest import (
+    COMMAND, FILES, IMAGES, TEXT, Result, ended, lines_of, stop_in_a_batch, weights_file, words_of)
+from gate import wait_until
 from resuming import assert_same, at_once, checkpoints_of, contents, without_times
 
 PARTS = {"model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "manifest.json"}
@@ -54,7 +54,7 @@ def tensors_of(file):
     ({"steps": 9, "checkpoint_every": "0 steps"}, steps(9)),
     ({"steps": 3}, steps(3)),
 ], ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else "")
-def test_checkpoints_are_written_when_it_is_time_and_the_last_ones_stay(run, flags, names):
+def test_checkpoints_are_written_when_due_and_the_last_ones_are_kept(run, flags, names):
     result = run.text("train", memory=at_once(run, "text"), micro_batch=8, **flags).ok()
     assert names_of(result) == names
     assert result.files == FILES
@@ -62,7 +62,7 @@ def test_checkpoints_are_written_when_it_is_time_and_the_last_ones_stay(run, fla
 
 def test_a_run_says_how_often_it_writes_them(run):
     result = run.text("train", checkpoint_every="2 steps", keep=2, keep_every="40 samples").ok()
-    assert re.search(r"^saved     every 2 steps, the newest 2 stay, and one every 40 samples$", result.stdout, re.MULTILINE)
+    assert re.search(r"^saved     every 2 steps, keeping the newest 2, and one every 40 samples$", result.stdout, re.MULTILINE)
 
 
 def test_no_checkpoints_means_none(run):
@@ -87,7 +87,7 @@ def test_a_wrong_interval_or_number_is_refused(run, flag, values):
     assert not (run.folder / "run").exists()
 
 
-def test_a_configuration_keeps_how_often_they_are_written(run):
+def test_a_configuration_records_how_often_they_are_written(run):
     run.text("train", run="first", checkpoint_every="2 steps", keep=5, keep_every="4 steps", steps=8,
              memory=at_once(run, "text"), micro_batch=8).ok()
     again = run("train", "--config", "first/config.toml", "--run", "run").ok()
@@ -154,23 +154,23 @@ def test_no_pickle_and_nothing_that_runs(kept):
 # Interrupted
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_an_interrupted_run_has_a_checkpoint_of_where_it_was(run, sent):
+def test_an_interrupted_run_has_a_checkpoint_of_its_last_state(run, sent):
     process = run.start("train", **LONG | {"checkpoint_every": "0 steps"})
-    wait_for(lambda: lines_of(run) >= 3, process)
+    wait_until(lambda: lines_of(run) >= 3, process)
     process.send_signal(sent)
-    out, _ = process.communicate(timeout=60)
+    out, _ = ended(process)
     assert process.returncode == 130 and "checkpoint" in out[out.index("stopped") :]
     (checkpoint,) = checkpoints_of(run.folder / "run")
     assert checkpoint.name.split("-")[1] == f"{lines_of(run):08}"
     assert {file.name for file in checkpoint.iterdir()} >= PARTS
 
 
-def test_a_run_that_ended_inside_a_batch_has_the_weights_and_buffers_of_its_last_step(run):
-    # The second batch is many seconds long.
-    interrupted_in_a_batch(run, signal.SIGTERM, after=1, data=run.data.images, **IMAGES | {
-        "norm": "batch", "batch": None, "batch_schedule": "4 at 0, 100000 at 4 samples", "heads": None, "length": None})
+def test_a_run_that_ended_inside_a_batch_has_the_weights_and_buffers_of_its_last_step(run, gate):
+    stop_in_a_batch(run, gate, signal.SIGTERM, after_steps=1, micro_batches=3, data=run.data.images, **IMAGES | {
+        "norm": "batch", "batch": None, "batch_schedule": "4 at 0, 100 at 4 samples", "micro_batch": 1, "heads": None,
+        "length": None, "steps": 100})
     (checkpoint,) = checkpoints_of(run.folder / "run")
-    assert re.fullmatch(r"step-00000001-\d+", checkpoint.name)
+    assert checkpoint.name == "step-00000001-3"
     final, stored, opened = (tensors_of(file) for file in (
         run.folder / "run" / "model.safetensors", checkpoint / "model.safetensors", checkpoint / "batch.safetensors"))
     before = {name.removeprefix("before/model/"): tensor for name, tensor in opened.items()
@@ -193,16 +193,16 @@ def held_by(process):
     return held
 
 
-def test_a_resumed_run_holds_no_files_of_checkpoints_that_are_removed(run):
+def test_a_resumed_run_holds_no_files_of_deleted_checkpoints(run):
     # Two snapshots of the guard are in the checkpoint, too.
     run.text("train", **LONG | {"steps": 40}).ok()
     folder = run.folder / "run"
     before = checkpoints_of(folder)
     process = run.start("train", resume=True, **LONG | {"keep": 1})
     try:
-        wait_for(lambda: not any(checkpoint.exists() for checkpoint in before), process)
-        wait_for(lambda: not any(path.startswith(f"{folder}/checkpoints/") and path.endswith("(deleted)")
-                                 for path in held_by(process)), process, 5)
+        wait_until(lambda: not any(checkpoint.exists() for checkpoint in before), process)
+        wait_until(lambda: not any(path.startswith(f"{folder}/checkpoints/") and path.endswith("(deleted)")
+                                 for path in held_by(process)), process)
     finally:
         process.kill()
         process.communicate()
@@ -211,7 +211,7 @@ def test_a_resumed_run_holds_no_files_of_checkpoints_that_are_removed(run):
 # Where they cannot be written
 
 def limited(size):
-    """Files of this process end at so many bytes: a write beyond is short, the next fails, as on a disk that is full."""
+    """Limits the size of files of this process: a write beyond it is partial, and the next one fails, as on a full disk."""
 
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -224,7 +224,7 @@ def limited(size):
 FULL = limited(120_000)
 
 
-def test_a_full_disk_is_a_warning_and_the_run_goes_on(run):
+def test_a_full_disk_is_a_warning_and_the_run_continues(run):
     result = run.in_folder("run", ["train", *words_of({"data": run.data.text} | TEXT | {
         "run": "run", "steps": 9, "checkpoint_every": "4 steps", "micro_batch": 3, "restores": 0})], preexec_fn=FULL)
     assert result.returncode == 0, result.stderr
@@ -236,7 +236,7 @@ def test_a_full_disk_is_a_warning_and_the_run_goes_on(run):
     assert len(result.weights) > 0
 
 
-def test_a_full_disk_leaves_the_checkpoints_there_are_untouched_and_the_run_can_be_resumed(run):
+def test_a_full_disk_leaves_existing_checkpoints_untouched_and_the_run_can_be_resumed(run):
     flags = {"schedule": "constant", "checkpoint_every": "4 steps", "micro_batch": 3, "restores": 0}
     reference = run.text("train", run="reference", steps=16, **flags).ok()
     run.text("train", steps=8, **flags).ok()
@@ -250,41 +250,47 @@ def test_a_full_disk_leaves_the_checkpoints_there_are_untouched_and_the_run_can_
     assert_same(result, reference)
 
 
-def test_a_full_disk_when_it_is_interrupted_is_said_too(run):
+def test_a_full_disk_on_interrupt_is_reported_too(run):
     process = subprocess.Popen(
         [COMMAND, "train", *words_of({"data": run.data.text} | TEXT | LONG | {"run": "run", "restores": 0,
                                                                           "checkpoint_every": "0 steps"})],
         cwd=run.folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=FULL)
-    wait_for(lambda: lines_of(run) >= 3, process)
+    wait_until(lambda: lines_of(run) >= 3, process)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
+    out, err = ended(process)
     assert process.returncode == 130
     assert re.search(r"warning.*checkpoint", out + err), out + err
     assert list((run.folder / "run" / "checkpoints").glob("step-*")) == []
 
 
-def test_a_folder_that_cannot_be_made_is_a_warning_and_the_run_goes_on(run):
-    process = run.start("train", **LONG | {"steps": 400, "checkpoint_every": "50 steps"})
+@pytest.fixture
+def between_checkpoints(run, gate):
+    """A run of 400 steps that stands after its 60th, with the checkpoint of step 50 written."""
+    process = run.start_closed("train", gate, lines=60, **LONG | {"steps": 400, "checkpoint_every": "50 steps"})
+    wait_until(lambda: checkpoints_of(run.folder / "run"), process)
+    return process
+
+
+def test_a_folder_that_cannot_be_created_is_a_warning_and_the_run_continues(run, gate, between_checkpoints):
     folder = run.folder / "run"
-    wait_for(lambda: checkpoints_of(folder), process)
     (folder / "checkpoints").rename(run.folder / "away")
     (folder / "checkpoints").write_text("in the way")
-    out, err = process.communicate(timeout=60)
-    result = Result(process.returncode, out, err, folder)
+    gate.open()
+    out, err = ended(between_checkpoints)
+    result = Result(between_checkpoints.returncode, out, err, folder)
     assert result.returncode == 0, err
     warning = next(line for line in (out + err).splitlines() if "warning" in line)
     assert "checkpoint" in warning and "Not a directory" in warning, warning
     assert result.column("step") == list(range(1, 401)) and (folder / "checkpoints").read_text() == "in the way"
-    assert len(list((run.folder / "away").glob("step-*"))) >= 1
+    assert [entry.name for entry in (run.folder / "away").glob("step-*")] == steps(50)
 
 
-def test_checkpoints_that_are_removed_while_it_runs_are_written_again(run):
-    process = run.start("train", **LONG | {"steps": 400, "checkpoint_every": "50 steps"})
+def test_checkpoints_that_are_deleted_during_the_run_are_written_again(run, gate, between_checkpoints):
     folder = run.folder / "run"
-    wait_for(lambda: checkpoints_of(folder), process)
     (folder / "checkpoints").rename(run.folder / "away")
-    process.communicate(timeout=60)
-    assert process.returncode == 0
+    gate.open()
+    ended(between_checkpoints)
+    assert between_checkpoints.returncode == 0
     assert (folder / "checkpoints" / "step-00000400" / "manifest.json").exists()
 
 
@@ -294,58 +300,59 @@ def test_checkpoints_that_are_removed_while_it_runs_are_written_again(run):
 def test_a_second_run_in_the_same_folder_is_refused(run, words):
     process = run.start("train", **LONG)
     try:
-        wait_for(lambda: lines_of(run) >= 3, process)
+        wait_until(lambda: lines_of(run) >= 3, process)
         second = run("train", *words_of({"data": run.data.text} | TEXT | {"run": "run"}), *words)
         second.refused(2, "run")
         if words:
             assert re.search(r"another|in use|still|already", second.stderr), second.stderr
         before = lines_of(run)
-        wait_for(lambda: lines_of(run) > before, process)
+        wait_until(lambda: lines_of(run) > before, process)
     finally:
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
+        ended(process)
     assert process.returncode == 130
     lines = [json.loads(line)["step"] for line in (run.folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines == list(range(1, len(lines) + 1))
 
 
-def test_of_two_that_start_together_one_trains(run):
-    begun = [run.start("train", resume=True, steps=300, micro_batch=8) for _ in range(2)]
-    ends = {process.returncode: err for process, (_, err) in ((each, each.communicate(timeout=60)) for each in begun)}
+def test_of_two_that_start_together_one_trains(run, new_gate):
+    begun = []
+    for gate in (new_gate(), new_gate()):
+        gate.close()  # it plans, and has seen that there is no run
+        begun.append((gate, run.start("train", gate, resume=True, steps=300, micro_batch=8)))
+    for gate, process in begun:
+        gate.wait(process)
+    for gate, _ in begun:
+        gate.open()
+    ends = {process.returncode: err for process, (_, err) in ((each, ended(each)) for _, each in begun)}
     assert set(ends) == {0, 2}, ends
     assert "run" in ends[2] and len(ends[2].splitlines()) <= 2
     assert lines_of(run) == 300
 
 
-def test_of_two_that_begin_the_one_that_planned_longer_does_not_begin_over_what_the_other_trained(run):
-    process = run.start("train", resume=True, data=run.data.tokens, layers=4, width=128, length=128, batch=64, memory="1GiB")
-    try:
-        # It has its data open, so it has seen that there is no run; it plans for seconds.
-        wait_for(lambda: str(run.data.tokens) in held_by(process), process)
-        process.send_signal(signal.SIGSTOP)
-        before = contents(run.text("train", resume=True, micro_batch=8).ok().folder)
-        process.send_signal(signal.SIGCONT)
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
+def test_of_two_that_start_the_one_that_plans_longer_does_not_overwrite_the_other(run, gate):
+    gate.close()  # it plans, and has seen that there is no run
+    process = run.start("train", gate, resume=True, data=run.data.tokens)
+    gate.wait(process)
+    before = contents(run.text("train", resume=True, micro_batch=8).ok().folder)
+    gate.open()
+    out, err = ended(process)
     Result(process.returncode, out, err, run.folder).refused(2, "run")
     assert contents(run.folder / "run") == before
 
 
 def test_a_run_that_was_killed_holds_no_lock(run):
     process = run.start("train", **LONG)
-    wait_for(lambda: checkpoints_of(run.folder / "run"), process)
+    wait_until(lambda: checkpoints_of(run.folder / "run"), process)
     process.kill()
     process.communicate()
     result = run("train", "--run", "run", "--resume", "--steps", lines_of(run) + 5, "--json").ok()
     assert result.document["resumed_from"] > 0
 
 
-def test_two_folders_do_not_wait_for_each_other(run):
-    process = run.start("train", **LONG)
-    wait_for(lambda: lines_of(run) >= 1, process)
-    begun = time.monotonic()
+def test_two_folders_do_not_wait_for_each_other(run, gate):
+    process = run.start_closed("train", gate, lines=1, **LONG)
     run.text("train", run="another").ok()
-    assert time.monotonic() - begun < 30 and process.poll() is None
+    assert gate.is_holding and process.poll() is None
     process.kill()
     process.communicate()

@@ -1,12 +1,14 @@
-"""The three strategies side by side: the same samples, honest marks, the same gradient from both ways of a batch."""
+"""The three strategies side by side: the same samples, correct marks, and the same gradient from both ways to run a batch."""
 
 import json
 import os
 import pathlib
 import signal
-import time
 
 import pytest
+
+from conftest import ended
+from gate import wait_until
 
 NAMES = ["small batch", "accumulated", "native"]
 COLUMNS = ["strategy", "batch", "micro-batch", "peak memory", "fits", "gradient variance", "time per step",
@@ -14,8 +16,8 @@ COLUMNS = ["strategy", "batch", "micro-batch", "peak memory", "fits", "gradient 
 
 
 @pytest.fixture(scope="module")
-def tight(shared_run):
-    return shared_run.text("compare", batch=32, memory="1MiB", samples=128, json=True).ok()
+def tight(shared_paced):
+    return shared_paced.text("compare", batch=32, memory="1MiB", samples=128, json=True).ok()
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,7 @@ def test_there_are_three_strategies(strategies):
     assert small["batch"] == small["micro_batch"] == accumulated["micro_batch"] < 32
 
 
-def test_native_is_run_and_marked_when_it_is_over_the_budget(tight, strategies):
+def test_native_is_run_and_marked_if_it_exceeds_the_budget(tight, strategies):
     budget = tight.document["budget_bytes"]
     assert budget == 2**20
     assert all(each["ran"] and each["fits"] == (each["peak_bytes"] <= budget) for each in strategies.values())
@@ -59,8 +61,8 @@ def test_times_are_positive(strategies):
     assert all(each["sample_seconds"] > 0 and each["step_seconds"] > 0 for each in strategies.values())
 
 
-def test_the_table_has_a_row_for_each_and_the_columns(run):
-    lines = run.text("compare", batch=32, memory="1MiB").ok().stdout.splitlines()
+def test_the_table_has_a_row_for_each_and_the_columns(paced):
+    lines = paced.text("compare", batch=32, memory="1MiB").ok().stdout.splitlines()
     head = next(line for line in lines if line.startswith("strategy"))
     assert [name for name in COLUMNS if name not in head] == []
     rows = lines[lines.index(head) + 1 :][:3]
@@ -116,7 +118,7 @@ def test_any_batches_can_be_compared(batches):
     assert told["seeds"] == 3
 
 
-def test_every_seed_has_a_loss_of_its_own_and_the_mean_is_told(batches):
+def test_every_seed_has_its_own_loss_and_the_mean_is_reported(batches):
     for each in batches.document["strategies"]:
         losses = each["held_out_losses"]
         assert len(set(losses)) == 3 and each["held_out_loss"] == pytest.approx(sum(losses) / 3)
@@ -142,7 +144,7 @@ def test_sharpness_and_the_loss_along_a_direction_are_measured(strategies, tight
     assert strategies["accumulated"]["sharpness"] == pytest.approx(strategies["native"]["sharpness"], rel=0.05)
 
 
-def test_a_run_that_diverges_is_told_as_such(run):
+def test_a_run_that_diverges_is_reported_as_such(run):
     document = run.text("compare", batch=8, micro_batch=4, samples=2000, optimizer="sgd", momentum=0, clip="inf", lr=1e6,
                         schedule="constant", seeds=1, json=True).ok().document
     assert any(each["diverged"] for each in document["strategies"])
@@ -177,7 +179,7 @@ def test_what_cannot_be_compared_is_refused(run, flags, words):
     run.text("compare", **flags).refused(2, *words)
 
 
-def test_a_folder_that_is_there_is_not_written_into(run):
+def test_an_existing_folder_is_not_written_to(run):
     (run.folder / "kept").mkdir()
     run.text("compare", run="kept").refused(2, "--run kept", "exists")
 
@@ -195,13 +197,6 @@ def processes_with(word):
     return found
 
 
-def until(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 @pytest.fixture
 def comparing(run, monkeypatch):
     """A comparison whose child is at work, the child's process id, and the word that its command line has in it."""
@@ -209,24 +204,24 @@ def comparing(run, monkeypatch):
     place.mkdir()
     monkeypatch.setenv("TMPDIR", str(place))
     process = run.start("compare", samples="30M")
-    until(lambda: any(file.stat().st_size for file in place.glob("**/metrics.jsonl")))
+    wait_until(lambda: any(file.stat().st_size for file in place.glob("**/metrics.jsonl")), process)
     (child,) = processes_with(str(place))
     yield process, child, str(place)
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate()
 
 
 def test_the_child_is_killed_with_its_parent(comparing):
     process, child, word = comparing
     process.kill()
-    until(lambda: processes_with(word) == [], seconds=10)
+    wait_until(lambda: processes_with(word) == [])
 
 
-def test_a_signal_ends_both_even_where_the_child_does_not_answer(comparing):
+def test_a_signal_ends_both_even_if_the_child_does_not_react(comparing):
     process, child, word = comparing
     os.kill(child, signal.SIGSTOP)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=20)
+    ended(process)
     assert process.returncode == 130 and processes_with(word) == []
     assert os.listdir(word) == []
 
@@ -234,5 +229,5 @@ def test_a_signal_ends_both_even_where_the_child_does_not_answer(comparing):
 def test_sigterm_ends_both(comparing):
     process, child, word = comparing
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=20)
+    ended(process)
     assert process.returncode == 130 and processes_with(word) == []

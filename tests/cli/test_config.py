@@ -1,4 +1,4 @@
-"""The TOML file: flags win over it, what a run writes gives the run again, and its mistakes are named."""
+"""The TOML file: flags override it, the file of a run repeats the run, and errors in it are named."""
 
 import pytest
 import tomllib
@@ -29,7 +29,7 @@ def test_flags_win_over_the_file(config):
     assert result.metrics[0]["learning_rate"] == 0.25
 
 
-def test_a_flag_that_says_how_long_replaces_the_files_other_way_of_saying_it(config):
+def test_a_length_flag_replaces_a_length_in_another_unit_from_the_file(config):
     assert config("batch = 8\nsteps = 2\n", "--tokens", "512", "--run", "run").ok().column("tokens")[-1] == 512
 
 

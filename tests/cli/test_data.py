@@ -1,4 +1,4 @@
-"""What is taken for data, and what is said of it."""
+"""Which files are read as data, and what the command says about them."""
 
 import re
 import shutil
@@ -24,7 +24,7 @@ def test_a_folder_of_text_is_the_same_data_once_it_holds_runs(run, folder):
     first = run.text("train", data=".", run="runs/1").ok()
     assert said_of_data(first)[1:] == ["read fortunes.txt"]
     second = run.text("train", data=".", run="runs/2").ok()
-    assert said_of_data(second) == [said_of_data(first)[0], "read fortunes.txt", "left out 1 run folder (runs/1)"]
+    assert said_of_data(second) == [said_of_data(first)[0], "read fortunes.txt", "skipped 1 run folder (runs/1)"]
     assert second.column("loss") == first.column("loss")
     third = run.text("train", data=".", run=".").ok()
     assert third.column("loss") == first.column("loss")
@@ -32,26 +32,26 @@ def test_a_folder_of_text_is_the_same_data_once_it_holds_runs(run, folder):
     assert resumed.column("step") == [1, 2, 3, 4]
 
 
-def test_runs_that_name_themselves_in_the_data_folder_are_left_out(run, folder):
+def test_runs_with_default_names_in_the_data_folder_are_skipped(run, folder):
     """cd d; microbatch train --data .: three times."""
     said = [said_of_data(run.text("train", data=".", run=None, micro_batch=8).ok()) for _ in range(3)]
     first, second, third = sorted(path.name for path in (folder / "runs").iterdir())
-    assert [lines[2:] for lines in said] == [[], [f"left out 1 run folder (runs/{first})"],
-                                             [f"left out 2 run folders (runs/{first}, runs/{second})"]]
+    assert [lines[2:] for lines in said] == [[], [f"skipped 1 run folder (runs/{first})"],
+                                             [f"skipped 2 run folders (runs/{first}, runs/{second})"]]
     assert len({path.read_bytes() for path in folder.glob("runs/*/model.safetensors")}) == 1
 
 
 @pytest.mark.parametrize("command", ["train", "plan"])
-def test_what_is_read_and_left_out_is_listed(run, folder, command):
+def test_what_is_read_and_skipped_is_listed(run, folder, command):
     (folder / "notes.txt").write_bytes(b"\xff\xfeh\0i\0")
     (folder / "link").symlink_to("fortunes.txt")
     described, *lines = said_of_data(run.text(command, data=".").ok())
     assert "of text" in described
-    assert lines == ["read fortunes.txt", "left out 1 link (link), 1 UTF-16 file (notes.txt)",
-                     "warning: 1 UTF-16 file (notes.txt) left out: convert to UTF-8 what is to be trained on"]
+    assert lines == ["read fortunes.txt", "skipped 1 link (link), 1 UTF-16 file (notes.txt)",
+                     "warning: 1 UTF-16 file (notes.txt) skipped: to train on it, convert it to UTF-8"]
 
 
-def test_a_stray_token_is_warned_of(run, folder, data):
+def test_a_stray_token_causes_a_warning(run, folder, data):
     tokens = bytearray(data.tokens.read_bytes())
     tokens[100:102] = struct.pack("<H", 65535)
     (folder / "stray.bin").write_bytes(tokens)
@@ -72,14 +72,14 @@ def test_data_of_another_kind_is_refused(run, folder, data):
     run.text("train", data=".").refused(5, "train.bin, val.bin", "name the one to train on")
 
 
-def test_a_broken_set_of_images_names_the_file_that_is_there(run, broken_images):
+def test_an_incomplete_set_of_images_names_the_existing_file(run, broken_images):
     run.images("train", data=broken_images("train-labels-idx1-ubyte", lambda raw: None)).refused(
         5, "has train-images-idx3-ubyte but no train-labels-idx1-ubyte")
 
 
 def test_a_quiet_run_still_warns(run, folder):
     (folder / "notes.txt").write_bytes(b"\xff\xfeh\0i\0")
-    assert "warning: 1 UTF-16 file (notes.txt) left out" in run.text("train", data=".", quiet=True).ok().stdout
+    assert "warning: 1 UTF-16 file (notes.txt) skipped" in run.text("train", data=".", quiet=True).ok().stdout
 
 
 @pytest.mark.parametrize("command", ["compare", "advise"])
@@ -87,7 +87,7 @@ def test_other_commands_list_what_they_read(run, folder, command):
     assert said_of_data(run.text(command, data=".").ok())[1] == "read fortunes.txt"
 
 
-def test_data_that_differs_at_resume_is_told_by_its_files(run, folder):
+def test_data_that_differs_at_resume_is_reported_by_file(run, folder):
     run.text("train", data=".").ok()
     size = (folder / "fortunes.txt").stat().st_size
     (folder / "more.txt").write_bytes(b"more " * 200)
@@ -99,9 +99,9 @@ def test_data_that_differs_at_resume_is_told_by_its_files(run, folder):
     (folder / "fortunes.txt").write_bytes(text[:-5000])
     run(*again).refused(2, "has changed: fortunes.txt ", f"{size:,}", f"{size - 5000:,} bytes")
     (folder / "fortunes.txt").rename(folder / "other.txt")
-    run(*again).refused(2, "has changed: ", "fortunes.txt", "is gone", "other.txt")
+    run(*again).refused(2, "has changed: ", "fortunes.txt", "is missing", "other.txt")
     (folder / "other.txt").rename(folder / "fortunes.txt")
     (folder / "fortunes.txt").write_bytes(b"#" + text[1:])
-    run(*again).refused(2, f"the data of {folder}/. has changed: fortunes.txt still has {size:,} bytes, but other ones")
+    run(*again).refused(2, f"the data of {folder}/. has changed: fortunes.txt still has {size:,} bytes, but different content")
     told = run(*again, "--resume-changed").ok().stdout
-    assert f"fortunes.txt still has {size:,} bytes, but other ones: another run from here on" in told
+    assert f"fortunes.txt still has {size:,} bytes, but different content: a different run from here on" in told

@@ -1,4 +1,4 @@
-"""What `doctor` says of the machine is there, and it finds the machine of the tests fit."""
+"""`doctor` reports on the machine, and finds no problem on the machine of the tests."""
 
 import os
 import re
@@ -20,7 +20,7 @@ def test_every_finding_has_a_value_and_a_verdict(document):
                for each in document.values())
 
 
-def test_it_works_here(document):
+def test_it_works_on_this_machine(document):
     assert [name for name in NAMES if not document[name]["good"]] == []
 
 
@@ -48,6 +48,6 @@ def test_it_writes_nothing(run):
     assert list(run.folder.iterdir()) == []
 
 
-def test_what_is_broken_is_told_by_exit_code_2(run):
+def test_a_broken_machine_gives_exit_code_2(run):
     text = " ".join(run("doctor", "--help").ok().stdout.split())
-    assert "Exit code 2 if Microbatch does not work here" in text
+    assert "Exit code 2 if Microbatch does not work on this machine" in text

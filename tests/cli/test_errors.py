@@ -1,4 +1,4 @@
-"""Bad input of every kind: one clear line, the right exit code, and nothing left behind."""
+"""Bad input of every kind: one clear line, the right exit code, and no files left behind."""
 
 import struct
 
@@ -30,12 +30,12 @@ def refused(run):
     (["--verison"], ["--version"]), (["doctor", "--run", "x"], ["--run"]),
     (["compare", "--no-verify"], ["--no-verify"]),
 ])
-def test_mistyped_words_are_named_with_what_is_near(run, words, said):
+def test_mistyped_words_are_named_with_similar_ones(run, words, said):
     run(*words).refused(2, *said)
 
 
 @pytest.mark.parametrize("word", ["--xyzzy", "--versoin"])
-def test_a_word_that_is_near_nothing_gets_no_suggestion(run, word):
+def test_a_word_that_is_similar_to_none_gets_no_suggestion(run, word):
     assert "did you mean" not in run("train", word).refused(2, word).stderr
 
 
@@ -173,7 +173,7 @@ def test_flags_that_contradict_one_another_are_refused(refused, flags, words):
     refused(2, *words, **flags)
 
 
-def test_flags_of_a_gpt_do_not_go_with_images(refused):
+def test_flags_of_a_gpt_do_not_apply_to_images(refused):
     for flag, value in (("heads", 2), ("length", 16), ("dropout", 0.1)):
         refused(2, f"--{flag}", "resnet", job="images", **{flag: value})
     refused(2, "--norm", "mlp", job="images", model="mlp")
@@ -182,7 +182,7 @@ def test_flags_of_a_gpt_do_not_go_with_images(refused):
 
 
 @pytest.mark.parametrize("model", ["resnet", "mlp"])
-def test_a_model_of_images_does_not_go_with_text(refused, model):
+def test_an_image_model_does_not_accept_text(refused, model):
     refused(2, model, "text", model=model, heads=None, length=None)
 
 
@@ -194,7 +194,7 @@ def test_missing_data_is_named(run, refused):
     refused(5, "/dev/null", data="/dev/null")
 
 
-def test_text_with_nothing_in_it_is_bad_data(run, refused):
+def test_empty_text_is_bad_data(run, refused):
     (run.folder / "empty.txt").write_bytes(b"")
     (run.folder / "two.txt").write_bytes(b"hi")
     (run.folder / "folder").mkdir()
@@ -203,7 +203,7 @@ def test_text_with_nothing_in_it_is_bad_data(run, refused):
     refused(5, "folder", "no text", data="folder")
 
 
-def test_damaged_token_files_are_bad_data(run, refused, data):
+def test_corrupted_token_files_are_bad_data(run, refused, data):
     whole, llmc = data.tokens.read_bytes(), data.tokens_llmc.read_bytes()
     for name, content in (("empty", b""), ("odd", whole[:1001]), ("truncated", llmc[:-500]), ("cut", llmc[:300])):
         (run.folder / f"{name}.bin").write_bytes(content)
@@ -220,11 +220,11 @@ def test_damaged_token_files_are_bad_data(run, refused, data):
     (IMAGES, lambda raw: raw[:4] + struct.pack(">III", 0, 28, 28), ["0"]),
 ], ids=["magic", "counts differ", "truncated", "half a header", "labels truncated", "empty", "no labels", "no images",
         "huge", "none"])
-def test_damaged_images_are_bad_data(refused, broken_images, name, change, words):
+def test_corrupted_images_are_bad_data(refused, broken_images, name, change, words):
     refused(5, "broken", *words, job="images", data=broken_images(name, change))
 
 
-def test_a_damaged_gzip_is_bad_data(refused, data, tmp_path):
+def test_a_corrupted_gzip_is_bad_data(refused, data, tmp_path):
     folder = tmp_path / "zipped"
     folder.mkdir()
     for file in data.images_gz.iterdir():
@@ -234,7 +234,7 @@ def test_a_damaged_gzip_is_bad_data(refused, data, tmp_path):
 
 # The run folder
 
-def test_an_existing_run_is_not_written_over(run):
+def test_an_existing_run_is_not_overwritten(run):
     before = run.text("train").ok()
     old = {file: file.read_bytes() for file in before.folder.rglob("*") if file.is_file()}
     run.text("train", seed=2).refused(2, "run", "already")
@@ -242,7 +242,7 @@ def test_an_existing_run_is_not_written_over(run):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.toml", "metrics.jsonl", "report.html", "summary.json"])
-def test_a_folder_with_any_file_of_a_run_is_not_written_over(run, name):
+def test_a_folder_with_any_file_of_a_run_is_not_overwritten(run, name):
     (run.folder / "run").mkdir()
     (run.folder / "run" / name).write_text("mine")
     run.text("train").refused(2, "run", "already")
@@ -263,13 +263,13 @@ def test_a_page_of_a_run_that_was_killed_before_its_first_checkpoint_is_its_own(
     assert run.text("train", resume=True).ok().column("step") == [1, 2]
 
 
-def test_a_folder_that_cannot_be_made_is_named(run):
+def test_a_folder_that_cannot_be_created_is_named(run):
     (run.folder / "file").write_text("in the way")
     for name in ("file", "file/below", "/proc/nothing"):
         run.text("train", run=name).refused(6, name)
 
 
-def test_an_empty_folder_is_welcome(run):
+def test_an_empty_folder_is_accepted(run):
     (run.folder / "run").mkdir()
     run.text("train").ok()
 
@@ -294,6 +294,6 @@ def test_a_run_that_did_not_fit_can_be_tried_again_under_its_name(run):
     run.text("train", batch=64, memory="2MiB").ok()
 
 
-def test_a_batch_whose_own_data_are_beyond_the_budget_is_blamed_on_the_batch(run):
+def test_a_batch_whose_data_exceeds_the_budget_is_named_as_the_cause(run):
     error = run.text("train", batch=1_000_000, memory="4MiB").refused(3, "4 MiB").stderr
     assert "--batch" in error.replace("--micro-batch", "") and "micro-batch of 1 sample" not in error

@@ -1,4 +1,4 @@
-"""Faults around a run: data that changes under it, a disk that is full, a clock that jumps."""
+"""Faults during a run: data that changes, a full disk, a clock that jumps."""
 
 import json
 import os
@@ -6,12 +6,11 @@ import re
 import resource
 import signal
 import subprocess
-import time
 
 import pytest
 
-from conftest import COMMAND, FILES, TEXT, Result, words_of
-from test_interrupt import lines_of, wait_for
+from conftest import COMMAND, FILES, TEXT, Result, ended, lines_of, words_of
+from gate import HANG, wait_until
 from resuming import assert_same, at_once, checkpoints_of
 from test_resume import event_files, events_of
 
@@ -33,68 +32,68 @@ def tokens(run, data):
 def test_data_that_shrinks_while_it_is_read_ends_the_run_with_what_was_done(run, tokens, size):
     whole = tokens.read_bytes()
     process = run.start("train", data=tokens, **LONG)
-    wait_for(lambda: lines_of(run) >= 3, process)
+    wait_until(lambda: lines_of(run) >= 3, process)
     os.truncate(tokens, size)
-    out, err = process.communicate(timeout=60)
+    out, err = ended(process)
     folder = run.folder / "run"
     assert process.returncode == 5, (process.returncode, err)
     assert err.startswith("microbatch: ") and "own.bin" in err and len(err.splitlines()) == 1
     done = lines_of(run)
     assert done >= 3 and checkpoints_of(folder)[-1].name.split("-")[1] == f"{done:08}"
-    # With the data as it was it goes on, and ends as if nothing had been.
+    # With the original data it resumes, and ends as if nothing had happened.
     tokens.write_bytes(whole)
     resumed = run("train", "--run", "run", "--resume", "--steps", done + 5, "--json").ok()
     assert resumed.document["resumed_from"] == done
     assert_same(resumed, run.text("train", run="reference", data=tokens, **LONG | {"steps": done + 5}).ok())
 
 
-def test_data_that_shrank_is_refused_when_it_is_to_go_on(run, tokens):
+def test_data_that_shrank_is_refused_at_resume(run, tokens):
     run.text("train", data=tokens).ok()
     os.truncate(tokens, 6000)
     run("train", "--run", "run", "--resume", "--steps", "4").refused(2, "data", "own.bin", "--resume-changed")
 
 
-def test_data_that_vanishes_is_still_there_for_the_run(run, tokens):
+def test_data_that_is_deleted_stays_available_to_the_run(run, gate, tokens):
     reference = run.text("train", run="reference", data=tokens, **LONG | {"steps": 300}).ok()
-    process = run.start("train", data=tokens, **LONG | {"steps": 300})
-    wait_for(lambda: lines_of(run) >= 3, process)
+    process = run.start_closed("train", gate, lines=3, data=tokens, **LONG | {"steps": 300})
     tokens.unlink()
-    _, err = process.communicate(timeout=60)
+    gate.open()
+    _, err = ended(process)
     assert process.returncode == 0, err
     assert_same(Result(0, "", "", run.folder / "run"), reference)
 
 
 # The log on a full disk
 
-def ignore_large_files():
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+IGNORING = {"preexec_fn": lambda: signal.signal(signal.SIGXFSZ, signal.SIG_IGN), "stderr": subprocess.STDOUT}
 
 
 def limit(process, size):
-    """From now on files of the process end at so many bytes, as on a disk that is full."""
+    """From now on, limits the size of files of the process, as on a full disk."""
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 @pytest.mark.parametrize("spare", [0, 100], ids=["at once", "in the midst of a line"])
-def test_a_full_disk_in_the_log_is_a_warning_and_what_is_missing_comes_later(run, spare):
+def test_a_full_disk_for_the_log_is_a_warning_and_missing_lines_are_written_later(run, gate, spare):
     # No checkpoints meanwhile: they could not be written either.
     flags = LONG | {"steps": 400, "checkpoint_every": "0 steps"}
-    words = [COMMAND, "train", *words_of({"data": run.data.text} | TEXT | {"run": "run"} | flags)]
-    with open(run.folder / "said", "w") as said:
-        process = subprocess.Popen(words, cwd=run.folder, stdin=subprocess.DEVNULL, stdout=said, stderr=said,
-                                   preexec_fn=ignore_large_files)
-        log = run.folder / "run" / "metrics.jsonl"
-        wait_for(lambda: lines_of(run) >= 20, process)
-        limit(process, log.stat().st_size + 500 + spare)
-        told = run.folder / "said"
-        wait_for(lambda: re.search("warning.*metrics.jsonl", told.read_text()), process)
+    passes = 3  # a step
+    with open(run.folder / "said", "w+") as said:
+        process = run.start_closed("train", gate, lines=20, options=IGNORING | {"stdout": said}, **flags)
+        limit(process, (run.folder / "run" / "metrics.jsonl").stat().st_size + 500 + spare)
+        gate.close()
+        gate.pass_on(40 * passes, process)
         full = lines_of(run)
-        time.sleep(0.1)
-        assert process.poll() is None and lines_of(run) == full
+        told = (run.folder / "said").read_text()
+        assert full < 60 and re.search("warning.*metrics.jsonl", told)
+        gate.pass_on(10 * passes, process)
+        assert lines_of(run) == full
         limit(process, resource.RLIM_INFINITY)
-        wait_for(lambda: lines_of(run) > full, process)
-        assert process.wait(120) == 0
-    warnings = [line for line in told.read_text().splitlines() if "warning" in line]
+        gate.pass_on(passes, process)
+        assert lines_of(run) == 71
+        gate.open()
+        assert process.wait(HANG) == 0
+    warnings = [line for line in (run.folder / "said").read_text().splitlines() if "warning" in line]
     assert any("metrics.jsonl" in line and "File too large" in line for line in warnings), warnings
     assert len(warnings) <= 6  # not one a step
     result = Result(0, "", "", run.folder / "run")
@@ -104,17 +103,27 @@ def test_a_full_disk_in_the_log_is_a_warning_and_what_is_missing_comes_later(run
     assert [event[2] for event in events_of(events) if b"train/loss" in event.get(5, b"")] == list(range(1, 401))
 
 
-def test_a_log_that_could_not_be_written_to_the_end_is_made_whole_by_resuming(run):
+def test_an_incomplete_log_is_completed_by_resuming(run, gate):
     flags = LONG | {"steps": 100, "checkpoint_every": "0 steps"}
-    words = [COMMAND, "train", *words_of({"data": run.data.text} | TEXT | {"run": "run"} | flags)]
-    process = subprocess.Popen(words, cwd=run.folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
-                               stderr=subprocess.STDOUT, preexec_fn=ignore_large_files)
-    wait_for(lambda: lines_of(run) >= 20, process)
+    process = run.start_closed("train", gate, lines=20, options=IGNORING, **flags)
     limit(process, (run.folder / "run" / "metrics.jsonl").stat().st_size + 100)
-    out, _ = process.communicate(timeout=60)
+    gate.open()
+    out, _ = ended(process)
     assert "warning" in out and process.returncode != -signal.SIGXFSZ
     result = run("train", "--run", "run", "--resume", *words_of({"data": run.data.text} | TEXT | flags)).ok()
     assert_same(result, run.text("train", run="reference", **flags).ok())
+
+
+def test_a_log_whose_last_lines_cannot_be_written_is_an_error_of_its_own(run, gate):
+    # The log of so many steps is larger than every other file but that of the events, which only warns.
+    flags = LONG | {"steps": 600, "width": 8, "no_checkpoints": True}
+    process = run.start_closed("train", gate, lines=599, options=IGNORING | {"stderr": subprocess.PIPE}, **flags)
+    limit(process, (run.folder / "run" / "metrics.jsonl").stat().st_size + 10)
+    gate.open()
+    out, err = ended(process)
+    assert re.search("warning.*metrics.jsonl", out)
+    assert process.returncode == 6 and "metrics.jsonl: File too large; its last lines are lost" in err, err
+    assert (run.folder / "run" / "model.safetensors").exists() and lines_of(run) == 599
 
 
 # The clock
@@ -185,9 +194,9 @@ def test_a_clock_that_jumps_delays_no_interruption(run, jumping):
     words = words_of({"data": run.data.text} | TEXT | LONG | {"run": "run", "checkpoint_every": "10 steps"})
     process = subprocess.Popen([COMMAND, "train", *words], cwd=run.folder, stdin=subprocess.DEVNULL,
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=jumping)
-    wait_for(lambda: lines_of(run) >= 12, process)
+    wait_until(lambda: lines_of(run) >= 12, process)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=10)
+    _, err = ended(process)
     assert process.returncode == 130, err
     steps = [json.loads(line)["step"] for line in (run.folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert checkpoints_of(run.folder / "run")[-1].name.split("-")[1] == f"{len(steps):08}"

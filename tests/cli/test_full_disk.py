@@ -1,4 +1,4 @@
-"""A disk that is too small for what a run writes: a small file system of this test's own."""
+"""A disk that is too small for the files of a run: a small file system for this test."""
 
 import re
 import subprocess
@@ -14,15 +14,15 @@ FLAGS = {"micro_batch": 8, "checkpoint_every": "4 steps", "no_verify": True}
 
 @pytest.fixture
 def on_disk(run):
-    """Trains in a file system of so many KiB, which lives as long as the process that has made it."""
+    """Trains in a file system of so many KiB, which lives as long as the process that has made it waits for its input."""
     place = run.folder / "disk"
     place.mkdir()
     begun = []
 
     def train(size, **flags):
-        mount = f'mount -t tmpfs -o size={size}k none "$1" && echo made && exec sleep 600'
+        mount = f'mount -t tmpfs -o size={size}k none "$1" && echo made && exec cat'
         holder = subprocess.Popen(["unshare", "--map-root-user", "--mount", "sh", "-c", mount, "sh", str(place)],
-                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         begun.append(holder)
         if holder.stdout.readline() != "made\n":
             pytest.skip(f"no right to make a file system: {holder.communicate()[1]}")
@@ -41,25 +41,25 @@ def on_disk(run):
 FULL = r"^warning: checkpoints and weights may fill the disk; [\d.]+ [KM]iB are needed, [\d.]+ [KM]iB are free in run: older "
 
 
-def test_the_space_is_compared_at_the_start(on_disk, run):
+def test_the_free_space_is_checked_at_the_start(on_disk, run):
     result = on_disk(2000).ok()
-    assert re.search(FULL + "checkpoints give way to new ones then$", result.stdout, re.MULTILINE), result.stdout
+    assert re.search(FULL + "checkpoints will then be deleted for new ones$", result.stdout, re.MULTILINE), result.stdout
     enough = on_disk(4000, steps=2).ok()
     assert "fill the disk" not in enough.stdout
 
 
-def test_on_a_full_disk_the_oldest_checkpoint_gives_way(on_disk, run):
+def test_on_a_full_disk_the_oldest_checkpoint_is_deleted(on_disk, run):
     result = on_disk(2000, steps=80).ok()
-    assert "is not written" not in result.stdout
+    assert "was not written" not in result.stdout
     left = [checkpoint.name for checkpoint in checkpoints_of(result.folder)]
     assert left[-1] == "step-00000080" and len(left) < 3
     assert "model.safetensors" in result.files
 
 
-def test_the_only_checkpoint_does_not_give_way_and_the_space_needed_is_named(on_disk):
+def test_the_only_checkpoint_is_not_deleted_and_the_needed_space_is_named(on_disk):
     result = on_disk(900, steps=80).ok()
-    (warning, *_) = re.findall(r"^warning: the checkpoint of step \d+ is not written: .*$", result.stdout, re.MULTILINE)
-    assert re.search(r"No space left on device; [\d.]+ [KM]iB are needed, [\d.]+ [KM]iB are free; the run goes on", warning)
+    (warning, *_) = re.findall(r"^warning: the checkpoint of step \d+ was not written: .*$", result.stdout, re.MULTILINE)
+    assert re.search(r"No space left on device; [\d.]+ [KM]iB are needed, [\d.]+ [KM]iB are free; the run continues", warning)
     assert len(checkpoints_of(result.folder)) == 1 and result.column("step") == list(range(1, 81))
 
 

@@ -1,4 +1,4 @@
-"""Steps that are beyond what is usual are refused, said and logged; a run that diverges is stopped."""
+"""Steps beyond the bounds are refused, reported and logged; a run that diverges is stopped."""
 
 import statistics
 
@@ -16,7 +16,7 @@ def climbing(shared_run):
     return shared_run.text("train", run="climbing", **CLIMB)
 
 
-def test_a_run_that_climbs_away_is_stopped_with_the_weights_from_before(climbing):
+def test_a_run_whose_loss_climbs_is_stopped_with_the_weights_from_before(climbing):
     assert climbing.returncode == 4, climbing.stdout[-500:]
     assert "the run diverged at step" in climbing.stderr and "--lr" in climbing.stderr
     assert "stopped" in climbing.stdout
@@ -49,34 +49,34 @@ def test_a_quiet_run_is_the_same_with_and_without_it(run):
 
 
 @pytest.mark.parametrize("place", ["in memory", "on disk"])
-def test_a_run_that_diverges_goes_back_to_before_at_a_smaller_rate(run, place):
+def test_a_run_that_diverges_rolls_back_and_continues_at_a_lower_rate(run, place):
     flags = CLIMB | {"restores": 2}
     if place == "on disk":
         plan = run.text("plan", json=True, batch=4, micro_batch=4, optimizer="sgd", momentum=0).ok().document
         flags["memory"] = f"{plan['candidates'][0]['measured_peak_bytes'] + 1000}B"
     result = run.text("train", json=True, **flags)
-    back = [line for line in result.metrics if line["went_back_to"] is not None]
-    assert back and back[0]["went_back_to"] <= back[0]["step"] - 16
+    back = [line for line in result.metrics if line["rolled_back_to"] is not None]
+    assert back and back[0]["rolled_back_to"] <= back[0]["step"] - 16
     steps = result.column("step")
     assert steps == list(range(1, len(steps) + 1))
     after = result.metrics[back[0]["step"]]
     assert after["learning_rate"] < 0.1 * back[0]["learning_rate"]  # half, and the first step of a new warmup
-    assert f"back to the weights of step {back[0]['went_back_to']}" in result.stderr
+    assert f"rolled back to the weights of step {back[0]['rolled_back_to']}" in result.stderr
     assert result.document["restores"] == len(back)
     assert place in result.stderr
     assert result.files == FILES
     if result.returncode == 4:
-        assert "it had gone back 2 times before" in result.stderr
+        assert "it had already rolled back 2 times" in result.stderr
 
 
-def test_a_rate_that_is_far_too_large_is_noticed_in_the_first_steps_and_does_not_come_back(run):
+def test_a_rate_that_is_far_too_large_is_detected_in_the_first_steps_and_not_used_again(run):
     result = run.text("train", lr=60, warmup="80 steps", steps=150, micro_batch=8, seed=5)
     metrics = result.metrics
-    back = next(i for i, line in enumerate(metrics) if line["went_back_to"] is not None)
+    back = next(i for i, line in enumerate(metrics) if line["rolled_back_to"] is not None)
     assert back < 64
     limit = max(line["learning_rate"] for line in metrics[:back] if line["applied"]) / 2
     assert max(line["learning_rate"] for line in metrics[back + 1 :]) <= limit
-    # Either the run is stopped, or it trains after all.
+    # Either the run is stopped, or it recovers and trains.
     assert result.returncode in (0, 4)
     if result.returncode == 0:
         assert statistics.median(line["loss"] for line in metrics[-16:]) < metrics[0]["loss"]

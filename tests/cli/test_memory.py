@@ -1,4 +1,4 @@
-"""Memory is predicted, kept and explained: the plan of micro-batch x recompute, out of memory, nothing that fits."""
+"""Memory is predicted, limited and explained: the plan of micro-batch x recompute, out of memory, nothing fits."""
 
 import math
 import re
@@ -21,9 +21,9 @@ def peak(result):
 
 
 @pytest.fixture(scope="module")
-def table(shared_run):
-    """A plan with a cut: the table of a budget in which the whole batch does not fit."""
-    return shared_run.text("plan", batch=64, memory="3MiB", json=True).ok().document
+def table(shared_paced):
+    """A plan that splits the batch: the table for a budget in which the whole batch does not fit."""
+    return shared_paced.text("plan", batch=64, memory="3MiB", json=True).ok().document
 
 
 # The plan
@@ -35,9 +35,9 @@ def test_a_plan_is_over_micro_batch_and_recompute(table):
     assert all(each["time_measured"] in (False, True) for each in table["candidates"])
 
 
-def test_recompute_takes_less_memory_than_the_same_cut_without(run):
+def test_recompute_takes_less_memory_than_the_same_split_without_it(paced):
     def peaks(recompute):
-        plan = run.text("plan", batch=64, layers=2, memory="3MiB", recompute=recompute, json=True).ok().document
+        plan = paced.text("plan", batch=64, layers=2, memory="3MiB", recompute=recompute, json=True).ok().document
         # Of a single sample there is as much to compute again as there was to keep.
         return {each["micro_batch"]: peak_of(each) for each in plan["candidates"] if each["micro_batch"] > 1}
 
@@ -85,10 +85,10 @@ def test_a_plan_says_in_one_line_why(run, table):
     assert run.text("plan", batch=4, micro_batch=2, json=True).ok().document["why"] == "as given"
 
 
-def test_a_plan_says_that_no_accumulation_is_needed(run):
-    document = run.text("plan", batch=2, json=True).ok().document
+def test_a_plan_says_that_no_accumulation_is_needed(paced):
+    document = paced.text("plan", batch=2, json=True).ok().document
     assert "no accumulation needed" in document["why"] and document["micro_batches"] == 1
-    assert re.search(r"^chosen  uncut: .*no accumulation needed$", run.text("plan", batch=2).ok().stdout, re.MULTILINE)
+    assert re.search(r"^chosen  in one piece: .*no accumulation needed$", paced.text("plan", batch=2).ok().stdout, re.MULTILINE)
 
 
 def test_the_table_has_predicted_and_measured_and_what_they_are_made_of(run):
@@ -106,7 +106,7 @@ def test_the_table_has_predicted_and_measured_and_what_they_are_made_of(run):
         return [re.fullmatch(r"  (.+?) +([\d.]+ \w+)", line).groups() for line in told[: told.index("")]]
 
     parts, phases = block("predicted peak by part"), block("predicted peak by phase")
-    # What takes nothing is left out: a batch of text has no tensors of its own.
+    # Parts of size 0 are omitted: a batch of text has no tensors of its own.
     assert [name for name, _ in parts] == PARTS[:-1] and 3 <= len(phases) <= 4
     # 0.03: each of up to five sizes is rounded to three digits.
     largest = max(in_bytes(size) for _, size in phases)
@@ -134,7 +134,7 @@ def test_recompute_of_a_model_without_blocks_is_refused(run, command):
 
 
 @pytest.mark.parametrize("recompute", ["never", "always"])
-def test_a_plan_keeps_to_the_recompute_that_is_asked_for(run, recompute):
+def test_a_plan_uses_the_requested_recompute(run, recompute):
     document = run.text("plan", recompute=recompute, batch=64, memory="3MiB", json=True).ok().document
     assert {each["recompute"] for each in document["candidates"]} == {recompute == "always"} == {document["recompute"]}
     compared = run.text("compare", recompute=recompute, micro_batch=2, samples=16, json=True).ok().document
@@ -154,7 +154,7 @@ def test_recompute_changes_no_bit_of_losses_weights_and_buffers(run, job, flags)
     assert peak(always) < peak(never)
 
 
-# What is predicted is what is measured; of what is beside the plan, see test_noise.py
+# Predictions match measurements; for memory in addition to the plan, see test_noise.py
 
 ALONE = {"noise_every": 0, "restores": 0}
 
@@ -174,8 +174,8 @@ def test_the_peak_of_a_run_is_what_was_predicted(run, job, flags, recompute, opt
 
 
 @pytest.mark.parametrize("job, memory", [("text", "3MiB"), ("images", "6MiB")])
-def test_what_was_only_predicted_is_what_a_run_of_that_cut_needs(run, job, memory):
-    plan = getattr(run, job)("plan", batch=64, memory=memory, json=True).ok().document
+def test_a_prediction_is_what_a_run_with_that_split_needs(run, paced, job, memory):
+    plan = getattr(paced, job)("plan", batch=64, memory=memory, json=True).ok().document
     only = [each for each in plan["candidates"] if each["predicted_peak_bytes"] and not each["measured_peak_bytes"]]
     assert {each["recompute"] for each in only} == {False, True}
     for each in only:
@@ -226,7 +226,7 @@ def test_the_config_of_a_run_replays_its_plan(run, between):
 
 @pytest.mark.parametrize("command", ["train", "plan", "compare"])
 @pytest.mark.parametrize("memory", ["1KiB", "100KiB", "300KiB"])  # below the parameters, below the state, nearly
-def test_where_nothing_fits_it_says_what_the_smallest_plan_needs(run, command, memory):
+def test_if_nothing_fits_it_says_what_the_smallest_plan_needs(run, command, memory):
     result = run.text(command, memory=memory)
     parts = result.misfit("micro-batch of 1 sample", f"budget of {memory[:-3]} KiB")
     needed, missing = (in_bytes(size) for size in re.findall(r"[\d.]+ [KM]iB", result.stderr)[:2])
@@ -286,7 +286,7 @@ def test_plan_of_a_run_shows_predicted_against_measured(run):
     (lambda text: text.replace('"peak_bytes":', '"peak":'), ["metrics.jsonl", "line 1"]),
 ], ids=["missing", "empty", "cut off", "no keys", "empty line", "a list", "text", "a key less"])
 @pytest.mark.parametrize("json", [[], ["--json"]], ids=["table", "json"])
-def test_a_damaged_run_is_bad_data(shared_run, run, change, words, json):
+def test_a_corrupted_run_is_bad_data(shared_run, run, change, words, json):
     if change is not None:
         whole = shared_run.folder / "whole" / "metrics.jsonl"
         if not whole.exists():
@@ -296,13 +296,13 @@ def test_a_damaged_run_is_bad_data(shared_run, run, change, words, json):
     run("plan", "--run", "run", *json).refused(5, "run", *words)
 
 
-def test_a_file_is_no_run(run, data):
+def test_a_file_is_not_a_run(run, data):
     run("plan", "--run", data.text).refused(5, data.text.name)
 
 
 # The summary of a run
 
-def test_the_summary_tells_predicted_against_measured(run):
+def test_the_summary_compares_predicted_and_measured(run):
     result = run.text("train", steps=5, micro_batch=4, recompute="always").ok()
     memory, seconds = (next(line for line in result.stdout.splitlines() if line.startswith(name) and "measured" in line)
                        for name in ("memory", "time"))

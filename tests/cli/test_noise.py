@@ -1,4 +1,4 @@
-"""The gradient's noise is measured while a run trains, and turned into advice."""
+"""The gradient noise is measured while a run trains, and turned into advice."""
 
 import math
 import re
@@ -43,7 +43,7 @@ def test_measuring_changes_no_bit_of_the_run(run):
 
 @pytest.mark.parametrize("job, flags", [("text", {"layers": 2, "width": 64}), ("images", {}), ("images", {"norm": "batch"})])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_the_peak_of_every_step_is_predicted_with_noise_and_snapshots_beside_it(run, job, flags, optimizer):
+def test_the_peak_of_every_step_is_predicted_including_noise_and_snapshots(run, job, flags, optimizer):
     for noise_every in (1, 2, 0):
         result = getattr(run, job)("train", steps=35, run=str(noise_every), optimizer=optimizer, noise_every=noise_every,
                                    **CUT | flags).ok()
@@ -55,7 +55,7 @@ def test_the_peak_of_every_step_is_predicted_with_noise_and_snapshots_beside_it(
         assert result.metrics[33]["peak_bytes"] > result.metrics[31 - 1]["peak_bytes"]
 
 
-def test_where_a_copy_of_the_gradients_does_not_fit_it_says_so(run):
+def test_if_a_copy_of_the_gradients_does_not_fit_it_says_so(run):
     plan = run.text("plan", json=True, micro_batch=8, batch=16, layers=4).ok().document
     peak = next(each["measured_peak_bytes"] for each in plan["candidates"])
     result = run.text("train", batch=16, micro_batch=8, layers=4, memory=f"{peak + 1000}B", steps=3).ok()
@@ -63,14 +63,14 @@ def test_where_a_copy_of_the_gradients_does_not_fit_it_says_so(run):
     assert max(result.column("peak_bytes")) <= peak + 1000 and set(result.column("out_of_memory")) == {0}
 
 
-def test_one_micro_batch_says_nothing(run):
+def test_one_micro_batch_does_not_show_noise(run):
     result = run.text("train", batch=8, micro_batch=8).ok()
-    assert "it takes two" in result.stdout and set(result.column("gradient_variance")) == {None}
+    assert "noise needs two" in result.stdout and set(result.column("gradient_variance")) == {None}
 
 
 # Advice
 
-def test_the_table_is_that_of_the_noise(advised):
+def test_the_table_follows_from_the_noise(advised):
     told = advised.document
     noise = told["noise_batch"]
     assert noise > 0 and told["measures"] == 20
@@ -86,7 +86,7 @@ def test_the_table_is_that_of_the_noise(advised):
 
 def test_it_says_what_to_do_in_words(run):
     result = run.text("advise", **CUT | {"steps": 20}).ok()
-    for word in ("fewest steps", "fewest samples", "knee", "soonest", "accumulation", "time to the same loss"):
+    for word in ("fewest steps", "fewest samples", "knee", "fastest", "accumulation", "time to reach the same loss"):
         assert word in result.stdout
     assert "\x1b" not in result.stdout and list(run.folder.iterdir()) == []
 
@@ -115,15 +115,15 @@ def nine(run):
 
 
 @pytest.mark.parametrize("batch, words", [(16, ["times"]), (4, ["%"])])
-def test_data_too_small_for_the_statement_is_refused(run, nine, batch, words):
-    run.text("advise", data=nine, batch=batch).refused(2, "too small to tell the noise", f"batch of {batch}", "samples", *words)
+def test_data_too_small_for_advice_is_refused(run, nine, batch, words):
+    run.text("advise", data=nine, batch=batch).refused(2, "too small to measure the noise", f"batch of {batch}", "samples", *words)
 
 
 def test_a_batch_larger_than_the_run_is_not_advised_on(run):
     run.text("advise", steps=None, samples=10, batch=16).refused(2, "batch of 16", "10 samples")
 
 
-def test_no_batch_beyond_the_data_is_advised_or_tried(run, data):
+def test_no_batch_larger_than_the_data_is_recommended_or_tried(run, data):
     small = run.folder / "small.txt"
     small.write_bytes(data.text.read_bytes()[:2000])
     result = run.text("advise", data=small, check=True, json=True, batch=4, micro_batch=1, steps=20).ok()
@@ -133,8 +133,8 @@ def test_no_batch_beyond_the_data_is_advised_or_tried(run, data):
     assert [branch["batch"] for branch in result.document["branches"]] == [4, 8]
     again = run.text("advise", data=small, check=True, json=True, batch=samples // 10, micro_batch=1, steps=20).ok()
     assert again.document["branches"] == [] and "critical" not in again.stderr
-    assert re.search(r"check +not made: 8 steps at twice the batch take \d+ samples, and the data has \d+", again.stderr)
+    assert re.search(r"check +skipped: 8 steps at twice the batch need \d+ samples, and the data has \d+", again.stderr)
 
 
-def test_a_batch_that_cannot_be_cut_is_refused(run):
+def test_a_batch_that_cannot_be_split_is_refused(run):
     run.text("advise", batch=1).refused(2, "--batch 1", "two micro-batches")

@@ -12,13 +12,12 @@ import signal
 import struct
 import subprocess
 import termios
-import time
 import tomllib
 
 import pytest
 
-from conftest import COMMAND, FILES, OF_COMMAND, ROOT, TEXT, Result, words_of
-from test_interrupt import lines_of, wait_for
+from conftest import COMMAND, FILES, OF_COMMAND, ROOT, TEXT, Result, ended, lines_of, words_of
+from gate import HANG, wait_until
 
 JOB = ["data", "model", "layers", "heads", "width", "length", "norm", "dropout", "batch", "micro-batch",
        "recompute", "memory",
@@ -66,7 +65,7 @@ def told_defaults(text):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_the_defaults_that_help_tells_are_those_of_a_run(run, optimizer):
+def test_the_defaults_in_help_are_those_of_a_run(run, optimizer):
     told = told_defaults(run("train", "--help").ok().stdout)
     run("train", "--data", run.data.text, "--steps", "1", "--run", "run", "--optimizer", optimizer, "--memory", "1GiB",
         "--micro-batch", "16", "--no-verify").ok()
@@ -89,7 +88,7 @@ def test_help_says_that_the_head_of_a_gpt_is_its_embedding(run):
     assert "tied weights" in run("train", "--help").ok().stdout
 
 
-def test_help_tells_how_long_a_run_is_by_itself(run):
+def test_help_says_how_long_a_run_is_by_default(run):
     text = run("train", "--help").ok().stdout
     assert re.search(r"default.*100 steps|100 steps.*default", text.split("How long")[1])
 
@@ -116,21 +115,14 @@ def test_a_summary_is_at_the_end(run):
     first, last = (f"{result.column('loss')[at]:.4f}" for at in (0, -1))
     assert re.match(rf"loss +{first} at the first step, {last} at the last, [\d.]+ held out", loss)
     assert re.match(r"memory +peak .* measured, .* predicted .*, budget 64 MiB", memory)
-    assert re.match(r"time +[\d.]+ s a step measured, [\d.]+ s predicted \([+-][\d.]+ %\)$", time_)
+    assert re.match(r"time +[\d.]+ s per step measured, [\d.]+ s predicted \([+-][\d.]+ %\)$", time_)
     assert written.split()[1] == "run:" and "metrics.jsonl" in written
 
 
-def test_the_first_lines_reach_a_pipe_before_the_first_step_ends(run):
-    process = run.start("train", batch=100_000, micro_batch=1)
-    metrics = run.folder / "run" / "metrics.jsonl"
-    while not metrics.exists():
-        assert process.poll() is None
-        time.sleep(0.02)
-    ready, _, _ = select.select([process.stdout], [], [], 2)
-    still = metrics.read_bytes() == b""
-    process.kill()
-    process.communicate()
-    assert ready and still
+def test_the_first_lines_reach_a_pipe_before_the_first_step_ends(run, gate):
+    process = run.start_closed("train", gate)
+    ready, _, _ = select.select([process.stdout], [], [], HANG)
+    assert ready and lines_of(run) == 0 and process.stdout.readline().startswith("model ")
 
 
 # Streams that cannot be written
@@ -150,7 +142,7 @@ def test_a_full_stdout_or_stderr_changes_no_exit_code(run, name, flags, code):
         for streams in ({"stdout": full}, {"stderr": full}, {"stdout": full, "stderr": full}):
             shutil.rmtree(run.folder / "run", ignore_errors=True)
             streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
-            done = subprocess.run(command(name, run, **flags), cwd=run.folder, timeout=60, **streams)
+            done = subprocess.run(command(name, run, **flags), cwd=run.folder, timeout=HANG, **streams)
             assert done.returncode == code, (streams, done)
 
 
@@ -167,7 +159,7 @@ def test_a_closed_stream_changes_nothing_and_gets_no_file_of_the_run(run, closed
         for descriptor in closed:
             os.close(descriptor)
 
-    done = subprocess.run(command("train", run, steps=3), cwd=run.folder, timeout=60, preexec_fn=close)
+    done = subprocess.run(command("train", run, steps=3), cwd=run.folder, timeout=HANG, preexec_fn=close)
     assert done.returncode == 0
     result = Result(0, "", "", run.folder / "run")
     assert result.column("step") == [1, 2, 3] and result.files == FILES
@@ -187,7 +179,7 @@ def piped(run, **flags):
 
 def test_a_reader_that_goes_away_does_not_end_a_run(run):
     process = piped(run, steps=300)
-    assert process.wait(60) == 0 and process.stderr.read() == ""
+    assert process.wait(HANG) == 0 and process.stderr.read() == ""
     result = Result(0, "", "", run.folder / "run")
     assert len(result.metrics) == 300 and "model.safetensors" in result.files
 
@@ -195,9 +187,9 @@ def test_a_reader_that_goes_away_does_not_end_a_run(run):
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_without_a_reader_can_be_interrupted_and_saves_a_checkpoint(run, sent):
     process = piped(run, steps="30M", schedule="constant")
-    wait_for(lambda: lines_of(run) >= 3, process)
+    wait_until(lambda: lines_of(run) >= 3, process)
     process.send_signal(sent)
-    assert process.wait(60) == 130
+    assert process.wait(HANG) == 130
     assert len(list((run.folder / "run" / "checkpoints").iterdir())) == 1
 
 
@@ -208,26 +200,26 @@ def test_an_interrupt_that_ends_tee_first_leaves_a_checkpoint(run):
                              cwd=run.folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                              start_new_session=True)
     run.started.append(shell)
-    wait_for(lambda: lines_of(run) >= 3, shell)
+    wait_until(lambda: lines_of(run) >= 3, shell)
     children = pathlib.Path(f"/proc/{shell.pid}/task/{shell.pid}/children").read_text().split()
     (tee,) = (int(child) for child in children if pathlib.Path(f"/proc/{child}/comm").read_text() == "tee\n")
     os.kill(tee, signal.SIGINT)
-    wait_for(lambda: not pathlib.Path(f"/proc/{tee}").exists(), shell)
+    wait_until(lambda: not pathlib.Path(f"/proc/{tee}").exists(), shell)
     steps = lines_of(run)
-    wait_for(lambda: lines_of(run) > steps + 20, shell)
+    wait_until(lambda: lines_of(run) > steps + 20, shell)
     os.killpg(shell.pid, signal.SIGINT)
-    _, err = shell.communicate(timeout=60)
+    _, err = ended(shell)
     assert (run.folder / "code").read_text() == "130\n", err
     (checkpoint,) = (run.folder / "run" / "checkpoints").iterdir()
     assert checkpoint.name.split("-")[1] == f"{lines_of(run):08}"
 
 
-def test_a_comparison_whose_reader_goes_away_ends_as_ever(run):
+def test_a_comparison_whose_reader_goes_away_ends_normally(run):
     process = subprocess.Popen(command("compare", run, samples=32, seeds=1), cwd=run.folder, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE)
     process.stdout.close()
     process.stderr.close()
-    assert process.wait(120) == 0
+    assert process.wait(HANG) == 0
 
 
 def test_everything_is_printed_through_one_function():
@@ -239,15 +231,16 @@ def test_everything_is_printed_through_one_function():
 # A terminal
 
 @pytest.fixture
-def terminal(run):
+def terminal(run, gate):
     """Train on a terminal of so many columns: the exit code and what came."""
+    gate.pace()
 
     def train(columns, **flags):
         ours, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         words = words_of({"data": run.data.text} | TEXT | OF_COMMAND["train"] | flags)
         process = subprocess.Popen([COMMAND, "train", *words], cwd=run.folder, stdin=theirs, stdout=theirs,
-                                   stderr=theirs)
+                                   stderr=theirs, env=gate.environment)
         os.close(theirs)
         seen = b""
         try:
@@ -256,7 +249,7 @@ def terminal(run):
         except OSError:  # the other end is closed
             pass
         os.close(ours)
-        return process.wait(60), seen.decode().replace("\r\n", "\n")
+        return process.wait(HANG), seen.decode().replace("\r\n", "\n")
 
     return train
 
@@ -267,7 +260,7 @@ def drawn(seen):
 
 
 @pytest.mark.parametrize("columns", [40, 120])
-def test_a_terminal_gets_one_line_that_is_drawn_again(terminal, columns):
+def test_a_terminal_gets_one_line_that_is_redrawn(terminal, columns):
     code, seen = terminal(columns, steps=1500, micro_batch=8)
     assert code == 0
     shown = [text for text in drawn(seen) if "%" in text]
@@ -313,7 +306,7 @@ def test_the_document_of_a_run_is_what_its_metrics_say(run):
     assert told["peak_bytes"] == max(result.column("peak_bytes")) <= told["budget_bytes"] == 64 * 2**20
 
 
-def test_an_error_leaves_the_document_away(run):
+def test_an_error_prints_no_document(run):
     run.text("plan", json=True, batch=0).refused(2, "--batch")
 
 

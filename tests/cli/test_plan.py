@@ -1,4 +1,4 @@
-"""What `plan` shows is measured, consistent, and what `train` does."""
+"""The output of `plan` is measured, consistent, and matches what `train` does."""
 
 import math
 import re
@@ -9,8 +9,8 @@ from conftest import chosen_of
 
 
 @pytest.fixture(scope="module")
-def plan(shared_run):
-    return shared_run.text("plan", batch=64, memory="3MiB", json=True).ok().document
+def plan(shared_paced):
+    return shared_paced.text("plan", batch=64, memory="3MiB", json=True).ok().document
 
 
 def test_the_document_has_the_choice_and_every_candidate(plan):
@@ -25,7 +25,7 @@ def peak_of(candidate):
     return candidate["measured_peak_bytes"] or candidate["predicted_peak_bytes"]
 
 
-def test_candidates_are_told_to_fit_exactly_when_they_do(plan):
+def test_candidates_are_reported_to_fit_exactly_when_they_do(plan):
     assert {each["fits"] for each in plan["candidates"]} == {True, False}
     for each in plan["candidates"]:
         assert each["fits"] == (peak_of(each) <= plan["budget_bytes"])
@@ -64,13 +64,13 @@ def test_the_table_marks_one_row(run):
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_train_uses_what_plan_chose(run, size):
-    # A budget in which this size fits, but one larger does not. Two at once are nearly twice as fast as one by one.
-    rows = run.text("plan", batch=64, memory="2MiB", json=True).ok().document["candidates"]
+def test_train_uses_what_plan_chose(paced, size):
+    # A budget in which this size fits, but one larger does not. Two at once are twice as fast as one by one.
+    rows = paced.text("plan", batch=64, memory="2MiB", json=True).ok().document["candidates"]
     peaks = {each["micro_batch"]: each["measured_peak_bytes"] for each in rows}
     budget = f"{int(peaks[size] + 0.25 * (peaks[2] - peaks[1]))}B"
-    chosen = run.text("plan", batch=64, memory=budget, json=True).ok().document["micro_batch"]
-    trained = run.text("train", batch=64, memory=budget, json=True).ok()
+    chosen = paced.text("plan", batch=64, memory=budget, json=True).ok().document["micro_batch"]
+    trained = paced.text("train", batch=64, memory=budget, json=True).ok()
     assert chosen == trained.document["micro_batch"] == size
     assert set(trained.column("micro_batch")) == {size}
 
@@ -89,7 +89,7 @@ def test_images_can_be_planned(run):
     assert document["model"] == "resnet" and 1 <= document["micro_batch"] < 32
 
 
-def test_without_a_budget_the_free_memory_of_the_machine_is_taken(run):
+def test_without_a_budget_the_free_memory_of_the_machine_is_used(run):
     with open("/proc/meminfo") as file:
         total = int(next(line for line in file if line.startswith("MemTotal")).split()[1]) * 1024
     assert 0 < run.text("plan", memory=None, json=True).ok().document["budget_bytes"] < total
@@ -100,7 +100,7 @@ def test_planning_writes_nothing(run):
     assert list(run.folder.iterdir()) == []
 
 
-def test_the_peak_is_told_by_phase_and_by_part(run):
+def test_the_peak_is_reported_by_phase_and_by_part(run):
     document = run.text("plan", json=True).ok().document
     chosen = chosen_of(document)
     assert list(chosen["parts"]) == ["parameters", "gradients", "optimizer_state", "activations", "other"]

@@ -1,4 +1,4 @@
-"""The learning rate follows the batch by the rule that was asked for, and the command says what it did."""
+"""The learning rate is scaled with the batch by the requested rule, and the command reports the result."""
 
 import pytest
 
@@ -7,26 +7,26 @@ def rates(result):
     return result.ok().column("learning_rate")
 
 
-def test_the_rate_is_the_rules_for_the_batch(run):
+def test_the_rate_is_scaled_by_the_rule(run):
     for rule, factor in [("linear", 4), ("sqrt", 2), ("adam-sde", 2), ("beta2-time", 1), ("none", 1)]:
         result = run.text("train", batch=8, reference_batch=2, lr=0.003, lr_rule=rule, schedule="constant", run=rule)
         assert rates(result) == pytest.approx([0.003 * factor] * 2)
         assert (f"rate 0.003 at batch 2 is {0.003 * factor:g} at 8 ({rule})" in result.stdout) is (rule != "none")
 
 
-def test_without_a_rule_it_is_the_optimizers_usual_one(run):
+def test_without_a_rule_the_optimizers_default_applies(run):
     assert rates(run.text("train", reference_batch=2, lr=0.01, schedule="constant", run="a"))[0] == pytest.approx(0.02)
     sgd = run.text("train", reference_batch=2, lr=0.01, schedule="constant", optimizer="sgd", run="b")
     assert rates(sgd)[0] == pytest.approx(0.04)
 
 
-def test_without_a_reference_batch_the_rate_is_taken_as_it_is(run):
+def test_without_a_reference_batch_the_rate_is_not_scaled(run):
     result = run.text("train", lr=0.01, schedule="constant")
     assert rates(result)[0] == pytest.approx(0.01)
     assert "rule" not in result.stdout
 
 
-def test_the_rate_at_the_end_follows_too(run):
+def test_the_final_rate_is_scaled_too(run):
     result = run.text("train", steps=5, reference_batch=2, lr=0.01, final_lr=0.001, schedule="linear", lr_rule="linear")
     # The last step begins at four fifths of the way.
     assert rates(result)[-1] == pytest.approx(4 * (0.01 - 0.8 * 0.009))
@@ -57,7 +57,7 @@ def test_json_says_rule_and_rate(run):
     assert run.text("train", lr=0.003, json=True, run="other").ok().document["lr_rule"] == "none"
 
 
-def test_every_strategy_that_is_compared_has_the_rate_of_its_batch(run):
+def test_every_compared_strategy_has_the_rate_of_its_batch(run):
     plain = run.text("compare", micro_batch=2, samples=32, json=True).ok().document["strategies"]
     scaled = run.text("compare", micro_batch=2, samples=32, json=True, reference_batch=2, lr_rule="linear")
     strategies = scaled.ok().document["strategies"]
@@ -75,7 +75,7 @@ def test_every_strategy_that_is_compared_has_the_rate_of_its_batch(run):
     ({"lr_rule": "adam-sde", "reference_batch": 1, "batch": 16}, ["--lr-rule", "adam-sde has no beta1"]),
     ({"lr_rule": "beta2-time", "reference_batch": 2, "optimizer": "sgd"}, ["--lr-rule", "Adam's constants"]),
 ])
-def test_what_has_no_answer_is_refused_before_anything_is_made(run, flags, words):
+def test_an_undefined_rule_is_refused_before_anything_is_written(run, flags, words):
     result = run.text("train", **flags)
     result.refused(2, *words)
     assert not result.folder.exists()

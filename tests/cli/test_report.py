@@ -1,4 +1,4 @@
-"""The page of a run, looked at in a real browser, and its events, read by TensorBoard itself."""
+"""The page of a run, opened in a real browser, and its events, read by TensorBoard itself."""
 
 import json
 import math
@@ -9,6 +9,7 @@ import subprocess
 
 import pytest
 
+from gate import HANG
 from test_guard import CLIMB
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -54,7 +55,7 @@ def look(folder, tmp_path, size, *flags):
     done = subprocess.run(
         [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
          f"--user-data-dir={tmp_path}/profile", f"--window-size={size}", "--enable-logging=stderr", "--dump-dom", *flags,
-         f"file://{page}"], capture_output=True, text=True, timeout=120)
+         f"file://{page}"], capture_output=True, text=True, timeout=HANG)
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     told = re.search(r'data-told="([^"]*)"', done.stdout)
     assert told, done.stderr[-2000:]
@@ -79,7 +80,7 @@ def test_it_is_dark_where_the_reader_is_and_can_be_switched(trained, tmp_path):
     assert (dark["theme"], dark["other"]) == ("dark", "light")
 
 
-def test_what_the_guard_did_is_told_with_its_reasons(stopped, tmp_path):
+def test_the_actions_of_the_guard_are_shown_with_their_reasons(stopped, tmp_path):
     _, console, dom = look(stopped.folder, tmp_path, "1280,900")
     assert console == [] and "Stopped by the guard: the run diverged at step" in dom
     for line in stopped.metrics:
@@ -87,15 +88,15 @@ def test_what_the_guard_did_is_told_with_its_reasons(stopped, tmp_path):
             assert f"<td>{line['step']}</td><td>refused</td>" in dom and line["reason"] in dom
 
 
-def test_what_the_noise_says_of_the_batch_is_told(trained, tmp_path):
+def test_the_report_shows_which_batches_the_noise_suggests(trained, tmp_path):
     noise = trained.metrics[-1]["noise_batch"]
     _, _, dom = look(trained.folder, tmp_path, "1280,900")
-    assert ("What the noise says of the batch" in dom) == (noise is not None)
+    assert ("Batch sizes that the noise suggests" in dom) == (noise is not None)
     if noise is not None:
         assert f"<td>{math.ceil(10 * noise):,} or more</td>" in dom
 
 
-def test_a_report_written_again_tells_what_the_first_one_told(run, stopped, tmp_path):
+def test_a_rewritten_report_has_the_same_content(run, stopped, tmp_path):
     folder = shutil.copytree(stopped.folder, run.folder / "copy")
     (folder / "report.html").unlink()
     run("report", "copy").ok()
@@ -105,7 +106,7 @@ def test_a_report_written_again_tells_what_the_first_one_told(run, stopped, tmp_
     run("report", "copy").refused(5, "summary.json")
 
 
-def test_the_page_is_whole_in_itself(trained):
+def test_the_page_is_self_contained(trained):
     page = (trained.folder / "report.html").read_text()
     assert not re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?\s*(?:https?:)?//""", page)
     assert "{{" not in re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
@@ -118,7 +119,7 @@ def test_report_writes_the_page_of_a_run_again(run, trained):
     assert "copy/report.html" in result.stdout and (folder / "report.html").stat().st_size > 50_000
 
 
-def test_a_log_that_ends_in_the_midst_of_a_line_is_reported_without_it(run, trained):
+def test_an_incomplete_last_line_of_the_log_is_ignored(run, trained):
     folder = shutil.copytree(trained.folder, run.folder / "copy")
     log = folder / "metrics.jsonl"
     log.write_text(log.read_text()[:-40])
@@ -129,11 +130,11 @@ def test_a_log_that_ends_in_the_midst_of_a_line_is_reported_without_it(run, trai
 
 
 @pytest.mark.parametrize("change, words", [
-    (None, ["is no run"]), (lambda text: "", ["no step"]), (lambda text: "x\n" + text, ["line 1"]),
-    (lambda text: text[:50], ["no step"]), (lambda text: text.replace('"loss":', '"lost":'), ["line 1"]),
+    (None, ["is not a run"]), (lambda text: "", ["no steps"]), (lambda text: "x\n" + text, ["line 1"]),
+    (lambda text: text[:50], ["no steps"]), (lambda text: text.replace('"loss":', '"lost":'), ["line 1"]),
     (lambda text: text.replace('"step":1,', '"step":1e99,'), ["line 1"]),
 ], ids=["no log", "empty", "no json", "half a line", "another key", "too large"])
-def test_a_folder_that_is_no_run_is_bad_data(run, trained, change, words):
+def test_a_folder_that_is_not_a_run_is_bad_data(run, trained, change, words):
     folder = run.folder / "other"
     folder.mkdir()
     if change:
@@ -142,7 +143,7 @@ def test_a_folder_that_is_no_run_is_bad_data(run, trained, change, words):
     assert not (folder / "report.html").exists()
 
 
-def test_a_run_that_is_not_there_is_bad_data(run, data):
+def test_a_missing_run_is_bad_data(run, data):
     run("report", "nowhere").refused(5, "nowhere")
     run("report", data.text).refused(5, data.text.name)
     run("report").refused(2, "run")
@@ -162,7 +163,7 @@ def test_names_and_reasons_cannot_break_out_of_the_page(run, trained):
 
 def test_tensorboard_reads_the_events(trained):
     python = ROOT / ".venv-test" / "bin" / "python"
-    done = subprocess.run([python, "-c", READ_EVENTS, trained.folder], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([python, "-c", READ_EVENTS, trained.folder], capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr[-2000:]
     read = json.loads(done.stdout)
     for tag, key in (("train/loss", "loss"), ("train/gradient_norm", "gradient_norm"), ("train/batch", "batch"),

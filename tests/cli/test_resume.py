@@ -1,22 +1,20 @@
-"""A run goes on from its last checkpoint as if it had never been stopped."""
+"""A run resumes from its last checkpoint as if it had never been interrupted."""
 
 import json
 import re
 import shutil
 import signal
 import struct
-import time
 import tomllib
 
 import pytest
 
-from conftest import TEXT, weights_file, words_of
+from conftest import TEXT, lines_of, stop_in_a_batch, weights_file, words_of
 from resuming import (  # noqa: F401
     JOBS, OFTEN, assert_same, at_once, checkpoints_of, contents, cut, killed, long_steps, resume, told_of, train, whole)
 from test_guard import CLIMB
-from test_interrupt import lines_of, wait_for
 
-# It goes on as if nothing had been
+# It resumes as if nothing had happened
 
 @pytest.mark.parametrize("job", JOBS)
 def test_a_resumed_run_is_bit_for_bit_the_one_that_was_never_stopped(run, resume, job):
@@ -33,7 +31,7 @@ def job_words(run, **flags):
     return words_of({"data": run.data.text} | TEXT | {"memory": at_once(run, "text", **flags)} | flags)
 
 
-def test_a_run_that_is_made_longer_and_longer_is_the_long_one(run, resume):
+def test_a_run_that_is_extended_repeatedly_equals_the_long_run(run, resume):
     reference = train(run, "reference", schedule="constant").ok()
     flags = {"schedule": "constant", "memory": at_once(run, "text", micro_batch=3, dropout=0.1)}
     for steps, before in ((3, None), (5, 3), (12, 5)):
@@ -42,12 +40,12 @@ def test_a_run_that_is_made_longer_and_longer_is_the_long_one(run, resume):
     assert_same(result, reference)
 
 
-def test_it_says_from_where_it_goes_on(killed, resume):
+def test_it_says_from_where_it_resumes(killed, resume):
     result = resume().ok()
     assert told_of(result) == ("from step 8", []) and result.stderr == ""
 
 
-def test_the_document_tells_from_where_it_was_resumed(run, killed, resume):
+def test_the_document_says_from_where_it_was_resumed(run, killed, resume):
     assert resume("--json").ok().document["resumed_from"] == 8
     assert run.text("train", run="another", json=True).ok().document["resumed_from"] is None
 
@@ -65,13 +63,13 @@ def test_a_folder_may_be_moved_and_resumed_from_elsewhere(run, data, killed, who
     assert_same(elsewhere.in_folder("moved", ["train", "--run", "moved", "--resume"]).ok(), whole)
 
 
-def test_the_log_is_cut_back_to_the_checkpoint(killed, resume, whole):
+def test_the_log_is_truncated_at_the_checkpoint(killed, resume, whole):
     log = killed / "metrics.jsonl"
-    log.write_text(log.read_text()[:-40])  # in the midst of a line
+    log.write_text(log.read_text()[:-40])  # in the middle of a line
     assert_same(resume().ok(), whole)
 
 
-def test_what_the_log_lacks_of_before_the_checkpoint_is_said(killed, resume, whole):
+def test_missing_lines_before_the_checkpoint_are_reported(killed, resume, whole):
     """A disk was full, and the run was killed before it could write what was missing."""
     log = killed / "metrics.jsonl"
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:5]))
@@ -81,7 +79,7 @@ def test_what_the_log_lacks_of_before_the_checkpoint_is_said(killed, resume, who
 
 
 @pytest.mark.parametrize("place", [3, 100], ids=["at its beginning", "in its midst"])
-def test_a_damaged_line_of_the_log_is_dropped_and_no_other(killed, resume, whole, place):
+def test_only_a_corrupted_line_of_the_log_is_dropped(killed, resume, whole, place):
     log = killed / "metrics.jsonl"
     lines = log.read_bytes().splitlines(keepends=True)
     lines[4] = lines[4][:place] + b"\xff" + lines[4][place + 1 :]
@@ -99,41 +97,35 @@ def test_a_damaged_line_of_the_log_is_dropped_and_no_other(killed, resume, whole
 # From inside a batch
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_was_stopped_inside_a_batch_is_the_same_too(run, resume, long_steps, sent):
+def test_a_run_that_was_stopped_inside_a_batch_is_the_same_too(run, gate, resume, long_steps, sent):
     reference = run.text("train", run="reference", **long_steps).ok()
-    process = run.start("train", **long_steps)
-    wait_for(lambda: lines_of(run) >= 1, process)
-    time.sleep(0.4 * reference.metrics[1]["step_seconds"])
-    process.send_signal(sent)
-    process.communicate(timeout=60)
-    assert process.returncode == 130
-    steps, samples = map(int, re.fullmatch(r"step-(\d{8})-(\d+)", checkpoints_of(run.folder / "run")[-1].name).groups())
-    assert 1 <= steps == lines_of(run) and 0 < samples < 512 and samples % 3 == 0
+    stop_in_a_batch(run, gate, sent, after_steps=1, micro_batches=10, **long_steps)
+    assert checkpoints_of(run.folder / "run")[-1].name == "step-00000001-30" and lines_of(run) == 1
     result = resume("--json").ok()
-    assert result.document["resumed_from"] == steps
+    assert result.document["resumed_from"] == 1
     assert_same(result, reference)
 
 
-# The same command line, first and ever after
+# The same command line for the first and every later launch
 
 @pytest.mark.parametrize("folder", ["missing", "empty", "no checkpoint yet"])
-def test_without_a_checkpoint_it_begins_from_the_start_and_says_so(run, resume, whole, folder):
+def test_without_a_checkpoint_it_starts_from_the_beginning_and_says_so(run, resume, whole, folder):
     if folder == "empty":
         (run.folder / "run").mkdir()
     if folder == "no checkpoint yet":
         shutil.rmtree(cut(whole.folder, run.folder / "run", log=2) / "checkpoints")
     result = resume(*job_words(run)).ok()
-    assert re.fullmatch(r"no checkpoint in run yet: starts from the beginning", told_of(result)[0])
+    assert re.fullmatch(r"no checkpoint in run yet: starting from the beginning", told_of(result)[0])
     assert_same(result, whole)
 
 
-def test_without_a_checkpoint_and_without_data_both_are_missed(resume):
+def test_without_a_checkpoint_and_data_both_are_named_as_missing(resume):
     resume().refused(2, "--run run", "no checkpoint", "--data")
 
 
 @pytest.mark.parametrize("put", [lambda place: place.symlink_to("nowhere"), lambda place: place.write_text("in the way")],
                          ids=["a link that leads nowhere", "a file"])
-def test_checkpoints_that_cannot_be_read_are_not_taken_for_none(killed, run, resume, put):
+def test_unreadable_checkpoints_are_not_ignored(killed, run, resume, put):
     words = job_words(run)
     shutil.rmtree(killed / "checkpoints")
     put(killed / "checkpoints")
@@ -142,7 +134,7 @@ def test_checkpoints_that_cannot_be_read_are_not_taken_for_none(killed, run, res
     assert contents(killed) == before and (killed / "checkpoints").lstat()
 
 
-def test_a_run_that_came_to_its_end_without_checkpoints_is_not_begun_anew(run, resume):
+def test_a_finished_run_without_checkpoints_is_not_started_again(run, resume):
     result = run.text("train", no_checkpoints=True).ok()
     before = contents(result.folder)
     for words in ([], words_of({"data": run.data.text} | TEXT)):
@@ -161,7 +153,7 @@ def test_a_checkpoint_that_was_being_written_does_not_count(run, resume, whole):
     assert [entry.name for entry in checkpoints_of(folder)] == [f"step-{step:08}" for step in (4, 8, 12)]
 
 
-def test_the_same_command_line_goes_on_without_a_word_about_differences(killed, run, resume, whole):
+def test_the_same_command_line_resumes_without_reporting_differences(killed, run, resume, whole):
     result = resume(*job_words(run)).ok()
     assert told_of(result) == ("from step 8", []) and result.stderr == ""
     assert_same(result, whole)
@@ -188,7 +180,7 @@ def test_what_was_measured_at_first_is_not_measured_again(run, resume):
     flags = {"dropout": 0.1, "batch": 16, "memory": None}
     words = words_of({"data": run.data.text} | TEXT | flags)
     first = resume(*words, "--steps", "12", "--schedule", "constant").ok()
-    held = bytearray(2**28)  # memory that is not free any more
+    held = bytearray(2**28)  # memory that is no longer free
     result = resume(*words, "--steps", "24", "--schedule", "constant").ok()
     assert held is not None and told_of(result) == ("from step 12", ["steps was 12, is 24"])
     assert len(set(result.column("micro_batch"))) == 1
@@ -197,13 +189,13 @@ def test_what_was_measured_at_first_is_not_measured_again(run, resume):
     assert weights_file(result) == weights_file(whole)
 
 
-def test_a_configuration_file_beside_it_counts_as_flags(killed, run, resume, whole):
+def test_a_configuration_file_counts_as_flags(killed, run, resume, whole):
     assert_same(resume("--config", whole.folder / "config.toml").ok(), whole)
 
 
 # Runs that are done
 
-def test_resuming_a_run_that_is_done_writes_what_it_gives_and_says_so(run, whole, resume):
+def test_resuming_a_complete_run_writes_its_results_and_says_so(run, whole, resume):
     folder = shutil.copytree(whole.folder, run.folder / "run")
     for name in ("model.safetensors", "report.html", "summary.json"):
         (folder / name).unlink()
@@ -214,7 +206,7 @@ def test_resuming_a_run_that_is_done_writes_what_it_gives_and_says_so(run, whole
     assert result.document["held_out_loss"] == json.loads((whole.folder / "summary.json").read_text())["held_out_loss"]
 
 
-def test_a_run_that_is_done_goes_on_with_a_larger_length(run, resume):
+def test_a_complete_run_continues_with_a_larger_length(run, resume):
     longer = train(run, "longer", schedule="constant", steps=20).ok()
     train(run, "run", schedule="constant").ok()
     result = resume("--steps", "20").ok()
@@ -222,17 +214,17 @@ def test_a_run_that_is_done_goes_on_with_a_larger_length(run, resume):
     assert tomllib.loads((result.folder / "config.toml").read_text())["steps"] == 20
 
 
-def test_with_a_length_that_is_behind_already_it_is_done(run, whole, resume):
+def test_a_run_beyond_the_new_length_is_complete(run, whole, resume):
     folder = shutil.copytree(whole.folder, run.folder / "run")
     (folder / "model.safetensors").unlink()
     result = resume("--steps", "5").ok()
-    assert told_of(result) == ("from step 12, the last one: to continue, give a greater length", ["steps was 12, is 5"])
+    assert told_of(result) == ("from step 12, the last one: to train further, give a greater length", ["steps was 12, is 5"])
     assert weights_file(result) == weights_file(whole) and result.column("step") == list(range(1, 13))
 
 
 # What else is in the folder
 
-def test_the_configuration_is_that_of_the_resumed_run_and_gives_it_again(run, killed, whole, resume):
+def test_the_configuration_is_that_of_the_resumed_run_and_repeats_it(run, killed, whole, resume):
     before = (whole.folder / "config.toml").read_text()
     resume().ok()
     assert (killed / "config.toml").read_text() == before and "resume" not in before
@@ -240,7 +232,7 @@ def test_the_configuration_is_that_of_the_resumed_run_and_gives_it_again(run, ki
     assert_same(again, whole)
 
 
-def test_the_configuration_has_the_flags_given_beside_resume(killed, resume):
+def test_the_configuration_has_the_flags_given_with_resume(killed, resume):
     resume("--lr", "0.002", "--steps", "14").ok()
     written = tomllib.loads((killed / "config.toml").read_text())
     assert (written["lr"], written["steps"], written["batch"], written["micro-batch"]) == (0.002, 14, 8, 3)
@@ -317,15 +309,15 @@ def test_every_process_has_a_file_of_events_and_every_step_is_drawn_once(killed,
 
 # Guard
 
-def test_a_run_that_went_back_goes_back_to_the_same_where_it_is_resumed(run, resume):
+def test_a_resumed_run_rolls_back_at_the_same_steps_as_the_uninterrupted_one(run, resume):
     flags = CLIMB | {"lr": 4.8, "warmup": "240 steps", "steps": 240, "restores": 20, "checkpoint_every": "30 steps", "keep": 9}
     reference = run.text("train", run="reference", **flags).ok()
-    assert sum(line["went_back_to"] is not None for line in reference.metrics) >= 2
-    places = [(line["step"], line["went_back_to"]) for line in reference.metrics if line["went_back_to"] is not None]
+    assert sum(line["rolled_back_to"] is not None for line in reference.metrics) >= 2
+    places = [(line["step"], line["rolled_back_to"]) for line in reference.metrics if line["rolled_back_to"] is not None]
     for after in (90, 120, 150):
         shutil.rmtree(run.folder / "run", ignore_errors=True)
         cut(reference.folder, run.folder / "run", after, log=after + 5)
         result = resume("--json").ok()
-        assert [(line["step"], line["went_back_to"]) for line in result.metrics if line["went_back_to"] is not None] == places
+        assert [(line["step"], line["rolled_back_to"]) for line in result.metrics if line["rolled_back_to"] is not None] == places
         assert result.document["restores"] == len(places)
         assert_same(result, reference)

@@ -1,23 +1,21 @@
-"""Resumed with something else than before: what is noted, what is refused, what begins anew."""
+"""Resumed with changed settings: what is reported, what is refused, what starts again."""
 
 import re
 import shutil
 import signal
-import time
 import tomllib
 
 import pytest
 
-from conftest import weights_file
+from conftest import stop_in_a_batch, weights_file
 from resuming import (  # noqa: F401
     assert_same, checkpoints_of, contents, cut, killed, long_steps, resume, told_of, train, whole)
-from test_interrupt import lines_of, wait_for
 
-# What may be another, with a note
+# What may change, with a note
 
 @pytest.mark.parametrize("words", [["--micro-batch", "2"], ["--memory", "32MiB"], ["--threads", "2"]],
                          ids=lambda words: words[0][2:])
-def test_another_cut_budget_or_number_of_threads_keeps_the_batch_and_says_that_bits_may_differ(killed, resume, whole, words):
+def test_another_split_budget_or_number_of_threads_keeps_the_batch_and_says_that_bits_may_differ(killed, resume, whole, words):
     result = resume(*words).ok()
     notes = told_of(result)[1]
     assert notes and all("bits may differ" in note for note in notes)
@@ -32,7 +30,7 @@ def test_another_cut_budget_or_number_of_threads_keeps_the_batch_and_says_that_b
         assert result.column("micro_batch") == [3] * 8 + [2] * 4
 
 
-def test_another_cut_gives_the_same_updates_where_nothing_is_drawn(run, resume):
+def test_another_split_gives_the_same_updates_without_random_draws(run, resume):
     reference = train(run, "reference", dropout=0).ok()
     cut(reference.folder, run.folder / "run")
     result = resume("--micro-batch", "1").ok()
@@ -40,15 +38,11 @@ def test_another_cut_gives_the_same_updates_where_nothing_is_drawn(run, resume):
     assert result.column("loss") == pytest.approx(reference.column("loss"), rel=1e-4)
 
 
-def test_a_run_that_was_stopped_inside_a_batch_may_go_on_in_another_cut(run, resume, long_steps):
+def test_a_run_interrupted_inside_a_batch_may_resume_with_another_split(run, gate, resume, long_steps):
     flags = long_steps | {"dropout": 0, "noise_every": 0}
     reference = run.text("train", run="reference", **flags).ok()
-    process = run.start("train", **flags)
-    wait_for(lambda: lines_of(run) >= 1, process)
-    time.sleep(0.4 * reference.metrics[1]["step_seconds"])
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert checkpoints_of(run.folder / "run")[-1].name.count("-") == 2
+    stop_in_a_batch(run, gate, signal.SIGTERM, after_steps=1, micro_batches=10, **flags)
+    assert checkpoints_of(run.folder / "run")[-1].name == "step-00000001-30"
     result = resume("--micro-batch", "5").ok()
     assert result.column("samples") == reference.column("samples") and result.column("weight") == reference.column("weight")
     assert result.column("loss") == pytest.approx(reference.column("loss"), rel=1e-4)
@@ -71,13 +65,13 @@ def test_another_length_or_rate_is_noted(killed, resume, whole, words, said):
 
 @pytest.mark.parametrize("words", [["--steps", "24"], ["--lr", "0.002"], ["--schedule", "constant"],
                                    ["--warmup", "10 steps"]], ids=lambda words: words[0][2:])
-def test_from_which_rate_to_which_it_goes_is_said(killed, resume, words):
+def test_a_change_of_the_rate_is_reported(killed, resume, words):
     result = resume(*words).ok()
     before, after = result.column("learning_rate")[7:9]
     assert told_of(result)[1][-1] == f"the learning rate goes from {before:.4g} to {after:.4g}"
 
 
-def test_a_rate_that_stays_is_not_said(run, resume):
+def test_an_unchanged_rate_is_not_reported(run, resume):
     run.text("train", steps=4, micro_batch=4, schedule="constant").ok()
     assert told_of(resume("--steps", "6").ok()) == ("from step 4", ["steps was 4, is 6"])
 
@@ -86,7 +80,7 @@ def test_a_rate_that_stays_is_not_said(run, resume):
     ({"schedule": "cosine"}, "constant", "final-lr"), ({"schedule": "wsd", "decay": "3 steps"}, "linear", "decay"),
     ({"schedule": "polynomial", "power": 3}, "cosine", "power"),
 ], ids=lambda value: value if isinstance(value, str) else value["schedule"])
-def test_what_was_of_the_schedule_before_is_left_out_with_another(run, resume, was, now, gone):
+def test_settings_of_a_replaced_schedule_are_dropped(run, resume, was, now, gone):
     run.text("train", steps=4, micro_batch=4, **was).ok()
     result = resume("--schedule", now, "--steps", "6").ok()
     assert f"schedule was {was['schedule']}, is {now}" in told_of(result)[1]
@@ -110,7 +104,7 @@ def test_the_same_data_at_another_path_is_the_same_data(killed, run, data, resum
     assert tomllib.loads((killed / "config.toml").read_text())["data"] == str(moved)
 
 
-def test_data_that_is_gone_is_named(run, data, resume):
+def test_missing_data_at_resume_is_named(run, data, resume):
     moving = run.folder / "moving.txt"
     moving.write_bytes(data.text.read_bytes())
     reference = train(run, "reference", data=moving).ok()
@@ -120,7 +114,7 @@ def test_data_that_is_gone_is_named(run, data, resume):
     assert_same(resume("--data", "moved.txt").ok(), reference)
 
 
-# What is another run
+# What makes a different run
 
 # A batch of 2 is below the recorded micro-batch.
 OTHERS = [("width", 32, 48), ("layers", 1, 2), ("length", 16, 8), ("dropout", 0.1, 0.2), ("batch", 8, 16), ("batch", 8, 2),
@@ -134,7 +128,7 @@ def test_another_model_batch_optimizer_or_seed_is_refused(killed, resume, flag, 
     assert contents(killed) == before
 
 
-def test_another_optimizer_is_refused_though_the_one_before_had_settings_of_its_own(run, resume):
+def test_another_optimizer_is_refused_although_the_previous_one_had_its_own_settings(run, resume):
     result = run.text("train", optimizer="sgd", momentum=0.8, nesterov=True, micro_batch=4).ok()
     before = contents(result.folder)
     resume("--optimizer", "adamw").refused(2, "optimizer was sgd, is adamw", "--resume-changed")
@@ -176,23 +170,23 @@ def test_another_batch_schedule_is_refused(run, resume):
 
 @pytest.mark.parametrize("words", [["--batch", "16"], ["--seed", "2"], ["--data", "other.txt"], ["--dropout", "0.2"]],
                          ids=lambda words: words[0][2:])
-def test_resume_changed_takes_it_all_the_same_and_says_what(killed, run, resume, whole, words):
+def test_resume_changed_accepts_differences_and_reports_them(killed, run, resume, whole, words):
     (run.folder / "other.txt").write_bytes(b"to be or not to be, that is the question " * 100)
     result = resume(*words, "--resume-changed").ok()
-    assert any(re.match(rf"(the )?{words[0][2:]} was .*: another run from here on", note) for note in told_of(result)[1])
+    assert any(re.match(rf"(the )?{words[0][2:]} was .*: a different run from here on", note) for note in told_of(result)[1])
     assert result.column("step") == list(range(1, 13)) and result.column("loss")[:8] == whole.column("loss")[:8]
     assert result.column("loss")[8:] != whole.column("loss")[8:]
     assert result.column("batch")[8:] == [16 if words[0] == "--batch" else 8] * 4
 
 
-def test_weights_of_another_size_cannot_be_taken(killed, resume):
+def test_weights_of_another_size_are_refused(killed, resume):
     before = contents(killed)
     resume("--width", "16", "--resume-changed").refused(5, "the checkpoint of step 8: parameter blocks.0.", "[32]", "[16]")
     assert contents(killed) == before
 
 
 @pytest.mark.parametrize("was, now", [("batch", "group"), ("group", "batch")])
-def test_weights_of_another_norm_cannot_be_taken(run, resume, was, now):
+def test_weights_of_another_norm_are_refused(run, resume, was, now):
     result = run.images("train", norm=was, micro_batch=4).ok()
     before = contents(result.folder)
     resume("--norm", now, "--resume-changed").refused(5, "norm1.")
@@ -200,15 +194,15 @@ def test_weights_of_another_norm_cannot_be_taken(run, resume, was, now):
 
 
 @pytest.mark.parametrize("was, now", [("adamw", "sgd"), ("sgd", "adamw")])
-def test_another_optimizer_takes_the_weights_and_begins_with_a_state_of_its_own(run, resume, was, now):
+def test_another_optimizer_keeps_the_weights_and_starts_with_new_state(run, resume, was, now):
     # Two snapshots of the guard have the state of the other optimizer, too.
     run.text("train", optimizer=was, micro_batch=4, steps=40).ok()
     shutil.copytree(run.folder / "run", run.folder / "same")
     same = run.in_folder("same", ["train", "--run", "same", "--resume", "--steps", "44"]).ok()
     result = resume("--optimizer", now, "--resume-changed", "--steps", "44").ok()
     notes = told_of(result)[1]
-    assert f"optimizer was {was}, is {now}: another run from here on" in notes
-    assert any("optimizer" in note and re.search("anew|afresh|beg[iu]n|start", note) for note in notes), notes
+    assert f"optimizer was {was}, is {now}: a different run from here on" in notes
+    assert any("the optimizer starts with new state" in note for note in notes), notes
     # The loss of step 41 is that of the weights of step 40.
     assert result.column("loss")[:41] == same.column("loss")[:41] and result.column("loss")[41:] != same.column("loss")[41:]
     first, notes = told_of(resume("--steps", "46").ok())

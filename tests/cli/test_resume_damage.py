@@ -1,4 +1,4 @@
-"""Resumed from damaged checkpoints: they are named, and the newest that is whole is used."""
+"""Resumed from corrupted checkpoints: they are named, and the newest valid one is used."""
 
 import re
 
@@ -6,7 +6,7 @@ import pytest
 
 from resuming import assert_same, checkpoints_of, contents, cut, killed, resume, whole  # noqa: F401
 
-# Damage
+# Corruption
 
 def flip(raw):
     return raw[: len(raw) // 2] + bytes([raw[len(raw) // 2] ^ 1]) + raw[len(raw) // 2 + 1 :]
@@ -25,7 +25,7 @@ def damage(file, how):
 @pytest.mark.parametrize("how", DAMAGES)
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json",
                                   "manifest.json", "recovery.safetensors"])
-def test_a_damaged_checkpoint_is_named_and_passed_over(killed, resume, whole, name, how):
+def test_a_corrupted_checkpoint_is_named_and_skipped(killed, resume, whole, name, how):
     older, newest = checkpoints_of(killed)
     damage(newest / name, how)
     result = resume("--json").ok()
@@ -44,7 +44,7 @@ def crc32c(raw):
     return crc ^ 0xFFFFFFFF
 
 
-def test_a_checkpoint_of_another_version_is_not_passed_over_for_an_older_one(killed, resume):
+def test_a_checkpoint_of_another_version_is_not_skipped_for_an_older_one(killed, resume):
     manifest = checkpoints_of(killed)[-1] / "manifest.json"
     content, checksum = re.fullmatch(r'(.*),\n  "crc32c": "(.{8})"\n}\n', manifest.read_text(), re.DOTALL).groups()
     assert checksum == f"{crc32c(content.encode()):08x}" and content.count('"version": 2') == 1
@@ -55,7 +55,7 @@ def test_a_checkpoint_of_another_version_is_not_passed_over_for_an_older_one(kil
     assert contents(killed) == before
 
 
-def test_where_every_checkpoint_is_damaged_each_is_named(killed, resume):
+def test_if_every_checkpoint_is_corrupted_each_is_named(killed, resume):
     for checkpoint in checkpoints_of(killed):
         damage(checkpoint / "model.safetensors", "a bit")
     before = contents(killed)
@@ -63,7 +63,7 @@ def test_where_every_checkpoint_is_damaged_each_is_named(killed, resume):
     assert contents(killed) == before
 
 
-def test_a_damaged_checkpoint_is_not_kept_in_the_place_of_a_good_one(killed, resume):
+def test_a_corrupted_checkpoint_is_not_kept_instead_of_a_valid_one(killed, resume):
     for checkpoint in checkpoints_of(killed)[-1:]:
         damage(checkpoint / "model.safetensors", "a bit")
     resume("--keep", "2").ok()

@@ -1,4 +1,4 @@
-"""What a run writes is true: its numbers, its weights, its budget."""
+"""The output of a run is correct: its numbers, its weights, its budget."""
 
 import math
 
@@ -8,7 +8,7 @@ from conftest import FILES
 
 KEYS = {"step", "samples", "tokens", "batch", "loss", "weight", "learning_rate", "gradient_norm", "micro_batch", "micro_batches",
         "recompute", "out_of_memory", "step_seconds", "predicted_step_seconds", "update_seconds", "peak_bytes", "predicted_peak_bytes",
-        "applied", "reason", "went_back_to", "gradient_variance", "squared_gradient", "noise_batch"}
+        "applied", "reason", "rolled_back_to", "gradient_variance", "squared_gradient", "noise_batch"}
 
 
 def without_time(metrics):
@@ -29,7 +29,7 @@ def test_a_run_writes_its_files(text_run):
     assert text_run.files == FILES
 
 
-def test_metrics_have_exactly_the_promised_keys(text_run, image_run):
+def test_metrics_have_exactly_the_documented_keys(text_run, image_run):
     for result in (text_run, image_run):
         assert all(set(line) == KEYS for line in result.metrics)
 
@@ -171,16 +171,16 @@ def test_batch_norm_is_warned_about_where_it_is_worst(run):
     assert "warning" in run.images("train", norm="batch", micro_batch=1).ok().stdout
 
 
-def test_batch_norm_is_what_a_resnet_has_by_itself(run):
+def test_batch_norm_is_the_default_of_a_resnet(run):
     assert "BatchNorm" in run.images("train", model=None, norm=None, micro_batch=4).ok().stdout
 
 
-def test_no_verify_takes_the_check_out(run):
+def test_no_verify_skips_the_check(run):
     output = run.images("train", norm="batch", micro_batch=4, no_verify=True).ok().stdout
     assert "warning" not in output and "verify" not in output
 
 
-def test_dropout_is_named_as_the_reason_that_a_gradient_depends_on_the_cut(run):
+def test_dropout_is_named_as_the_reason_that_a_gradient_depends_on_the_split(run):
     assert "dropout" in run.text("train", dropout=0.5, micro_batch=4).ok().stdout
 
 
@@ -198,7 +198,7 @@ def test_all_kinds_of_data_train(run, data):
     assert "9.77 KiB of text" in run.text("train", data=folder, run="folder").ok().stdout
 
 
-def test_clipping_bounds_the_update_and_leaves_the_norm_as_it_was(run):
+def test_clipping_bounds_the_update_and_leaves_the_norm_unchanged(run):
     plain, clipped = (run.text("train", optimizer="sgd", micro_batch=8, clip=clip, run=f"{clip}").ok()
                       for clip in ("inf", 0.001))
     assert plain.metrics[0]["gradient_norm"] == clipped.metrics[0]["gradient_norm"] > 0.001

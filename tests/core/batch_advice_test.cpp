@@ -51,8 +51,8 @@ TEST(BatchAdvice, FewIsExactlyATenthForEveryNoise) {
     constexpr std::int64_t unit = 1 << 20;
     for (int i = 0; i < 100'000; ++i) {
         auto noise = static_cast<std::int64_t>(1 + (random() >> (12 + random() % 40)));
-        if (i % 3 == 0) noise = noise / unit * unit + unit + i % 5 - 2;  // beside a whole number
-        if (i % 3 == 1) noise = noise / 10 * 10 + 10 + i % 5 - 2;        // beside a tenth of one
+        if (i % 3 == 0) noise = noise / unit * unit + unit + i % 5 - 2;  // next to a whole number
+        if (i % 3 == 1) noise = noise / 10 * 10 + 10 + i % 5 - 2;        // next to a tenth of one
         const double noise_batch = static_cast<double>(noise) / unit;
         const std::int64_t steps = batch_of_few_steps(noise_batch);
         EXPECT_LE(Wide{10} * noise, Wide{unit} * steps) << noise_batch;
@@ -87,7 +87,7 @@ TEST(BatchAdvice, AStepThatCostsMuchMakesAccumulationPay) {
     EXPECT_TRUE(advice.accumulation_pays());
 }
 
-TEST(BatchAdvice, WhereLargerMicroBatchesAreFasterTheUncutBatchMayBeAsGood) {
+TEST(BatchAdvice, WhereLargerMicroBatchesAreFasterTheWholeBatchMayBeAsGood) {
     const std::vector<TimedCut> cuts = {{1, 0.1}, {2, 0.06}, {4, 0.03}, {8, 0.02}, {16, 0.0101}, {32, 0.01}};
     const BatchAdvice advice = advise_batch(64.0, cuts, 0.001, 1024, most);
     EXPECT_EQ(advice.table[advice.soonest].batch, 16);

@@ -23,7 +23,7 @@ RateConstants adam(double rate = 1e-3) {
 
 TEST(RateRule, NamesAreReadAndWritten) {
     for (const RateRule rule : all_rules) EXPECT_EQ(parse_rate_rule(to_string(rule)), rule);
-    expect_usage_error({"no rule is called \"cubic\"", "none, linear, sqrt, adam-sde, beta2-time"},
+    expect_usage_error({"unknown rule \"cubic\"", "none, linear, sqrt, adam-sde, beta2-time"},
                        [] { parse_rate_rule("cubic"); });
 }
 
@@ -88,7 +88,7 @@ TEST(RateRule, ThereAndBackIsWhereItWas) {
 
 TEST(RateRule, SaysWhereAdamsEquationEnds) {
     EXPECT_NO_THROW(scale_to_batch(adam(), RateRule::adam_sde, 100, 999));
-    expect_usage_error({"adam-sde has no beta1", "10 times the reference", "Take a batch below 10 times", "sqrt"},
+    expect_usage_error({"adam-sde has no beta1", "10 times the reference", "Use a batch below 10 times", "sqrt"},
                        [] { scale_to_batch(adam(), RateRule::adam_sde, 100, 1000); });
     RateConstants fast = adam();
     fast.adam->beta1 = 0.99;

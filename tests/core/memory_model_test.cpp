@@ -103,7 +103,7 @@ TEST(MemoryModel, RefusesPointsThatDoNotMakeALine) {
 }
 
 TEST(MemoryModel, RefusesToPredictWithAModelOrSizeThatMeansNothing) {
-    expect_usage_error({"no lines"}, [] { static_cast<void>(MemoryModel{}.predict(1)); });
+    expect_usage_error({"empty memory model"}, [] { static_cast<void>(MemoryModel{}.predict(1)); });
     const MemoryModel model{.lines = {{1, 1}}};
     expect_usage_error({"micro-batch is 0"}, [&] { static_cast<void>(model.predict(0)); });
     expect_usage_error({"micro-batch is 0"}, [&] { static_cast<void>(model.line_at(0)); });

@@ -136,7 +136,7 @@ TEST(NoiseScale, RefusesADecayThatForgetsNothing) {
     }
 }
 
-TEST(NoiseAverage, GoesOnFromItsStateToTheSameBits) {
+TEST(NoiseAverage, ContinuesFromItsStateToTheSameBits) {
     std::mt19937_64 random(3);
     std::normal_distribution<double> normal;
     NoiseAverage average(0.9), twin(0.9);

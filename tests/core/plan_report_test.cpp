@@ -93,7 +93,8 @@ TEST(PlanReport, AdvisesLessStateOrASmallerBatchWhereThatIsEnough) {
 }
 
 TEST(PlanReport, SaysThatTheSmallestPeakIsNotKnownWhereItIsNot) {
-    expect_parts(explain_misfit(report_of({})), {"1 sample ", "10 MiB", "no room to measure", "a larger budget"});
+    expect_parts(explain_misfit(report_of({})),
+                 {"1 sample ", "10 MiB", "not enough memory to measure", "a larger budget"});
     expect_parts(explain_misfit(report_of({Candidate{.plan = {.micro_batch = 6}}})), {"6 samples"});
 }
 
@@ -104,7 +105,7 @@ TEST(PlanReport, SaysWhyThePlanWasChosen) {
     EXPECT_EQ(explain_choice(report, false, false),
               "the whole batch fits and nothing is faster: no accumulation needed");
     report.chosen = 0;
-    EXPECT_EQ(explain_choice(report, false, false), "the fastest; the whole batch would fit, too, but is not faster");
+    EXPECT_EQ(explain_choice(report, false, false), "the fastest; the whole batch would also fit, but is not faster");
     EXPECT_EQ(explain_choice(report, true, false), "as given");
     report.candidates[1] = candidate(8, 8, {20 * mib, 0, 0, 0}, false);
     EXPECT_EQ(explain_choice(report, false, false), "the fastest that fits; the whole batch would need 20 MiB");

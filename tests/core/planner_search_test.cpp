@@ -1,4 +1,5 @@
-// The planner on jobs whose memory and time are known at every size, so that its choice can be held against all.
+// The planner on jobs whose memory and time are known at every size, so that its choice can be compared with all
+// others.
 #include "microbatch/core/planner.h"
 
 #include <gtest/gtest.h>
@@ -215,12 +216,12 @@ TEST(PlannerSearch, NoiseOfTheClockCostsLittle) {
         excess.push_back(job.step_seconds(report.choice().plan) / best_of_all(job, options) - 1);
     }
     std::sort(excess.begin(), excess.end());
-    // Two plans may each be off by 2 %, and a tie is 1 %, beside the 5 %.
+    // Two plans may each be off by 2 %, and a tie is 1 %, in addition to the 5 %.
     EXPECT_LE(excess[950], 0.08);
     EXPECT_LE(excess[500], 0.02);
 }
 
-TEST(PlannerSearch, GoesOnWhereTheFirstSizesWereDisturbed) {
+TEST(PlannerSearch, ContinuesWhereTheFirstSizesWereDisturbed) {
     FakeJob job;
     job.batch = 512;
     job.time = [](std::int64_t b) {

@@ -14,7 +14,7 @@ namespace {
 
 using namespace test;
 
-TEST(Planner, TakesTheWholeBatchWhereItFitsAndSaysThatNothingIsCut) {
+TEST(Planner, TakesTheWholeBatchWhereItFitsAndSaysThatNothingIsSplit) {
     for (const std::int64_t batch : {1, 2, 3, 7, 64, 100}) {
         FakeJob job;
         job.time = curve(0.1, 1e9, 0);
@@ -51,13 +51,13 @@ TEST(Planner, ATieGoesToTheSmallerPeak) {
     for (const auto& [overhead, expected] : {std::pair{0.0001, 1}, {0.003, 2}}) {
         FakeJob job;
         job.time = curve(overhead, 1e9, 0);
-        job.gradients = 0;  // or the uncut batch, whose forward pass holds none, would be the smaller
+        job.gradients = 0;  // otherwise the whole batch, whose forward pass holds none, would be smaller
         job.update_seconds = 0;
         EXPECT_EQ(plan(job, {.batch = 2, .budget_bytes = 1 << 30}).choice().plan.micro_batch, expected) << overhead;
     }
 }
 
-TEST(Planner, TakesTheUncutBatchWhereNotEvenOneSampleFitsOtherwise) {
+TEST(Planner, TakesTheWholeBatchWhereNotEvenOneSampleFitsOtherwise) {
     FakeJob job;
     job.batch = 8;
     job.state = 0;
@@ -70,7 +70,7 @@ TEST(Planner, TakesTheUncutBatchWhereNotEvenOneSampleFitsOtherwise) {
     EXPECT_TRUE(report.choice().measured);
 }
 
-TEST(Planner, PrefersAnUncutBatchThatFitsToRecomputeThatFitsInPieces) {
+TEST(Planner, PrefersAnWholeBatchThatFitsToRecomputeThatFitsInPieces) {
     FakeJob job;
     job.batch = 8;
     job.state = 0;
@@ -207,7 +207,7 @@ TEST(Planner, SaysWhatTheSmallestNeedsWhereThatIsKnownOnlyBeyondTheBudget) {
 }
 
 // Gradients larger than all activations: an output layer over a large vocabulary.
-TEST(Planner, NamesTheUncutBatchAsTheLeastWhereGradientsAreLargerThanActivations) {
+TEST(Planner, NamesTheWholeBatchAsTheLeastWhereGradientsAreLargerThanActivations) {
     FakeJob job;
     job.batch = 8;
     job.gradients = job.state = 50'000;
@@ -231,7 +231,7 @@ TEST(Planner, ALeastThatIsNotKnownToFitInTheMachineIsNotNamed) {
     const PlanReport report =
         plan(job, {.batch = 64, .budget_bytes = 500, .offers_recompute = true, .most_bytes = 4000});
     EXPECT_EQ(smallest(report), nullptr);
-    EXPECT_NE(explain_misfit(report).find("no room to measure"), std::string::npos) << explain_misfit(report);
+    EXPECT_NE(explain_misfit(report).find("not enough memory to measure"), std::string::npos) << explain_misfit(report);
 }
 
 TEST(Planner, NamesTheLeastOfAGivenMicroBatchWithRecomputeOrWithout) {
@@ -271,7 +271,7 @@ TEST(Planner, ABatchOrAGivenMicroBatchThatTheModelCannotTrainOnIsAnError) {
     EXPECT_THROW(plan(never, {.batch = 8, .budget_bytes = 1 << 20}), TooFewSamples);
 }
 
-TEST(Planner, ABatchAtTheEndOfInt64IsCutLikeAnyOther) {
+TEST(Planner, ABatchAtTheEndOfInt64IsSplitLikeAnyOther) {
     FakeJob job;
     job.time = curve(1.0, 64, 0.05);
     const PlannerOptions options{.batch = largest_int64, .budget_bytes = 1 << 30};
@@ -319,7 +319,7 @@ TEST(Planner, RefusesOptionsThatMeanNothing) {
         expect_usage_error({"micro-batch is", "from 1 to the batch"},
                            [&] { make_plan({.batch = 8, .budget_bytes = 1, .micro_batch = size}, job); });
     }
-    expect_usage_error({"does not offer it"},
+    expect_usage_error({"does not support it"},
                        [&] { make_plan({.batch = 8, .budget_bytes = 1, .recompute = Recompute::always}, job); });
     EXPECT_TRUE(job.asked.empty());
 }

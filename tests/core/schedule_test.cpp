@@ -162,7 +162,7 @@ TEST(Schedule, NeverRisesAfterWarmupAndStaysBetweenFloorAndPeak) {
 }
 
 TEST(Schedule, CountsInSamplesAndTokens) {
-    // 8 steps of 10 samples or 1,000 tokens each: the same rates, whatever the unit.
+    // 8 steps of 10 samples or 1,000 tokens each: the same rates in every unit.
     const Schedule in_steps{
         .shape = ScheduleShape::linear, .peak = 1, .warmup = {2, Unit::steps}, .length = {8, Unit::steps}};
     Schedule in_samples = in_steps;
@@ -301,7 +301,7 @@ TEST(Schedule, RefusesAnInvalidScheduleOrNegativeProgressWhenAsked) {
     expect_usage_error({"the peak learning rate is -1"}, [] { at_step({.peak = -1}, 0); });
     expect_usage_error({"negative progress: before -1 steps"}, [] { at_step({}, -1); });
     expect_usage_error({"-5 tokens; count from 0"}, [] { learning_rate({}, {}, {.tokens = -5}); });
-    expect_usage_error({"progress leaves 64 bits"}, [] { at_step({}, largest); });
+    expect_usage_error({"progress exceeds 64 bits"}, [] { at_step({}, largest); });
 }
 
 }  // namespace

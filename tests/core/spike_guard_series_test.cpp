@@ -1,4 +1,4 @@
-// Runs of many kinds: quiet ones raise no alarm, those that climb are stopped, whenever it begins.
+// Runs of many kinds: quiet ones raise no alarm; those that climb are stopped, whenever the climb begins.
 #include <gtest/gtest.h>
 
 #include <algorithm>

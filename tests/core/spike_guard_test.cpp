@@ -1,4 +1,4 @@
-// Traces of losses and gradient norms in the shapes of large runs, and what the guard makes of them.
+// Traces of losses and gradient norms shaped like those of large runs, and the decisions of the guard.
 #include "microbatch/core/spike_guard.h"
 
 #include <gtest/gtest.h>
@@ -182,7 +182,7 @@ TEST(SpikeGuard, LossesNearZeroLeaveRoomForWhatIsSmallAgainstTheFirst) {
     EXPECT_EQ(judge(guard, 0.5, 1e-3).verdict, Verdict::refuse);
 }
 
-TEST(SpikeGuard, WhatIsDivergedStaysSoUntilOneGoesBackToACopy) {
+TEST(SpikeGuard, WhatIsDivergedStaysSoUntilOneRollsBackToACopy) {
     Trace trace;
     trace.quiet(1500);
     const SpikeGuard before = trace.guard();
@@ -201,7 +201,7 @@ TEST(SpikeGuard, TakesGradientsOfZeros) {
     for (int i = 0; i < 300; ++i) EXPECT_EQ(judge(guard, 1.0, 0.0).verdict, Verdict::apply);
 }
 
-TEST(SpikeGuard, ACopyGoesOnFromWhereItWasMade) {
+TEST(SpikeGuard, ACopyContinuesFromWhereItWasMade) {
     Trace trace;
     trace.quiet(200);
     SpikeGuard copy = trace.guard();
@@ -223,7 +223,7 @@ TEST(SpikeGuard, EvaluatingChangesNothing) {
 
 TEST(SpikeGuard, RefusesSettingsThatHaveNoMeaning) {
     expect_usage_error({"least is 1"}, [] { SpikeGuard({.least = 1}); });
-    expect_usage_error({"window of 10 steps is shorter than the 64"}, [] { SpikeGuard({.window = 10}); });
+    expect_usage_error({"window of 10 steps is shorter than the required 64"}, [] { SpikeGuard({.window = 10}); });
     for (const double sigmas : {0.0, -1.0, nan_value, infinity}) {
         expect_usage_error({"sigmas is"}, [sigmas] { SpikeGuard({.sigmas = sigmas}); });
     }
@@ -256,7 +256,7 @@ TEST(SpikeGuard, IsCalmWhileTheLossIsNearItsLowest) {
     EXPECT_FALSE(trace.guard().is_calm());
 }
 
-TEST(SpikeGuard, GoesOnFromItsStateToTheSameVerdicts) {
+TEST(SpikeGuard, ContinuesFromItsStateToTheSameVerdicts) {
     for (std::uint64_t seed = 1; seed <= 20; ++seed) {
         const SpikeGuardOptions options{.window = 40, .least = 20, .most_refused = 4};
         Trace trace(seed, options), twin(seed, options);

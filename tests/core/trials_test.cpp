@@ -25,7 +25,7 @@ TEST(Trials, SaysNothingOfMemoryBeforeTwoSizesWereTried) {
     EXPECT_FALSE(trials.peaks(2));
 }
 
-TEST(Trials, PredictsTheUncutBatchWithoutLaterMicroBatches) {
+TEST(Trials, PredictsTheWholeBatchWithoutLaterMicroBatches) {
     Trials trials(8);
     trials.add(1, trial(110, 210, 1.0));
     trials.add(2, trial(120, 220, 2.0));
@@ -46,7 +46,7 @@ TEST(Trials, NeedsTwoCutTrialsToPredictACutSize) {
 TEST(Trials, PredictsFromTheLastTwoSizes) {
     Trials trials(100);
     trials.add(4, trial(150, 250, 1.0));
-    trials.add(1, trial(110, 210, 1.0));  // whatever the order
+    trials.add(1, trial(110, 210, 1.0));  // in any order
     trials.add(2, trial(120, 220, 1.0));
     EXPECT_EQ(trials.peaks(6)->first, 180);
     EXPECT_EQ(trials.largest(), 4);
@@ -61,7 +61,7 @@ TEST(Trials, TellsWhetherTheLastTwoAllocatedAlike) {
     EXPECT_TRUE(trials.matched());
 }
 
-TEST(Trials, ASizeThatFailedFailsEveryLargerOneButTheUncutBatch) {
+TEST(Trials, ASizeThatFailedFailsEveryLargerOneButTheWholeBatch) {
     Trials trials(8);
     EXPECT_FALSE(trials.any_cut_failed());
     trials.add_failure(8);

@@ -183,7 +183,7 @@ TEST(Units, ProgressAddsAndIsReadInEachUnit) {
 
 TEST(Units, ProgressThatLeavesSixtyFourBitsIsAnErrorAndChangesNothing) {
     Progress progress{.steps = 5, .samples = largest, .tokens = 7};
-    expect_usage_error({"progress leaves 64 bits: 9223372036854775807 + 1 samples"},
+    expect_usage_error({"progress exceeds 64 bits: 9223372036854775807 + 1 samples"},
                        [&] { progress += {.steps = 1, .samples = 1, .tokens = 1}; });
     EXPECT_EQ(progress, (Progress{.steps = 5, .samples = largest, .tokens = 7}));
     EXPECT_EQ((progress + Progress{.samples = -1}).samples, largest - 1);
@@ -225,8 +225,8 @@ TEST(Units, RefusesToConvertWithBadRatesOrBeyondSixtyFourBits) {
     });
     expect_usage_error({"-1 tokens per sample"}, [] { convert({3, Unit::steps}, Unit::steps, 16, -1); });
     expect_usage_error({"the interval must be 0 or more"}, [] { convert({-3, Unit::steps}, Unit::tokens, 16, 10); });
-    expect_usage_error({"leaves 64 bits"}, [] { convert({largest, Unit::steps}, Unit::samples, 2, 1); });
-    expect_usage_error({"leaves 64 bits"}, [] { convert({largest / 2, Unit::steps}, Unit::tokens, 2, 2); });
+    expect_usage_error({"exceeds 64 bits"}, [] { convert({largest, Unit::steps}, Unit::samples, 2, 1); });
+    expect_usage_error({"exceeds 64 bits"}, [] { convert({largest / 2, Unit::steps}, Unit::tokens, 2, 2); });
 }
 
 }  // namespace

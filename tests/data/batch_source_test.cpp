@@ -34,7 +34,7 @@ TEST(TensorBatch, GivesViewsOfTheBatch) {
     EXPECT_EQ(TensorBatch(Batch{}).size(), 0);
 }
 
-TEST(TensorBatch, RefusesWhatIsNoBatch) {
+TEST(TensorBatch, RefusesInvalidBatches) {
     expect_usage_error({"no dimension"}, [] { TensorBatch(Batch{{at::scalar_tensor(1)}}); });
     expect_usage_error({"field 1", "3", "5"}, [] { TensorBatch(Batch{{at::zeros({5}), at::zeros({3})}}); });
     expect_usage_error({"undefined"}, [] { TensorBatch(Batch{{at::Tensor()}}); });
@@ -44,7 +44,7 @@ TEST(TensorBatch, HasAFingerprintOfItsValuesAndShapes) {
     const std::uint32_t print = TensorBatch(five()).fingerprint();
     EXPECT_EQ(TensorBatch(five()).fingerprint(), print);
     const Batch strided{{at::arange(10, at::kFloat).view({5, 2}).t().contiguous().t(), at::arange(5, at::kLong)}};
-    EXPECT_EQ(TensorBatch(strided).fingerprint(), print);  // how it lies in memory is no part of it
+    EXPECT_EQ(TensorBatch(strided).fingerprint(), print);  // independent of the memory layout
     std::set<std::uint32_t> others{print};
     const auto add = [&](const Batch& batch) { others.insert(TensorBatch(batch).fingerprint()); };
     add(five().slice(0, 4));

@@ -26,7 +26,7 @@ TEST(Batch, CountsTheFirstDimension) {
     EXPECT_EQ((Batch{{at::zeros({1, 5, 2})}}).size(), 1);
 }
 
-TEST(Batch, RefusesFieldsThatDoNotFitTogether) {
+TEST(Batch, RefusesFieldsOfDifferentLengths) {
     expect_usage_error({"7", "5"}, [] { Batch{{at::zeros({7}), at::zeros({5})}}.size(); });
     expect_usage_error({"7", "0"}, [] { Batch{{at::zeros({7}), at::zeros({0, 3})}}.size(); });
     expect_usage_error({"undefined"}, [] { Batch{{at::Tensor()}}.size(); });
@@ -61,7 +61,7 @@ TEST(Batch, SlicesFieldsThatAreNotContiguous) {
     EXPECT_TRUE(at::equal(part.fields[0], at::tensor({6.f, 13.f, 20.f}).view({1, 3})));
 }
 
-TEST(Batch, SlicesTheWholeAndNothing) {
+TEST(Batch, SlicesEverythingAndNothing) {
     EXPECT_EQ(seven().slice(0, 7).size(), 7);
     EXPECT_EQ(seven().slice(0, 0).size(), 0);
     EXPECT_EQ(seven().slice(7, 7).size(), 0);
@@ -79,7 +79,7 @@ TEST(Batch, RefusesSlicesOutsideIt) {
     expect_usage_error({"1", "0"}, [] { Batch{}.slice(0, 1); });
 }
 
-TEST(Batch, RefusesToSliceFieldsThatDoNotFitTogether) {
+TEST(Batch, RefusesToSliceFieldsOfDifferentLengths) {
     expect_usage_error({"7", "5"}, [] { Batch{{at::zeros({7}), at::zeros({5})}}.slice(0, 1); });
 }
 

@@ -133,8 +133,8 @@ TEST(Idx, BelievesTheFileAndNotItsHeaderAboutMemory) {
     const test::TempFolder folder;
     // 10^12 bytes announced, more than this machine could allocate: an error of this library, not std::bad_alloc.
     const std::string bytes = idx(0x803, {10'000, 10'000, 10'000}, "abc");
-    expect_bad_data(folder.write("a", bytes), 3, {"truncated", "holds 3 bytes", "expected 1000000000000"});
-    expect_bad_data(folder.write("b", gzipped(folder, bytes)), 3, {"truncated", "holds 3 bytes"});
+    expect_bad_data(folder.write("a", bytes), 3, {"truncated", "has 3 bytes", "expected 1000000000000"});
+    expect_bad_data(folder.write("b", gzipped(folder, bytes)), 3, {"truncated", "has 3 bytes"});
 }
 
 /// Bytes of memory that a call takes at most, all that the process has meanwhile; of a process of its own, for a peak
@@ -172,17 +172,17 @@ fs::path write_bomb(const test::TempFolder& folder, const std::string& first, st
     return path;
 }
 
-TEST(Idx, AGzipBombTakesNoMoreMemoryThanItsHeaderAnnounces) {
+TEST(Idx, AGzipBombTakesNoMoreMemoryThanItsHeaderClaims) {
     const test::TempFolder folder;
     const fs::path path = write_bomb(folder, idx(0x803, {10, 28, 28}, ""), 64 << 20);
     ASSERT_LT(fs::file_size(path), 1U << 20);
-    expect_bad_data(path, 3, {"goes on after its end", "announces 7840 bytes"});
+    expect_bad_data(path, 3, {"has extra bytes at the end", "claims 7840 bytes"});
     const auto peak = peak_bytes([&] { test::error_message(ErrorKind::bad_data, [&] { read(path, 3); }); });
     EXPECT_GE(peak, 0);
     EXPECT_LT(peak, 16 << 20);
 }
 
-TEST(Idx, AGzipBombThatAnnouncesItsSizeIsRefusedBeforeItIsExpanded) {
+TEST(Idx, AGzipBombThatClaimsItsSizeIsRefusedBeforeItIsExpanded) {
     const test::TempFolder folder;
     const fs::path path = write_bomb(folder, idx(0x802, {1 << 20, 1 << 20}, ""), 64 << 20);
     const auto refusal = [&] {
@@ -195,7 +195,7 @@ TEST(Idx, AGzipBombThatAnnouncesItsSizeIsRefusedBeforeItIsExpanded) {
     EXPECT_LT(peak, 16 << 20);
 }
 
-TEST(Idx, TakesUpToTheLimitAndNoByteMore) {
+TEST(Idx, AcceptsUpToTheLimitAndNotAByteMore) {
     const test::TempFolder folder;
     const fs::path path = folder.write("a", idx(0x803, {2, 3, 5}, std::string(30, 'x')));
     EXPECT_EQ(read_idx(path, 3, 30).bytes.size(), 30U);
@@ -231,11 +231,11 @@ TEST(Idx, RefusesATruncatedFileWhereverItEnds) {
 TEST(Idx, RefusesBytesAfterTheEnd) {
     const test::TempFolder folder;
     const std::string bytes = idx(0x801, {3}, "abcd");
-    expect_bad_data(folder.write("a", bytes), 1, {"goes on after its end", "announces 3 bytes"});
-    expect_bad_data(folder.write("b", gzipped(folder, bytes)), 1, {"goes on after its end"});
+    expect_bad_data(folder.write("a", bytes), 1, {"has extra bytes at the end", "claims 3 bytes"});
+    expect_bad_data(folder.write("b", gzipped(folder, bytes)), 1, {"has extra bytes at the end"});
 }
 
-TEST(Idx, RefusesAGzipStreamCutOffAnywhere) {
+TEST(Idx, RefusesAGzipStreamTruncatedAnywhere) {
     const test::TempFolder folder;
     std::mt19937 random(4);
     std::string elements(300, '\0');
@@ -245,7 +245,7 @@ TEST(Idx, RefusesAGzipStreamCutOffAnywhere) {
     // From 2 bytes on it is recognised as gzip; the last 8 are its checksum and size.
     for (std::size_t size = 2; size < bytes.size(); ++size) {
         SCOPED_TRACE(size);
-        expect_bad_data(folder.write("a", bytes.substr(0, size)), 1, {"is damaged", "fetch it again"});
+        expect_bad_data(folder.write("a", bytes.substr(0, size)), 1, {"is corrupted", "download it again"});
     }
 }
 
@@ -254,7 +254,7 @@ TEST(Idx, RefusesAGzipStreamWithAFlippedByte) {
     std::string elements(300, 'a');
     std::string bytes = gzipped(folder, idx(0x801, {300}, elements));
     bytes[bytes.size() - 8] ^= 1;  // the checksum
-    expect_bad_data(folder.write("a", bytes), 1, {"is damaged", "incorrect data check"});
+    expect_bad_data(folder.write("a", bytes), 1, {"is corrupted", "incorrect data check"});
 }
 
 TEST(Idx, RefusesAMissingOrEmptyFileOrAFolder) {

@@ -77,7 +77,7 @@ TEST(ImageDataset, RefusesCountsThatDiffer) {
     });
 }
 
-TEST(ImageDataset, RefusesBytesThatDoNotFillTheShape) {
+TEST(ImageDataset, RefusesBytesThatDoNotMatchTheShape) {
     const IdxArray labels{{2}, {0, 0}};
     const std::vector<IdxArray> wrong{{{2, 2, 2}, Bytes(7)}, {{2, 2, 2}, Bytes(16)},  {{2, 4}, Bytes(8)},
                                       {{2, 0, 4}, Bytes(8)}, {{2, -2, -2}, Bytes(8)}, {{}, {}}};
@@ -89,10 +89,10 @@ TEST(ImageDataset, RefusesBytesThatDoNotFillTheShape) {
     expect_error(ErrorKind::bad_data, {"here", "shape"}, [&] { ImageDataset(data, {}, 0, 2); });
 }
 
-TEST(ImageDataset, RefusesARangeThatIsEmptyOrNotWithin) {
+TEST(ImageDataset, RefusesARangeThatIsEmptyOrOutOfBounds) {
     const auto data = data_of(1, 1, {1, 2}, {0, 0});
     for (const auto& [begin, end] : {std::pair{0, 3}, std::pair{-1, 1}, std::pair{1, 1}, std::pair{2, 1}}) {
-        expect_usage_error({"the 2 there are"}, [&, b = begin, e = end] { ImageDataset(data, {}, b, e); });
+        expect_usage_error({"the 2 images"}, [&, b = begin, e = end] { ImageDataset(data, {}, b, e); });
     }
 }
 
@@ -102,12 +102,12 @@ TEST(ImageDataset, RefusesAScaleThatWouldGiveNoNumbers) {
     const double infinity = std::numeric_limits<double>::infinity();
     const std::vector<PixelScale> wrong{{0, 0}, {0, -1}, {0, nan}, {0, infinity}, {nan, 1}, {infinity, 1}};
     for (const PixelScale& scale : wrong) {
-        expect_usage_error({"positive deviation"}, [&] { ImageDataset(data, scale, 0, 1); });
+        expect_usage_error({"deviation finite and above 0"}, [&] { ImageDataset(data, scale, 0, 1); });
     }
 }
 
 TEST(PixelScale, IsMeanAndDeviationOfPixelsOver255) {
-    // Two values at equal distance: the mean lies between them, the deviation is the distance.
+    // Two values at equal distance from the mean: the deviation is this distance.
     const PixelScale scale = pixel_scale(Bytes{0, 255, 255, 0});
     EXPECT_EQ(scale.mean, 0.5);
     EXPECT_EQ(scale.deviation, 0.5);

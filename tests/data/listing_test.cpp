@@ -34,37 +34,38 @@ TEST(DataListing, CountsAllFilesAndKeepsTheFirst) {
     EXPECT_EQ(all.files.back().name, numbered(255));
 }
 
-TEST(DataListing, NamesWhatIsNewGoneOrDifferent) {
+TEST(DataListing, NamesWhatIsNewMissingOrDifferent) {
     const DataListing before = listing({{"a", 1000, 1}, {"b", 2000, 2}, {"c", 3000, 3}});
     const auto to = [&](const std::vector<DataFile>& now) { return describe_difference(before, listing(now)); };
     EXPECT_EQ(to({{"a", 1000, 1}, {"b", 2000, 2}, {"c", 3000, 3}}), "");
     EXPECT_EQ(to({{"a", 1000, 1}, {"b", 2001, 2}, {"c", 3000, 3}}), "b had 2,000 bytes and has 2,001 bytes");
-    EXPECT_EQ(to({{"a", 1000, 1}, {"b", 2000, 9}, {"c", 3000, 3}}), "b still has 2,000 bytes, but other ones");
+    EXPECT_EQ(to({{"a", 1000, 1}, {"b", 2000, 9}, {"c", 3000, 3}}), "b still has 2,000 bytes, but different content");
     EXPECT_EQ(to({{"a", 1000, 1}, {"c", 3000, 3}}),
-              "3 files of 6,000 bytes became 2 files of 4,000 bytes: b (2,000 bytes) is gone");
+              "3 files of 6,000 bytes became 2 files of 4,000 bytes: b (2,000 bytes) is missing");
     EXPECT_EQ(to({{"a", 1000, 1}, {"b", 2000, 2}, {"b2", 5, 0}, {"c", 3000, 3}}),
               "3 files of 6,000 bytes became 4 files of 6,005 bytes: b2 (5 bytes) is new");
-    EXPECT_EQ(to({{"x", 1000, 1}}),
-              "3 files of 6,000 bytes became 1 file of 1,000 bytes: x (1,000 bytes) is new, a (1,000 bytes) is gone, "
-              "b (2,000 bytes) is gone and 1 more");
+    EXPECT_EQ(
+        to({{"x", 1000, 1}}),
+        "3 files of 6,000 bytes became 1 file of 1,000 bytes: x (1,000 bytes) is new, a (1,000 bytes) is missing, "
+        "b (2,000 bytes) is missing and 1 more");
 }
 
-TEST(DataListing, SaysNothingOfFilesThatMayBeThereUnlisted) {
+TEST(DataListing, IgnoresFilesThatMayExistUnlisted) {
     // A file that is new at the front pushes the last one off the list.
     DataListing now = listing({{"a", 7, 0}});
     for (int i = 0; i < 300; ++i) now.add({numbered(i), 1, 0});
     EXPECT_EQ(describe_difference(many(300), now),
               "300 files of 300 bytes became 301 files of 307 bytes: a (7 bytes) is new");
     EXPECT_EQ(describe_difference(now, many(300)),
-              "301 files of 307 bytes became 300 files of 300 bytes: a (7 bytes) is gone");
+              "301 files of 307 bytes became 300 files of 300 bytes: a (7 bytes) is missing");
     EXPECT_EQ(describe_difference(many(300), many(301)), "300 files of 300 bytes became 301 files of 301 bytes");
     DataListing grown = many(300);
     grown.bytes += 10;
     EXPECT_EQ(describe_difference(many(300), grown),
-              "of the 300 files of 300 bytes, others than the first 256 have changed");
+              "of the 300 files of 300 bytes, files after the first 256 have changed");
 }
 
-TEST(DataListing, SaysNothingWhereOneIsNotKnown) {
+TEST(DataListing, IsEmptyIfOneListingIsEmpty) {
     EXPECT_EQ(describe_difference({}, many(1)), "");
     EXPECT_EQ(describe_difference(many(1), {}), "");
 }

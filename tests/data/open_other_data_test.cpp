@@ -1,4 +1,4 @@
-// Data that is not what it is taken for: refused, or opened with a warning; what is read and left out is listed.
+// Data of an unexpected kind: refused, or opened with a warning; files that are read and skipped are listed.
 #include <gtest/gtest.h>
 
 #include <string>
@@ -29,7 +29,7 @@ TEST(OpenOtherData, AsksForTheFolderOfAnIdxFile) {
     expect_refused(path, {path.string(), "an IDX file", "the folder"});
 }
 
-TEST(OpenOtherData, RefusesImagesOfWhichTheLastTenthIsOneClass) {
+TEST(OpenOtherData, RefusesImagesWhoseLastTenthIsASingleClass) {
     const test::TempFolder folder;
     std::string images{0, 0, 8, 3, 0, 0, 0, 100, 0, 0, 0, 1, 0, 0, 0, 1}, labels{0, 0, 8, 1, 0, 0, 0, 100};
     for (int i = 0; i < 100; ++i) {
@@ -97,8 +97,8 @@ TEST(OpenOtherData, WarnsOfTokensBesideText) {
     folder.write("input.txt", std::string(999, 'a'));
     folder.write("some.bin", tokens_file(99));
     const OpenedData data = open_data(folder.path(), 8);
-    EXPECT_EQ(data.notes, (Lines{"read input.txt", "left out 1 binary file (some.bin)"}));
-    EXPECT_EQ(data.warnings, Lines{"some.bin left out: to train on tokens, name their file"});
+    EXPECT_EQ(data.notes, (Lines{"read input.txt", "skipped 1 binary file (some.bin)"}));
+    EXPECT_EQ(data.warnings, Lines{"some.bin skipped: to train on tokens, name their file"});
 }
 
 TEST(OpenOtherData, ListsWhatItReadsAndWhatItLeavesOut) {
@@ -108,13 +108,13 @@ TEST(OpenOtherData, ListsWhatItReadsAndWhatItLeavesOut) {
     fs::create_symlink("a.txt", folder.path() / "link");
     const OpenedData data = open_data(folder.path(), 8);
     EXPECT_EQ(data.notes,
-              (Lines{"read 4 files: a.txt, b.txt, c.txt and 1 more", "left out 1 link (link), 1 run folder (runs/1)"}));
+              (Lines{"read 4 files: a.txt, b.txt, c.txt and 1 more", "skipped 1 link (link), 1 run folder (runs/1)"}));
     EXPECT_EQ(data.warnings, Lines());
     EXPECT_EQ(data.files.count, 4);
     EXPECT_EQ(open_data(folder.path() / "a.txt", 8).notes, Lines{"read a.txt"});
 }
 
-TEST(OpenOtherData, OpensTheSameAfterRunsWereMadeInTheFolder) {
+TEST(OpenOtherData, OpensTheSameDataWhenTheFolderHasRuns) {
     const test::TempFolder folder;
     folder.write("a.txt", std::string(500, 'a'));
     const OpenedData before = open_data(folder.path(), 8);
@@ -127,7 +127,7 @@ TEST(OpenOtherData, OpensTheSameAfterRunsWereMadeInTheFolder) {
     EXPECT_EQ(describe_difference(before.files, after.files), "");
     folder.write("a.txt", std::string(500, 'b'));
     EXPECT_EQ(describe_difference(before.files, open_data(folder.path(), 8).files),
-              "a.txt still has 500 bytes, but other ones");
+              "a.txt still has 500 bytes, but different content");
 }
 
 TEST(OpenOtherData, WarnsWhereTextIsTheSmallerPartOrNotProse) {
@@ -136,8 +136,8 @@ TEST(OpenOtherData, WarnsWhereTextIsTheSmallerPartOrNotProse) {
     folder.write("utf16.txt", "\xff\xfe" + std::string(10, 'a'));
     folder.write("train.parquet", "PAR1" + std::string(1000, 'a'));
     EXPECT_EQ(open_data(folder.path(), 8).warnings,
-              (Lines{"1 binary file (train.parquet) left out, with more bytes (1004 B) than the text that was read",
-                     "1 UTF-16 file (utf16.txt) left out: convert to UTF-8 what is to be trained on"}));
+              (Lines{"1 binary file (train.parquet) skipped, with more bytes (1004 B) than the text that was read",
+                     "1 UTF-16 file (utf16.txt) skipped: to train on it, convert it to UTF-8"}));
     const OpenedData data = open_data(folder.write("a.jsonl", std::string(500, 'a')), 8);
     ASSERT_EQ(data.warnings.size(), 1U);
     EXPECT_NE(data.warnings[0].find("JSON"), std::string::npos);

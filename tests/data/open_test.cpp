@@ -154,7 +154,7 @@ TEST(OpenData, NamesTheMissingFileOfAPartialSet) {
         {"has emnist-train-images-idx3-ubyte, t10k-labels-idx1-ubyte but no train-images-idx3-ubyte", "rename"});
 }
 
-TEST(OpenData, TakesThePlainFileWhereBothAreThere) {
+TEST(OpenData, PrefersTheUncompressedFile) {
     const test::TempFolder folder;
     folder.write("train-images-idx3-ubyte", images_file({1, 2}));
     folder.write("train-labels-idx1-ubyte", labels_file({7, 8}));
@@ -166,7 +166,7 @@ TEST(OpenData, TakesThePlainFileWhereBothAreThere) {
     EXPECT_EQ(all<std::int64_t>(*data.held_out, 1), (Indices{2}));
     EXPECT_EQ(data.notes, (Lines{"read 4 files: train-images-idx3-ubyte, train-labels-idx1-ubyte, "
                                  "t10k-images-idx3-ubyte.gz and 1 more",
-                                 "left out train-labels-idx1-ubyte.gz"}));
+                                 "skipped train-labels-idx1-ubyte.gz"}));
     const std::vector<DataFile> files{{"train-images-idx3-ubyte", 2, crc32c("\1\2")},
                                       {"train-labels-idx1-ubyte", 2, crc32c("\7\x08")},
                                       {"t10k-images-idx3-ubyte.gz", 1, crc32c("\1")},
@@ -248,7 +248,7 @@ TEST(OpenData, FingerprintTellsOtherImagesAndOtherLabels) {
     EXPECT_EQ(of_images("d", 4, 1, 7), first);
 }
 
-TEST(OpenData, RefusesWhatWouldTakeMoreMemoryThanThereIs) {
+TEST(OpenData, RefusesDataThatWouldNotFitInMemory) {
     const test::TempFolder folder;
     const fs::path path = folder.write("text", std::string(8192, 'a'));
     fs::resize_file(path, std::uintmax_t{1} << 42);  // a hole: it takes no disk
@@ -256,7 +256,7 @@ TEST(OpenData, RefusesWhatWouldTakeMoreMemoryThanThereIs) {
     folder.write("images/train-labels-idx1-ubyte", labels_file({1}));
     const std::string header("\0\0\x8\3\0\1\0\0\0\1\0\0\0\0\4\0", 16);  // 2^16 images of 2^16 x 2^10 pixels
     const fs::path images = folder.write("images/train-images-idx3-ubyte", header);
-    expect_error(ErrorKind::bad_data, images.parent_path(), 1, {images.string(), "announces more than ", "memory"});
+    expect_error(ErrorKind::bad_data, images.parent_path(), 1, {images.string(), "claims more than ", "memory"});
 }
 
 TEST(OpenData, OpensTheFortunesOfDebian) {

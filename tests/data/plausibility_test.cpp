@@ -73,7 +73,7 @@ TEST(CheckTokens, RefusesUint32ReadAsUint16) {
     expect_refused(halves(small, false), {"every second token is 0", "uint32"});
     expect_refused(halves(characters), {"every second token is 0", "uint32"});
     expect_refused(halves(large), {"every second token is at most 1", "uint32"});
-    // Few tokens may be small at every second place by chance.
+    // With few tokens, every second one may be small by chance.
     EXPECT_EQ(warnings_of({50256, 1, 40000, 7, 30000, 9}), Lines());
 }
 
@@ -100,8 +100,8 @@ TEST(CheckTokens, RefusesTokensThatAreAllTheSame) {
 TEST(CheckTokens, WarnsOfAStrayToken) {
     std::vector<std::uint16_t> values = tokens_below(65);
     values[77] = 65535;
-    EXPECT_EQ(warnings_of(values), Lines{"token 65,535 is far above the others, which end at 64: remove what is "
-                                         "there by mistake, or the model gets a vocabulary of 65,536"});
+    EXPECT_EQ(warnings_of(values), Lines{"token 65,535 is far above the others, which end at 64: remove them "
+                                         "if they are a mistake; otherwise the model gets a vocabulary of 65,536"});
     values[78] = 65534;
     values[79] = 40000;
     ASSERT_EQ(warnings_of(values).size(), 1U);
@@ -127,11 +127,11 @@ TEST(CheckLabels, WarnsOfClassesThatNoImageHas) {
     Labels letters;
     for (std::uint8_t label = 1; label <= 26; ++label) letters.push_back(label);
     EXPECT_EQ(check_labels(letters, letters, "set"),
-              Lines{"the labels are 1 to 26 (2 images of the largest): 1 of the 27 classes that the model gets has no "
-                    "image; number the classes from 0, without a gap"});
+              Lines{"the labels are 1 to 26 (2 images of the largest): 1 of the model's 27 classes has no "
+                    "image; number the classes from 0 without gaps"});
     EXPECT_EQ(check_labels(Labels{0, 1, 2, 255, 1}, Labels{0, 1, 2}, "set"),
-              Lines{"the labels are 0 to 2, 255 (1 image of the largest): 252 of the 256 classes that the model gets "
-                    "have no image; number the classes from 0, without a gap"});
+              Lines{"the labels are 0 to 2, 255 (1 image of the largest): 252 of the model's 256 classes "
+                    "have no image; number the classes from 0 without gaps"});
 }
 
 TEST(CheckLabels, WarnsOfAClassThatOnlyHeldOutImagesHave) {
@@ -141,7 +141,7 @@ TEST(CheckLabels, WarnsOfAClassThatOnlyHeldOutImagesHave) {
 
 TEST(CheckLabels, WarnsOfASingleClassThatIsHeldOut) {
     EXPECT_EQ(check_labels(Labels{0, 1, 0}, Labels(10, 1), "set"),
-              Lines{"all 10 held-out images have label 1: their loss tells nothing of the other classes"});
+              Lines{"all 10 held-out images have label 1: their loss says nothing about the other classes"});
     EXPECT_EQ(check_labels(Labels{0, 1, 0}, Labels(9, 1), "set"), Lines());  // too few to tell
 }
 
@@ -151,7 +151,7 @@ TEST(RefuseGrouped, RefusesImagesInOrderOfTheirClass) {
         for (const std::uint8_t label : classes) labels.insert(labels.end(), each, label);
         return labels;
     };
-    const Lines parts{"set", "sorted by class", "nearly only label 1 of 3", "shuffle", "t10k-"};
+    const Lines parts{"set", "sorted by class", "almost only label 1 of 3", "shuffle", "t10k-"};
     for (const std::size_t each : {10U, 1000U}) {
         test::expect_error(ErrorKind::bad_data, parts, [&] { refuse_grouped(in_order({2, 0, 1}, each), "set"); });
     }

@@ -129,7 +129,7 @@ TEST(Sampler, StateCountsEpochsAndPositions) {
     EXPECT_EQ(sampler.state(), (SamplerState{.seed = 7, .epoch = 3, .position = 4}));
 }
 
-TEST(Sampler, GoesOnFromARestoredState) {
+TEST(Sampler, ContinuesFromARestoredState) {
     std::mt19937_64 random(2);
     for (int trial = 0; trial < 100; ++trial) {
         const auto size = static_cast<std::int64_t>(1 + random() % 50);
@@ -177,7 +177,7 @@ TEST(Sampler, ConsecutiveEpochsOfOneSeedAreIndependent) {
     EXPECT_LT(chi_square(counts, 100, 100'000), 180.79);
 }
 
-TEST(Sampler, RefusesWhatItCannotSample) {
+TEST(Sampler, RefusesInvalidSizesAndCounts) {
     expect_usage_error({"a sampler over a data set of 0 samples"}, [] { Sampler(0, 1); });
     expect_usage_error({"a sampler over a data set of -5 samples"}, [] { Sampler(-5, 1); });
     Sampler sampler(10, 1);
@@ -186,7 +186,7 @@ TEST(Sampler, RefusesWhatItCannotSample) {
     EXPECT_EQ(sampler.state(), (SamplerState{.seed = 1}));
 }
 
-TEST(Sampler, RefusesAStateOutsideTheDataAndStaysWhereItIs) {
+TEST(Sampler, RefusesAStateOutsideTheDataAndIsUnchanged) {
     Sampler sampler(10, 1);
     sampler.next(3);
     const SamplerState before = sampler.state();
@@ -201,7 +201,7 @@ TEST(Sampler, TheLastEpochThatCanBeCountedEndsInAnError) {
     Sampler sampler = sampler_at(2, {.seed = 1, .epoch = largest, .position = 0});
     EXPECT_EQ(sampler.next(1).size(), 1U);
     const SamplerState before = sampler.state();
-    expect_usage_error({"is the last that 64 bits can count"}, [&] { sampler.next(1); });
+    expect_usage_error({"is the last one that fits in 64 bits"}, [&] { sampler.next(1); });
     EXPECT_EQ(sampler.state(), before);
 }
 

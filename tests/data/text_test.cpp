@@ -88,7 +88,7 @@ TEST(ReadText, LeavesOutFilesWithANulByteInTheFirst8KiB) {
     EXPECT_EQ(read(folder.path()), first_unchecked);
 }
 
-TEST(ReadText, RefusesABinaryFileThatIsAskedFor) {
+TEST(ReadText, RefusesABinaryFileGivenByName) {
     const test::TempFolder folder;
     const fs::path path = folder.write("model", std::string("ab\0c", 4));
     expect_bad_data(path, {path.string(), "is not text", "NUL"});
@@ -108,16 +108,16 @@ TEST(ReadText, RefusesAnEmptyFile) {
 
 TEST(ReadText, RefusesAFolderWithoutText) {
     const test::TempFolder folder;
-    expect_bad_data(folder.path(), {folder.path().string(), "holds no text: give"});
+    expect_bad_data(folder.path(), {folder.path().string(), "has no text: give"});
     folder.write("empty", "");
     folder.write("binary", std::string(3, '\0'));
     folder.write(".hidden", "text");
-    expect_bad_data(folder.path(), {"holds no text; left out: 1 hidden name (.hidden), 1 binary file (binary), "
+    expect_bad_data(folder.path(), {"has no text; skipped: 1 hidden name (.hidden), 1 binary file (binary), "
                                     "1 empty file (empty)",
                                     "name a .bin file"});
 }
 
-TEST(ReadText, RefusesAFolderOfWhichAPartCannotBeRead) {
+TEST(ReadText, RefusesAFolderIfAPartCannotBeRead) {
     for (const bool subfolder : {false, true}) {
         const test::TempFolder folder;
         folder.write("readable", "text");
@@ -187,14 +187,14 @@ TEST(ReadText, LeavesOutWhatARunWroteIntoTheFolderItself) {
     EXPECT_EQ(left.left_out[0].count, 8);
 }
 
-TEST(ReadText, RefusesADatasetOfHuggingFaceAndLeavesItOutOfAFolder) {
+TEST(ReadText, RefusesAHuggingFaceDatasetAndSkipsItInAFolder) {
     const std::vector<std::vector<const char*>> signs{{"dataset_info.json", "state.json"}, {"dataset_dict.json"}};
     for (const auto& names : signs) {
         const test::TempFolder folder;
         for (const char* name : names) folder.write(fs::path("set") / name, "{}");
         folder.write("set/data-00000-of-00001.arrow", std::string(8, '\xff'));
         expect_bad_data(folder.path() / "set", {(folder.path() / "set").string(), "save_to_disk", "load_from_disk"});
-        expect_bad_data(folder.path(), {"holds no text", "1 Hugging Face dataset (set)"});
+        expect_bad_data(folder.path(), {"has no text", "1 Hugging Face dataset (set)"});
         folder.write("text", "text");
         EXPECT_EQ(read(folder.path()), "text");
     }
@@ -217,7 +217,7 @@ TEST(ReadText, NamesTheFormatOfAFileThatIsNotText) {
     EXPECT_EQ(read(folder.path()), "text");
 }
 
-TEST(ReadText, RefusesMoreThanItMayTakeOfMemory) {
+TEST(ReadText, RefusesMoreTextThanItsMemoryLimit) {
     const test::TempFolder folder;
     folder.write("a", std::string(600, 'a'));
     const fs::path path = folder.write("b", std::string(424, 'b'));
@@ -239,8 +239,8 @@ TEST(ReadText, RefusesAHugeFileBeforeItTakesMemory) {
     expect_bad_data(folder.path(), {folder.path().string(), "more text than the 1 GiB"});
 }
 
-TEST(ReadText, RefusesAFileThatIsShorterThanItWas) {
-    // The system says 4096 bytes of each file there, whatever it holds: to a reader, one that has been cut since.
+TEST(ReadText, RefusesAFileThatWasTruncated) {
+    // For every file there, the system reports 4096 bytes, whatever its content: like a file that was truncated since.
     const fs::path path = "/sys/devices/system/cpu/online";
     if (!fs::exists(path)) GTEST_SKIP() << path << " is missing";
     expect_bad_data(path, {"cannot read " + path.string() + ": it ends at byte ", "4096 bytes"});

@@ -108,7 +108,7 @@ TEST(TokenFile, ThatIsRemovedIsReadAsLongAsASliceOfItLives) {
     EXPECT_EQ(values_of(part), (Values{3, 4}));
 }
 
-TEST(TokenFile, ThatBecomesShorterIsAnErrorOfTheSampleThatIsGone) {
+TEST(TokenFile, ThatIsTruncatedIsAnErrorForTheMissingSample) {
     const test::TempFolder folder;
     const fs::path path = folder.write("a.bin", little_endian({1, 2, 3, 4, 5}));
     const Tokens tokens = open_token_file(path);
@@ -140,19 +140,19 @@ TEST(TokenFile, RefusesAPipe) {
     expect_bad_data(path, {"not a regular file"});
 }
 
-TEST(TokenFile, RefusesAHeaderThatDisagreesWithTheSize) {
+TEST(TokenFile, RefusesAHeaderThatContradictsTheSize) {
     const test::TempFolder folder;
     const std::string bytes = little_endian({1, 2, 3});
     expect_bad_data(folder.write("a.bin", header(20240520, 1, 4) + bytes), {"truncated", "4 tokens", "6 bytes"});
-    expect_bad_data(folder.write("b.bin", header(20240520, 1, 2) + bytes), {"damaged", "2 tokens", "6 bytes"});
-    expect_bad_data(folder.write("c.bin", header(20240520, 1, 0xffffffff) + bytes), {"damaged", "-1 tokens"});
+    expect_bad_data(folder.write("b.bin", header(20240520, 1, 2) + bytes), {"corrupted", "2 tokens", "6 bytes"});
+    expect_bad_data(folder.write("c.bin", header(20240520, 1, 0xffffffff) + bytes), {"corrupted", "-1 tokens"});
     expect_bad_data(folder.write("d.bin", header(20240520, 1, 0x7fffffff) + bytes), {"2147483647 tokens", "6 bytes"});
     // Twice this count is 6 in 32 bits.
     expect_bad_data(folder.write("f.bin", header(20240520, 1, 0x80000003) + bytes), {"-2147483645 tokens", "6 bytes"});
     expect_bad_data(folder.write("e.bin", header(20240520, 1, 3) + bytes.substr(1)), {"3 tokens", "5 bytes"});
 }
 
-TEST(TokenFile, RefusesAHeaderThatIsCutOff) {
+TEST(TokenFile, RefusesATruncatedHeader) {
     const test::TempFolder folder;
     for (const std::size_t size : {4U, 12U, 1022U, 1023U}) {
         expect_bad_data(folder.write("a.bin", header(20240520, 1, 3).substr(0, size)),

@@ -35,11 +35,11 @@ TEST(Tokens, SlicesShareTheStorageAndKeepItAlive) {
     EXPECT_TRUE(storage.expired());
 }
 
-TEST(Tokens, RefusesASliceThatIsNotWithin) {
+TEST(Tokens, RefusesASliceOutOfRange) {
     const Tokens tokens = two_byte_tokens({1, 2, 3});
     EXPECT_EQ(tokens.slice(3, 3).size(), 0);
     for (const auto& [begin, end] : {std::pair{-1, 2}, std::pair{2, 1}, std::pair{0, 4}, std::pair{4, 4}}) {
-        expect_usage_error({"the 3 there are"}, [&, b = begin, e = end] { tokens.slice(b, e); });
+        expect_usage_error({"the 3 tokens"}, [&, b = begin, e = end] { tokens.slice(b, e); });
     }
 }
 

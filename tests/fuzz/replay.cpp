@@ -1,4 +1,4 @@
-// Gives every file of a corpus to the fuzz target that this is linked with: what fuzzing found, in any build. Usage:
+// Runs the linked fuzz target on every file of a corpus: replays what fuzzing found, in any build. Usage:
 // replay CORPUS
 #include <cstddef>
 #include <cstdint>

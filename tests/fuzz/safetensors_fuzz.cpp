@@ -16,7 +16,7 @@ bool same(const SafetensorsEntry& one, const SafetensorsEntry& other) {
            one.strides == other.strides && one.begin == other.begin && one.end == other.end;
 }
 
-/// The place of the last element, counted in elements; -1 if there is none.
+/// The position of the last element, in elements; -1 if there is none.
 std::int64_t last_place(const SafetensorsEntry& entry) {
     std::int64_t last = 0;
     for (std::size_t i = 0; i < entry.shape.size(); ++i) {

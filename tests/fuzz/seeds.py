@@ -56,11 +56,11 @@ def run_log():
         "step": 1, "samples": 64, "tokens": 64, "batch": 64, "loss": 2.5, "weight": 64.0, "learning_rate": 0.1,
         "gradient_norm": 1.5, "micro_batch": 16, "micro_batches": 4, "recompute": False, "out_of_memory": 0,
         "step_seconds": 0.25, "update_seconds": 0.01, "predicted_step_seconds": None, "peak_bytes": 1000000,
-        "predicted_peak_bytes": 1100000, "applied": True, "reason": "", "went_back_to": None,
+        "predicted_peak_bytes": 1100000, "applied": True, "reason": "", "rolled_back_to": None,
         "gradient_variance": None, "squared_gradient": None, "noise_batch": None,
     }  # fmt: skip
     bad = {**step, "step": 2, "loss": "nan", "gradient_norm": "inf", "applied": False, "reason": "the loss is nan"}
-    bad.update(went_back_to=1, predicted_step_seconds=0.5, noise_batch=120.5, out_of_memory=1)
+    bad.update(rolled_back_to=1, predicted_step_seconds=0.5, noise_batch=120.5, out_of_memory=1)
     lines = json.dumps(step) + "\n" + json.dumps(bad) + "\n"
     write("run_log", "whole", lines)
     write("run_log", "cut", lines[:-40])

@@ -1,4 +1,4 @@
-// What people write on the command line and in config.toml: sizes, counts, intervals, names and batch schedules.
+// Input from the command line and config.toml: sizes, counts, intervals, names and batch schedules.
 #include <string>
 
 #include "fuzz/fuzz.h"

@@ -32,7 +32,7 @@ TEST(AppendFile, EachRecordIsThereAtOnce) {
     EXPECT_EQ(read_file(file.path()), all);
 }
 
-TEST(AppendFile, GoesOnAfterWhatIsToStay) {
+TEST(AppendFile, ContinuesAfterWhatIsToStay) {
     const TempFolder folder;
     const fs::path path = folder.write("log", "one\ntwo\nhal");
     for (const std::uint64_t bytes : {8U, 8U, 4U, 0U}) {
@@ -90,7 +90,7 @@ TEST(AppendFile, LeavesAloneWhatHasItsNameAlready) {
     EXPECT_FALSE(fs::exists(folder.path() / "elsewhere"));
 }
 
-TEST(AppendFile, GoesOnWithAPlainFileAlone) {
+TEST(AppendFile, ContinuesWithAPlainFileAlone) {
     const TempFolder folder;
     const fs::path file = folder.write("file", "text"), link = folder.path() / "link", pipe = folder.path() / "pipe";
     fs::create_symlink(file, link);
@@ -98,7 +98,7 @@ TEST(AppendFile, GoesOnWithAPlainFileAlone) {
     for (const fs::path& path : {link, pipe, folder.path(), folder.path() / "nowhere", fs::path("/dev/null")}) {
         expect_write_error({path.string()}, [&] { AppendFile(path, 0); });
     }
-    // One that somebody reads from can be opened, and is none all the same.
+    // A pipe with a reader can be opened, but is still not a regular file.
     const int reader = ::open(pipe.c_str(), O_RDONLY | O_NONBLOCK);
     expect_write_error({pipe.string(), "not a regular file"}, [&] { AppendFile(pipe, 0); });
     ::close(reader);

@@ -1,4 +1,4 @@
-// A checkpoint that is damaged is never taken for a whole one.
+// A corrupted checkpoint is never taken for a valid one.
 #include <fcntl.h>
 #include <gtest/gtest.h>
 #include <sys/stat.h>
@@ -44,7 +44,7 @@ TEST(CheckpointDamage, EveryBitThatIsFlippedIsFound) {
     EXPECT_FALSE(is_refused(checkpoint.path()));
 }
 
-TEST(CheckpointDamage, EveryFileThatIsCutShortOrGrewIsFoundAndNamed) {
+TEST(CheckpointDamage, EveryFileThatIsTruncatedOrGrewIsFoundAndNamed) {
     const Forged checkpoint;
     for (const std::string& name : checkpoint.names()) {
         const std::string whole = checkpoint.read(name);

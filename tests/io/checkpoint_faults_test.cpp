@@ -1,4 +1,4 @@
-// A fault at any operation on a file: the run goes on, or is gone on with, from a checkpoint that is whole.
+// A fault at any operation on a file: the run continues, or is resumed from a valid checkpoint.
 #include <gtest/gtest.h>
 
 #include "microbatch/io/checkpoint_store.h"
@@ -34,7 +34,7 @@ const StateDict& of_step(std::int64_t steps) {
     return states()[static_cast<std::size_t>(steps)];
 }
 
-/// A folder with the checkpoints of steps 1 and 2; where asked for, a damaged one of step 3, too.
+/// A folder with the checkpoints of steps 1 and 2; on request, also a corrupted one of step 3.
 class Disk {
 public:
     explicit Disk(bool with_damaged = false) {
@@ -58,7 +58,7 @@ public:
 
     CheckpointOptions options() const { return {.keep = 2, .sync_first = {log()}}; }
 
-    /// The step of the checkpoint that a new process finds, which is as it was written, and the run can go on from.
+    /// The step of the checkpoint that a new process finds, which is unchanged and can be resumed.
     std::int64_t found() const {
         CheckpointStore store(checkpoints(), options());
         const std::optional<StateDict> newest = store.newest();
@@ -79,7 +79,7 @@ public:
     /// And saves again.
     void expect_goes_on() const {
         const auto run = Training::from(rich(), *CheckpointStore(checkpoints()).newest());
-        FaultyFiles files(attic());  // none of which is struck; they do not wait for the disk
+        FaultyFiles files(attic());  // no operation fails; they do not wait for the disk
         CheckpointStore store(checkpoints(), options(), files);
         store.newest();
         store.warnings();
@@ -107,7 +107,7 @@ int operations_of_a_save(bool with_damaged = false) {
     return files.operations();
 }
 
-TEST(CheckpointFaults, AnErrorAtAnyOperationIsAWarningAndTheRunGoesOn) {
+TEST(CheckpointFaults, AnErrorAtAnyOperationIsAWarningAndTheRunContinues) {
     const int operations = operations_of_a_save();
     ASSERT_GT(operations, 60);
     for (const Fault fault : {Fault::error, Fault::half_error}) {
@@ -129,9 +129,9 @@ TEST(CheckpointFaults, AnErrorAtAnyOperationIsAWarningAndTheRunGoesOn) {
                 ASSERT_EQ(warnings.size(), 1U);
                 EXPECT_NE(warnings[0].find("struck by the test"), std::string::npos) << warnings[0];
                 const std::int64_t found = disk.found();
-                const bool written = warnings[0].find("is not written") == std::string::npos;
+                const bool written = warnings[0].find("was not written") == std::string::npos;
                 EXPECT_TRUE(found == 3 || (found == 2 && !written)) << found;
-                // The same process goes on.
+                // The same process continues.
                 EXPECT_TRUE(store.save_now(of_step(4)));
                 EXPECT_TRUE(store.warnings().empty());
                 EXPECT_EQ(disk.found(), 4);
@@ -173,12 +173,12 @@ void crash_everywhere(Fault fault, Loss loss, bool with_damaged) {
 
 class CheckpointCrash : public ::testing::TestWithParam<std::tuple<Fault, Loss>> {};
 
-TEST_P(CheckpointCrash, AtAnyOperationLeavesACheckpointThatIsWhole) {
+TEST_P(CheckpointCrash, AtAnyOperationLeavesAValidCheckpoint) {
     const auto& [fault, loss] = GetParam();
     crash_everywhere(fault, loss, false);
 }
 
-TEST_P(CheckpointCrash, WhereADamagedOneHasItsNameToo) {
+TEST_P(CheckpointCrash, WithACorruptedOneOfTheSameName) {
     const auto& [fault, loss] = GetParam();
     crash_everywhere(fault, loss, true);
 }
@@ -187,7 +187,7 @@ INSTANTIATE_TEST_SUITE_P(Everywhere, CheckpointCrash,
                          ::testing::Combine(::testing::Values(Fault::crash, Fault::half_crash, Fault::crash_after),
                                             ::testing::Values(Loss::none, Loss::contents, Loss::names)));
 
-TEST(CheckpointFaults, OnceItIsSavedTheLossOfPowerTakesNothing) {
+TEST(CheckpointFaults, OnceItIsSavedALossOfPowerLosesNothing) {
     for (const Loss loss : {Loss::contents, Loss::names}) {
         const Disk disk;
         FaultyFiles files(disk.attic());
@@ -255,7 +255,7 @@ std::string found_after(int n, Fault fault, Loss loss, int* operations = nullptr
     return read_file(file);
 }
 
-TEST(CheckpointFaults, AFileThatIsWrittenWholeIsTheOldOneOrTheNewOneWhateverHappens) {
+TEST(CheckpointFaults, AnAtomicallyWrittenFileIsAlwaysTheOldOrTheNewOne) {
     int operations = 0;
     EXPECT_EQ(found_after(0, Fault::error, Loss::names, &operations), "new content at last");
     EXPECT_EQ(operations, 9);

@@ -1,4 +1,4 @@
-// A checkpoint of somebody who means harm, with checksums that are right: a clear error, in little memory.
+// A malicious checkpoint with correct checksums: a clear error, in little memory.
 #include <gtest/gtest.h>
 #include <malloc.h>
 
@@ -26,7 +26,7 @@ std::int64_t status(const std::string& key) {
 template <class Call>
 std::int64_t memory_of(const Call& call) {
     ::malloc_trim(0);
-    std::ofstream("/proc/self/clear_refs") << 5;  // the peak begins anew
+    std::ofstream("/proc/self/clear_refs") << 5;  // resets the peak
     const std::int64_t before = status("VmRSS");
     call();
     return status("VmHWM") - before;
@@ -47,7 +47,7 @@ TEST(CheckpointHostile, ASoundOneIsSound) {
     EXPECT_FALSE(Forged().is_refused());
 }
 
-TEST(CheckpointHostile, NamesThatLeadElsewhereAreRefused) {
+TEST(CheckpointHostile, NamesThatLeaveTheFolderAreRefused) {
     for (const std::string name : {"../x", "..", ".", "/etc/passwd", "a/b", "", ".hidden", "model.safetensors/", "A",
                                    "a b", "a\\b", "a\nb", "é", "~", "a:b", "%2e%2e"}) {
         const Forged checkpoint;
@@ -55,14 +55,14 @@ TEST(CheckpointHostile, NamesThatLeadElsewhereAreRefused) {
         checkpoint.change_manifest([&](CheckpointManifest& manifest) {
             manifest.files.push_back({name, 7, crc32c("content")});
         });
-        checkpoint.expect_refused({"manifest.json", "leads elsewhere"});
+        checkpoint.expect_refused({"manifest.json", "invalid file name"});
     }
     const Forged checkpoint;
     for (const std::string& name : {std::string(1000, 'a'), std::string("a\0b", 3)}) {
         checkpoint.replace_manifest(R"({"version": 2, "steps": 0, "samples": 0, "tokens": 0, "open_samples": 0, )"
                                     R"("healthy": true, "kept": false, "files": {)" +
                                     Json(name).dump() + R"(: {"bytes": 0, "crc32c": "00000000"}})");
-        checkpoint.expect_refused({"manifest.json", "leads elsewhere"});
+        checkpoint.expect_refused({"manifest.json", "invalid file name"});
     }
 }
 
@@ -107,7 +107,7 @@ TEST(CheckpointHostile, AManifestOfAnythingElseIsRefused) {
     }
 }
 
-TEST(CheckpointHostile, AManifestThatLeavesOutAFileIsRefused) {
+TEST(CheckpointHostile, AManifestWithoutAFileIsRefused) {
     for (const std::string& name : Forged().names()) {
         if (name == "manifest.json") continue;
         const Forged checkpoint;
@@ -127,8 +127,8 @@ TEST(CheckpointHostile, ALargeManifestIsRefusedInLittleMemory) {
     expect_refused_in_bounds(checkpoint);
 }
 
-// Whatever stands at a place of the state, the run is refused or can be gone on with; nothing else happens.
-TEST(CheckpointHostile, AnythingAtAnyPlaceOfTheStateIsRefusedOrHarmless) {
+// Whatever value is anywhere in the state, the run is refused or can continue; nothing else happens.
+TEST(CheckpointHostile, AnyValueAnywhereInTheStateIsRefusedOrHarmless) {
     const Forged checkpoint;
     const Json good = Json::parse(checkpoint.read("state.json"));
     const std::vector<Json> values = {nullptr,
@@ -177,7 +177,7 @@ TEST(CheckpointHostile, AnythingAtAnyPlaceOfTheStateIsRefusedOrHarmless) {
     EXPECT_GT(refused, tried / 2);
 }
 
-TEST(CheckpointHostile, AStateThatAsksForMuchIsRefusedInLittleMemory) {
+TEST(CheckpointHostile, AHugeStateIsRefusedInLittleMemory) {
     const Forged checkpoint;
     const Json good = Json::parse(checkpoint.read("state.json"));
     const auto refused = [&](const char* name, const Json& value) {
@@ -200,7 +200,7 @@ TEST(CheckpointHostile, AStateThatAsksForMuchIsRefusedInLittleMemory) {
     refused("caps/0/0", Json(500'000, 1));
 }
 
-TEST(CheckpointHostile, AStateThatIsNoneIsRefusedInLittleMemory) {
+TEST(CheckpointHostile, AnInvalidStateIsRefusedInLittleMemory) {
     const Forged checkpoint;
     const auto refused = [&](const std::string& text) {
         checkpoint.replace("state.json", text);
@@ -225,7 +225,7 @@ std::string with_header(const std::string& header, const std::string& data = {})
     return std::string(reinterpret_cast<const char*>(&length), sizeof(length)) + header + data;
 }
 
-TEST(CheckpointHostile, TensorsThatAreNotThoseOfTheStateAreRefused) {
+TEST(CheckpointHostile, TensorsThatDoNotMatchTheStateAreRefused) {
     for (const std::string& name : Forged().names()) {
         if (!name.ends_with(".safetensors")) continue;
         SCOPED_TRACE(name);
@@ -293,7 +293,7 @@ TEST(CheckpointHostile, StridesThatWouldLeadOutOfATensorAreNotFollowed) {
     }
 }
 
-TEST(CheckpointHostile, AHeaderThatAsksForMuchIsRefusedInLittleMemory) {
+TEST(CheckpointHostile, AHugeHeaderIsRefusedInLittleMemory) {
     const Forged checkpoint;
     const auto refused = [&](const std::string& content) {
         checkpoint.replace("model.safetensors", content);

@@ -1,4 +1,4 @@
-// Which checkpoints there are, and which are gone on from.
+// Which checkpoints exist, and which one is resumed.
 #include "microbatch/io/checkpoint_store.h"
 
 #include <cstdio>
@@ -19,7 +19,7 @@ using CheckpointStoreTest = CheckpointFolder;
 TEST_F(CheckpointStoreTest, KeepsTheNewestAndGivesBackTheLast) {
     CheckpointStore store(folder(), {.keep = 2});
     EXPECT_FALSE(store.newest());
-    EXPECT_FALSE(fs::exists(folder()));  // made with the first
+    EXPECT_FALSE(fs::exists(folder()));  // created with the first one
     for (int i = 0; i < 4; ++i) EXPECT_TRUE(store.save_now(after(3)));
     EXPECT_EQ(names_in(folder()), (Names{"step-00000009", "step-00000012"}));
     EXPECT_TRUE(store.warnings().empty());
@@ -49,7 +49,7 @@ TEST_F(CheckpointStoreTest, KeepsTheFirstAtOrAfterEveryMultiple) {
     EXPECT_EQ(kept({1000, Unit::steps}, 1), (Names{"step-00000008"}));
 }
 
-TEST_F(CheckpointStoreTest, WhatIsKeptStaysKeptInTheNextProcess) {
+TEST_F(CheckpointStoreTest, AKeptCheckpointStaysKeptInTheNextProcess) {
     const CheckpointOptions options{.keep = 1, .keep_every = Interval{4, Unit::steps}};
     for (int i = 0; i < 9; ++i) {
         CheckpointStore store(folder(), options);
@@ -85,7 +85,7 @@ TEST_F(CheckpointStoreTest, SortsByNumberNotByName) {
     EXPECT_EQ(steps_in(*CheckpointStore(folder()).newest()), 123'456'789);
 }
 
-TEST_F(CheckpointStoreTest, PassesOverTheNewestWhereItIsDamagedAndNamesIt) {
+TEST_F(CheckpointStoreTest, SkipsACorruptedNewestOneAndNamesIt) {
     CheckpointStore store(folder());
     for (int i = 0; i < 3; ++i) EXPECT_TRUE(store.save_now(after(1)));
     damage("step-00000003");
@@ -104,33 +104,33 @@ TEST_F(CheckpointStoreTest, PassesOverTheNewestWhereItIsDamagedAndNamesIt) {
     EXPECT_TRUE(other.warnings().empty());  // once
 }
 
-TEST_F(CheckpointStoreTest, TheRunGoesOnOverWhatIsDamaged) {
+TEST_F(CheckpointStoreTest, TheRunOverwritesCorruptedOnes) {
     CheckpointStore store(folder());
     for (int i = 0; i < 3; ++i) EXPECT_TRUE(store.save_now(after(1)));
     damage("step-00000003");
     CheckpointStore other(folder());
     load(run_.trainer(), StateReader(*other.newest()));
     other.warnings();
-    EXPECT_TRUE(other.save_now(after(1)));  // in the place of the damaged one
+    EXPECT_TRUE(other.save_now(after(1)));  // replaces the corrupted one
     EXPECT_TRUE(other.warnings().empty());
     EXPECT_EQ(steps_in(*CheckpointStore(folder()).newest()), 3);
     EXPECT_EQ(names_in(folder()).size(), 3U);
 }
 
-TEST_F(CheckpointStoreTest, ADamagedOneThatIsNewerDoesNotPushOutWhatIsWhole) {
+TEST_F(CheckpointStoreTest, ANewerCorruptedOneDoesNotDeleteAValidOne) {
     CheckpointStore store(folder(), {.keep = 2});
     EXPECT_TRUE(store.save_now(after(2)));
     EXPECT_TRUE(store.save_now(after(2)));
     damage("step-00000004");
     CheckpointStore other(folder(), {.keep = 2});
     load(run_.trainer(), StateReader(*other.newest()));
-    EXPECT_TRUE(other.save_now(after(1)));  // step 3, below the damaged one
+    EXPECT_TRUE(other.save_now(after(1)));  // step 3, below the corrupted one
     EXPECT_EQ(steps_in(*CheckpointStore(folder()).newest()), 3);
     damage("step-00000003");
     EXPECT_EQ(steps_in(*CheckpointStore(folder()).newest()), 2);
 }
 
-TEST_F(CheckpointStoreTest, WhereNoneIsWholeTheErrorNamesEach) {
+TEST_F(CheckpointStoreTest, IfNoneIsValidTheErrorNamesEach) {
     CheckpointStore store(folder());
     for (int i = 0; i < 3; ++i) EXPECT_TRUE(store.save_now(after(1)));
     for (const std::string& name : names_in(folder())) damage(name, "state.json");
@@ -184,7 +184,7 @@ TEST_F(CheckpointStoreTest, WhatIsToBeOnTheDiskFirstAndIsNotThereIsAWarning) {
     EXPECT_EQ(store.written(), 2);
 }
 
-TEST_F(CheckpointStoreTest, AFolderThatCannotBeReadIsNotTakenForNone) {
+TEST_F(CheckpointStoreTest, AnUnreadableFolderIsNotTakenForAnEmptyOne) {
     fs::create_directories(folder().parent_path());
     fs::create_directory_symlink(temp_.path() / "gone", folder());
     expect_error(ErrorKind::bad_data, {folder().string()}, [&] { CheckpointStore(folder()).newest(); });
@@ -195,7 +195,7 @@ TEST_F(CheckpointStoreTest, AFolderThatCannotBeReadIsNotTakenForNone) {
     EXPECT_FALSE(CheckpointStore(folder()).newest());
 }
 
-TEST_F(CheckpointStoreTest, ADamagedOneTakesNoPlaceOfOneThatIsWhole) {
+TEST_F(CheckpointStoreTest, ACorruptedOneDoesNotCountAsKept) {
     CheckpointStore store(folder());
     for (int i = 0; i < 3; ++i) EXPECT_TRUE(store.save_now(after(1)));
     damage("step-00000003", "state.json");
@@ -204,7 +204,7 @@ TEST_F(CheckpointStoreTest, ADamagedOneTakesNoPlaceOfOneThatIsWhole) {
     const StateDict newest = *reader.newest();
     load(resumed.trainer(), StateReader(newest));
     other.go_on_from(newest, reader.damaged());
-    for (int i = 0; i < 2; ++i) resumed.step();  // 3 is not made again
+    for (int i = 0; i < 2; ++i) resumed.step();  // 3 is not written again
     EXPECT_TRUE(other.save_now(state_of(resumed.trainer())));
     EXPECT_EQ(names_in(folder()), (Names{"step-00000001", "step-00000002", "step-00000004"}));
     for (int i = 0; i < 3; ++i) {
@@ -214,7 +214,7 @@ TEST_F(CheckpointStoreTest, ADamagedOneTakesNoPlaceOfOneThatIsWhole) {
     EXPECT_EQ(names_in(folder()), (Names{"step-00000005", "step-00000006", "step-00000007"}));
 }
 
-TEST_F(CheckpointStoreTest, OneOfAnotherVersionIsNotPassedOver) {
+TEST_F(CheckpointStoreTest, OneOfAnotherVersionIsNotSkipped) {
     CheckpointStore store(folder());
     for (int i = 0; i < 2; ++i) EXPECT_TRUE(store.save_now(after(1)));
     const fs::path manifest = folder() / "step-00000002" / "manifest.json";
@@ -231,7 +231,7 @@ TEST_F(CheckpointStoreTest, OneOfAnotherVersionIsNotPassedOver) {
     }
 }
 
-TEST_F(CheckpointStoreTest, ARunOfTheVersionBeforeIsRefusedAndStaysAsItIs) {
+TEST_F(CheckpointStoreTest, ARunOfThePreviousVersionIsRefusedAndUnchanged) {
     fs::create_directories(folder() / "step-00000003");
     for (const char* file : {"manifest.json", "state.json"}) {
         fs::copy(test_file("io/format1") / file, folder() / "step-00000003" / file);
@@ -243,7 +243,7 @@ TEST_F(CheckpointStoreTest, ARunOfTheVersionBeforeIsRefusedAndStaysAsItIs) {
     EXPECT_EQ(contents_of(folder()), before);
 }
 
-TEST_F(CheckpointStoreTest, TheNewestHealthyOneStaysWhateverIsKept) {
+TEST_F(CheckpointStoreTest, TheNewestHealthyOneIsAlwaysKept) {
     const auto save = [&](CheckpointStore& store, bool healthy) {
         EXPECT_TRUE(store.save_now(with(after(1), "data/healthy", StateScalar(healthy))));
         EXPECT_TRUE(store.warnings().empty());
@@ -265,7 +265,7 @@ TEST_F(CheckpointStoreTest, TheNewestHealthyOneStaysWhateverIsKept) {
     EXPECT_EQ(names_in(folder()), (Names{"step-00000008", "step-00000010", "step-00000011"}));
 }
 
-TEST_F(CheckpointStoreTest, AHealthyOneThatIsDamagedIsPassedOver) {
+TEST_F(CheckpointStoreTest, ACorruptedHealthyOneIsSkipped) {
     CheckpointStore store(folder(), {.keep = 5});
     for (const bool healthy : {true, true, false}) {
         EXPECT_TRUE(store.save_now(with(after(1), "data/healthy", StateScalar(healthy))));
@@ -276,12 +276,12 @@ TEST_F(CheckpointStoreTest, AHealthyOneThatIsDamagedIsPassedOver) {
     const std::vector<std::string> warnings = other.warnings();
     ASSERT_EQ(warnings.size(), 1U);
     EXPECT_NE(warnings[0].find("step-00000002"), std::string::npos) << warnings[0];
-    // And does not stay in the place of one that is whole.
+    // And does not count instead of a valid one.
     EXPECT_TRUE(other.save_now(with(after(1), "data/healthy", StateScalar(false))));
     EXPECT_EQ(names_in(folder()), (Names{"step-00000001", "step-00000004"}));
 }
 
-TEST_F(CheckpointStoreTest, WhereNoneIsHealthyThereIsNoNewestHealthyOne) {
+TEST_F(CheckpointStoreTest, WithoutAHealthyOneThereIsNoNewestHealthyOne) {
     CheckpointStore store(folder());
     EXPECT_FALSE(store.newest(/*healthy=*/true));
     EXPECT_TRUE(store.save_now(with(after(1), "data/healthy", StateScalar(false))));
@@ -289,7 +289,7 @@ TEST_F(CheckpointStoreTest, WhereNoneIsHealthyThereIsNoNewestHealthyOne) {
     EXPECT_TRUE(CheckpointStore(folder()).newest());
 }
 
-TEST_F(CheckpointStoreTest, TheRunThatIsCuredTakesThePlaceOfTheSickOne) {
+TEST_F(CheckpointStoreTest, ARecoveredRunReplacesTheDivergedOne) {
     CheckpointStore store(folder());
     for (const bool healthy : {true, false, false}) {
         EXPECT_TRUE(store.save_now(with(after(1), "data/healthy", StateScalar(healthy))));
@@ -305,7 +305,7 @@ TEST_F(CheckpointStoreTest, TheRunThatIsCuredTakesThePlaceOfTheSickOne) {
     EXPECT_TRUE(read_checkpoint_manifest(folder() / "step-00000003").healthy);
 }
 
-TEST_F(CheckpointStoreTest, RefusesWhatMeansNothing) {
+TEST_F(CheckpointStoreTest, RefusesInvalidOptions) {
     expect_usage_error({"keep", "0"}, [&] { CheckpointStore(folder(), {.keep = 0}); });
     expect_usage_error({"keep", "-1"}, [&] { CheckpointStore(folder(), {.keep = -1}); });
     expect_usage_error({"keep_every"}, [&] { CheckpointStore(folder(), {.keep_every = Interval{0, Unit::steps}}); });

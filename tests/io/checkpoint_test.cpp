@@ -1,4 +1,4 @@
-// What is written of a run is all that it goes on from.
+// A checkpoint has everything that a run needs to resume.
 #include "microbatch/io/checkpoint.h"
 
 #include <ATen/ATen.h>
@@ -36,7 +36,7 @@ TEST(Checkpoint, GivesBackEveryNameAndEveryBit) {
     }
 }
 
-TEST(Checkpoint, GivesBackARunThatHasNotBegunYet) {
+TEST(Checkpoint, RestoresARunThatHasNotStartedYet) {
     const TempFolder folder;
     for (const TrainingOptions& how : {TrainingOptions{}, TrainingOptions{.optimizer = "torch sgd"}, rich()}) {
         const StateDict state = Training(how).taken_apart();
@@ -87,7 +87,7 @@ TEST(Checkpoint, NumbersThatAreNotFiniteAndTheLargestComeBack) {
     EXPECT_TRUE(std::isnan(notes.numbers("22").front()));
 }
 
-TEST(Checkpoint, WhateverElseAStateHoldsComesBack) {
+TEST(Checkpoint, AllOtherValuesOfAStateAreRestored) {
     const TempFolder folder;
     StateDict state = with_every_scalar(Training({}).taken_apart());
     state.put("ema/0.weight", StoredTensor(at::randn({3, 2})));
@@ -128,7 +128,7 @@ TEST(Checkpoint, TensorsWithoutElementsComeBack) {
     expect_same(read_checkpoint(write(folder, state)), state);
 }
 
-TEST(Checkpoint, ARunGoesOnFromItWithTheSameBits) {
+TEST(Checkpoint, ARunResumesFromItWithTheSameBits) {
     const TempFolder folder;
     for (const char* model : {"gpt", "resnet", "norm"}) {
         SCOPED_TRACE(model);
@@ -186,7 +186,7 @@ TEST(Checkpoint, MayBeRemovedOnceItIsRead) {
     expect_same(read, rich_state());
 }
 
-TEST(Checkpoint, TheManifestTellsWhatItIsOf) {
+TEST(Checkpoint, TheManifestHasTheProgress) {
     const TempFolder folder;
     Training run({});
     for (int i = 0; i < 3; ++i) run.step();
@@ -241,7 +241,7 @@ TEST(Checkpoint, OneOfTheVersionBeforeIsRefusedWithASentence) {
 TEST(Checkpoint, IsLoadedInTheMemoryOfTheStateAndOneTensor) {
     install_budget_allocator();
     const TempFolder folder;
-    constexpr std::int64_t wide = 512;  // a tensor of a MiB, beside which all else is little
+    constexpr std::int64_t wide = 512;  // a tensor of 1 MiB, much larger than the rest
     const auto make = [] { return mlp_job({.inputs = wide, .layers = 4, .width = wide, .classes = 2}); };
     const auto options = TrainerOptions{.batch = 2, .length = {1000, Unit::steps}};
     std::filesystem::path path;

@@ -1,8 +1,8 @@
-// A checkpoint that is written while the run goes on, and what can go wrong with it.
+// A checkpoint that is written while the run continues, and its possible failures.
 #include <ATen/ATen.h>
+#include <unistd.h>
 
 #include <atomic>
-#include <chrono>
 #include <functional>
 #include <future>
 #include <stdexcept>
@@ -11,6 +11,7 @@
 #include "support/full_disk.h"
 #include "support/rich_run.h"
 #include "support/stores.h"
+#include "support/waiting.h"
 
 namespace microbatch {
 namespace {
@@ -20,7 +21,7 @@ namespace fs = std::filesystem;
 
 using CheckpointThread = CheckpointFolder;
 
-TEST_F(CheckpointThread, AThreadWritesTheBytesThatWouldBeWrittenAtOnceAlthoughTheRunGoesOn) {
+TEST_F(CheckpointThread, AThreadWritesTheBytesThatWouldBeWrittenAtOnceAlthoughTheRunContinues) {
     for (const TrainingOptions& how : {TrainingOptions{.model = "gpt"}, rich()}) {
         const TempFolder now, later;
         Training run(how);
@@ -37,7 +38,7 @@ TEST_F(CheckpointThread, AThreadWritesTheBytesThatWouldBeWrittenAtOnceAlthoughTh
     }
 }
 
-/// The system's files, of which none is made before the gate opens; and what then happens.
+/// The system's files, none of which is created before the gate opens; and what happens then.
 class GatedFiles final : public FileSystem {
 public:
     explicit GatedFiles(std::function<void()> then = [] {}) : then_(std::move(then)) {}
@@ -72,7 +73,7 @@ TEST_F(CheckpointThread, IsBusyAndHoldsItsCopyUntilItIsWritten) {
     EXPECT_EQ(store.memory_bytes(), state.bytes());
     EXPECT_TRUE(store.warnings().empty());
     EXPECT_TRUE(store.is_busy());
-    while (names_in(folder()).empty()) std::this_thread::yield();
+    EXPECT_TRUE(comes_true([this] { return !names_in(folder()).empty(); }));
     EXPECT_EQ(names_in(folder()), (Names{"step-00000001.part"}));
     files.open();
     EXPECT_TRUE(store.release());
@@ -85,7 +86,7 @@ TEST_F(CheckpointThread, IsBusyAndHoldsItsCopyUntilItIsWritten) {
 TEST_F(CheckpointThread, WarningsFreeTheCopyOfWhatIsWritten) {
     CheckpointStore store(folder());
     store.save(after(1));
-    while (store.is_busy()) std::this_thread::yield();
+    EXPECT_TRUE(comes_true([&store] { return !store.is_busy(); }));
     EXPECT_GT(store.memory_bytes(), 0);
     EXPECT_TRUE(store.warnings().empty());
     EXPECT_EQ(store.memory_bytes(), 0);
@@ -139,8 +140,8 @@ TEST_F(CheckpointThread, ASecondSaveWaitsForTheFirst) {
     CheckpointStore store(folder(), {}, files);
     store.save(after(1));
     std::atomic<bool> opened = false;
-    std::thread opens([&] {
-        std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    std::thread opens([&, waiting = ::gettid()] {
+        EXPECT_TRUE(comes_true([waiting] { return is_asleep(waiting); }));
         opened = true;
         files.open();
     });
@@ -157,8 +158,8 @@ TEST_F(CheckpointThread, ItsEndWaitsForWhatIsBeingWritten) {
     {
         CheckpointStore store(folder(), {}, files);
         store.save(after(1));
-        opens = std::thread([&files] {
-            std::this_thread::sleep_for(std::chrono::milliseconds(20));
+        opens = std::thread([&files, waiting = ::gettid()] {
+            EXPECT_TRUE(comes_true([waiting] { return is_asleep(waiting); }));
             files.open();
         });
     }

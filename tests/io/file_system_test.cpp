@@ -109,7 +109,7 @@ TEST(FileSystem, FilesThatAreNotClosedDoNotStayOpen) {
     EXPECT_EQ(after, next);
 }
 
-TEST(WriteWhole, TakesThePlaceOfTheFileBefore) {
+TEST(WriteWhole, ReplacesThePreviousFile) {
     const TempFolder folder;
     const fs::path file = folder.path() / "file";
     for (const char* content : {"first", "the second, longer", ""}) {
@@ -122,7 +122,7 @@ TEST(WriteWhole, TakesThePlaceOfTheFileBefore) {
     EXPECT_FALSE(fs::exists(folder.path() / "file.part"));
 }
 
-TEST(WriteWhole, WhereItFailsTheFileBeforeStaysAndNothingBeside) {
+TEST(WriteWhole, OnFailureThePreviousFileStaysAndNothingElse) {
     const TempFolder folder;
     const fs::path file = folder.write("file", "before");
     EXPECT_THROW(write_whole(file,
@@ -140,7 +140,7 @@ TEST(WriteWhole, WhereItFailsTheFileBeforeStaysAndNothingBeside) {
     expect_write_error({"nowhere"}, [&] { write_whole(folder.path() / "nowhere" / "file", "content"); });
 }
 
-TEST(WriteWhole, TakesANameInTheFolderThatIsNow) {
+TEST(WriteWhole, AcceptsANameInTheCurrentFolder) {
     const TempFolder folder;
     const fs::path before = fs::current_path();
     fs::current_path(folder.path());

@@ -83,7 +83,7 @@ TEST(InputFile, RefusesToReadAllOfMoreThanIsAllowed) {
     const test::TempFolder folder;
     const InputFile file(folder.write("file", "four"));
     EXPECT_EQ(file.read_all(4), "four");
-    test::expect_error(ErrorKind::bad_data, {file.path().string(), "4 bytes", "more than the 3"},
+    test::expect_error(ErrorKind::bad_data, {file.path().string(), "4 bytes", "more than the allowed 3"},
                        [&] { file.read_all(3); });
 }
 

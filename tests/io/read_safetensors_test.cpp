@@ -1,4 +1,4 @@
-// What is written is read back; what is not sound is named and makes nothing.
+// What is written can be read back; invalid files are named and create nothing.
 #include <ATen/ATen.h>
 
 #include <algorithm>
@@ -73,7 +73,7 @@ TEST(ReadSafetensors, GivesBackHowATensorLay) {
     }
 }
 
-TEST(ReadSafetensors, TensorsCanBeHadAfterTheFileIsGone) {
+TEST(ReadSafetensors, TensorsCanBeReadAfterTheFileIsDeleted) {
     const TempFolder folder;
     const auto path = folder.path() / "model.safetensors";
     write_safetensors(path, some_tensors());
@@ -105,7 +105,7 @@ TEST(ReadSafetensors, ATensorThatIsNotAskedForIsNotRead) {
     expect_error(ErrorKind::bad_data, {"model.safetensors"}, [&] { tensors[1].second.get(); });
 }
 
-TEST(ReadSafetensors, EveryFileThatIsCutShortIsRefused) {
+TEST(ReadSafetensors, EveryTruncatedFileIsRefused) {
     const TempFolder folder;
     const auto path = folder.path() / "model.safetensors";
     write_safetensors(path, some_tensors());
@@ -118,7 +118,7 @@ TEST(ReadSafetensors, EveryFileThatIsCutShortIsRefused) {
     expect_error(ErrorKind::bad_data, {"long"}, [&] { read_safetensors(folder.path() / "long"); });
 }
 
-TEST(ReadSafetensors, AHeaderThatDoesNotHoldTogetherIsRefused) {
+TEST(ReadSafetensors, AnInconsistentHeaderIsRefused) {
     const TempFolder folder;
     const auto refused = [&](const std::string& word, const std::string& header, const std::string& data) {
         const auto path = folder.write("bad", with_header(header, data));
@@ -137,9 +137,9 @@ TEST(ReadSafetensors, AHeaderThatDoesNotHoldTogetherIsRefused) {
     refused("shape", entry("F32", "[-2]", "[0,8]"), eight);
     refused("shape", entry("F32", "[2.5]", "[0,8]"), eight);
     refused("shape", entry("F32", "\"2\"", "[0,8]"), eight);
-    refused("stretch", entry("F32", "[2]", "[8,0]"), eight);
-    refused("stretch", entry("F32", "[2]", "[0,8,9]"), eight);
-    refused("stretch", entry("F32", "[2]", "[-8,0]"), eight);
+    refused("its offsets are invalid", entry("F32", "[2]", "[8,0]"), eight);
+    refused("its offsets are invalid", entry("F32", "[2]", "[0,8,9]"), eight);
+    refused("its offsets are invalid", entry("F32", "[2]", "[-8,0]"), eight);
     refused("follow", entry("F32", "[1]", "[4,8]"), eight);
     refused("has 8", entry("F32", "[1]", "[0,4]"), eight);
     refused("has 8", entry("F32", "[4]", "[0,16]"), eight);
@@ -148,7 +148,7 @@ TEST(ReadSafetensors, AHeaderThatDoesNotHoldTogetherIsRefused) {
         R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}})",
         eight);
     std::string huge(8, '\xFF');
-    expect_error(ErrorKind::bad_data, {"none at all"}, [&] { read_safetensors(folder.write("bad", huge)); });
+    expect_error(ErrorKind::bad_data, {"it is truncated"}, [&] { read_safetensors(folder.write("bad", huge)); });
     expect_error(ErrorKind::bad_data, {"nowhere"}, [&] { read_safetensors(folder.path() / "nowhere"); });
     expect_error(ErrorKind::bad_data, {}, [&] { read_safetensors(folder.path()); });
 }

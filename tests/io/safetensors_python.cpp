@@ -11,7 +11,7 @@ namespace {
 
 using namespace microbatch;
 
-// Element i in row-major order, whatever order it lies in: exact in every dtype. The same formula is in the Python.
+// Element i in row-major order, whatever the memory layout: exact in every dtype. The Python code has the same formula.
 at::Tensor numbers(at::IntArrayRef shape, at::ScalarType type) {
     std::int64_t count = 1;
     for (const std::int64_t size : shape) count *= size;

@@ -22,7 +22,7 @@ inline at::Tensor bytes(std::int64_t count) {
     return at::empty({count}, at::kByte);
 }
 
-/// What the c10::OutOfMemoryError says that the call must throw; empty, and the test failed, if it throws none.
+/// The message of the c10::OutOfMemoryError that the call must throw; empty, with a failed test, if it does not throw.
 template <class Call>
 std::string out_of_memory_message(Call&& call) {
     try {

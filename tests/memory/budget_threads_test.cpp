@@ -1,4 +1,4 @@
-// The budget where several threads allocate at once.
+// The budget when several threads allocate at once.
 #include <ATen/Parallel.h>
 #include <ATen/TensorIterator.h>
 #include <ATen/ops/zeros.h>

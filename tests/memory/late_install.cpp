@@ -1,4 +1,4 @@
-// The budget allocator for a Python that has torch already: late_install.py loads this by ctypes.
+// The budget allocator for a Python process that has already imported torch: late_install.py loads this with ctypes.
 #include <cstdint>
 
 #include "microbatch/memory/budget_allocator.h"

@@ -146,7 +146,7 @@ TEST_F(MeterTest, AnAcceleratorsBudgetIsItsMemoryUntilOneIsSet) {
 TEST_F(MeterTest, ADeviceWithoutStatisticsIsNamed) {
     test::expect_usage_error({"meta"}, [] { meter_of(at::kMeta); });
     test::expect_usage_error({"cuda:3"}, [] { meter_of(at::Device(at::kCUDA, 3)); });
-    test::expect_usage_error({"meta"}, [] { meter_of(at::kMeta); });  // nothing half made is left
+    test::expect_usage_error({"meta"}, [] { meter_of(at::kMeta); });  // leaves nothing half created
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The one place where running out of memory is handled.
+// The only place where running out of memory is handled.
 #include "microbatch/memory/reclaim.h"
 
 #include <ATen/ATen.h>

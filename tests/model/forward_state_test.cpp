@@ -1,4 +1,4 @@
-// What a forward pass may change beside gradients, saved and restored bit for bit.
+// Everything that a forward pass may change except gradients, saved and restored bit for bit.
 #include "microbatch/model/forward_state.h"
 
 #include <ATen/ATen.h>
@@ -177,7 +177,7 @@ at::Tensor with_bytes(const at::Tensor& state, std::size_t offset, Value value) 
     return changed;
 }
 
-TEST(Generators, AStateThatCannotBeDrawnFromIsRefusedAndTheGeneratorGoesOnAsItWas) {
+TEST(Generators, AnInvalidStateIsRefusedAndTheGeneratorIsUnchanged) {
     const auto model = make_model(Parameters{{"a", at::ones({2})}});
     at::manual_seed(5);
     at::randn({7});
@@ -246,7 +246,7 @@ TEST(NnModule, SwitchesTheRecomputeOfAModelThatOffersIt) {
     }
 }
 
-TEST(AnyModel, TakesAModuleAHolderASharedPointerBareTensorsOrAModelOfYourOwn) {
+TEST(AnyModel, AcceptsAModuleAHolderASharedPointerBareTensorsOrYourOwnModel) {
     struct Own final : Model {
         Parameters parameters() const override { return {{"own", at::ones({1})}}; }
     };

@@ -192,7 +192,7 @@ TEST_P(EveryOptimizer, RefusesABadDecayOrScale) {
     }
 }
 
-TEST_P(EveryOptimizer, RefusesABadRateAndKeepsTheOneBefore) {
+TEST_P(EveryOptimizer, RefusesABadRateAndKeepsThePreviousOne) {
     const auto optimizer = GetParam()({});
     for (const auto& [bad, said] : {std::pair{-0.5, "-0.5"}, {nan, "nan"}, {infinity, "inf"}}) {
         expect_usage_error({"learning rate", said}, [&] { optimizer->set_learning_rate(bad); });
@@ -200,7 +200,7 @@ TEST_P(EveryOptimizer, RefusesABadRateAndKeepsTheOneBefore) {
     }
 }
 
-TEST_P(EveryOptimizer, TakesAnExpandedGradient) {
+TEST_P(EveryOptimizer, AcceptsAnExpandedGradient) {
     const at::Tensor a = leaf({4, 3}), b = leaf({4, 3});
     const auto optimizer = GetParam()({{.parameters = {{"a", a}, {"b", b}}}});
     a.mutable_grad() = at::full({1}, 2.0, at::kDouble).expand({4, 3});

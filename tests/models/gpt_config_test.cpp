@@ -46,7 +46,7 @@ TEST(GptConfig, HasTheSizesOfItsPresets) {
     EXPECT_EQ(gpt_preset("gpt-small").length, 256);
     EXPECT_EQ(gpt_preset("gpt-tiny").heads, 4);
     EXPECT_EQ(gpt_preset("gpt-tiny").dropout, 0);
-    expect_usage_error({"\"gpt3\"; there are gpt-tiny, gpt-small and gpt2"}, [] { gpt_preset("gpt3"); });
+    expect_usage_error({"\"gpt3\"; choose gpt-tiny, gpt-small or gpt2"}, [] { gpt_preset("gpt3"); });
 }
 
 TEST(GptConfig, NamesItsParametersByPlace) {

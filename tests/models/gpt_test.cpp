@@ -124,7 +124,7 @@ TEST(Gpt, IsTheNetworkOfThePaper) {
     }
 }
 
-TEST(Gpt, LooksBackOnly) {
+TEST(Gpt, DependsOnlyOnEarlierTokens) {
     Gpt model(toy);
     const at::Tensor tokens = random_tokens(toy, 2);
     const at::Tensor before = model->forward(tokens);
@@ -197,7 +197,7 @@ TEST(Gpt, HasTheGradientOfItsLoss) {
     }
 }
 
-TEST(Gpt, TakesTheBlockInOneAndWithDropoutTheAttentionOfLinearMemory) {
+TEST(Gpt, UsesTheFusedBlockAndWithDropoutAttentionOfLinearMemory) {
     for (const double dropout : {0.0, 0.1}) {
         GptConfig config = toy;
         config.dropout = dropout;
@@ -241,7 +241,7 @@ TEST(Gpt, DropsInTheEmbeddingAndBothBranches) {
     }
 }
 
-TEST(Gpt, TakesNoRandomNumbersWithoutDropout) {
+TEST(Gpt, DrawsNoRandomNumbersWithoutDropout) {
     Gpt model(toy);
     const at::Tensor tokens = random_tokens(toy, 2);
     at::manual_seed(5);
@@ -261,13 +261,13 @@ TEST(Gpt, LearnsAFixedBatch) {
         *model, [&] { return loss_on_tokens(model, tokens) / 24; }, 0.5, 100);
 }
 
-TEST(Gpt, RefusesSamplesThatItCannotRead) {
+TEST(Gpt, RefusesInvalidSamples) {
     Gpt model(toy);
     const auto expect_refused = [&](const at::Tensor& tokens, const std::string& part) {
         microbatch::test::expect_usage_error({part}, [&] { model->forward(tokens); });
     };
-    expect_refused(at::zeros({1, 7}, at::kLong), "7 tokens, the model takes 1 to 6");
-    expect_refused(at::zeros({1, 0}, at::kLong), "0 tokens, the model takes 1 to 6");
+    expect_refused(at::zeros({1, 7}, at::kLong), "7 tokens, but the model accepts 1 to 6");
+    expect_refused(at::zeros({1, 0}, at::kLong), "0 tokens, but the model accepts 1 to 6");
     expect_refused(at::zeros({6}, at::kLong), "Long of shape [6]");
     expect_refused(at::zeros({1, 6}, at::kByte), "Byte of shape [1, 6]");
     EXPECT_THROW(model->forward(at::full({1, 6}, 11, at::kLong)), c10::IndexError);

@@ -45,7 +45,7 @@ TEST(ResNet, HasTheParametersOfThePaper) {
     EXPECT_EQ(count_numbers(*ResNet(ResNetConfig{})), count_numbers(*ResNet(ResNetConfig{.norm = ImageNorm::group})));
 }
 
-TEST(ResNet, TakesImagesOfAnySize) {
+TEST(ResNet, AcceptsImagesOfAnySize) {
     for (const ImageNorm norm : {ImageNorm::batch, ImageNorm::group}) {
         ResNet model(small(norm));
         for (const auto& [height, width] : {std::pair{28, 28}, {32, 32}, {33, 17}, {7, 5}, {1, 1}}) {
@@ -171,5 +171,5 @@ TEST(ImageNorm, GoesToTextAndBack) {
         EXPECT_EQ(microbatch::parse_image_norm(microbatch::to_string(norm)), norm);
     }
     EXPECT_EQ(microbatch::to_string(ImageNorm::group), "group");
-    expect_usage_error({"\"Batch\"; there are batch and group"}, [] { microbatch::parse_image_norm("Batch"); });
+    expect_usage_error({"\"Batch\"; choose batch or group"}, [] { microbatch::parse_image_norm("Batch"); });
 }

@@ -83,7 +83,7 @@ TEST(CausalAttention, EverySampleIsTheSameAloneAndOnEveryNumberOfThreads) {
     at::set_num_threads(threads);
 }
 
-TEST(CausalAttention, TakesTransposedInputsAndEmptyOnes) {
+TEST(CausalAttention, AcceptsTransposedAndEmptyInputs) {
     at::manual_seed(5);
     const at::Tensor turned = at::randn({24, 9, 2}).permute({2, 1, 0}).requires_grad_();
     const at::Tensor straight = turned.detach().contiguous().requires_grad_();
@@ -103,7 +103,7 @@ TEST(CausalAttention, KeepsNoProbabilities) {
     EXPECT_LE(memory_use().live_bytes - before, numbers * 4 + 256);
 }
 
-TEST(CausalAttention, RefusesShapesThatAreNotOfIt) {
+TEST(CausalAttention, RefusesOtherShapes) {
     expect_usage_error({"[2, 24]", "heads"}, [] { causal_attention(at::zeros({2, 24}), 2); });
     expect_usage_error({"[1, 2, 25]"}, [] { causal_attention(at::zeros({1, 2, 25}), 2); });
     expect_usage_error({"0 heads"}, [] { causal_attention(at::zeros({1, 2, 24}), 0); });

@@ -59,7 +59,7 @@ TEST(CrossEntropy, IsTheLogarithmOfTheClassesForEqualLogits) {
     EXPECT_NEAR(sum.item<double>(), 3 * std::log(8.0), 1e-14);  // the analytic value; rounding of three terms
 }
 
-TEST(CrossEntropy, IgnoresAMinusHundredUnlessToldOtherwise) {
+TEST(CrossEntropy, IgnoresMinusHundredByDefault) {
     const at::Tensor logits = at::randn({2, 4}, doubles);
     const at::Tensor targets = at::tensor({3, -100}, longs);
     EXPECT_EQ(cross_entropy_sum(logits, targets).item<double>(),
@@ -89,7 +89,7 @@ TEST(CrossEntropy, StaysFiniteForHugeLogits) {
     EXPECT_TRUE(at::equal(logits.grad(), at::tensor({1.0F, -1.0F, 0.0F}).view({1, 3})));
 }
 
-TEST(CrossEntropy, TakesTransposedLogits) {
+TEST(CrossEntropy, AcceptsTransposedLogits) {
     const at::Tensor logits = at::randn({5, 3, 2}, doubles).transpose(0, 2);
     const at::Tensor targets = at::randint(0, 5, {3, 2}, longs).t();
     EXPECT_EQ(cross_entropy_sum(logits, targets).item<double>(),
@@ -117,9 +117,9 @@ TEST(CrossEntropy, RefusesTargetsOutsideTheClasses) {
     }
 }
 
-TEST(CrossEntropy, RefusesWhatDoesNotFitTogether) {
+TEST(CrossEntropy, RefusesMismatchedInputs) {
     const at::Tensor logits = at::randn({2, 3});
-    expect_usage(logits, at::zeros({3}, longs), "[2, 3] do not go with targets of shape [3]");
+    expect_usage(logits, at::zeros({3}, longs), "[2, 3] do not match targets of shape [3]");
     expect_usage(logits, at::zeros({2, 1}, longs), "shape [2, 1]");
     expect_usage(logits, at::zeros({}, longs), "shape []");
     expect_usage(at::randn({}), at::zeros({}, longs), "logits of shape []");

@@ -1,4 +1,4 @@
-// The kernels that give the same bits for every kind of vector, on every kind that this processor runs.
+// The kernels that give the same bits for every vector width, with every width that this processor supports.
 #include "microbatch/ops/kernels/kernels.h"
 
 #include <gtest/gtest.h>
@@ -46,7 +46,7 @@ struct Stretch {
     }
 };
 
-// Of the loops' arithmetic, rounded after every operation, whatever the compiler makes of this file.
+// The arithmetic of the loops, rounded after every operation, however the compiler optimizes this file.
 template <class Number>
 Number rounded(Number x) {
     volatile Number result = x;
@@ -170,7 +170,7 @@ TEST_P(SoftmaxRow, EqualsTheExponentialsInFp64ForEveryLength) {
     }
 }
 
-TEST_P(SoftmaxRow, TakesMinusInfinityForZero) {
+TEST_P(SoftmaxRow, TreatsMinusInfinityAsZero) {
     std::vector<float> row(100, 1e30F);
     row[3] = -std::numeric_limits<float>::infinity();
     row[99] = -1e30F;

@@ -205,7 +205,7 @@ TEST(GroupNorm, GivesNothingToWhatIsFrozen) {
     }
 }
 
-TEST(GroupNorm, TakesTorchsOperatorsForOtherLayoutsAndTypes) {
+TEST(GroupNorm, UsesTorchsOperatorsForOtherLayoutsAndTypes) {
     at::manual_seed(6);
     const Inputs inputs({2, 8, 3, 5, 2}), exact = inputs.to(at::kDouble);
     EXPECT_TRUE(same_bits(exact(true, true), exact.by_operators(true, true)));

@@ -1,4 +1,4 @@
-// Every variant of the kernels that this processor runs against the same arithmetic in double, whatever the sizes.
+// Every kernel variant that this processor supports against the same arithmetic in double, for all sizes.
 #include "microbatch/ops/kernels/kernels.h"
 
 #include <gtest/gtest.h>

@@ -142,7 +142,7 @@ TEST(LinearCrossEntropy, DifferentiatesOnlyWhatRequiresIt) {
     EXPECT_EQ(sum(p.hidden, p.weight).item<double>(), 1.5 * both.sum.item<double>());
 }
 
-TEST(LinearCrossEntropy, TakesTransposedTensors) {
+TEST(LinearCrossEntropy, AcceptsTransposedTensors) {
     at::manual_seed(1);
     Problem p({6, 5}, 8, 12, at::kDouble);
     const Result plain = in_chunks(p, 500);
@@ -198,7 +198,7 @@ TEST(LinearCrossEntropy, PassesOnWhatIsNotFinite) {
 TEST(LinearCrossEntropy, RefusesAGradientOfAGradient) {
     const Problem p({3}, 2, 4, at::kDouble);
     const at::Tensor sum = linear_cross_entropy_sum(p.hidden, p.weight, p.targets);
-    expect_usage_error({"create_graph", "cross_entropy_sum of at::linear"},
+    expect_usage_error({"create_graph", "cross_entropy_sum and at::linear"},
                        [&] { torch::autograd::grad({sum}, {p.hidden}, {}, {}, /*create_graph=*/true); });
 }
 
@@ -239,7 +239,7 @@ TEST(LinearCrossEntropy, HasTheGradientAtTheWeightThatForwardSaw) {
     EXPECT_TRUE(at::equal(p.hidden.grad(), right.hidden_gradient));
 }
 
-TEST(LinearCrossEntropy, TakesAVocabularyOfSeveralTilesOfAnOddSize) {
+TEST(LinearCrossEntropy, AcceptsAVocabularyOfSeveralTilesOfAnOddSize) {
     at::manual_seed(1);
     for (const at::ScalarType type : {at::kFloat, at::kDouble}) {
         const Problem p({70}, 8, 2501, type);
@@ -261,15 +261,14 @@ TEST(LinearCrossEntropy, RefusesTargetsOutsideTheVocabulary) {
     }
 }
 
-TEST(LinearCrossEntropy, RefusesWhatDoesNotFitTogether) {
+TEST(LinearCrossEntropy, RefusesMismatchedInputs) {
     const at::Tensor hidden = at::randn({2, 4}), weight = at::randn({3, 4}), targets = at::zeros({2}, longs);
     const auto refuses = [](const std::string& part, const at::Tensor& h, const at::Tensor& w, const at::Tensor& t) {
         expect_usage_error({part}, [&] { linear_cross_entropy_sum(h, w, t); });
     };
-    refuses("hidden states of shape [2, 4] do not go with targets of shape [3]", hidden, weight, at::zeros({3}, longs));
+    refuses("hidden states of shape [2, 4] do not match targets of shape [3]", hidden, weight, at::zeros({3}, longs));
     refuses("give [..., width] and [...]", at::randn({}), weight, at::zeros({}, longs));
-    refuses("weight of shape [3, 5] does not go with hidden states of shape [2, 4]", hidden, at::randn({3, 5}),
-            targets);
+    refuses("weight of shape [3, 5] does not match hidden states of shape [2, 4]", hidden, at::randn({3, 5}), targets);
     refuses("weight of shape [4]", hidden, at::randn({4}), targets);
     refuses("weight of shape [0, 4] has no class", hidden, at::randn({0, 4}), targets);
     refuses("the weight is Double, the hidden states are Float", hidden, weight.to(at::kDouble), targets);

@@ -133,7 +133,7 @@ TEST(ResidualBlock, HasTheSameBitsEveryTime) {
     at::set_num_threads(1);
 }
 
-TEST(ResidualBlock, LeavesTorchsThreadsAsTheyWere) {
+TEST(ResidualBlock, LeavesTorchsThreadsUnchanged) {
     at::set_num_threads(2);
     const Block block({4, 8, 8, 6, 1});
     scalar_of(block()).backward();
@@ -224,7 +224,7 @@ TEST(ResidualBlock, GivesNothingToWhatIsFrozen) {
     }
 }
 
-TEST(ResidualBlock, TakesTorchsOperatorsForOtherLayoutsAndTypes) {
+TEST(ResidualBlock, UsesTorchsOperatorsForOtherLayoutsAndTypes) {
     at::manual_seed(6);
     const Block block({2, 8, 8, 6, 1}), exact = block.to(at::kDouble);
     EXPECT_TRUE(same_bits(exact(), exact.by_operators()));
@@ -237,7 +237,7 @@ TEST(ResidualBlock, TakesTorchsOperatorsForOtherLayoutsAndTypes) {
     EXPECT_LE(relative_difference(grey(), exact_grey()), tolerance);
 }
 
-TEST(ResidualBlock, RefusesWhatDoesNotFitTogether) {
+TEST(ResidualBlock, RefusesMismatchedInputs) {
     Block block({2, 8, 16, 6, 2});
     block.weights.resize(6);  // without its projection
     EXPECT_ANY_THROW(block());

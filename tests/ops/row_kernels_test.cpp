@@ -111,7 +111,7 @@ TEST(RowKernels, LayerNormIsThatOfTheFormula) {
     });
 }
 
-TEST(RowKernels, TheGradientOfLayerNormIsThatOfTheFormulaAndYIsMadeAgain) {
+TEST(RowKernels, TheGradientOfLayerNormFollowsTheFormulaAndYIsRecomputed) {
     for_all_shapes([](const Kernels& table, Rows rows) {
         const Floats x = rows.matrix(), scale = rows.vector(), shift = rows.vector(), residual = rows.matrix();
         const Floats gradient = rows.matrix();

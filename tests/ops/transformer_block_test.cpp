@@ -243,7 +243,7 @@ TEST(TransformerBlock, HasTheSameGradientsWithAGraphOfThem) {
     }
 }
 
-TEST(TransformerBlock, SaysThatAGradientItAddedToHasChanged) {
+TEST(TransformerBlock, ReportsThatAnAccumulatedGradientHasChanged) {
     at::manual_seed(12);
     const Block block(16, 64, 2);
     const at::Tensor x = some_input(2, 9, 16), factor = at::ones({48, 16}).requires_grad_();
@@ -268,7 +268,7 @@ TEST(TransformerBlock, RunsInAThreadOfSomebodyElse) {
     at::set_num_threads(1);
 }
 
-TEST(TransformerBlock, TakesTorchsOperatorsForWhatIsNotItsOwn) {
+TEST(TransformerBlock, UsesTorchsOperatorsForEverythingElse) {
     at::manual_seed(8);
     const Block block(16, 64, 2), exact = block.to(at::kDouble);
     const at::Tensor x = some_input(2, 9, 16), x64 = x.detach().to(at::kDouble).requires_grad_();
@@ -283,7 +283,7 @@ TEST(TransformerBlock, TakesTorchsOperatorsForWhatIsNotItsOwn) {
     EXPECT_LE(relative_difference(transformer_block(x, columns(), 2), transformer_block(x, block(), 2)), tolerance);
 }
 
-TEST(TransformerBlock, TakesAnInputOfAnyLayout) {
+TEST(TransformerBlock, AcceptsAnInputOfAnyLayout) {
     at::manual_seed(9);
     const Block block(16, 64, 2);
     const at::Tensor x = at::randn({9, 2, 16}).transpose(0, 1).requires_grad_();
@@ -296,7 +296,7 @@ TEST(TransformerBlock, TakesAnInputOfAnyLayout) {
     EXPECT_TRUE(same_bits(x.grad(), dense.grad()));
 }
 
-TEST(TransformerBlock, RefusesWhatDoesNotFitTogether) {
+TEST(TransformerBlock, RefusesMismatchedInputs) {
     const Block block(16, 64, 2);
     EXPECT_THROW(transformer_block(some_input(2, 9, 16), block(), 3), Error);
     EXPECT_ANY_THROW(transformer_block(some_input(2, 9, 12), block(), 2));

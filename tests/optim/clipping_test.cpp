@@ -36,7 +36,7 @@ double compensated_norm(const at::Tensor& tensor) {
 constexpr double fp64_accuracy = 1e-11;
 
 TEST(JointNorm, IsSummedInFp64OverFortyMillionElements) {
-    // One large element first: each of the small squares is lost beside 2^26 in fp32, all together weigh 0.3 of it.
+    // One large element first: next to 2^26, each of the small squares is lost in fp32; together they are 0.3 of it.
     at::Tensor values = at::empty({40'000'000});
     float* data = values.mutable_data_ptr<float>();
     std::uint64_t state = 1;

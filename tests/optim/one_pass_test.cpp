@@ -112,7 +112,7 @@ TEST_P(OnePass, TheBitsAreTheSameOnOneThreadTwoAndThree) {
     }
 }
 
-TEST(DividingOptimizer, LeavesTheGradientsAsTheyWere) {
+TEST(DividingOptimizer, LeavesTheGradientsUnchanged) {
     for (const auto& make : makers) {
         const Tensors parameters = trained(random_tensors(3, at::kFloat));
         const Tensors gradients = random_tensors(4, at::kFloat);
@@ -177,7 +177,7 @@ TEST(DividingOptimizer, FollowsGradientsThatComeAndGoAndGroupsThatAreAdded) {
     }
 }
 
-TEST(DividingOptimizer, ARefusedGradientLeavesEveryParameterAndStateAsTheyWere) {
+TEST(DividingOptimizer, ARefusedGradientLeavesEveryParameterAndStateUnchanged) {
     for (const auto& make : makers) {
         const Tensors start = random_tensors(7, at::kFloat);
         const Tensors refused = trained(start), plain = trained(start);

@@ -222,7 +222,7 @@ TEST_P(EveryDtype, TheLayoutOfParameterAndGradientChangesNothing) {
     const at::Tensor start = at::randn({4, 6, 5, 3}, GetParam());
     const auto channels_last = at::MemoryFormat::ChannelsLast;
     for (const Maker& make : makers) {
-        // Each pair: how the parameter lies, and how its gradient does.
+        // Each pair: the layouts of the parameter and of its gradient.
         Tensors mine = {start.clone(),
                         start.clone(),
                         start.contiguous(channels_last),

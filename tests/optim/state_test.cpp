@@ -1,4 +1,4 @@
-// An optimizer is loaded with what it was, and continues with the same bits.
+// An optimizer that is loaded from its saved state continues with the same bits.
 #include <ATen/ATen.h>
 #include <torch/optim/adagrad.h>
 #include <torch/optim/adam.h>
@@ -113,7 +113,7 @@ INSTANTIATE_TEST_SUITE_P(All, OptimizerStates,
                          testing::Values("AdamW", "Sgd", "Sgd without momentum", "torch AdamW", "torch Adam",
                                          "torch SGD", "torch RMSprop", "torch Adagrad"));
 
-TEST(OptimizerState, OfOtherParametersIsRefusedAndChangesNothing) {
+TEST(OptimizerState, OfOtherParametersIsRefusedAndNothingChanges) {
     Case run("AdamW");
     for (int i = 0; i < 5; ++i) run.step(i);
     const StateDict before = run.copy();
@@ -128,7 +128,7 @@ TEST(OptimizerState, OfOtherParametersIsRefusedAndChangesNothing) {
     refused({"late"}, with(before, "late/0", at::zeros({3, 4}).t()));  // laid out in another way
 }
 
-TEST(OptimizerState, OfParametersWithoutAGradientSoFarIsNone) {
+TEST(OptimizerState, OfParametersWithoutAGradientIsEmpty) {
     Case run("AdamW"), other("AdamW");
     EXPECT_TRUE(run.copy().tensors().empty());
     run.step(0);
@@ -138,7 +138,7 @@ TEST(OptimizerState, OfParametersWithoutAGradientSoFarIsNone) {
     expect_same(state_of(*other.optimizer), run.copy());
 }
 
-TEST(OptimizerState, OfATorchOptimizerThatItCannotHaveIsRefused) {
+TEST(OptimizerState, OfATorchOptimizerThatDoesNotMatchIsRefused) {
     Case run("torch AdamW");
     for (int i = 0; i < 5; ++i) run.step(i);
     const StateDict before = run.copy();
@@ -152,7 +152,7 @@ TEST(OptimizerState, OfATorchOptimizerThatItCannotHaveIsRefused) {
         refused({name, "dtype"}, with(before, name, at::zeros({4, 3}, at::kDouble)));
     }
     refused({"0/max_exp_avg_sq", "shape"}, with(before, "0/max_exp_avg_sq", at::zeros({3, 4})));
-    refused({"0/", "does not keep"}, with(before, "0/momentum_buffer", at::zeros({4, 3})));
+    refused({"0/", "does not have"}, with(before, "0/momentum_buffer", at::zeros({4, 3})));
     refused({"torch"}, with(before, "3/exp_avg", at::zeros({4, 3})));
     refused({"0/step", "missing"}, without(before, "0/step"));
     refused({"0/step", "-1"}, with(before, "0/step", StateScalar(std::int64_t{-1})));

@@ -82,7 +82,7 @@ TEST(BatchGrowth, ASmallerBatchIsNotJudgedByTheNoiseOfALargerOne) {
     while (!run.trainer.done()) EXPECT_TRUE(run.trainer.step().step.applied);
 }
 
-TEST(BatchGrowth, RefusesWhatMeansNothing) {
+TEST(BatchGrowth, RefusesInvalidOptions) {
     expect_usage_error({"stage"}, [] { Training({.batches = BatchSchedule{}, .length = {1, Unit::steps}}); });
     for (const RateRule rule : {RateRule::adam_sde, RateRule::beta2_time}) {
         expect_usage_error({std::string(to_string(rule)), "betas"}, [&] {

@@ -1,4 +1,4 @@
-// A run that diverges goes back to before, at a smaller rate, with other data; and does so a bounded number of times.
+// A run that diverges rolls back and continues at a lower rate with other data, a bounded number of times.
 #include "microbatch/run/recovery.h"
 
 #include <cmath>
@@ -74,21 +74,21 @@ struct Training {
         for (int i = 0; i < most; ++i) {
             TrainerReport report = step();
             EXPECT_FALSE(report.step.applied);
-            if (report.went_back_to || report.diverged) return report;
+            if (report.rolled_back_to || report.diverged) return report;
         }
         ADD_FAILURE() << "the run did not go back";
         return {};
     }
 };
 
-TEST(Recovery, GoesBackToTheBitsOfBeforeAndGoesOn) {
+TEST(Recovery, RestoresTheBitsOfASnapshotAndContinues) {
     Training run;
     run.quiet(47);
     run.damage();
     const TrainerReport report = run.until_back();
     EXPECT_FALSE(report.diverged);
     EXPECT_EQ(report.progress.steps, 52);
-    EXPECT_EQ(report.went_back_to, 40);
+    EXPECT_EQ(report.rolled_back_to, 40);
     EXPECT_EQ(report.step.reason.find("loss of "), 0u) << report.step.reason;
     expect_same_bits(values_of(run.parameters), run.after[40]);
     run.quiet(60);
@@ -104,13 +104,13 @@ TEST(Recovery, TheOptimizerIsThatOfBeforeToo) {
     expect_same(state_of(run.optimizer), state_of(twin.optimizer));
 }
 
-TEST(Recovery, ASnapshotThatMayBeDamagedIsPassedOver) {
+TEST(Recovery, ASnapshotThatMayBeCorruptedIsSkipped) {
     Training run;
     run.quiet(49);
     run.damage();
     run.step();  // before the next one a snapshot is due
     const TrainerReport report = run.until_back();
-    EXPECT_EQ(report.went_back_to, 40);
+    EXPECT_EQ(report.rolled_back_to, 40);
     expect_same_bits(values_of(run.parameters), run.after[40]);
 }
 
@@ -139,7 +139,7 @@ TEST(Recovery, TheLimitIsByTheRateAtWhichTheRunWasLastCalm) {
     for (int i = 0; i < 100; ++i) EXPECT_DOUBLE_EQ(run.step().step.learning_rate, 0.5 * calm) << i;
 }
 
-TEST(Recovery, AScheduleThatFallsBelowTheLimitGoesOn) {
+TEST(Recovery, AScheduleThatFallsBelowTheLimitApplies) {
     TrainerOptions options = recovering({.every = 10, .margin = 5, .warmup = 1});
     options.schedule = Schedule{.shape = ScheduleShape::linear, .peak = 0.01, .length = {120, Unit::steps}};
     Training run(options);
@@ -152,7 +152,7 @@ TEST(Recovery, AScheduleThatFallsBelowTheLimitGoesOn) {
     }
 }
 
-TEST(Recovery, SnapshotsInMemoryAreGivenUpBeforeTheMicroBatchIsMadeSmaller) {
+TEST(Recovery, SnapshotsInMemoryAreReclaimedBeforeTheMicroBatchIsReduced) {
     install_budget_allocator();
     const TempFolder folder;
     for (const std::filesystem::path& place : {folder.path(), std::filesystem::path()}) {
@@ -171,8 +171,8 @@ TEST(Recovery, SnapshotsInMemoryAreGivenUpBeforeTheMicroBatchIsMadeSmaller) {
         EXPECT_EQ(run.step().snapshot_bytes, 0);
         run.damage();
         const TrainerReport report = run.until_back();
-        EXPECT_EQ(report.went_back_to.has_value(), !place.empty());
-        if (!place.empty()) expect_same_bits(values_of(run.parameters), run.after[*report.went_back_to]);
+        EXPECT_EQ(report.rolled_back_to.has_value(), !place.empty());
+        if (!place.empty()) expect_same_bits(values_of(run.parameters), run.after[*report.rolled_back_to]);
     }
 }
 
@@ -214,18 +214,18 @@ TEST(Recovery, EndsAfterSoManyTimesWithTheLastGoodWeights) {
         for (std::int64_t i = 0; i < most; ++i) EXPECT_FALSE(run.until_back().diverged);
         const TrainerReport report = run.until_back();
         EXPECT_TRUE(report.diverged);
-        EXPECT_EQ(report.went_back_to, 40);
+        EXPECT_EQ(report.rolled_back_to, 40);
         EXPECT_EQ(report.progress.steps, 47 + 5 * (most + 1));
         expect_same_bits(values_of(run.parameters), run.after[40]);
     }
 }
 
-TEST(Recovery, ARunThatNeverMadeAStepHasNothingToGoBackTo) {
+TEST(Recovery, ARunWithoutAnAppliedStepCannotBeRolledBack) {
     Training run;
     run.dataset.rows().fields[1].fill_(nan_value);
     const TrainerReport report = run.until_back();
     EXPECT_TRUE(report.diverged);
-    EXPECT_FALSE(report.went_back_to);
+    EXPECT_FALSE(report.rolled_back_to);
 }
 
 TEST(Recovery, SnapshotsThatDoNotFitTheMemoryAreFiles) {
@@ -237,7 +237,7 @@ TEST(Recovery, SnapshotsThatDoNotFitTheMemoryAreFiles) {
         EXPECT_EQ(run.step().snapshot_bytes, 0);
         EXPECT_FALSE(std::filesystem::is_empty(folder.path()));
         run.damage();
-        EXPECT_EQ(run.until_back().went_back_to, 40);
+        EXPECT_EQ(run.until_back().rolled_back_to, 40);
         expect_same_bits(values_of(run.parameters), run.after[40]);
         twin.quiet(46);
         EXPECT_GT(twin.step().snapshot_bytes, 0);
@@ -252,7 +252,7 @@ TEST(Recovery, SnapshotsThatDoNotFitTheMemoryAreFiles) {
     EXPECT_TRUE(std::filesystem::is_empty(folder.path()));
 }
 
-TEST(Recovery, GoesBackFromFilesInTheMemoryThatThereIs) {
+TEST(Recovery, RollsBackFromFilesWithinTheBudget) {
     install_budget_allocator();
     const TempFolder folder;
     const auto model = make_mlp(1, at::kFloat, 64, 1024, 64);  // half a MiB of parameters, and twice that of state
@@ -275,12 +275,12 @@ TEST(Recovery, GoesBackFromFilesInTheMemoryThatThereIs) {
     }
     TrainerReport report;
     for (int i = 0; i < 5; ++i) report = trainer.step();
-    EXPECT_EQ(report.went_back_to, 30) << report.warning;
+    EXPECT_EQ(report.rolled_back_to, 30) << report.warning;
     EXPECT_FALSE(report.diverged);
     EXPECT_TRUE(trainer.step().step.applied);
 }
 
-TEST(Recovery, ASnapshotThatIsGoneEndsTheRunWithAWarning) {
+TEST(Recovery, AMissingSnapshotEndsTheRunWithAWarning) {
     const TempFolder folder;
     Training run(recovering({.every = 10, .margin = 5, .warmup = 8, .memory_bytes = 0, .folder = folder.path()}));
     run.quiet(47);
@@ -288,7 +288,7 @@ TEST(Recovery, ASnapshotThatIsGoneEndsTheRunWithAWarning) {
     run.damage();
     const TrainerReport report = run.until_back();
     EXPECT_TRUE(report.diverged);
-    EXPECT_FALSE(report.went_back_to);
+    EXPECT_FALSE(report.rolled_back_to);
     EXPECT_NE(report.warning.find("could not be rolled back"), std::string::npos) << report.warning;
 }
 
@@ -298,7 +298,7 @@ TEST(Recovery, ASnapshotWhoseFileWasRemovedIsStillRead) {
     run.quiet(47);
     for (const auto& file : std::filesystem::directory_iterator(folder.path())) std::filesystem::remove(file);
     run.damage();
-    EXPECT_EQ(run.until_back().went_back_to, 40);
+    EXPECT_EQ(run.until_back().rolled_back_to, 40);
     expect_same_bits(values_of(run.parameters), run.after[40]);
 }
 
@@ -309,11 +309,11 @@ TEST(Recovery, GoingBackBeforeTheBatchBecameSmallerBringsNoGuardOfTheLargerOne) 
     run.quiet(47);
     run.model->first->bias.detach().fill_(nan_value);
     const TrainerReport report = run.until_back();
-    EXPECT_EQ(report.went_back_to, 30);
+    EXPECT_EQ(report.rolled_back_to, 30);
     run.quiet(40);
 }
 
-TEST(Recovery, WhereNoSnapshotCanBeTakenTheRunSaysSoOnceAndGoesOn) {
+TEST(Recovery, IfNoSnapshotCanBeTakenTheRunWarnsOnceAndContinues) {
     const TempFolder folder;
     for (const std::filesystem::path& place : {std::filesystem::path(), folder.path() / "nowhere"}) {
         Training run(recovering({.every = 10, .memory_bytes = 0, .folder = place}));
@@ -322,11 +322,11 @@ TEST(Recovery, WhereNoSnapshotCanBeTakenTheRunSaysSoOnceAndGoesOn) {
         run.damage();
         const TrainerReport report = run.until_back();
         EXPECT_TRUE(report.diverged);
-        EXPECT_FALSE(report.went_back_to);
+        EXPECT_FALSE(report.rolled_back_to);
     }
 }
 
-TEST(Recovery, RefusesWhatMeansNothing) {
+TEST(Recovery, RefusesInvalidOptions) {
     const auto refused = [](const char* word, RecoveryOptions options) {
         expect_usage_error({word}, [&] { Training(recovering(options)); });
     };

@@ -1,4 +1,4 @@
-// Whatever goes wrong in a batch, the next one is as if it had never been.
+// Whatever goes wrong in a batch, it does not affect the next one.
 #include <c10/util/Exception.h>
 
 #include <functional>
@@ -99,7 +99,7 @@ TEST(Refusal, AnOperatorThatThrowsLeavesNoTrace) {
     });
 }
 
-TEST(Refusal, TheLossFunctionsOwnWordsComeThrough) {
+TEST(Refusal, TheErrorOfTheLossFunctionPassesThrough) {
     Training run;
     try {
         run.accumulator.step(regression_batch(17, 9),
@@ -172,7 +172,7 @@ TEST(Refusal, RefusesAGradientThatIsNotFiniteUnderAFiniteLoss) {
     }
 }
 
-TEST(Refusal, ABatchThatAGateRefusesOrFailsOverLeavesNothing) {
+TEST(Refusal, ABatchThatAGateRefusesOrThrowsOnLeavesNothing) {
     expect_no_trace([](Training& run) {
         FunctionGate gate([](const Gathered&) -> std::string { return "not today"; });
         const StepReport report = run.accumulator.step(regression_batch(17, 9), run.loss, {.gate = &gate});
@@ -237,7 +237,7 @@ TEST(Refusal, RefusesWeightsWhoseSumIsNotFinite) {
     });
 }
 
-TEST(Refusal, ANanInAMicroBatchOfWeightZeroDoesNoHarm) {
+TEST(Refusal, ANanInAMicroBatchOfWeightZeroIsHarmless) {
     for (std::int64_t position = 0; position < micro_batches; ++position) {
         Training masked, shorter;
         const Batch batch = regression_batch(20, 9);
@@ -254,7 +254,7 @@ TEST(Refusal, ANanInAMicroBatchOfWeightZeroDoesNoHarm) {
     }
 }
 
-TEST(Refusal, AStreamThatBreaksOffLeavesNoTrace) {
+TEST(Refusal, AnInterruptedStreamLeavesNoTrace) {
     expect_no_trace([](Training& run) {
         run.accumulator.begin();
         run.accumulator.add(run.loss(regression_batch(4, 9)));
@@ -264,7 +264,7 @@ TEST(Refusal, AStreamThatBreaksOffLeavesNoTrace) {
     });
 }
 
-TEST(Refusal, SaysWhy) {
+TEST(Refusal, ReportsTheReason) {
     const auto reason = [](const Gathered& gathered) { return FiniteGate().evaluate(gathered).reason; };
     EXPECT_EQ(reason({.loss_sum = 1, .weight = 1, .gradient_norm = 1, .micro_batches = 1}), "");
     EXPECT_EQ(reason({.loss_sum = 1e300, .weight = 1e-3, .gradient_norm = 0, .micro_batches = 1}), "");

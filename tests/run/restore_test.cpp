@@ -1,4 +1,4 @@
-// A state that is not one of this run's is refused, and changes nothing; or it does no harm.
+// A state that does not match this run is refused and changes nothing, or is harmless.
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
@@ -24,7 +24,7 @@ constexpr std::int64_t largest = std::numeric_limits<std::int64_t>::max();
 constexpr double nan_value = std::numeric_limits<double>::quiet_NaN();
 constexpr double infinity = std::numeric_limits<double>::infinity();
 
-/// A run some steps in, into which damaged states are loaded.
+/// A run after some steps, into which corrupted states are loaded.
 class Victim {
 public:
     explicit Victim(const std::string& optimizer = "adamw")
@@ -52,7 +52,7 @@ public:
 
     const StateDict& good;
 
-    /// True if the state was refused, and nothing has changed. If it was taken, a step can be made or says why not.
+    /// True if the state was refused and nothing has changed. If it was accepted, a step succeeds or reports why not.
     bool refuses(const StateDict& state, const std::vector<std::string>& parts = {}) {
         try {
             load(run_.trainer(), StateReader(state));
@@ -126,7 +126,7 @@ bool may_be_number(const std::string& name, const StateScalar& value) {
     return any || (std::isfinite(found) && (found >= 0.0 || !at_least_0));
 }
 
-/// True if a run's state may have this value in the place of that one, as far as its kind and sign tell.
+/// True if a run's state may have this value instead of that one, judging by type and sign.
 bool may_be(const std::string& name, const StateScalar& good, const StateScalar& value) {
     if (name == "data/healthy") return true;  // it is for the store alone
     if (std::holds_alternative<double>(good)) return may_be_number(name, value);
@@ -190,7 +190,7 @@ TEST(Restore, ANameThatNobodyAsksForIsHarmless) {
     EXPECT_FALSE(victim.refuses(with(more, "another/tensor", at::ones({2}))));
 }
 
-TEST(Restore, ASectionThatIsMissingIsRefusedUnlessARunNeedsNone) {
+TEST(Restore, AMissingSectionIsRefusedUnlessTheRunDoesNotNeedIt) {
     Victim victim;
     for (const char* section :
          {"model/", "optimizer/", "data/", "rng/", "run/", "noise/", "caps/", "gate/", "recovery/", "batch/",
@@ -230,13 +230,13 @@ TEST(Restore, RefusesTheTensorsOfAnotherOptimizer) {
     refused("2", at::zeros({}, at::kDouble));
     refused("2", at::zeros({}, at::kByte));
     victim.expect_refused(rich_state("sgd"));
-    // All of a parameter, as if it had made no step yet.
+    // All tensors of a parameter, as if it had made no step yet.
     StateDict state = victim.good;
     state.erase("optimizer/0.weight/");
     victim.expect_refused(state);
 }
 
-TEST(Restore, RefusesWhatTorchCannotReadAsTheStateOfItsOptimizer) {
+TEST(Restore, RefusesInvalidStatesOfTorchsOptimizers) {
     const StateDict& ours = rich_state("adamw");
     Victim victim("torch adamw");
     victim.expect_refused(ours);
@@ -247,7 +247,7 @@ TEST(Restore, RefusesWhatTorchCannotReadAsTheStateOfItsOptimizer) {
     victim.expect_refused(state);
 }
 
-TEST(Restore, RefusesGeneratorsThatAreNone) {
+TEST(Restore, RefusesInvalidGenerators) {
     Victim victim;
     damage_tensors(victim, "rng/");
     const std::string name = "rng/cpu";
@@ -271,7 +271,7 @@ TEST(Restore, RefusesAnotherDataset) {
     victim.expect_refused(with(victim.good, "data/position", std::int64_t{23}));
 }
 
-TEST(Restore, RefusesNumbersThatNoRunHas) {
+TEST(Restore, RefusesInvalidNumbers) {
     Victim victim;
     for (const char* section : {"run/", "noise/", "gate/", "caps/"}) damage_scalars(victim, section);
     const auto refused = [&](const char* name, const StateScalar& value) {
@@ -279,7 +279,7 @@ TEST(Restore, RefusesNumbersThatNoRunHas) {
         victim.expect_refused(with(victim.good, name, value));
     };
     refused("noise/weight", 2.0);
-    refused("gate/refused_in_a_row", largest);  // more than steps were made
+    refused("gate/refused_in_a_row", largest);  // more than the number of steps
     refused("caps/caps", std::int64_t{2});
     refused("caps/0/micro_batch", std::int64_t{0});
     for (const char* list : {"gate/losses", "gate/gradient_norms"}) {
@@ -307,7 +307,7 @@ TEST(Restore, RefusesSnapshotsOfAnotherModel) {
     victim.expect_refused(three);
 }
 
-TEST(Restore, RefusesAnOpenBatchThatIsNone) {
+TEST(Restore, RefusesAnInvalidPartialBatch) {
     Victim victim;
     for (const char* section : {"batch/gradient/", "batch/before/model/", "batch/before/rng/"}) {
         damage_tensors(victim, section);
@@ -366,7 +366,7 @@ struct Growing {
                     {.batch = 4, .length = {10, Unit::steps}, .stop = [this] { return stops; }}};
 };
 
-TEST(Restore, ABufferThatChangedItsShapeIsRefusedWhenItIsSaved) {
+TEST(Restore, ABufferThatChangedItsShapeIsRefusedOnSaving) {
     Growing run;
     run.trainer.step();
     const StateDict good = state_of(run.trainer);
@@ -376,7 +376,7 @@ TEST(Restore, ABufferThatChangedItsShapeIsRefusedWhenItIsSaved) {
     expect_same(state_of(run.trainer), good);
     run.model.register_buffer("later", at::zeros({1}));
     expect_usage_error({"buffer later"}, [&] { state_of(run.trainer); });
-    // Before the batch that is left half-way it had another.
+    // Before the partial batch, it had another one.
     Growing paused;
     paused.model.cache.resize_({4});
     paused.in_loss = [&] { paused.model.cache.resize_({2}); };

@@ -1,4 +1,4 @@
-// A run that is taken apart after any step and put together again elsewhere makes the same steps, bit for bit.
+// A run that is saved after any step and resumed elsewhere makes the same steps, bit for bit.
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
@@ -13,7 +13,7 @@ namespace {
 
 using namespace test;
 
-/// The steps of a run that nobody disturbs, and what it could be made of before each of them.
+/// The steps of an uninterrupted run, and the state before each of them.
 struct Undisturbed {
     std::vector<Seen> steps;
     std::vector<StateDict> before;
@@ -29,16 +29,16 @@ struct Undisturbed {
 
     int refused() const {
         return static_cast<int>(std::count_if(steps.begin(), steps.end(), [](const Seen& seen) {
-            return !seen.report.step.applied && !seen.report.went_back_to;
+            return !seen.report.step.applied && !seen.report.rolled_back_to;
         }));
     }
     int times_back() const {
         return static_cast<int>(
-            std::count_if(steps.begin(), steps.end(), [](const Seen& seen) { return seen.report.went_back_to; }));
+            std::count_if(steps.begin(), steps.end(), [](const Seen& seen) { return seen.report.rolled_back_to; }));
     }
 };
 
-/// From every step on to the end; and put together anew after each.
+/// From every step to the end; and saved and loaded again after each.
 void expect_resumes(const TrainingOptions& how, const Undisturbed& run) {
     for (std::size_t from = 0; from < run.steps.size(); ++from) {
         SCOPED_TRACE(::testing::Message() << "from step " << from);
@@ -91,7 +91,7 @@ TEST(Resume, AResNetWithBatchNormMakesTheSameSteps) {
     expect_resumes(how, 6);
 }
 
-TEST(Resume, EveryOptimizerGoesOnWithWhatItHadMade) {
+TEST(Resume, EveryOptimizerContinuesWithItsState) {
     for (const char* optimizer : {"adamw", "sgd", "torch adamw", "torch sgd"}) {
         for (const bool scheduled : {false, true}) {
             SCOPED_TRACE(::testing::Message() << optimizer << (scheduled ? ", scheduled" : ""));
@@ -118,7 +118,7 @@ TEST(Resume, ARateThatTheCallerHasSetHoldsOn) {
     }
 }
 
-TEST(Resume, EveryMicroBatchOfEveryBatchGoesOnInTheDataWhereItWas) {
+TEST(Resume, EveryMicroBatchOfEveryBatchResumesAtItsPositionInTheData) {
     for (const std::int64_t micro_batch : {1, 2, 5, 23, 50}) {
         TrainingOptions how{.plan = {.micro_batch = micro_batch}};
         how.trainer.batch = 9;
@@ -134,7 +134,7 @@ TEST(Resume, ABatchThatChangesOverTheRunChangesWhereItWould) {
     how.trainer.rate_rule = RateRule::sqrt;
     how.trainer.schedule = cosine;
     how.trainer.noise_every = 2;
-    how.spikes = {46, 72, 80};  // before and after the guard is begun anew
+    how.spikes = {46, 72, 80};  // before and after the guard's statistics are reset
     const Undisturbed run(how, 82);
     EXPECT_EQ(run.refused(), 3);
     expect_resumes(how, run);
@@ -159,7 +159,7 @@ TEST(Resume, TheGuardRefusesWhatItWouldHaveRefused) {
     expect_resumes(how, run);
 }
 
-TEST(Resume, ARunThatDivergesGoesBackToTheSamePoint) {
+TEST(Resume, ARunThatDivergesRollsBackToTheSamePoint) {
     for (const bool scheduled : {false, true}) {
         TrainingOptions how = recovering();
         if (scheduled) how.trainer.schedule = cosine;
@@ -170,7 +170,7 @@ TEST(Resume, ARunThatDivergesGoesBackToTheSamePoint) {
     }
 }
 
-TEST(Resume, ARunThatGoesBackAgainAndAgainEndsWhenItWouldHave) {
+TEST(Resume, ARunThatRollsBackRepeatedlyEndsAtTheSameStep) {
     TrainingOptions how = recovering({.most = 1, .every = 8, .margin = 4, .warmup = 3});
     how.spikes = {30, 31, 32, 33, 44, 45, 46, 47};
     const Undisturbed run(how, 48);
@@ -217,7 +217,7 @@ TEST(Resume, TheSnapshotsOfAProcessThatWasKilledAreNotInTheWay) {
     }
 }
 
-TEST(Resume, APlanThatHadToBecomeSmallerStaysSmaller) {
+TEST(Resume, AReducedPlanStaysReduced) {
     install_budget_allocator();
     for (const char* model : {"gpt", "resnet"}) {
         TrainingOptions how{.model = model, .plan = {.micro_batch = 4}, .out_of_memory = 1};
@@ -231,7 +231,7 @@ TEST(Resume, APlanThatHadToBecomeSmallerStaysSmaller) {
     }
 }
 
-TEST(Resume, ATrainerThatHasBeenElsewhereGoesOnAsOneThatHasNot) {
+TEST(Resume, AUsedTrainerResumesLikeANewOne) {
     TrainingOptions how = recovering();
     how.trainer.noise_every = 2;
     const Undisturbed run(how, 44);

@@ -9,6 +9,7 @@
 
 #include "support/errors.h"
 #include "support/temp_folder.h"
+#include "support/waiting.h"
 
 namespace microbatch {
 namespace {
@@ -83,15 +84,12 @@ TEST(RunLock, AProgramThatWasStartedMeanwhileDoesNotHoldIt) {
         const RunLock lock(folder.path());
         program = ::fork();
         if (program == 0) {
-            ::execlp("sleep", "sleep", "60", nullptr);
+            ::execlp("sleep", "sleep", "infinity", nullptr);
             ::_exit(99);
         }
-        // Until it runs: its copy of the descriptor is closed by that.
-        std::string name;
-        while (name.find("sleep") == std::string::npos) {
-            name = read_file("/proc/" + std::to_string(program) + "/comm");
-            ASSERT_EQ(::waitpid(program, nullptr, WNOHANG), 0) << "there is no sleep";
-        }
+        // Its copy of the descriptor is closed once it runs.
+        const std::string comm = "/proc/" + std::to_string(program) + "/comm";
+        ASSERT_TRUE(comes_true([&comm] { return read_file(comm).find("sleep") != std::string::npos; }));
     }
     EXPECT_EQ(try_lock(folder.path()), 0);
     ::kill(program, SIGKILL);

@@ -1,4 +1,4 @@
-// The log of a run that goes on: the lines of the steps that stay, and none other.
+// The log of a resumed run has the lines of the steps that remain, and no others.
 #include <gtest/gtest.h>
 #include <sys/stat.h>
 
@@ -54,7 +54,7 @@ std::string first_lines(const std::string& log, std::int64_t count) {
     return log.substr(0, end);
 }
 
-TEST(RunLogResume, CutsOffWhatIsAfterTheCheckpointAndGoesOn) {
+TEST(RunLogResume, DropsTheLinesAfterTheCheckpointAndContinues) {
     const std::string whole = make_log(10);
     for (std::int64_t steps = 0; steps <= 10; ++steps) {
         const TempFolder folder;
@@ -85,7 +85,7 @@ TEST(RunLogResume, HalfALastLineGoesWhereverItEnds) {
     }
 }
 
-TEST(RunLogResume, ALineThatIsNoneGoesAndThoseAfterItStay) {
+TEST(RunLogResume, AnInvalidLineIsDroppedAndThoseAfterItStay) {
     const std::string whole = make_log(6);
     const std::string second = first_lines(whole, 2), rest = whole.substr(first_lines(whole, 3).size());
     for (const std::string& line :
@@ -104,7 +104,7 @@ TEST(RunLogResume, ALineThatIsNoneGoesAndThoseAfterItStay) {
     }
 }
 
-TEST(RunLogResume, ATailBeyondAllMeasureIsCutOff) {
+TEST(RunLogResume, AnExtremelyLongTailIsDropped) {
     const std::string whole = make_log(3);
     for (const char fill : {'\0', 'x', '\n'}) {
         const TempFolder folder;
@@ -114,7 +114,7 @@ TEST(RunLogResume, ATailBeyondAllMeasureIsCutOff) {
     }
 }
 
-TEST(RunLogResume, AMiddleBeyondAllMeasureCostsNoLineAfterIt) {
+TEST(RunLogResume, AnExtremelyLongLineDropsNoLineAfterIt) {
     const std::string whole = make_log(6), third = first_lines(whole, 3);
     for (const std::size_t size : {1'000'000, 1'048'576, 1'048'577, 2'097'152, 3'000'000}) {
         const TempFolder folder;
@@ -124,7 +124,7 @@ TEST(RunLogResume, AMiddleBeyondAllMeasureCostsNoLineAfterIt) {
     }
 }
 
-TEST(RunLogResume, WhereItCannotBeMendedItIsAsItWas) {
+TEST(RunLogResume, WhereItCannotBeMendedItIsUnchanged) {
     const std::string whole = make_log(6), third = first_lines(whole, 3);
     const std::string damaged = third + "garbage\n" + whole.substr(third.size());
     for (const Fault fault : {Fault::error, Fault::half_error}) {
@@ -150,7 +150,7 @@ TEST(RunLogResume, WhereItCannotBeMendedItIsAsItWas) {
     }
 }
 
-TEST(RunLogResume, ALogThatLacksStepsSaysSo) {
+TEST(RunLogResume, MissingStepsAreReported) {
     const std::string whole = make_log(6);
     const TempFolder without_first, shorter, none;
     const std::string from_second = whole.substr(first_lines(whole, 1).size());
@@ -159,14 +159,14 @@ TEST(RunLogResume, ALogThatLacksStepsSaysSo) {
     EXPECT_EQ(log_of(without_first), first_lines(from_second, 3));
     write_log(shorter, first_lines(whole, 3));
     EXPECT_EQ(RunLog(shorter.path(), 4).lines(), 3);
-    RunLog log(none.path() / "run", 4);  // none at all
+    RunLog log(none.path() / "run", 4);  // no log at all
     EXPECT_EQ(log.lines(), 0);
     write_step(log, 5);
     EXPECT_EQ(log.lines(), 1);
     EXPECT_NE(read_file(none.path() / "run" / "metrics.jsonl").find("{\"step\":5,"), std::string::npos);
 }
 
-TEST(RunLogResume, ALongLogWithLinesOfAnyLengthIsCutAtItsSteps) {
+TEST(RunLogResume, ALongLogWithLinesOfAnyLengthIsTruncatedAtAStep) {
     const TempFolder folder;
     std::mt19937 random(1);
     std::vector<std::uint64_t> ends{0};
@@ -185,7 +185,7 @@ TEST(RunLogResume, ALongLogWithLinesOfAnyLengthIsCutAtItsSteps) {
     }
 }
 
-TEST(RunLogResume, RefusesWhateverElseHasTheNameOfTheLog) {
+TEST(RunLogResume, RefusesAnythingElseWithTheNameOfTheLog) {
     const std::string whole = make_log(3);
     const TempFolder links, folders, pipes;
     const fs::path outside = links.write("outside", whole);

@@ -63,7 +63,7 @@ TEST(RunLog, WritesTheseKeysInThisOrder) {
     report.step.update_seconds = 0.0625;
     report.step.noise = NoiseMeasure{.variance = 3.5, .squared_gradient = -0.5};
     report.noise_batch = 12.5;
-    report.went_back_to = 4;
+    report.rolled_back_to = 4;
     log.write(record_of(report, {.peak_bytes = 1000, .predicted_peak_bytes = 1010, .predicted_step_seconds = 0.25}));
     // By hand, from some_report().
     const Json expected = {{"step", 7},
@@ -85,7 +85,7 @@ TEST(RunLog, WritesTheseKeysInThisOrder) {
                            {"predicted_peak_bytes", 1010},
                            {"applied", true},
                            {"reason", ""},
-                           {"went_back_to", 4},
+                           {"rolled_back_to", 4},
                            {"gradient_variance", 3.5},
                            {"squared_gradient", -0.5},
                            {"noise_batch", 12.5}};
@@ -97,7 +97,7 @@ TEST(RunLog, WritesNullWhereNothingWasPredictedOrMeasured) {
     const TempFolder folder;
     RunLog log(folder.path());
     log.write(record_of(some_report(), {}));
-    for (const char* key : {"went_back_to", "gradient_variance", "squared_gradient", "noise_batch"}) {
+    for (const char* key : {"rolled_back_to", "gradient_variance", "squared_gradient", "noise_batch"}) {
         EXPECT_TRUE(lines(folder.path()).at(0).at(key).is_null());
     }
     EXPECT_TRUE(lines(folder.path()).at(0).at("predicted_peak_bytes").is_null());
@@ -240,7 +240,7 @@ TEST(RunLog, MakesTheFoldersThatAreMissing) {
     EXPECT_EQ(lines(nested).size(), 1u);
 }
 
-TEST(RunLog, RefusesAFolderThatCannotBeMade) {
+TEST(RunLog, RefusesAFolderThatCannotBeCreated) {
     const TempFolder folder;
     const auto file = folder.write("in_the_way", "text");
     expect_usage_error({file.string()}, [&] { RunLog{file}; });
@@ -255,7 +255,7 @@ TEST(RunLog, RefusesTheLogOfAnotherRunAndLeavesItAlone) {
     EXPECT_EQ(read_file(file), "{\"step\":1}\n");
 }
 
-TEST(RunLog, RefusesWhateverElseHasTheNameOfTheLog) {
+TEST(RunLog, RefusesAnythingElseWithTheNameOfTheLog) {
     const TempFolder folder, other;
     std::filesystem::create_directory(folder.path() / "metrics.jsonl");
     expect_usage_error({"metrics.jsonl"}, [&] { RunLog{folder.path()}; });

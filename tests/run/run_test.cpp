@@ -30,7 +30,7 @@ private:
     at::Tensor inputs_ = (at::manual_seed(1), at::randn({40, 3}));
 };
 
-/// A job that is the same each time it is made, as in a new process.
+/// A job that is the same each time it is created, as in a new process.
 struct Process {
     Rows data;
     torch::nn::Linear model{nullptr};
@@ -102,7 +102,7 @@ TEST(Run, WritesItsConfigurationAndKeepsItsNotes) {
     EXPECT_EQ(StateReader(*folder.state()).section("notes").count("threads"), 3);
 }
 
-TEST(Run, OfAFolderThatHoldsOneIsRefusedUnlessItIsResumed) {
+TEST(Run, InAFolderThatHasARunIsRefusedUnlessItIsResumed) {
     const test::TempFolder temp;
     Process().train(temp.path() / "run", of_steps(2));
     EXPECT_THROW(RunFolder(temp.path() / "run"), Error);
@@ -145,7 +145,7 @@ TEST(Run, KeepsAHealthyCheckpointThroughStepsThatAreAllRefused) {
     EXPECT_EQ(StateReader(*folder.state()).section("data").count("steps"), 4);
 }
 
-TEST(Run, SaysThatLinesOfTheLogAreMissing) {
+TEST(Run, ReportsMissingLinesOfTheLog) {
     const test::TempFolder temp;
     Process().train(temp.path() / "run", of_steps(4));
     std::filesystem::remove(temp.path() / "run" / "metrics.jsonl");

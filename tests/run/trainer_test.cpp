@@ -86,7 +86,7 @@ TEST(Trainer, TrainsForTokensRoundedUpToASample) {
     EXPECT_EQ(batches(largest, 40), (Sizes{3}));
 }
 
-TEST(Trainer, TakesTheLongestLengths) {
+TEST(Trainer, AcceptsTheLargestLengths) {
     for (Unit unit : {Unit::steps, Unit::samples, Unit::tokens}) {
         Training run({.batch = 2, .length = {largest, unit}}, 16);
         EXPECT_EQ(run.trainer.step().samples, 2) << to_string(unit);
@@ -100,7 +100,7 @@ TEST(Trainer, LengthZeroIsDoneAtOnce) {
     expect_usage_error({}, [&] { run.trainer.step(); });
 }
 
-TEST(Trainer, TakesBatchesLargerThanTheDataset) {
+TEST(Trainer, AcceptsBatchesLargerThanTheDataset) {
     Training run({.batch = 50, .length = {1, Unit::steps}});
     EXPECT_EQ(run.trainer.step().samples, 50);
     ASSERT_EQ(run.seen.size(), 50u);
@@ -180,7 +180,7 @@ TEST(Trainer, TheSameSeedGivesTheSameBits) {
     EXPECT_GT(largest_difference(values_of(first.parameters), values_of(other.parameters)), 1e-6);
 }
 
-TEST(Trainer, AfterAnExceptionGoesOnWithTheBitsOfARunWithoutOne) {
+TEST(Trainer, AfterAnExceptionContinuesWithTheSameBits) {
     const Schedule schedule{.shape = ScheduleShape::linear, .peak = 0.1, .length = {30, Unit::samples}};
     const TrainerOptions options{.batch = 7, .length = {30, Unit::samples}, .schedule = schedule, .seed = 3};
     for (int position = 0; position < 3; ++position) {
@@ -230,7 +230,7 @@ TEST(Trainer, DataThatCannotBeReadDoesNotMoveThePosition) {
     EXPECT_EQ(hurt.seen, healthy.seen);
 }
 
-TEST(Trainer, ABatchThatIsRefusedCountsAsSeen) {
+TEST(Trainer, ARefusedBatchCountsAsSeen) {
     Training run({.batch = 4, .length = {12, Unit::samples}});
     run.trainer.step();
     const Named before = values_of(run.parameters);
@@ -250,7 +250,7 @@ TrainerOptions guarded(std::int64_t steps) {
     return {.batch = 4, .length = {steps, Unit::steps}, .guard = SpikeGuardOptions{.window = 32, .least = 20}};
 }
 
-TEST(Trainer, AGuardRefusesAPoisonedBatchBeforeItIsTaken) {
+TEST(Trainer, AGuardRefusesAPoisonedBatchBeforeTheUpdate) {
     Training run(guarded(60));
     for (int i = 0; i < 40; ++i) ASSERT_TRUE(run.trainer.step().step.applied);
     const Named before = values_of(run.parameters);
@@ -269,7 +269,7 @@ TEST(Trainer, AGuardRefusesAPoisonedBatchBeforeItIsTaken) {
     EXPECT_TRUE(run.trainer.step().step.applied);
 }
 
-TEST(Trainer, AGuardSaysWhenLeavingOutBatchesDoesNotHelp) {
+TEST(Trainer, AGuardReportsWhenSkippingBatchesDoesNotHelp) {
     Training run(guarded(60));
     for (int i = 0; i < 40; ++i) ASSERT_TRUE(run.trainer.step().step.applied);
     run.model->first->bias.detach().fill_(std::numeric_limits<double>::quiet_NaN());
@@ -293,7 +293,7 @@ TEST(Trainer, AGuardDoesNotJudgeALastSmallerBatch) {
     EXPECT_TRUE(report.step.applied);
 }
 
-TEST(Trainer, AStepThatThrowsLeavesTheGuardAsItWas) {
+TEST(Trainer, AStepThatThrowsLeavesTheGuardUnchanged) {
     Training run(guarded(60)), other(guarded(60));
     for (int i = 0; i < 40; ++i) {
         ASSERT_TRUE(run.trainer.step().step.applied);
@@ -306,7 +306,7 @@ TEST(Trainer, AStepThatThrowsLeavesTheGuardAsItWas) {
     expect_same_bits(values_of(run.parameters), values_of(other.parameters));
 }
 
-TEST(Trainer, RefusesOptionsThatCannotBe) {
+TEST(Trainer, RefusesInvalidOptions) {
     const Interval one{1, Unit::steps};
     expect_usage_error({"batch", "0"}, [&] { Training({.batch = 0, .length = one}); });
     expect_usage_error({"batch", "-4"}, [&] { Training({.batch = -4, .length = one}); });

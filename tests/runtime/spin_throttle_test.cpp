@@ -4,11 +4,12 @@
 #include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 
-#include <chrono>
 #include <filesystem>
 #include <iterator>
 #include <limits>
 #include <thread>
+
+#include "support/waiting.h"
 
 namespace microbatch {
 namespace {
@@ -19,10 +20,7 @@ std::ptrdiff_t threads_of_this_process() {
 
 // Those that have ended are still listed for a moment.
 bool comes_down_to(std::ptrdiff_t count) {
-    for (int i = 0; i < 200 && threads_of_this_process() > count; ++i) {
-        std::this_thread::sleep_for(std::chrono::milliseconds(10));
-    }
-    return threads_of_this_process() <= count;
+    return test::comes_true([count] { return threads_of_this_process() <= count; });
 }
 
 TEST(SpinThrottle, CrowdTheCoresOnlyWhileThreadsAreSeenToWait) {
@@ -37,7 +35,7 @@ TEST(SpinThrottle, CrowdTheCoresOnlyWhileThreadsAreSeenToWait) {
     EXPECT_GT(threads_of_this_process() - before + at::get_num_threads(), cores);
     for (int i = 0; i < 19; ++i) threads.decide(0.0);
     EXPECT_TRUE(threads.active());
-    threads.decide(0.1);  // not quite quiet: counted anew
+    threads.decide(0.1);  // not quite quiet: the count starts again
     for (int i = 0; i < 19; ++i) threads.decide(0.0);
     EXPECT_TRUE(threads.active());
     threads.decide(0.0);
@@ -74,7 +72,7 @@ TEST(SpinThrottle, EndWhereverTheyAre) {
     EXPECT_TRUE(comes_down_to(before));
 }
 
-TEST(SpinThrottle, ANumberThatIsNoneChangesNothing) {
+TEST(SpinThrottle, AnInvalidNumberChangesNothing) {
     SpinThrottle threads;
     threads.decide(std::numeric_limits<double>::quiet_NaN());
     EXPECT_FALSE(threads.active());

@@ -1,4 +1,4 @@
-// A copy of tensors, in memory or in a file: what a run is rolled back to.
+// A copy of tensors, in memory or in a file, to which a run can be rolled back.
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 #include <sys/resource.h>
@@ -144,7 +144,7 @@ TEST(Snapshot, OnADiskThatIsFullLeavesNothing) {
     EXPECT_TRUE(std::filesystem::is_empty(folder.path()));
 }
 
-TEST(Snapshot, InAFileThatWasCutShortIsBadData) {
+TEST(Snapshot, InATruncatedFileIsBadData) {
     const TempFolder folder;
     const auto path = folder.path() / "snapshot";
     StateDict snapshot = moved_to_file(shared({{"large", at::ones({1000})}}), path);

@@ -102,7 +102,7 @@ TEST(StateDict, ASectionIsWhatItsNamesBeginWith) {
     EXPECT_TRUE(names(state).empty());
 }
 
-TEST(StateDict, MovesASectionOverWhatIsThere) {
+TEST(StateDict, MovesASectionOverAnExistingOne) {
     StateDict state = full_state();
     state.put("best/fc.bias", StoredTensor(at::zeros({9})));
     state.put("best/kept", true);
@@ -183,7 +183,7 @@ TEST(StateDict, ReadsWhatIsElsewhereWhenItIsAskedFor) {
     EXPECT_TRUE(state.reads_files());
 }
 
-TEST(StateDict, AReadThatFailsLeavesItAsItWas) {
+TEST(StateDict, AReadThatFailsLeavesItUnchanged) {
     const at::Tensor live = at::ones({2});
     StateDict state;
     state.put("a", StoredTensor(live));
@@ -213,7 +213,7 @@ TEST(StateReader, NamesWhatIsMissing) {
     EXPECT_FALSE(StateReader(state).section("batch").exists());
 }
 
-TEST(StateReader, RefusesAValueOfAnotherKind) {
+TEST(StateReader, RefusesAValueOfAnotherType) {
     const StateDict state = full_state();
     const StateReader data = StateReader(state).section("data");
     const std::vector<std::string> all{"healthy", "steps", "seed", "rate", "name", "flags", "losses"};
@@ -313,7 +313,7 @@ TEST(StateJson, GivesBackEveryScalarBitForBit) {
     EXPECT_EQ(scalars_to_json(back), scalars_to_json(state));
 }
 
-TEST(StateJson, RefusesWhatIsNoState) {
+TEST(StateJson, RefusesAnInvalidState) {
     const std::vector<std::string> texts{"",
                                          "{",
                                          "[]",
@@ -332,7 +332,7 @@ TEST(StateJson, RefusesWhatIsNoState) {
     }
 }
 
-TEST(StateJson, ARefusedReadOfAnUnexpectedKindNamesTheValue) {
+TEST(StateJson, ARefusedReadOfAnUnexpectedTypeNamesTheValue) {
     StateDict state;
     read_scalars(R"({"run/steps": 1.5, "run/rate": "fast", "run/flags": [1, 2.5], "run/seed": -1})", "state.json",
                  state);

@@ -55,7 +55,7 @@ TEST(PrepareTensors, ChangesNothingBeforeTheCommit) {
     EXPECT_TRUE(live[0].tensor.is_leaf());
 }
 
-TEST(PrepareTensors, RefusesWhatDoesNotFitAndNamesIt) {
+TEST(PrepareTensors, RefusesAMismatchAndNamesIt) {
     struct Case {
         NamedTensors saved;
         std::vector<std::string> words;
@@ -88,7 +88,7 @@ TEST(PrepareTensors, RefusesWhatDoesNotFitAndNamesIt) {
     }
 }
 
-TEST(PrepareTensors, TakesAPartWhereThatIsAllowed) {
+TEST(PrepareTensors, AcceptsAPartIfAllowed) {
     const NamedTensors live = live_tensors();
     NamedTensors part = saved_tensors();
     part.erase(part.begin());
@@ -134,7 +134,7 @@ TEST(PrepareTensors, ReadsOneTensorAtATimeAndOnlyInTheCommit) {
     StateDict state;
     for (const char* name : {"a", "b", "c"}) {
         const auto read = [&] {
-            for (const at::Tensor& before : given) EXPECT_EQ(before.use_count(), 1);  // nobody holds it any more
+            for (const at::Tensor& before : given) EXPECT_EQ(before.use_count(), 1);  // there is no other reference
             ++reads;
             given.push_back(at::ones({2}));
             return given.back();
@@ -177,7 +177,7 @@ TEST(Stateful, IsLoadedWithWhatWasSaved) {
     EXPECT_EQ(other.second, 8);
 }
 
-TEST(Stateful, IsUnchangedByAStateThatItRefuses) {
+TEST(Stateful, IsUnchangedByARefusedState) {
     Pair pair;
     StateDict state = state_of(pair);
     state.erase("second");

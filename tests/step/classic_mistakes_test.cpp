@@ -185,7 +185,7 @@ TEST(ClassicMistakes, AWindowThatIsNotFinishedIsNotForgotten) {
 
 constexpr std::int64_t schedule_steps = 8;
 
-/// From `rate` to 0 over 8 steps; `calls` is what the hand-made scheduler has counted.
+/// From `rate` to 0 over 8 steps; `calls` is the count of the hand-written scheduler.
 double decayed(std::int64_t calls) {
     return rate * std::max(0.0, 1 - static_cast<double>(calls) / static_cast<double>(schedule_steps));
 }

@@ -1,4 +1,4 @@
-// Steps on samples that are fetched when their turn comes.
+// Steps on samples that are loaded when needed.
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 

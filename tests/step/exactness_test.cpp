@@ -1,4 +1,4 @@
-// The update of a batch, however it is cut, on the library's own language model. The bounds are the contract's.
+// The update of a batch, however it is split, on the library's own language model. The bounds are those of the docs.
 #include <algorithm>
 #include <limits>
 
@@ -171,7 +171,7 @@ TEST(Exactness, AGradientThatIsMathematicallyZeroIsNoiseWhichAdamAmplifiesInFp32
     for (std::int64_t cut : {1, 3, 7, 16}) {
         SCOPED_TRACE(testing::Message() << "micro-batches of " << cut);
         const Trained trained = train<AdamW>(at::kFloat, cut, options);
-        // The keys' bias is another one for every cut; what is beside it in the same tensor agrees.
+        // The keys' bias differs for every split; the rest of the same tensor agrees.
         EXPECT_GT(relative_difference(bias_third(trained.values, keys), bias_third(whole.values, keys)), 0.1);
         EXPECT_LT(relative_difference(bias_third(trained.values, values), bias_third(whole.values, values)), 1e-5);
         EXPECT_LT(relative_difference(bias_third(trained.values, queries), bias_third(whole.values, queries)), 1e-5);

@@ -228,7 +228,7 @@ std::vector<double> summed_norms(const Parameters& parameters, const Batch& batc
     return norms;
 }
 
-/// A random shape, batch, cut and weights: what holds for any of them.
+/// A random shape, batch, split and weights: what holds for all of them.
 void expect_any_cut_agrees(std::uint64_t seed, at::ScalarType type, double tolerance) {
     std::mt19937_64 random(seed);
     const auto draw = [&](std::int64_t low, std::int64_t high) {
@@ -286,7 +286,7 @@ TEST(Gatherer, SumsWeightGradientsInTheirProductsWhileAWindowIsOpen) {
         EXPECT_FALSE(sums_in_product(weight, alone));
         weight.mutable_grad() = at::Tensor();
         gatherer.begin();
-        EXPECT_FALSE(sums_in_product(weight, added));  // the first gradient is made, not added to
+        EXPECT_FALSE(sums_in_product(weight, added));  // the first gradient is created, not added to
         EXPECT_EQ(sums_in_product(weight, added), on);
         end(gatherer);
         weight.mutable_grad() = at::zeros({128, 128});

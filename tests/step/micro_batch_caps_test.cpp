@@ -1,4 +1,4 @@
-// The smaller plans that samples of some shapes turned out to need hold for those samples alone.
+// Smaller plans that samples of some shapes needed apply only to those samples.
 #include "microbatch/step/micro_batch_caps.h"
 
 #include <ATen/ATen.h>
@@ -93,7 +93,7 @@ TEST(MicroBatchCaps, AStateThatTheyCannotHaveIsRefusedAndChangesNothing) {
     const auto set = [&](const char* name, const StateScalar& value) { return with(good, name, value); };
     for (const auto& [name, value] : good.scalars()) refused({name, "missing"}, without(good, name));
     refused({"caps", "-1"}, set("caps", std::int64_t{-1}));
-    refused({"caps"}, set("caps", std::int64_t{1} << 60));  // no memory is taken for them
+    refused({"caps"}, set("caps", std::int64_t{1} << 60));  // allocates no memory for them
     refused({"1/"}, set("caps", std::int64_t{2}));
     refused({"0/micro_batch", "0"}, set("0/micro_batch", std::int64_t{0}));
     refused({"0/recompute"}, set("0/recompute", std::int64_t{1}));
@@ -196,7 +196,7 @@ TEST_F(CapsWithinABatch, ShortSamplesKeepTheLargerMicroBatchAndTheUpdateHasTheBi
     at::manual_seed(5);
     stream(other, data, {4, 4, 1, 1, 1, 1});
     expect_same_bits(job.state(), other.state());
-    // Remembered: the next batch runs out of memory no more, and one of short samples is not cut at all.
+    // Remembered: the next batch does not run out of memory, and one of short samples is not split at all.
     at::manual_seed(6);
     tight.sizes.clear();
     report = job.accumulator->step(batch, tight.loss());

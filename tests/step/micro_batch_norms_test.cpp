@@ -1,4 +1,4 @@
-// The gradients of micro-batches measured on the way, and what they say of the noise.
+// The gradient norms of micro-batches, measured during the step, and the noise that they show.
 #include "microbatch/step/micro_batch_norms.h"
 
 #include "microbatch/memory/budget_allocator.h"

@@ -1,4 +1,4 @@
-// A budget that runs out anywhere in a step: nothing is left behind, and the next step is as if it had not been tried.
+// A budget that runs out anywhere in a step: the step leaves no trace, and the next one is not affected.
 #include <ATen/ops/randn.h>
 #include <c10/util/Exception.h>
 #include <gtest/gtest.h>

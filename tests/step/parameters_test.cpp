@@ -211,7 +211,7 @@ TEST(Parameters, TiedAndSharedOnesAreUpdatedOnce) {
     expect_agree(values_of(parameters), values_of(parameters_of(plain)), tolerance);
 }
 
-/// The model with a second output beside it, of a head that may be there or not.
+/// The model with a second output of an optional head.
 LossFunction with_head(std::shared_ptr<TanhMlp> model, torch::nn::Linear head) {
     return [model, head](const Batch& batch) mutable -> WeightedLoss {
         const at::Tensor hidden = at::tanh(model->first->forward(batch.fields[0]));
@@ -233,7 +233,7 @@ TEST(Parameters, AHeadAddedLaterIsTrainedAndCleared) {
     torch::nn::Linear head = make_head(), plain_head = make_head();
     const Parameters added{{"head.weight", head->weight}, {"head.bias", head->bias}};
     twins.accumulator.track(added);
-    twins.accumulator.track(added);  // known already: passed over
+    twins.accumulator.track(added);  // already known: ignored
     twins.optimizer.add_group({.parameters = added, .weight_decay = 0.1});
     twins.plain_optimizer.add_param_group(torch::optim::OptimizerParamGroup(
         plain_head->parameters(), std::make_unique<torch::optim::AdamWOptions>(theirs())));
@@ -251,7 +251,7 @@ TEST(Parameters, AHeadAddedLaterIsTrainedAndCleared) {
 }
 
 TEST(Parameters, AHeadThatOnlyTheOptimizerKnowsIsAnError) {
-    // Its gradients would be summed over the steps: nobody clears them.
+    // Its gradients would be summed over the steps, because nothing clears them.
     Twins twins;
     torch::nn::Linear head = make_head();
     twins.optimizer.add_group({.parameters = {{"head.weight", head->weight}, {"head.bias", head->bias}}});

@@ -1,4 +1,4 @@
-// A batch that is left between two of its micro-batches and resumed, here or in another process, is the same batch.
+// A batch that is interrupted between two micro-batches and resumed, here or in another process, is the same batch.
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
@@ -215,7 +215,7 @@ TEST(PartialBatches, AreTheSameToRoundingWithAnotherMicroBatchForTheRest) {
     }
 }
 
-TEST(PartialBatches, AreBegunAnewWhereTheRestRunsOutOfMemory) {
+TEST(PartialBatches, AreBegunAgainWhereTheRestRunsOutOfMemory) {
     install_budget_allocator();
     for (const bool elsewhere : {false, true}) {
         for (const char* model : {"gpt", "resnet"}) {
@@ -279,7 +279,7 @@ TEST(PartialBatches, WhoseLossThrowsInTheThirtySeventhMicroBatchLeaveAllAsBefore
     }
 }
 
-TEST(PartialBatches, OfARunThatIsShorterNowAreBegunAnew) {
+TEST(PartialBatches, OfARunThatIsShorterNowAreBegunAgain) {
     TrainingOptions how{.model = "resnet", .plan = {.micro_batch = 2}};
     how.trainer.length = {7, Unit::samples};
     Stopping stopping(how);

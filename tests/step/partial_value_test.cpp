@@ -1,4 +1,4 @@
-// A batch that was left half-way is a value: it knows which batch it belongs to, and can be copied.
+// A partial batch is a value: it knows which batch it belongs to, and can be copied.
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 

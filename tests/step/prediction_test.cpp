@@ -1,4 +1,4 @@
-// What planning on a live job predicts is what is then measured, and what does not fit is explained.
+// The predictions from planning on a live job match the measurements, and a job that does not fit is explained.
 #include <ATen/ATen.h>
 
 #include <algorithm>
@@ -25,7 +25,7 @@ std::int64_t peak_of_two_steps(Job& job, const Batch& batch, const Plan& plan) {
 struct Case {
     const char* name;
     std::function<Job(const std::string&)> make;
-    std::vector<std::int64_t> sizes;  // none of which planning tries
+    std::vector<std::int64_t> sizes;  // planning tries none of these
     bool recompute;
 };
 
@@ -137,7 +137,7 @@ TEST_F(Prediction, ABudgetBelowTheParametersIsExplained) {
     for (int i = 0; i < 2; ++i) EXPECT_EQ(again.accumulator->step(batch, again.loss).out_of_memory, 0);
 }
 
-TEST_F(Prediction, RefusesWhatMeansNothing) {
+TEST_F(Prediction, RefusesInvalidOptions) {
     Job job = test::gpt_job(small_gpt());
     test::expect_usage_error({"empty"}, [&] { plan_of(job, {}); });
     const Batch batch = job.make_batch(2);

@@ -1,4 +1,4 @@
-// Planning on a live job leaves no trace of it.
+// Planning on a live job has no side effects.
 #include "microbatch/step/probe.h"
 
 #include <ATen/ATen.h>
@@ -106,7 +106,7 @@ TEST_F(NoTrace, LeavesNoTraceOfATorchOptimizer) {
     }
 }
 
-TEST_F(NoTrace, ALossFunctionThatThrowsLeavesTheJobAsItWas) {
+TEST_F(NoTrace, ALossFunctionThatThrowsLeavesTheJobUnchanged) {
     for (int fail_at = 1; fail_at < 12; ++fail_at) {
         Job job = test::resnet_job({.classes = 3, .width = 8, .blocks = 1});
         const Batch batch = job.make_batch(8);
@@ -208,11 +208,11 @@ TEST_F(NoTrace, TheRecomputeOfTheModelIsThePlansAgain) {
 
 // ---- what it costs ----
 
-TEST_F(NoTrace, AGivenMicroBatchIsRunTwiceAndTheOptimizerIsRehearsedWithItsGradients) {
+TEST_F(NoTrace, AGivenMicroBatchIsRunTwiceAndTheOptimizerIsDryRunedWithItsGradients) {
     Job job = test::gpt_job({.layers = 2, .heads = 2, .width = 256, .length = 128, .vocabulary = 64});
     int calls = 0;
     const LossFunction loss = [&](const Batch& micro) -> WeightedLoss {
-        // Long enough that nothing is timed again.
+        // On any machine long enough that nothing is timed again.
         std::this_thread::sleep_for(std::chrono::milliseconds(30));
         ++calls;
         return job.loss(micro);

@@ -15,7 +15,7 @@ namespace {
 
 using namespace test;
 
-/// A run that measures noise in each step, beside a copy that takes memory as long as `taken` says.
+/// A run that measures noise in each step, and a checkpoint's copy that takes memory as long as `taken` is true.
 struct BesideACopy {
     bool taken = false;
     int asked = 0;
@@ -107,7 +107,7 @@ TEST_F(ReclaimedMemory, IsFollowedByTheSnapshotsWhereItIsNotEnough) {
     EXPECT_EQ(asked, (std::vector<std::string>{"copy", "snapshots"}));
 }
 
-TEST_F(ReclaimedMemory, DoesNotKeepASignalFromStoppingTheBatchThatIsMadeAgain) {
+TEST_F(ReclaimedMemory, DoesNotKeepASignalFromStoppingTheBatchThatIsRepeated) {
     bool taken = true;
     int micro_batches = 0;
     TrainingOptions how = rich();

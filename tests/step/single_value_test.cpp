@@ -1,4 +1,4 @@
-// BatchNorm cannot normalise a single value per channel: micro-batches are cut so that none has one.
+// BatchNorm cannot normalise a single value per channel: batches are split so that no micro-batch has one.
 #include <gtest/gtest.h>
 #include <torch/nn/modules/batchnorm.h>
 
@@ -47,7 +47,7 @@ TEST_F(SingleValue, WhereOneIsASentenceSaysWhatToDo) {
         const auto what = [&, batch = batch, micro_batch = micro_batch] { gather(batch, micro_batch); };
         EXPECT_THROW(what(), TooFewSamples);
         test::expect_usage_error(
-            {"a micro-batch of 1 sample", "BatchNorm", "2 or more", "3 or more if the batch is odd"}, what);
+            {"a micro-batch of 1 sample", "BatchNorm", "at least 2", "at least 3 if the batch is odd"}, what);
     }
 }
 

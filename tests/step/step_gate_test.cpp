@@ -1,4 +1,4 @@
-// What decides between gather and apply, and what it learns from what was decided.
+// The decision between gather and apply, and what the gate learns from it.
 #include "microbatch/step/step_gate.h"
 
 #include <ATen/ATen.h>
@@ -164,7 +164,7 @@ struct Witness final : StepGate {
         return answer;
     }
     void record(const Gathered& batch, const Judgement& judgement) override {
-        EXPECT_TRUE(batch.sums.empty());  // the gradients are gone by then
+        EXPECT_TRUE(batch.sums.empty());  // the gradients are freed by then
         calls->push_back(name + " records " + (judgement.verdict == Verdict::apply ? "apply" : judgement.reason));
     }
 };
@@ -191,7 +191,7 @@ TEST(GateChain, IsSavedAndLoadedWithEveryGateInIt) {
     load(other, StateReader(state));
     expect_same(state_of(other_first), state_of(first));
     expect_same(state_of(other_second), state_of(second));
-    // What one of them refuses changes none.
+    // If one of them is refused, none changes.
     SpikeGate fresh(quick), last(quick);
     GateChain third({&fresh, &finite, &last});
     const StateDict broken = without(state, "2/scale");
@@ -237,7 +237,7 @@ TEST(GatedStep, TellsTheGateWhatAnotherOneRefused) {
     EXPECT_EQ(calls, (std::vector<std::string>{"gate evaluates", "gate records loss is not finite"}));
 }
 
-/// Throws where it is asked, or where it is told.
+/// Throws when it evaluates, or when it records.
 struct Throwing final : StepGate {
     bool when_asked;
 
@@ -249,7 +249,7 @@ struct Throwing final : StepGate {
     void record(const Gathered&, const Judgement&) override { throw std::runtime_error("told"); }
 };
 
-TEST(GatedStep, AGateThatThrowsWhenItIsAskedLeavesEverythingAsItWas) {
+TEST(GatedStep, AGateThatThrowsWhenItIsAskedLeavesEverythingUnchanged) {
     Job job = gpt_job({.layers = 1, .heads = 1, .width = 8, .length = 4, .vocabulary = 16, .dropout = 0.2},
                       {.micro_batch = 3});
     const Batch batch = job.make_batch(7);
@@ -272,7 +272,7 @@ TEST(GatedStep, AGateThatThrowsWhenItIsToldDoesSoAfterTheStep) {
     EXPECT_TRUE(job.accumulator->step(batch, job.loss).applied);
 }
 
-/// Runs out of memory so often where it is asked, or where it is told.
+/// Runs out of memory this many times when it evaluates, or when it records.
 struct Hungry final : StepGate {
     bool when_asked;
     mutable int times;
@@ -299,7 +299,7 @@ protected:
     ~GatedStepInMemory() override { fail_allocation(0); }
 };
 
-TEST_F(GatedStepInMemory, AGateThatRunsOutOfMemoryHasTheStepMadeAgain) {
+TEST_F(GatedStepInMemory, AGateThatRunsOutOfMemoryHasTheStepRepeated) {
     Job job = small_job(), other = small_job();
     const Batch batch = job.make_batch(7);
     Hungry gate(/*asked=*/true, 1);

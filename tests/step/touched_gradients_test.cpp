@@ -1,4 +1,4 @@
-// Gradients that somebody else changes while a batch is gathered are an error, never a wrong update.
+// Gradients that other code changes while a batch is gathered are an error, never a wrong update.
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -212,7 +212,7 @@ TEST(GradientKinds, ASparseOneIsAnErrorThatNamesTheParameterAndTheCure) {
             expect_usage_error(said, [&] { accumulator.add(loss(batch)); });
             expect_no_gradients(parameters_of(net));
             expect_same_bits(values_of(parameters_of(net)), before);
-            loss(batch).sum.backward();  // left there by somebody else
+            loss(batch).sum.backward();  // left by other code
             expect_usage_error({"embedding.weight"}, [&] { accumulator.begin(); });
             net.zero_grad();
         }

@@ -1,4 +1,5 @@
-// A step that runs out of memory is undone and run again: the update is bit for bit that of the smaller micro-batch.
+// A step that runs out of memory is undone and repeated: its update equals that of the smaller micro-batch, bit for
+// bit.
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 

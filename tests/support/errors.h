@@ -9,7 +9,7 @@
 
 namespace microbatch::test {
 
-/// The message of the microbatch::Error that the call must throw; empty, and the test failed, if it throws none.
+/// The message of the microbatch::Error that the call must throw; empty, with a failed test, if it does not throw.
 template <class Call>
 std::string error_message(ErrorKind kind, Call&& call) {
     try {

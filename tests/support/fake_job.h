@@ -23,7 +23,7 @@ inline std::vector<MemoryLine> one_line(double fixed_bytes, double bytes_per_sam
     return result;
 }
 
-/// Memory in bytes: parameters, gradients made at the end of the first forward, activations; time in seconds.
+/// Memory in bytes: parameters, gradients (created at the end of the first forward), activations; time in seconds.
 struct FakeJob final : Rehearsal {
     std::int64_t parameters = 1000;
     std::int64_t gradients = 1000;
@@ -134,13 +134,13 @@ inline PlanReport plan(FakeJob& job, PlannerOptions options) {
     return make_plan(options, job);
 }
 
-/// Whether the plan leaves no micro-batch of too few samples, by how a batch is cut.
+/// True if the plan leaves no micro-batch of too few samples when the batch is split.
 inline bool is_possible(const FakeJob& job, std::int64_t micro_batch) {
     const std::int64_t count = micro_batch_count(job.batch, micro_batch);
     return micro_batch >= job.fewest && micro_batch_slice(job.batch, micro_batch, count - 1).size() >= job.fewest;
 }
 
-/// The least step time of all plans that fit, each measured; infinity if none does.
+/// The smallest step time of all plans that fit, each measured; infinity if none does.
 inline double best_of_all(FakeJob& job, const PlannerOptions& options) {
     double best = infinity;
     for (const bool recompute : {false, true}) {
@@ -154,7 +154,7 @@ inline double best_of_all(FakeJob& job, const PlannerOptions& options) {
     return best;
 }
 
-/// What holds for every report, whatever the job.
+/// Properties of every report, for any job.
 inline void expect_sound(const FakeJob& job, const PlannerOptions& options, const PlanReport& report) {
     EXPECT_LE(job.asked.size(), 110U);
     EXPECT_TRUE(std::isfinite(report.spent_seconds));

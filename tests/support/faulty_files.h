@@ -17,7 +17,7 @@
 
 namespace microbatch::test {
 
-/// What a process dies of; no std::exception, so that nobody takes it for an error.
+/// Simulates the death of a process; not a std::exception, so that it is not handled as an error.
 struct Crash {};
 
 /// What becomes of the operation that is struck.
@@ -31,7 +31,7 @@ enum class Fault {
 
 /// What a machine that loses power makes of what was not synced.
 enum class Loss {
-    none,      ///< the process ended, the machine went on
+    none,      ///< the process ended, the machine continued
     contents,  ///< of files
     names,     ///< contents, and what was done to the names in folders
 };
@@ -40,7 +40,7 @@ enum class Loss {
 /// make_folder, remove_all and sync of a folder. Nothing is really synced: what would have been is remembered.
 class FaultyFiles final : public FileSystem {
 public:
-    /// `attic` is an empty folder of its own on the same disk. The `strike`-th operation from 1 is struck; 0: none.
+    /// `attic` is an empty folder on the same disk. The `strike`-th operation, from 1, fails; 0: none.
     explicit FaultyFiles(std::filesystem::path attic, int strike = 0, Fault fault = Fault::error)
         : attic_(std::move(attic)), strike_(strike), fault_(fault) {}
 

@@ -18,12 +18,12 @@
 
 namespace microbatch::test {
 
-/// A checkpoint of a rich_run() that somebody means harm with: whatever is in it, the checksums are right.
+/// A malicious checkpoint of a rich_run(): whatever it contains, the checksums are correct.
 class Forged {
 public:
     Forged() {
         std::filesystem::create_directory(path());
-        FaultyFiles files(beside());  // none of which is struck; they do not wait for the disk
+        FaultyFiles files(beside());  // no operation fails; they do not wait for the disk
         write_checkpoint(files, path(), rich_state());
     }
 
@@ -69,7 +69,7 @@ public:
         expect_error(ErrorKind::bad_data, parts, [&] { read_checkpoint(path()); });
     }
 
-    /// True if reading it, or loading what was read, is refused. If it is not, a step can be made, or says why not.
+    /// True if reading it, or loading what was read, is refused. If it is not, a step succeeds, or reports why not.
     bool is_refused() const {
         Training run(rich());
         try {

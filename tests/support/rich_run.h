@@ -19,7 +19,7 @@ inline TrainingOptions rich(const std::string& optimizer = "adamw") {
     return how;
 }
 
-/// Ten steps of it, in which it was rolled back once, and a batch that was left half-way.
+/// Ten steps, in which the run was rolled back once, and a partial batch.
 inline std::unique_ptr<Training> rich_run(TrainingOptions how = rich()) {
     const auto stop = std::make_shared<bool>(false);
     how.trainer.stop = [stop] { return *stop; };
@@ -33,7 +33,7 @@ inline std::unique_ptr<Training> rich_run(TrainingOptions how = rich()) {
     return run;
 }
 
-/// What such a run goes on from; made once.
+/// The state from which such a run resumes; created once.
 inline const StateDict& rich_state(const std::string& optimizer = "adamw") {
     static std::map<std::string, StateDict> states;
     if (!states.contains(optimizer)) states.emplace(optimizer, rich_run(rich(optimizer))->taken_apart());

@@ -13,7 +13,7 @@
 
 namespace microbatch::test {
 
-/// All bytes of a file; none if it cannot be read.
+/// The content of a file; empty if it cannot be read.
 inline std::string read_file(const std::filesystem::path& path) {
     std::ifstream file(path, std::ios::binary);
     return {std::istreambuf_iterator<char>(file), {}};
@@ -54,14 +54,14 @@ public:
         return file;
     }
 
-    /// Calls while nobody may read `path`, which is in this folder.
+    /// Calls a function while `path`, which is in this folder, is unreadable.
     template <class Call>
     void without_permission(const std::filesystem::path& path, Call&& call) const {
         std::filesystem::permissions(path_, std::filesystem::perms::all);
         std::filesystem::permissions(path, std::filesystem::perms::none);
         const uid_t user = ::geteuid();
         const uid_t nobody = 65534;
-        // Root may read everything: be nobody meanwhile.
+        // Root may read everything: become nobody meanwhile.
         if (user == 0 && ::seteuid(nobody) != 0) throw std::runtime_error("cannot become nobody");
         call();
         if (::seteuid(user) != 0) throw std::runtime_error("cannot become root again");

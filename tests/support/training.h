@@ -26,7 +26,7 @@
 
 namespace microbatch::test {
 
-/// How a run is made: twice by the same options is the same run.
+/// The options of a run: the same options give the same run.
 struct TrainingOptions {
     std::string model = "mlp";        ///< or gpt, where the generator matters; resnet or norm, where the buffers do
     std::string optimizer = "adamw";  ///< or sgd; "torch adamw" and "torch sgd" are torch's own
@@ -100,7 +100,7 @@ public:
         return result;
     }
 
-    /// Called with every micro-batch before its loss is made.
+    /// Called with every micro-batch before its loss is computed.
     std::function<void()> before_loss = [] {};
 
 private:
@@ -199,7 +199,7 @@ inline void expect_same(const TrainerReport& left, const TrainerReport& right) {
     EXPECT_EQ(left.progress, right.progress);
     EXPECT_EQ(left.samples, right.samples);
     EXPECT_EQ(left.diverged, right.diverged);
-    EXPECT_EQ(left.went_back_to, right.went_back_to);
+    EXPECT_EQ(left.rolled_back_to, right.rolled_back_to);
     EXPECT_EQ(left.snapshot_bytes, right.snapshot_bytes);
     EXPECT_EQ(left.warning, right.warning);
 }

@@ -1,5 +1,5 @@
 "use strict";
-// Draws the run that stands in the page: tiles, charts over the steps, tables. No network, nothing but uPlot.
+// Draws the run in the page: tiles, charts over the steps, tables. Works offline and uses only uPlot.
 const run = JSON.parse(document.getElementById("run").textContent);
 const root = document.documentElement;
 const color = name => getComputedStyle(root).getPropertyValue(name).trim();
@@ -22,7 +22,7 @@ const mebibyte = 1024 * 1024;
 const short = (value, digits = 5) => value == null ? "-" : Math.abs(value) >= 1e5 || (value !== 0 && Math.abs(value) < 1e-3)
   ? value.toExponential(Math.min(digits, 3) - 1) : String(Number(value.toPrecision(digits)));
 
-// The mean of about the last 20 steps, of fewer at the start; steps without a number are passed over.
+// The mean of about the last 20 steps, of fewer at the start; steps without a number are skipped.
 function smoothed(values) {
   let mean = null, count = 0;
   return values.map(value => {
@@ -33,7 +33,7 @@ function smoothed(values) {
   });
 }
 
-// Steps that were refused must not flatten the others: they are drawn apart, no higher than the highest of those.
+// Refused steps must not flatten the others: they are drawn separately, at most as high as the highest of the others.
 const refused = new Set(run.events.filter(event => event.kind === "refused").map(event => event.step));
 
 function applied_only(column) {
@@ -52,7 +52,7 @@ const columns = run.columns;
 const in_mebibytes = values => values.map(value => value == null ? null : value / mebibyte);
 const has = values => values.some(value => value != null);
 const charts = [
-  { id: "loss", title: "Loss", note: "Mean of the batch before its step; smoothed over about 20 steps. Refused steps are drawn no higher than the others.", series: [
+  { id: "loss", title: "Loss", note: "Mean of the batch before its step; smoothed over about 20 steps. Refused steps are drawn at most as high as the others.", series: [
     { label: "loss", values: applied_only(columns.loss), color: "--faint", width: 1 },
     { label: "smoothed", values: smoothed(applied_only(columns.loss)), color: "--a" },
     { label: "refused", values: refused_only(columns.loss), color: "--bad", points: true }] },
@@ -62,22 +62,22 @@ const charts = [
   { id: "gradient_norm", title: "Gradient norm", note: "Of the batch's mean gradient, before clipping.", log: true, series: [
     { label: "gradient norm", values: applied_only(columns.gradient_norm), color: "--a" },
     { label: "refused", values: refused_only(columns.gradient_norm), color: "--bad", points: true }] },
-  { id: "noise", title: "Noise of the gradient", log: true, of_the_first: true,
-    note: "Noise batch: the batch at which noise and gradient are as large, a proxy for the largest batch worth having; undefined where the noise hides the gradient.",
+  { id: "noise", title: "Gradient noise", log: true, of_the_first: true,
+    note: "Noise batch: the batch at which the noise is as large as the gradient, a proxy for the largest useful batch; undefined where the noise hides the gradient.",
     series: [
     { label: "noise batch (samples)", values: columns.noise_batch, color: "--a" },
     { label: "batch", values: columns.batch, color: "--b" }] },
   { id: "memory", title: "Memory (MiB)", series: [
-    { label: "peak measured", values: in_mebibytes(columns.peak_bytes), color: "--a" },
-    { label: "peak predicted", values: in_mebibytes(columns.predicted_peak_bytes), color: "--b", dash: [6, 4] },
+    { label: "measured peak", values: in_mebibytes(columns.peak_bytes), color: "--a" },
+    { label: "predicted peak", values: in_mebibytes(columns.predicted_peak_bytes), color: "--b", dash: [6, 4] },
     ...(run.budget_bytes ? [{ label: "budget", values: columns.step.map(() => run.budget_bytes / mebibyte), color: "--bad", width: 1 }] : [])] },
-  { id: "time", title: "Time of a step (s)", series: [
+  { id: "time", title: "Time per step (s)", series: [
     { label: "whole step", values: columns.step_seconds, color: "--a", width: 1 },
     { label: "optimizer's update", values: columns.update_seconds, color: "--c", width: 1 },
     { label: "predicted", values: columns.predicted_step_seconds, color: "--b", dash: [6, 4] }] },
 ];
 
-// Lines over something else than the steps, such as the loss along a direction.
+// Lines over an axis other than the steps, such as the loss along a direction.
 const line_colors = ["--a", "--b", "--c", "--bad"];
 for (const [i, curves] of run.curves.entries()) {
   charts.push({ id: "curves-" + i, title: curves.title, note: curves.note, x: curves.x, along: curves.along,
@@ -153,7 +153,7 @@ for (const [name, value] of run.tiles) {
   element("div", tile, name, "name");
 }
 make_charts();
-make_table("What the guard did", ["step", "what", "why"], run.events.map(event => [event.step, event.kind, event.text]),
+make_table("Actions of the guard", ["step", "what", "why"], run.events.map(event => [event.step, event.kind, event.text]),
   run.events_left_out ? `${run.events_left_out} more are in metrics.jsonl.` : undefined);
 for (const table of run.tables) make_table(table.title, table.heading, table.rows, table.note);
 make_table("Settings", ["name", "value"], run.settings);
