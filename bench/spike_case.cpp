@@ -24,7 +24,7 @@
 
 #include "microbatch/data/batch_source.h"
 #include "microbatch/data/open.h"
-#include "microbatch/io/json_number.h"
+#include "microbatch/io/json.h"
 #include "microbatch/models/gpt.h"
 #include "microbatch/models/resnet.h"
 #include "microbatch/ops/cross_entropy.h"
@@ -205,7 +205,7 @@ Json run(const std::vector<std::string>& words) {
     } else {
         train_unguarded(job, spike, loss, steps, seed);
     }
-    return {{"held_out_loss", json_number(held_out_loss(job))}, {"steps", spike.now}, {"refused", events}};
+    return {{"held_out_loss", json_value(held_out_loss(job))}, {"steps", spike.now}, {"refused", events}};
 }
 
 }  // namespace

@@ -7,8 +7,8 @@
 #include <sstream>
 
 #include "cli/commands/commands.h"
-#include "cli/commands/interrupt.h"
 #include "cli/commands/job.h"
+#include "cli/commands/process.h"
 #include "cli/print/output.h"
 #include "microbatch/core/error.h"
 

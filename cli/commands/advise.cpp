@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "cli/commands/commands.h"
-#include "cli/commands/interrupt.h"
-#include "cli/commands/plan_job.h"
+#include "cli/commands/job.h"
+#include "cli/commands/process.h"
 #include "cli/commands/watch.h"
 #include "cli/print/output.h"
 #include "cli/print/progress.h"
@@ -17,7 +17,7 @@
 #include "microbatch/core/batch_advice.h"
 #include "microbatch/core/error.h"
 #include "microbatch/core/units.h"
-#include "microbatch/io/json_number.h"
+#include "microbatch/io/json.h"
 #include "microbatch/memory/budget_allocator.h"
 #include "microbatch/run/outcome.h"
 
@@ -61,7 +61,7 @@ Noise measure_noise_of_run(std::FILE* out, const JobPlan& plan, const Job& job, 
     Trainer trainer(*job.accumulator, *plan.data.train, job.loss,
                     {.batch = plan.settings.batch,
                      .length = length,
-                     .schedule = schedule_of(constant, length, plan.data.train->tokens_per_sample(), constant.batch),
+                     .schedule = schedule_of(constant, length, plan.data.train->tokens_per_sample()),
                      .seed = plan.settings.seed,
                      .guard = SpikeGuardOptions{.most_refused = most_refused_in_a_row - 1},
                      .noise_every = 1});
@@ -275,33 +275,31 @@ nlohmann::ordered_json to_json(const BatchCost& cost, const Settings& settings) 
         {"batch", cost.batch},          {"micro_batch", cost.micro_batch},  {"step_seconds", cost.step_seconds},
         {"relative_steps", cost.steps}, {"relative_samples", cost.samples}, {"relative_time", cost.time}};
     for (const RateRule rule : rules_for(settings)) {
-        const std::optional<double> rate = rate_by(settings, rule, cost.batch);
-        row["learning_rate"][std::string(to_string(rule))] = rate ? nlohmann::ordered_json(*rate) : nullptr;
+        row["learning_rate"][std::string(to_string(rule))] = json_value(rate_by(settings, rule, cost.batch));
     }
     return row;
 }
 
 void print_json(const JobPlan& plan, const Noise& noise, const std::optional<BatchAdvice>& advice,
                 const std::vector<Branch>& branches) {
-    nlohmann::ordered_json document;
-    document["model"] = plan.model;
-    document["batch"] = plan.settings.batch;
-    document["data_samples"] = plan.data.train->size();
-    document["noise_batch"] = noise.batch ? json_number(*noise.batch) : nullptr;
-    document["measures"] = noise.measures;
-    document["batches"] = nlohmann::ordered_json::array();
-    document["soonest_batch"] = nullptr;
-    document["accumulation_pays"] = nullptr;
+    nlohmann::ordered_json document{{"model", plan.model},
+                                    {"batch", plan.settings.batch},
+                                    {"data_samples", plan.data.train->size()},
+                                    {"noise_batch", json_value(noise.batch)},
+                                    {"measures", noise.measures},
+                                    {"batches", nlohmann::ordered_json::array()},
+                                    {"soonest_batch", nullptr},
+                                    {"accumulation_pays", nullptr},
+                                    {"branches", nlohmann::ordered_json::array()}};
     if (advice) {
         for (const BatchCost& cost : advice->table) document["batches"].push_back(to_json(cost, plan.settings));
         document["soonest_batch"] = advice->table[advice->soonest].batch;
         document["accumulation_pays"] = advice->accumulation_pays();
     }
-    document["branches"] = nlohmann::ordered_json::array();
     for (const Branch& branch : branches) {
         document["branches"].push_back({{"batch", branch.batch},
                                         {"learning_rate", branch.learning_rate},
-                                        {"loss", json_number(branch.loss)},
+                                        {"loss", json_value(branch.loss)},
                                         {"as_good", branch.as_good}});
     }
     print(stdout, "{}\n", document.dump(2));

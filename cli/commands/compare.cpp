@@ -1,22 +1,20 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <numeric>
-#include <optional>
 
 #include "cli/commands/commands.h"
-#include "cli/commands/interrupt.h"
-#include "cli/commands/plan_job.h"
-#include "cli/commands/report.h"
+#include "cli/commands/job.h"
+#include "cli/commands/process.h"
 #include "cli/commands/strategy.h"
+#include "cli/options/refuse.h"
 #include "cli/print/output.h"
 #include "microbatch/core/batch_advice.h"
 #include "microbatch/core/error.h"
 #include "microbatch/core/units.h"
-#include "microbatch/io/json_number.h"
+#include "microbatch/io/json.h"
 #include "microbatch/memory/budget_allocator.h"
 #include "microbatch/memory/machine.h"
 
@@ -32,12 +30,11 @@ public:
         if (keep_) {
             std::error_code failure;
             std::filesystem::create_directories(path_, failure);
-            if (failure)
-                throw Error(ErrorKind::usage, fmt::format("cannot create --run {}: {}", named, failure.message()));
+            if (failure) refuse("cannot create --run {}: {}", named, failure.message());
             return;
         }
         std::string name = (std::filesystem::temp_directory_path() / "microbatch-compare-XXXXXX").string();
-        if (::mkdtemp(name.data()) == nullptr) throw Error(ErrorKind::usage, fmt::format("cannot create {}", name));
+        if (::mkdtemp(name.data()) == nullptr) refuse("cannot create {}", name);
         path_ = name;
     }
     WorkFolder(const WorkFolder&) = delete;
@@ -62,7 +59,7 @@ private:
 // Before anything is measured.
 void refuse_used_folder(const std::string& run) {
     if (run.empty() || !std::filesystem::exists(run)) return;
-    throw Error(ErrorKind::usage, fmt::format("--run {} exists already; name a new folder for this comparison", run));
+    refuse("--run {} exists already; name a new folder for this comparison", run);
 }
 
 double mean_of(const std::vector<double>& values) {
@@ -110,15 +107,12 @@ std::vector<std::int64_t> parse_batches(const std::string& list) {
         try {
             batches.push_back(parse_count(one));
         } catch (const Error& error) {
-            throw Error(ErrorKind::usage,
-                        fmt::format("--batches \"{}\": {}; write \"16, 64, 256\"", list, error.what()));
+            refuse("--batches \"{}\": {}; write \"16, 64, 256\"", list, error.what());
         }
-        const auto refuse = [&list](const std::string& why) {
-            throw Error(ErrorKind::usage, fmt::format("--batches \"{}\": {}", list, why));
-        };
-        if (batches.back() < 1 || batches.back() > std::int64_t{1} << 31) refuse("a batch must be from 1 to 2^31");
-        if (std::count(batches.begin(), batches.end(), batches.back()) > 1) {
-            refuse(fmt::format("{} is listed twice", batches.back()));
+        const std::int64_t last = batches.back();
+        if (last < 1 || last > std::int64_t{1} << 31) refuse("--batches \"{}\": a batch must be from 1 to 2^31", list);
+        if (std::count(batches.begin(), batches.end(), last) > 1) {
+            refuse("--batches \"{}\": {} is listed twice", list, last);
         }
         if (comma == std::string_view::npos) return batches;
         rest.remove_prefix(comma + 1);
@@ -131,8 +125,7 @@ void resolve_batches(Arguments& arguments) {
     if (settings.batches.empty()) return;
     const std::vector<std::int64_t> batches = parse_batches(settings.batches);
     if (arguments.flags.contains("batch")) {
-        throw Error(ErrorKind::usage, fmt::format("--batch {} contradicts --batches \"{}\", which names every batch",
-                                                  settings.batch, settings.batches));
+        refuse("--batch {} contradicts --batches \"{}\", which names every batch", settings.batch, settings.batches);
     }
     settings.batch = *std::max_element(batches.begin(), batches.end());
 }
@@ -205,41 +198,36 @@ void print_strategies(std::FILE* out, const std::string& title, const std::vecto
 }
 
 nlohmann::ordered_json to_json(const JobPlan& plan, const Strategy& s, std::int64_t samples, std::int64_t budget) {
-    const auto if_ran = [&s](double value) { return s.ran ? json_number(value) : nlohmann::ordered_json(); };
-    nlohmann::ordered_json row;
-    row["strategy"] = s.name;
-    row["batch"] = s.batch;
-    row["peak_learning_rate"] = constants_of(plan.settings, s.batch).learning_rate;
-    row["micro_batch"] = s.plan.micro_batch;
-    row["recompute"] = s.plan.recompute;
-    row["ran"] = s.ran;
-    row["diverged"] = s.diverged;
-    row["failure"] = s.failure.empty() ? nlohmann::ordered_json() : nlohmann::ordered_json(s.failure);
-    row["peak_bytes"] = s.peak_bytes;  // predicted, if it was not run
-    row["fits"] = s.peak_bytes <= budget;
-    row["gradient_variance"] = s.variance ? json_number(*s.variance) : nlohmann::ordered_json();
-    row["step_seconds"] = if_ran(s.step_seconds);
-    row["sample_seconds"] = if_ran(s.sample_seconds(samples));
-    row["seconds"] = if_ran(s.seconds);
-    row["held_out_loss"] = s.ran ? json_number(mean_of(s.held_out)) : nlohmann::ordered_json();
-    row["held_out_losses"] = nlohmann::ordered_json::array();
-    for (const double loss : s.held_out) row["held_out_losses"].push_back(json_number(loss));
-    row["sharpness"] = s.curvature ? json_number(*s.curvature) : nlohmann::ordered_json();
-    row["losses_along"] = nlohmann::ordered_json::array();
-    for (const double loss : s.losses_along) row["losses_along"].push_back(json_number(loss));
-    return row;
+    const auto if_ran = [&s](double value) { return s.ran ? json_value(value) : nullptr; };
+    return {{"strategy", s.name},
+            {"batch", s.batch},
+            {"peak_learning_rate", constants_of(plan.settings, s.batch).learning_rate},
+            {"micro_batch", s.plan.micro_batch},
+            {"recompute", s.plan.recompute},
+            {"ran", s.ran},
+            {"diverged", s.diverged},
+            {"failure", s.failure.empty() ? nullptr : json_value(s.failure)},
+            {"peak_bytes", s.peak_bytes},  // predicted, if it was not run
+            {"fits", s.peak_bytes <= budget},
+            {"gradient_variance", json_value(s.variance)},
+            {"step_seconds", if_ran(s.step_seconds)},
+            {"sample_seconds", if_ran(s.sample_seconds(samples))},
+            {"seconds", if_ran(s.seconds)},
+            {"held_out_loss", if_ran(mean_of(s.held_out))},
+            {"held_out_losses", json_value(s.held_out)},
+            {"sharpness", json_value(s.curvature)},
+            {"losses_along", json_value(s.losses_along)}};
 }
 
 void print_json(const JobPlan& plan, const std::vector<Strategy>& strategies, std::int64_t samples, std::int64_t seeds,
                 std::int64_t budget) {
-    nlohmann::ordered_json document;
-    document["model"] = plan.model;
-    document["data"] = plan.settings.data;
-    document["data_samples"] = plan.data.train->size();
-    document["samples"] = samples;
-    document["seeds"] = seeds;
-    document["budget_bytes"] = budget;
-    document["distances"] = distances();
+    nlohmann::ordered_json document{{"model", plan.model},
+                                    {"data", plan.settings.data},
+                                    {"data_samples", plan.data.train->size()},
+                                    {"samples", samples},
+                                    {"seeds", seeds},
+                                    {"budget_bytes", budget},
+                                    {"distances", distances()}};
     for (const Strategy& s : strategies) document["strategies"].push_back(to_json(plan, s, samples, budget));
     print(stdout, "{}\n", document.dump(2));
 }
@@ -282,8 +270,7 @@ int compare_strategies(Arguments& arguments) {
     refuse_used_folder(settings.run);
     const WorkFolder folder(settings.run);
     if (settings.seed > std::numeric_limits<std::uint64_t>::max() - static_cast<std::uint64_t>(settings.seeds)) {
-        throw Error(ErrorKind::usage, fmt::format("--seed {} with --seeds {}: the last seed must be below 2^64",
-                                                  settings.seed, settings.seeds));
+        refuse("--seed {} with --seeds {}: the last seed must be below 2^64", settings.seed, settings.seeds);
     }
     const std::int64_t budget = memory_budget_of(settings);
     const Interval asked = length_of(settings, {default_batches * settings.batch, Unit::samples});
@@ -295,7 +282,7 @@ int compare_strategies(Arguments& arguments) {
     require_whole_batch(plan);
     const std::int64_t tokens_per_sample = plan.data.train->tokens_per_sample();
     const std::int64_t samples = convert(asked, Unit::samples, settings.batch, tokens_per_sample).count;
-    schedule_of(settings, {samples, Unit::samples}, tokens_per_sample, settings.batch);
+    schedule_of(settings, {samples, Unit::samples}, tokens_per_sample);
     std::vector<Strategy> strategies = strategies_of(settings, plan_cuts(out, plan, budget), budget);
     for (const Strategy& each : strategies) constants_of(settings, each.batch);  // a rule may be undefined
     print_data(out, plan.data, 10);

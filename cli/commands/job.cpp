@@ -6,13 +6,14 @@
 #include <torch/nn/module.h>
 
 #include <algorithm>
-#include <vector>
 
-#include "cli/commands/interrupt.h"
+#include "cli/commands/process.h"
 #include "cli/options/options.h"
+#include "cli/options/refuse.h"
 #include "cli/print/output.h"
-#include "microbatch/core/error.h"
 #include "microbatch/core/units.h"
+#include "microbatch/memory/budget_allocator.h"
+#include "microbatch/memory/machine.h"
 #include "microbatch/models/gpt.h"
 #include "microbatch/models/mlp.h"
 #include "microbatch/models/resnet.h"
@@ -20,6 +21,7 @@
 #include "microbatch/ops/linear_cross_entropy.h"
 #include "microbatch/optim/adamw.h"
 #include "microbatch/optim/sgd.h"
+#include "microbatch/runtime/spin_throttle.h"
 
 namespace microbatch::cli {
 namespace {
@@ -61,10 +63,8 @@ MlpConfig mlp_config(const JobPlan& plan) {
 void require_match(const std::string& model, const OpenedData& data, const std::string& path) {
     const bool images = data.kind == DataKind::images;
     if (images == !is_gpt(model)) return;
-    throw Error(ErrorKind::usage,
-                fmt::format("--model {} trains on {}, but {} holds {}: choose --model {}", model,
-                            images ? "text or tokens" : "images", path, images ? "images" : "text or tokens",
-                            images ? "resnet or mlp" : "gpt-tiny, gpt-small or gpt2"));
+    refuse("--model {} trains on {}, but {} holds {}: choose --model {}", model, images ? "text or tokens" : "images",
+           path, images ? "images" : "text or tokens", images ? "resnet or mlp" : "gpt-tiny, gpt-small or gpt2");
 }
 
 template <class Holder>
@@ -94,8 +94,8 @@ void use_classifier(Job& job, Holder model) {
     });
 }
 
-void use_optimizer(Job& job, const Settings& settings, std::int64_t batch) {
-    const RateConstants constants = constants_of(settings, batch);
+void use_optimizer(Job& job, const Settings& settings) {
+    const RateConstants constants = constants_of(settings, settings.batch);
     const bool sgd = settings.optimizer == "sgd";
     const auto groups = split_by_decay(job.parameters, weight_decay_of(settings));
     if (sgd) {
@@ -148,20 +148,6 @@ std::string describe_model(const JobPlan& plan) {
     return fmt::format("{}, {} parameters", plan.model, short_count(count));
 }
 
-// The first samples of a dataset, which bounds the cost of an evaluation.
-class FirstSamples final : public Dataset {
-public:
-    FirstSamples(const Dataset& all, std::int64_t most) : all_(all), size_(std::min(all.size(), most)) {}
-
-    std::int64_t size() const override { return size_; }
-    std::int64_t tokens_per_sample() const override { return all_.tokens_per_sample(); }
-    Batch get(std::span<const std::int64_t> indices) const override { return all_.get(indices); }
-
-private:
-    const Dataset& all_;
-    std::int64_t size_;
-};
-
 class Evaluation {
 public:
     explicit Evaluation(torch::nn::Module& model) : model_(model) { model_.eval(); }
@@ -172,6 +158,36 @@ public:
 private:
     torch::nn::Module& model_;
 };
+
+Recompute recompute_of(const JobPlan& plan, const Job& job) {
+    if (plan.settings.recompute == "never") return Recompute::never;
+    if (plan.settings.recompute == "auto") return Recompute::automatic;
+    if (job.accumulator->model().offers_checkpointing()) return Recompute::always;
+    refuse("--recompute always: {} has no blocks to recompute; gpt and resnet do", plan.model);
+}
+
+// The memory available for measuring a job that does not fit.
+std::int64_t most_bytes(std::int64_t budget_bytes) {
+    return std::max(budget_bytes, available_memory_bytes() / 10 * 9);
+}
+
+// No plan helps if even the sample numbers of the batch do not fit.
+void require_room_for_numbers(std::int64_t batch, std::int64_t budget_bytes) {
+    constexpr std::int64_t bytes_a_sample = 2 * sizeof(std::int64_t);
+    constexpr std::int64_t little = std::int64_t{1} << 20;
+    if (batch <= std::max(budget_bytes, little) / bytes_a_sample) return;
+    throw Error(ErrorKind::does_not_fit, fmt::format("--batch {}: the list of its sample numbers alone exceeds the "
+                                                     "memory budget of {}; use a smaller --batch or raise --memory",
+                                                     batch, format_bytes(budget_bytes)));
+}
+
+PlanReport make_report(const JobPlan& plan, const Job& job, const PlannerOptions& options) {
+    require_room_for_numbers(plan.batch, options.budget_bytes);
+    const Dataset& data = *plan.data.train;
+    const PlanReport report = plan_batch(*job.accumulator, DatasetBatch::longest(data, plan.batch), job.loss, options);
+    if (interrupted()) throw Interrupted();
+    return report;
+}
 
 }  // namespace
 
@@ -201,7 +217,7 @@ JobPlan open_job(const Settings& settings, Interval length) {
     return plan;
 }
 
-Job make_job(const JobPlan& plan, const Plan& cut, std::optional<std::int64_t> batch) {
+Job make_job(const JobPlan& plan) {
     at::manual_seed(plan.settings.seed);
     Job job;
     if (is_gpt(plan.model)) {
@@ -211,30 +227,85 @@ Job make_job(const JobPlan& plan, const Plan& cut, std::optional<std::int64_t> b
     } else {
         use_classifier(job, Mlp(mlp_config(plan)));
     }
-    use_optimizer(job, plan.settings, batch.value_or(plan.settings.batch));
-    job.accumulator = std::make_unique<Accumulator>(*job.model, *job.optimizer,
-                                                    AccumulatorOptions{.plan = cut, .clip_norm = plan.settings.clip});
+    use_optimizer(job, plan.settings);
+    job.accumulator =
+        std::make_unique<Accumulator>(*job.model, *job.optimizer, AccumulatorOptions{.clip_norm = plan.settings.clip});
     return job;
+}
+
+Job make_job_to_plan(const JobPlan& plan, std::int64_t budget_bytes) {
+    const BudgetScope allowed(most_bytes(budget_bytes));
+    return make_job(plan);
+}
+
+void require_whole_batch(const JobPlan& plan) {
+    if (plan.batch >= plan.settings.batch) return;
+    refuse(
+        "a batch of {} is larger than the whole run of {} samples, which would be a single batch of {}; use a smaller "
+        "batch or a longer run (--samples)",
+        plan.settings.batch, plan.batch, plan.batch);
+}
+
+PlanReport plan_job(const JobPlan& plan, const Job& job, std::int64_t budget_bytes, std::FILE* progress,
+                    bool whole_table) {
+    PlannerOptions options{.budget_bytes = budget_bytes,
+                           .steps = plan.steps,
+                           .recompute = recompute_of(plan, job),
+                           .micro_batch = plan.settings.micro_batch,
+                           .most_bytes = most_bytes(budget_bytes),
+                           .whole_table = whole_table};
+    if (options.micro_batch) options.micro_batch = std::min(*options.micro_batch, plan.batch);
+    LiveLine line(progress, /*at_once=*/false);
+    options.on_trial = [&line](const Plan& trial) {
+        if (interrupted()) throw Interrupted();
+        if (!line.is_due()) return;
+        line.draw(fmt::format("measuring a micro-batch of {}{}", trial.micro_batch,
+                              trial.recompute ? " with recompute" : ""));
+    };
+    PlanReport report = make_report(plan, job, options);
+    // One micro-batch for the whole run: a smaller batch would need a different split.
+    const std::int64_t smallest = std::min(smallest_batch(plan.batches), plan.batch);
+    if (!report.chosen || report.choice().plan.micro_batch <= smallest) return report;
+    options.micro_batch = smallest;
+    report = make_report(plan, job, options);
+    if (report.chosen) report.why = "as large as the smallest batch of the schedule";
+    return report;
+}
+
+PlanReport plan_native(const JobPlan& plan, const Job& job, std::int64_t budget_bytes) {
+    return make_report(plan, job,
+                       {.budget_bytes = budget_bytes,
+                        .recompute = Recompute::never,
+                        .most_steps = 0.0,
+                        .least_seconds = 0.0,
+                        .on_trial = {}});
+}
+
+std::string describe_cut(const Candidate& candidate) {
+    const std::string cut =
+        candidate.micro_batches == 1
+            ? "in one piece"
+            : fmt::format("in {} micro-batches of {}", candidate.micro_batches, candidate.plan.micro_batch);
+    return cut + (candidate.plan.recompute ? ", with recompute" : "");
 }
 
 void use_threads(const Settings& settings) {
     if (settings.threads) at::set_num_threads(static_cast<int>(*settings.threads));
 }
 
-Parameters weights_of(const Job& job) {
-    Parameters weights = job.parameters;
-    for (const auto& buffer : job.model->named_buffers()) weights.push_back({buffer.key(), buffer.value()});
-    return weights;
+LossFunction watched_loss(const Job& job) {
+    return [&job, threads = std::make_shared<SpinThrottle>()](const Batch& micro) {
+        if (interrupted()) throw Interrupted();
+        threads->poll();
+        return job.loss(micro);
+    };
 }
 
 double held_out_loss(const JobPlan& plan, const Job& job, std::int64_t trained, std::int64_t micro_batch) {
-    const FirstSamples samples(*plan.data.held_out, std::clamp<std::int64_t>(trained, 16, 1024));
-    const LossFunction unless_interrupted = [&job](const Batch& micro) {
-        if (interrupted()) throw Interrupted();
-        return job.loss(micro);
-    };
+    const Dataset& samples = *plan.data.held_out;
+    const std::int64_t most = std::clamp<std::int64_t>(trained, 16, 1024);
     const Evaluation evaluation(*job.model);
-    return mean_loss(samples, std::min(micro_batch, samples.size()), unless_interrupted);
+    return mean_loss(samples, std::min({micro_batch, samples.size(), most}), watched_loss(job), most);
 }
 
 void print_data(std::FILE* out, const OpenedData& data, int column) {

@@ -9,6 +9,7 @@
 #include "microbatch/data/open.h"
 #include "microbatch/run/trainer.h"
 #include "microbatch/step/accumulator.h"
+#include "microbatch/step/probe.h"
 
 namespace torch::nn {
 class Module;
@@ -41,18 +42,34 @@ struct Job {
 ///         have; ErrorKind::bad_data as open_data().
 JobPlan open_job(const Settings& settings, Interval length);
 
-/// The same seed gives the same parameters. The optimizer's constants are for steps of `batch` samples; if not given,
-/// of the settings' batch.
-Job make_job(const JobPlan& plan, const Plan& cut = {}, std::optional<std::int64_t> batch = {});
+/// The same seed gives the same parameters.
+Job make_job(const JobPlan& plan);
+
+/// Creates the job with all the memory of the machine, so that a budget smaller than the parameters can be explained.
+/// Restores the budget afterwards.
+Job make_job_to_plan(const JobPlan& plan, std::int64_t budget_bytes);
+
+/// Throws ErrorKind::usage if the run is shorter than a batch, because a plan for that batch would not apply.
+void require_whole_batch(const JobPlan& plan);
+
+/// Plans the job's batch on the job itself, without side effects: the --micro-batch and --recompute of the settings, or
+/// the fastest plan that fits in the budget. `progress` shows what is being measured. A complete table is for readers:
+/// see PlannerOptions.
+/// Errors: Interrupted if a signal came.
+PlanReport plan_job(const JobPlan& plan, const Job& job, std::int64_t budget_bytes, std::FILE* progress,
+                    bool whole_table = false);
+
+/// Like plan_job(), with only the trials needed to predict the peak of the whole batch in one piece.
+PlanReport plan_native(const JobPlan& plan, const Job& job, std::int64_t budget_bytes);
+
+/// "in 4 micro-batches of 16, with recompute".
+std::string describe_cut(const Candidate& candidate);
 
 /// Sets torch's threads to --threads, if it was given.
 void use_threads(const Settings& settings);
 
-/// The parameters and buffers of a trained model, by name.
-Parameters weights_of(const Job& job);
-
-/// Thrown if a command is interrupted and has nothing to save.
-struct Interrupted {};
+/// The job's loss, which throws Interrupted if a signal arrives, even while a busy machine delays the threads.
+LossFunction watched_loss(const Job& job);
 
 /// Mean loss over the first held-out samples, with the model temporarily in evaluation mode: over as many samples as
 /// the run was `trained` on, 16 to 1,024 of them, so that evaluating a short run does not take longer than training it.

@@ -1,6 +1,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
@@ -8,18 +9,24 @@
 #include <vector>
 
 #include "cli/commands/commands.h"
-#include "cli/commands/interrupt.h"
-#include "cli/commands/plan_job.h"
-#include "cli/commands/run_check.h"
+#include "cli/commands/job.h"
+#include "cli/commands/process.h"
 #include "cli/print/output.h"
+#include "microbatch/core/error.h"
 #include "microbatch/core/units.h"
+#include "microbatch/io/json.h"
 #include "microbatch/memory/budget_allocator.h"
+#include "microbatch/run/run_log.h"
 
 namespace microbatch::cli {
 namespace {
 
-std::string bytes_or_dash(const std::optional<PhasePeaks>& peaks) {
-    return peaks ? format_bytes(peaks->largest()) : "-";
+std::optional<std::int64_t> largest(const std::optional<PhasePeaks>& peaks) {
+    return peaks ? std::optional(peaks->largest()) : std::nullopt;
+}
+
+std::string bytes_or_dash(const std::optional<std::int64_t>& bytes) {
+    return bytes ? format_bytes(*bytes) : "-";
 }
 
 std::string seconds_or_dash(const Candidate& candidate) {
@@ -35,7 +42,7 @@ void print_candidates(const PlanReport& report) {
         const bool known = candidate.predicted || candidate.measured;
         rows.push_back({report.chosen == i ? "chosen" : "", std::to_string(candidate.plan.micro_batch),
                         std::to_string(candidate.micro_batches), candidate.plan.recompute ? "yes" : "no",
-                        bytes_or_dash(candidate.predicted), bytes_or_dash(candidate.measured),
+                        bytes_or_dash(largest(candidate.predicted)), bytes_or_dash(largest(candidate.measured)),
                         seconds_or_dash(candidate), known ? (candidate.fits ? "yes" : "no") : "-"});
     }
     print_table(stdout, rows);
@@ -84,41 +91,111 @@ nlohmann::ordered_json to_json(const Named& rows) {
 }
 
 nlohmann::ordered_json to_json(const PlanReport& report, const Candidate& candidate) {
-    const auto bytes = [](const std::optional<PhasePeaks>& peaks) {
-        return peaks ? nlohmann::ordered_json(peaks->largest()) : nullptr;
-    };
     const std::optional<PhasePeaks>& peaks = candidate.measured ? candidate.measured : candidate.predicted;
-    nlohmann::ordered_json row;
-    row["micro_batch"] = candidate.plan.micro_batch;
-    row["micro_batches"] = candidate.micro_batches;
-    row["recompute"] = candidate.plan.recompute;
-    row["predicted_peak_bytes"] = bytes(candidate.predicted);
-    row["measured_peak_bytes"] = bytes(candidate.measured);
-    row["phases"] = peaks ? to_json(phases_of(*peaks)) : nullptr;
-    row["parts"] = peaks ? to_json(named(parts_of(report, candidate))) : nullptr;
-    row["step_seconds"] = candidate.step_seconds > 0.0 ? nlohmann::ordered_json(candidate.step_seconds) : nullptr;
-    row["time_measured"] = candidate.time_measured;
-    row["fits"] = candidate.fits;
-    return row;
+    return {{"micro_batch", candidate.plan.micro_batch},
+            {"micro_batches", candidate.micro_batches},
+            {"recompute", candidate.plan.recompute},
+            {"predicted_peak_bytes", json_value(largest(candidate.predicted))},
+            {"measured_peak_bytes", json_value(largest(candidate.measured))},
+            {"phases", peaks ? to_json(phases_of(*peaks)) : nullptr},
+            {"parts", peaks ? to_json(named(parts_of(report, candidate))) : nullptr},
+            {"step_seconds", candidate.step_seconds > 0.0 ? json_value(candidate.step_seconds) : nullptr},
+            {"time_measured", candidate.time_measured},
+            {"fits", candidate.fits}};
 }
 
 void print_json(const JobPlan& plan, const PlanReport& report) {
-    nlohmann::ordered_json document;
-    document["model"] = plan.model;
-    document["batch"] = report.batch;
-    document["budget_bytes"] = report.budget_bytes;
-    document["fits"] = report.chosen.has_value();
     const Candidate* chosen = report.chosen ? &report.choice() : nullptr;
-    document["micro_batch"] = chosen ? nlohmann::ordered_json(chosen->plan.micro_batch) : nullptr;
-    document["micro_batches"] = chosen ? nlohmann::ordered_json(chosen->micro_batches) : nullptr;
-    document["recompute"] = chosen ? nlohmann::ordered_json(chosen->plan.recompute) : nullptr;
-    document["why"] = report.why;
-    document["affine"] = report.affine;
-    document["worst_relative_error"] = report.worst_relative_error;
-    document["update_seconds"] = report.update_seconds;
-    document["measuring_seconds"] = report.spent_seconds;
+    nlohmann::ordered_json document{{"model", plan.model},
+                                    {"batch", report.batch},
+                                    {"budget_bytes", report.budget_bytes},
+                                    {"fits", chosen != nullptr},
+                                    {"micro_batch", chosen ? json_value(chosen->plan.micro_batch) : nullptr},
+                                    {"micro_batches", chosen ? json_value(chosen->micro_batches) : nullptr},
+                                    {"recompute", chosen ? json_value(chosen->plan.recompute) : nullptr},
+                                    {"why", report.why},
+                                    {"affine", report.affine},
+                                    {"worst_relative_error", report.worst_relative_error},
+                                    {"update_seconds", report.update_seconds},
+                                    {"measuring_seconds", report.spent_seconds}};
     for (const Candidate& candidate : report.candidates) document["candidates"].push_back(to_json(report, candidate));
     print(stdout, "{}\n", document.dump(2));
+}
+
+// The steps of a run under one plan.
+struct Steps {
+    std::int64_t count = 0;
+    std::int64_t out_of_memory = 0;
+    std::int64_t peak_bytes = 0;
+    std::optional<std::int64_t> predicted_peak_bytes;
+    std::vector<double> seconds, predicted_for;  // of all steps; of those with a predicted time
+    std::optional<double> predicted_seconds;
+
+    void add(const StepRecord& step) {
+        ++count;
+        out_of_memory += step.out_of_memory;
+        peak_bytes = std::max(peak_bytes, step.peak_bytes);
+        // The memory beyond the plan varies between steps; the peak is at the largest.
+        if (step.predicted_peak_bytes) {
+            predicted_peak_bytes = std::max(predicted_peak_bytes.value_or(0), *step.predicted_peak_bytes);
+        }
+        if (!predicted_seconds) predicted_seconds = step.predicted_step_seconds;
+        seconds.push_back(step.step_seconds);
+        if (step.predicted_step_seconds) predicted_for.push_back(step.step_seconds);
+    }
+
+    double median_seconds() const { return median(predicted_for.empty() ? seconds : predicted_for); }
+};
+
+using StepsByPlan = std::map<std::pair<std::int64_t, bool>, Steps>;  // by micro-batch and recompute
+
+StepsByPlan read_run(const std::string& folder) {
+    const LoggedRun run = read_run_log(folder);
+    if (run.cut) {
+        throw Error(ErrorKind::bad_data,
+                    fmt::format("--run {}: metrics.jsonl ends in the middle of line {}", folder, run.steps.size() + 1));
+    }
+    StepsByPlan by_plan;
+    for (const StepRecord& step : run.steps) by_plan[{step.micro_batch, step.recompute}].add(step);
+    return by_plan;
+}
+
+void print_run(const StepsByPlan& run) {
+    std::vector<std::vector<std::string>> rows{{"steps", "micro-batch", "recompute", "predicted peak", "measured peak",
+                                                "", "predicted time", "measured time", "", "out of memory"}};
+    for (const auto& [plan, steps] : run) {
+        const double seconds = steps.median_seconds();
+        const auto& peak = steps.predicted_peak_bytes;
+        const auto& time = steps.predicted_seconds;
+        rows.push_back({format_count(steps.count), std::to_string(plan.first), plan.second ? "yes" : "no",
+                        bytes_or_dash(peak), format_bytes(steps.peak_bytes),
+                        peak ? percent_off(static_cast<double>(*peak), static_cast<double>(steps.peak_bytes)) : "",
+                        time ? fmt::format("{:.3f} s", *time) : "-", fmt::format("{:.3f} s", seconds),
+                        time ? percent_off(*time, seconds) : "", std::to_string(steps.out_of_memory)});
+    }
+    print_table(stdout, rows);
+}
+
+void print_json(const StepsByPlan& run) {
+    nlohmann::ordered_json document = nlohmann::ordered_json::array();
+    for (const auto& [plan, steps] : run) {
+        document.push_back({{"steps", steps.count},
+                            {"micro_batch", plan.first},
+                            {"recompute", plan.second},
+                            {"predicted_peak_bytes", json_value(steps.predicted_peak_bytes)},
+                            {"measured_peak_bytes", steps.peak_bytes},
+                            {"predicted_step_seconds", json_value(steps.predicted_seconds)},
+                            {"measured_step_seconds", steps.median_seconds()},
+                            {"out_of_memory", steps.out_of_memory}});
+    }
+    print(stdout, "{}\n", document.dump(2));
+}
+
+// What was predicted for a run against what it measured: peak memory and time per step, for each plan that it used.
+int check_run(const std::string& folder, bool json) {
+    const StepsByPlan run = read_run(folder);
+    json ? print_json(run) : print_run(run);
+    return 0;
 }
 
 int plan_or_check(const Arguments& arguments) {

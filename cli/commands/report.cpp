@@ -1,5 +1,3 @@
-#include "cli/commands/report.h"
-
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -91,12 +89,11 @@ std::string write_run_report(const std::filesystem::path& folder, const RunSumma
     const RunSummary summary = read_run_summary(folder).with(more);
     const Values config = read_config(folder);
     ReportText text{.title = title_of(folder, config),
-                    .banner = summary.banner,
                     .tiles = tiles_of(run, summary),
-                    .tables = advice_of(run),
-                    .curves = summary.curves,
+                    .summary = summary,
                     .budget_bytes = budget_of(config)};
-    text.tables.insert(text.tables.end(), summary.tables.begin(), summary.tables.end());
+    const std::vector<ReportTable> advice = advice_of(run);
+    text.summary.tables.insert(text.summary.tables.begin(), advice.begin(), advice.end());
     text.settings.assign(config.begin(), config.end());
     write_whole(folder / "report.html", report_html(run, text));
     if (!summary.empty()) write_run_summary(folder, summary);

@@ -1,14 +1,34 @@
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
 #include "cli/commands/job.h"
-#include "cli/commands/run_notes.h"
 #include "cli/options/options.h"
+#include "microbatch/data/listing.h"
 #include "microbatch/run/run_folder.h"
+#include "microbatch/state/state_dict.h"
 
 namespace microbatch::cli {
+
+/// What the command stores in a checkpoint in addition to the state of the run.
+struct RunNotes {
+    std::string config = {};  ///< the text of config.toml
+    int threads = 1;
+    std::string processor = {};  ///< the vector type of torch's kernels
+    std::string version = {};    ///< of microbatch
+    std::uint32_t data = 0;      ///< OpenedData::fingerprint
+    DataListing files = {};      ///< of that data
+
+    StateDict save() const;
+
+    /// Reads them from a run's state. Errors: ErrorKind::bad_data.
+    static RunNotes from(const StateDict& state);
+
+    /// The notes for this machine.
+    static RunNotes of_machine();
+};
 
 /// Fills options that are not set from the checkpoint that the folder resumes from. --micro-batch auto becomes the
 /// recorded micro-batch, unless the budget differs. If options that change the training were given and the newest

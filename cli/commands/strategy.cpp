@@ -7,16 +7,15 @@
 #include <algorithm>
 #include <nlohmann/json.hpp>
 
-#include "cli/commands/child.h"
-#include "cli/commands/interrupt.h"
+#include "cli/commands/process.h"
 #include "cli/options/config.h"
 #include "cli/print/output.h"
 #include "microbatch/analysis/curvature.h"
 #include "microbatch/analysis/gradient_variance.h"
 #include "microbatch/core/error.h"
+#include "microbatch/io/file_system.h"
 #include "microbatch/io/safetensors.h"
 #include "microbatch/memory/budget_allocator.h"
-#include "microbatch/runtime/spin_throttle.h"
 
 namespace microbatch::cli {
 namespace {
@@ -33,8 +32,7 @@ double number_of(const nlohmann::json& value) {
 // Intervals refer to the user's batch: a warmup of "5 steps" has the same number of samples for every strategy.
 Settings settings_of(const JobPlan& plan, std::int64_t samples, std::uint64_t seed, const Strategy& strategy) {
     Settings settings = plan.settings;
-    const Schedule schedule =
-        schedule_of(settings, {samples, Unit::samples}, plan.data.train->tokens_per_sample(), settings.batch);
+    const Schedule schedule = schedule_of(settings, {samples, Unit::samples}, plan.data.train->tokens_per_sample());
     settings.warmup = to_string(schedule.warmup);
     if (schedule.shape == ScheduleShape::wsd) settings.decay = to_string(schedule.decay);
     settings.batch = strategy.batch;
@@ -47,16 +45,7 @@ Settings settings_of(const JobPlan& plan, std::int64_t samples, std::uint64_t se
 
 void load_weights(const std::filesystem::path& folder, const Job& job) {
     const std::filesystem::path file = folder / "model.safetensors";
-    copy_by_name(read_safetensors(file), weights_of(job), file.string());
-}
-
-// Ends if a signal arrives, even while a busy machine delays the threads.
-LossFunction watched(const Job& job) {
-    return [&job, threads = std::make_shared<SpinThrottle>()](const Batch& micro) {
-        if (interrupted()) throw Interrupted();
-        threads->poll();
-        return job.loss(micro);
-    };
+    copy_by_name(read_safetensors(file), weights_of(*job.accumulator), file.string());
 }
 
 void measure_variance(const JobPlan& plan, const Job& job, Strategy& strategy) {
@@ -64,7 +53,7 @@ void measure_variance(const JobPlan& plan, const Job& job, Strategy& strategy) {
     strategy.variance =
         gradient_variance(
             job.parameters, variance_batches, [&] { return plan.data.train->get(sampler.next(strategy.batch)); },
-            strategy.plan, watched(job))
+            strategy.plan, watched_loss(job))
             .variance;
 }
 
@@ -75,7 +64,7 @@ void measure_curvature(const JobPlan& plan, const Job& job, Strategy& strategy) 
         plan.data.train->get(sampler.next(std::min<std::int64_t>(curvature_samples, plan.data.train->size())));
     const std::int64_t micro_batch = std::clamp<std::int64_t>(strategy.plan.micro_batch / 4, 1, batch.size());
     job.model->eval();
-    const LossFunction loss = watched(job);
+    const LossFunction loss = watched_loss(job);
     strategy.losses_along = losses_along(job.parameters, distances(), 1, batch, micro_batch, loss);
     try {
         strategy.curvature = largest_curvature(job.parameters, batch, micro_batch, loss, lanczos).largest_eigenvalue;
@@ -143,13 +132,14 @@ void train_in_child(std::FILE* out, const JobPlan& plan, std::int64_t samples, s
     print(out, "{}: batch {} in micro-batches of {}, seed {}\n", strategy.name, strategy.batch,
           std::min(strategy.plan.micro_batch, strategy.batch), seed);
     const std::filesystem::path run = folder_of(folder, strategy, seed);
-    const Scratch config(folder / "given");
+    const Scratch given(folder / "given");
+    const std::filesystem::path config = given.path / "config.toml";
     Plan cut = strategy.plan;
     cut.micro_batch = std::min(cut.micro_batch, strategy.batch);
-    write_config(config.path, resolved(settings_of(plan, samples, seed, strategy), cut, {samples, Unit::samples},
-                                       plan.data.train->tokens_per_sample(), strategy.memory_bytes));
-    add_result(run_child({"train", "--config", (config.path / "config.toml").string(), "--run", run.string(), "--json",
-                          "--quiet", "--no-checkpoints"},
+    write_whole(config, config_text(resolved(settings_of(plan, samples, seed, strategy), cut, {samples, Unit::samples},
+                                             plan.data.train->tokens_per_sample(), strategy.memory_bytes)));
+    add_result(run_child({"train", "--config", config.string(), "--run", run.string(), "--json", "--quiet",
+                          "--no-checkpoints"},
                          out),
                strategy);
     if (!strategy.failure.empty()) print(out, "{} did not finish: {}\n", strategy.name, strategy.failure);

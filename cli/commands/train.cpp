@@ -11,13 +11,10 @@
 #include <vector>
 
 #include "cli/commands/commands.h"
-#include "cli/commands/interrupt.h"
 #include "cli/commands/job.h"
-#include "cli/commands/plan_job.h"
-#include "cli/commands/report.h"
+#include "cli/commands/process.h"
 #include "cli/commands/resume.h"
 #include "cli/commands/watch.h"
-#include "cli/options/checkpoints.h"
 #include "cli/options/config.h"
 #include "cli/options/refuse.h"
 #include "cli/print/output.h"
@@ -56,8 +53,7 @@ struct BudgetDrill {
         BudgetDrill result;
         std::string size;
         if (!(words >> result.step >> size) || result.step < 1) {
-            refuse(fmt::format("MICROBATCH_BUDGET_DRILL is \"{}\"; it must be a step and a size, such as \"5 20MiB\"",
-                               drill));
+            refuse("MICROBATCH_BUDGET_DRILL is \"{}\"; it must be a step and a size, such as \"5 20MiB\"", drill);
         }
         result.bytes = parse_bytes(size);
         return result;
@@ -119,9 +115,7 @@ struct Planned {
                         report.budget_bytes);
     }
 
-    Schedule schedule() const {
-        return schedule_of(plan.settings, length, plan.data.train->tokens_per_sample(), plan.settings.batch);
-    }
+    Schedule schedule() const { return schedule_of(plan.settings, length, plan.data.train->tokens_per_sample()); }
 
     // A prediction is logged only with steps of the same plan, and the predicted time only with full batches.
     StepMeasures measures_of(const TrainerReport& step, std::int64_t copy_bytes) const {
@@ -147,7 +141,7 @@ struct Planned {
                             .recovery = watch.recovery,
                             .noise_every = watch.noise_every,
                             .stop = [] { return interrupted(); }},
-                .checkpoints = checkpoint_options_of(settings, watch.checkpoint_bytes),
+                .checkpoints = watch.checkpoints,
                 .config = notes.config,
                 .notes = notes.save(),
                 .measures = [this](const TrainerReport& step, std::int64_t copy) { return measures_of(step, copy); },
@@ -167,10 +161,7 @@ public:
 
     void on_step(const Outcome& outcome) override {
         const TrainerReport& last = outcome.last;
-        note_out_of_memory(progress_, last);
-        note_refusal(progress_, last);
-        if (planned_.watch.recovery) note_going_back(progress_, last, *planned_.watch.recovery);
-        if (!last.warning.empty()) progress_.note(last.warning);
+        note_step(progress_, last, planned_.watch.recovery);
         progress_.update(last, outcome.peak_bytes);
         if (planned_.drill.step == last.progress.steps) set_memory_budget(planned_.drill.bytes);
     }
@@ -299,12 +290,11 @@ int train_job(Arguments& arguments) {
         fill_from_checkpoint(arguments, *folder);
         for (const std::string& warning : folder->warnings()) print(out, "warning: {}\n", warning);
     } else if (settings.resume && settings.data.empty()) {
-        refuse(fmt::format("--run {} --resume: there is no checkpoint to resume from, and no --data to start with",
-                           settings.run));
+        refuse("--run {} --resume: there is no checkpoint to resume from, and no --data to start with", settings.run);
     }
     resolve_batch(settings, arguments.flags.contains("batch"));
     validate(settings);
-    validate_checkpoints(settings);
+    checkpoint_options_of(settings);
     const Interval length = length_of(settings, default_length);
     const std::int64_t budget = memory_budget_of(settings);
     use_threads(settings);
@@ -313,7 +303,7 @@ int train_job(Arguments& arguments) {
     if (settings.quiet) {
         for (const std::string& warning : plan.data.warnings) print(out, "warning: {}\n", warning);
     }
-    schedule_of(settings, length, plan.data.train->tokens_per_sample(), settings.batch);
+    schedule_of(settings, length, plan.data.train->tokens_per_sample());
     // Before anything is measured.
     if (folder && folder->state()) {
         const Settings recorded =

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "cli/options/refuse.h"
 #include "microbatch/core/units.h"
 #include "microbatch/run/outcome.h"
 
@@ -29,7 +30,27 @@ std::string describe_recovery(const RecoveryOptions& recovery, std::int64_t byte
                        bytes <= recovery.memory_bytes ? fmt::format("in memory ({})", format_bytes(bytes)) : "on disk");
 }
 
+std::string describe_checkpoints(const Settings& settings, const Interval& every) {
+    if (settings.no_checkpoints) return "never: a killed run cannot be resumed";
+    return fmt::format("{}, keeping the newest {}{}",
+                       every.count == 0 ? "at the end and on interrupt" : "every " + to_string(every), settings.keep,
+                       settings.keep_every.empty() ? "" : fmt::format(", and one every {}", settings.keep_every));
+}
+
 }  // namespace
+
+RunCheckpointOptions checkpoint_options_of(const Settings& settings) {
+    RunCheckpointOptions options{.enabled = !settings.no_checkpoints, .store = {.keep = settings.keep}};
+    options.every = read_flag("--checkpoint-every", [&] { return parse_interval(settings.checkpoint_every); });
+    if (!settings.keep_every.empty()) {
+        options.store.keep_every = read_flag("--keep-every", [&] { return parse_interval(settings.keep_every); });
+        if (options.store.keep_every->count < 1) refuse("--keep-every {}: must be above 0", settings.keep_every);
+    }
+    if (settings.no_checkpoints && settings.resume) {
+        refuse("--no-checkpoints contradicts --resume, which resumes from a checkpoint");
+    }
+    return options;
+}
 
 std::int64_t predicted_peak(const PlanReport& report, const Candidate& plan, const Beside& beside) {
     const PhasePeaks& peaks = *plan.measured;
@@ -42,8 +63,10 @@ std::int64_t predicted_peak(const PlanReport& report, const Candidate& plan, con
 }
 
 Watch watch_of(const JobPlan& plan, const PlanReport& report, const std::filesystem::path& folder) {
-    Watch watch;
     const Settings& settings = plan.settings;
+    Watch watch;
+    watch.checkpoints = checkpoint_options_of(settings);
+    watch.saved_line = describe_checkpoints(settings, watch.checkpoints.every);
     const std::int64_t missing = predicted_peak(report, report.choice(), {.noise = true}) - report.budget_bytes;
     const bool cut = report.choice().micro_batches > 1;
     if (cut && missing <= 0) watch.noise_every = settings.noise_every;
@@ -51,7 +74,8 @@ Watch watch_of(const JobPlan& plan, const PlanReport& report, const std::filesys
     watch.guard_line = "off: only non-finite steps are refused";
     const std::int64_t room =
         report.budget_bytes - predicted_peak(report, report.choice(), {.noise = watch.noise_every > 0});
-    watch.checkpoint_bytes = room;
+    std::int64_t& copy_bytes = watch.checkpoints.store.memory_bytes;  // a copy to write from
+    copy_bytes = std::max<std::int64_t>(0, room);
     if (settings.no_guard) return watch;
     watch.guard = SpikeGuardOptions{.most_refused = most_refused_in_a_row - 1};
     watch.guard_line =
@@ -60,7 +84,7 @@ Watch watch_of(const JobPlan& plan, const PlanReport& report, const std::filesys
     watch.recovery = RecoveryOptions{.most = settings.restores, .memory_bytes = room, .folder = folder};
     const std::int64_t snapshots = snapshot_bytes_of(report);
     watch.guard_line += "; " + describe_recovery(*watch.recovery, snapshots);
-    if (snapshots <= room) watch.checkpoint_bytes = room - snapshots;
+    if (snapshots <= room) copy_bytes = room - snapshots;
     return watch;
 }
 

@@ -5,6 +5,7 @@
 
 #include "cli/commands/job.h"
 #include "microbatch/core/plan_report.h"
+#include "microbatch/run/run.h"
 
 namespace microbatch::cli {
 
@@ -14,9 +15,13 @@ struct Watch {
     std::int64_t noise_every = 0;
     std::optional<SpikeGuardOptions> guard;
     std::optional<RecoveryOptions> recovery;
-    std::int64_t checkpoint_bytes = 0;   ///< the most that a checkpoint's copy may take
-    std::string guard_line, noise_line;  ///< as printed
+    RunCheckpointOptions checkpoints;
+    std::string guard_line, noise_line, saved_line;  ///< as printed
 };
+
+/// The checkpoint options as library options.
+/// Errors: ErrorKind::usage if one cannot be parsed or contradicts another.
+RunCheckpointOptions checkpoint_options_of(const Settings& settings);
 
 /// Decides what fits in the budget next to the chosen plan. Snapshots that do not fit are files in `folder`.
 Watch watch_of(const JobPlan& plan, const PlanReport& report, const std::filesystem::path& folder);

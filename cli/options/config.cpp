@@ -8,7 +8,6 @@
 #include <string_view>
 
 #include "cli/options/refuse.h"
-#include "microbatch/io/file_system.h"
 #include "microbatch/io/input_file.h"
 
 namespace microbatch::cli {
@@ -21,7 +20,7 @@ std::string as_text(const toml::node& node, const std::string& key) {
     if (const auto whole = node.value_exact<std::int64_t>()) return fmt::format("{}", *whole);
     if (const auto real = node.value_exact<double>()) return fmt::format("{}", *real);
     if (const auto flag = node.value_exact<bool>()) return *flag ? "true" : "false";
-    refuse(fmt::format("the key {} must be a string, a number or a boolean", key));
+    refuse("the key {} must be a string, a number or a boolean", key);
 }
 
 // A number has no quotes, unless it exceeds TOML's integers.
@@ -38,12 +37,11 @@ void apply_key(Arguments& arguments, const std::string& key, const toml::node& n
     const Option* option = find_option(key, arguments.command);
     if (key == "config" || (option == nullptr && find_option(key) == nullptr)) {
         const std::string near = did_you_mean(key, names_of(arguments.command));
-        refuse(
-            fmt::format("the key '{}' does not exist{}", key, near.empty() ? "; --help lists the valid keys" : near));
+        refuse("the key '{}' does not exist{}", key, near.empty() ? "; --help lists the valid keys" : near);
     }
     if (option == nullptr || arguments.has(key)) return;
-    if (option->is_switch() && !node.is_boolean()) refuse(fmt::format("the key {} must be true or false", key));
-    if (option->is_text() && !node.is_string()) refuse(fmt::format("the key {} must be a string", key));
+    if (option->is_switch() && !node.is_boolean()) refuse("the key {} must be true or false", key);
+    if (option->is_text() && !node.is_string()) refuse("the key {} must be a string", key);
     arguments.set(*option, as_text(node, key));
 }
 
@@ -73,10 +71,6 @@ std::string config_text(const Settings& settings) {
     return result;
 }
 
-void write_config(const std::filesystem::path& folder, const Settings& settings) {
-    write_whole(folder / "config.toml", config_text(settings));
-}
-
 void apply_config_file(Arguments& arguments) {
     const std::string& file = arguments.settings.config;
     if (file.empty()) return;
@@ -84,7 +78,7 @@ void apply_config_file(Arguments& arguments) {
         try {
             return InputFile(file).read_all(most_bytes);
         } catch (const Error& error) {
-            refuse(fmt::format("--config: {} is missing or cannot be read: {}", file, error.what()));
+            refuse("--config: {} is missing or cannot be read: {}", file, error.what());
         }
     }();
     apply_config(arguments, text, file);
@@ -102,7 +96,7 @@ void apply_config(Arguments& arguments, const std::string& text, const std::stri
         try {
             apply_key(arguments, name, node);
         } catch (const Error& error) {
-            refuse(fmt::format("{} line {}: {}", source, node.source().begin.line, error.what()));
+            refuse("{} line {}: {}", source, node.source().begin.line, error.what());
         }
     }
 }

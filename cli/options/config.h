@@ -11,12 +11,9 @@ namespace microbatch::cli {
 /// The text of config.toml; passing it to `--config` repeats the run. Requires: resolved() settings.
 std::string config_text(const Settings& settings);
 
-/// Writes config.toml. Errors: as write_whole().
-void write_config(const std::filesystem::path& folder, const Settings& settings);
-
 /// Fills options that are not set from the --config, a TOML file of up to 1 MiB. A key is the name of an option; keys
-/// of other commands are ignored. Without --config, nothing changes. Errors: ErrorKind::usage if the file cannot be
-/// read or parsed, or a key is not an option of any command: the message
+/// of other commands are ignored. Without --config, nothing changes.
+/// Errors: ErrorKind::usage if the file cannot be read or parsed, or a key is not an option of any command: the message
 ///         suggests the most similar option.
 void apply_config_file(Arguments& arguments);
 

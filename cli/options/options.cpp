@@ -19,7 +19,7 @@ T read_digits(const std::string& text) {
     const auto [end, failure] = std::from_chars(text.data(), text.data() + text.size(), value);
     if (failure == std::errc() && end == text.data() + text.size()) return value;
     if constexpr (std::is_integral_v<T>) return static_cast<T>(parse_count(text));  // "10k"
-    refuse(fmt::format("\"{}\" is not a number", text));
+    refuse("\"{}\" is not a number", text);
 }
 
 template <class T>
@@ -50,6 +50,17 @@ std::size_t edit_distance(std::string_view a, std::string_view b) {
         }
     }
     return row.back();
+}
+
+// "1k" and "1000" are the same.
+std::string canonical(const Option& option, const std::string& text) {
+    try {
+        Settings settings;
+        read(option, text, settings);
+        return text_of(option, settings);
+    } catch (const Error&) {
+        return text;
+    }
 }
 
 }  // namespace
@@ -83,8 +94,8 @@ void require_options_apply(const Settings& settings) {
     for (const Option& option : options()) {
         if (applies(option, settings) || text_of(option, settings) == text_of(option, Settings())) continue;
         const OnlyWith& only = option.traits.only_with;
-        refuse(fmt::format("--{} contradicts --{} {}: it is an option of {}", option.name, only.option,
-                           text_of(*find_option(only.option), settings), one_of(only.values)));
+        refuse("--{} contradicts --{} {}: it is an option of {}", option.name, only.option,
+               text_of(*find_option(only.option), settings), one_of(only.values));
     }
 }
 
@@ -92,9 +103,9 @@ void read(const Option& option, const std::string& text, Settings& settings) {
     const std::string flag = "--" + option.name;
     const std::vector<std::string>& choices = option.traits.choices;
     const Range& range = option.traits.range;
-    if (text.empty()) refuse(fmt::format("{} is empty: give it a value, or leave it out", flag));
+    if (text.empty()) refuse("{} is empty: give it a value, or leave it out", flag);
     if (option.is_text() && !choices.empty() && !is_in(choices, text)) {
-        refuse(fmt::format("{} {}: must be {}", flag, text, one_of(choices)));
+        refuse("{} {}: must be {}", flag, text, one_of(choices));
     }
     const auto set = [&]<class Value>(Value Settings::*member) {
         const bool is_none = !option.is_text() && is_in(choices, text);
@@ -103,7 +114,7 @@ void read(const Option& option, const std::string& text, Settings& settings) {
     std::visit(set, option.member);
     if (range.holds == nullptr || is_in(choices, text)) return;
     if (!range.holds(read_digits<double>(text_of(option, settings)))) {
-        refuse(fmt::format("{} {}: must be {}", flag, text, range.text));
+        refuse("{} {}: must be {}", flag, text, range.text);
     }
 }
 
@@ -135,6 +146,50 @@ bool is_in(const std::vector<std::string>& words, const std::string& word) {
 std::string one_of(const std::vector<std::string>& words) {
     if (words.size() == 1) return words.front();
     return fmt::format("{} or {}", fmt::join(words.begin(), words.end() - 1, ", "), words.back());
+}
+
+Differences differences(const Values& was, const Values& is) {
+    Values all = was;
+    all.insert(is.begin(), is.end());
+    Differences found;
+    for (const auto& [name, ignored] : all) {
+        const std::string &old = value_in(was, name), &now = value_in(is, name);
+        const Option* option = find_option(name);
+        const AtResume kind = option == nullptr ? AtResume::noted : *option->traits.at_resume;
+        if (old == now || kind == AtResume::ignored || kind == AtResume::not_recorded) continue;
+        auto& list = kind == AtResume::another_run   ? found.another_run
+                     : kind == AtResume::another_cut ? found.another_cut
+                                                     : found.noted;
+        list.push_back(fmt::format("{} was {}, is {}", name, old, now));
+    }
+    return found;
+}
+
+Values overridden(const Values& was, const Values& given) {
+    Values now = was;
+    for (const auto& [name, text] : given) {
+        const Option& option = *find_option(name);
+        if (canonical(option, text) != canonical(option, value_in(was, name))) now[name] = text;
+    }
+    return now;
+}
+
+std::set<std::string> outdated(const Values& was, const Values& now) {
+    const auto changed = [&](const char* name) { return value_in(was, name) != value_in(now, name); };
+    std::set<std::string> names;
+    for (const Option& option : options()) {
+        const OnlyWith& only = option.traits.only_with;
+        const bool reset = std::any_of(option.traits.reset_by.begin(), option.traits.reset_by.end(), changed);
+        const bool applies = only.values.empty() || !changed(only.option) || is_in(only.values, now.at(only.option));
+        if (reset || !applies) names.insert(option.name);
+    }
+    return names;
+}
+
+const std::string& value_in(const Values& values, const std::string& name) {
+    static const std::string none = "not given";
+    const auto found = values.find(name);
+    return found == values.end() ? none : found->second;
 }
 
 }  // namespace microbatch::cli

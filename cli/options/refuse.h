@@ -12,6 +12,11 @@ namespace microbatch::cli {
     throw Error(ErrorKind::usage, message);
 }
 
+template <class First, class... Rest>
+[[noreturn]] void refuse(fmt::format_string<First, Rest...> format, First&& first, Rest&&... rest) {
+    refuse(fmt::format(format, std::forward<First>(first), std::forward<Rest>(rest)...));
+}
+
 /// Returns the result of `read`; an error gets the name of the flag as a prefix.
 template <class Read>
 auto read_flag(const char* flag, Read read) {

@@ -7,7 +7,6 @@
 
 #include "cli/options/options.h"
 #include "cli/options/refuse.h"
-#include "microbatch/core/error.h"
 #include "microbatch/memory/machine.h"
 
 namespace microbatch::cli {
@@ -27,8 +26,8 @@ std::int64_t largest_of_seesaw(const Settings& settings) {
     const std::string to = "seesaw to ";
     if (settings.batch_schedule == "seesaw") return usual_growth * settings.batch;
     if (!settings.batch_schedule.starts_with(to)) {
-        refuse(fmt::format("--batch-schedule \"{}\": write seesaw, \"seesaw to 512\" or \"32 at 0, 128 at 2M tokens\"",
-                           settings.batch_schedule));
+        refuse("--batch-schedule \"{}\": write seesaw, \"seesaw to 512\" or \"32 at 0, 128 at 2M tokens\"",
+               settings.batch_schedule);
     }
     return read_flag("--batch-schedule", [&] { return parse_count(settings.batch_schedule.substr(to.size())); });
 }
@@ -38,16 +37,15 @@ void validate_batch_schedule(const Settings& settings) {
     const RateRule rule = rate_rule_of(settings);
     if (rule == RateRule::adam_sde || rule == RateRule::beta2_time) {
         refuse(
-            fmt::format("--lr-rule {} contradicts --batch-schedule: it would change Adam's betas during the run; "
-                        "choose none, linear or sqrt",
-                        to_string(rule)));
+            "--lr-rule {} contradicts --batch-schedule: it would change Adam's betas during the run; choose "
+            "none, linear or sqrt",
+            to_string(rule));
     }
 }
 
 void validate_rate_rule(const Settings& settings) {
     if (!settings.reference_batch && settings.batch_schedule.empty() && rate_rule_of(settings) != RateRule::none) {
-        refuse(
-            fmt::format("--lr-rule {} needs --reference-batch: the batch that --lr was tuned for", settings.lr_rule));
+        refuse("--lr-rule {} needs --reference-batch: the batch that --lr was tuned for", settings.lr_rule);
     }
     constants_of(settings, settings.batch);
 }
@@ -58,14 +56,14 @@ void validate_micro_batch(const Settings& settings) {
     if (!settings.batch_schedule.empty() && !is_seesaw(settings)) {
         const std::int64_t smallest = smallest_batch(parse_batch_schedule(settings.batch_schedule));
         if (size > smallest) {
-            refuse(fmt::format(
+            refuse(
                 "--batch-schedule \"{}\" has a batch of {} samples, below --micro-batch {}: choose a smaller "
                 "--micro-batch",
-                settings.batch_schedule, smallest, size));
+                settings.batch_schedule, smallest, size);
         }
     }
     if (size > settings.batch) {
-        refuse(fmt::format("--micro-batch {} is larger than --batch {}: choose a smaller one", size, settings.batch));
+        refuse("--micro-batch {} is larger than --batch {}: choose a smaller one", size, settings.batch);
     }
 }
 
@@ -77,7 +75,7 @@ void resolve_batch(Settings& settings, bool batch_given) {
         read_flag("--batch-schedule", [&] { return parse_batch_schedule(settings.batch_schedule); });
     const std::int64_t first = schedule.front().batch;
     if (batch_given && settings.batch != first) {
-        refuse(fmt::format("--batch {} contradicts --batch-schedule, which begins with {}", settings.batch, first));
+        refuse("--batch {} contradicts --batch-schedule, which begins with {}", settings.batch, first);
     }
     read(*find_option("batch"), fmt::format("{}", first), settings);
 }
@@ -93,15 +91,13 @@ Interval length_of(const Settings& settings, Interval fallback) {
          {Interval{settings.steps.value_or(0), Unit::steps}, Interval{settings.samples.value_or(0), Unit::samples},
           Interval{settings.tokens.value_or(0), Unit::tokens}}) {
         if (each.count == 0) continue;
-        if (found) {
-            refuse(fmt::format("--{} contradicts --{}: give one length", to_string(each.unit), to_string(found->unit)));
-        }
+        if (found) refuse("--{} contradicts --{}: give one length", to_string(each.unit), to_string(found->unit));
         found = each;
     }
     return found.value_or(fallback);
 }
 
-Schedule schedule_of(const Settings& settings, Interval length, std::int64_t tokens_per_sample, std::int64_t batch) {
+Schedule schedule_of(const Settings& settings, Interval length, std::int64_t tokens_per_sample) {
     auto in_lengths_unit = [&](const char* flag, const std::string& text) {
         return read_flag(flag, [&] {
             const Interval interval = parse_interval(text);
@@ -117,7 +113,7 @@ Schedule schedule_of(const Settings& settings, Interval length, std::int64_t tok
     Schedule schedule;
     schedule.shape = read_flag("--schedule", [&] { return parse_schedule(settings.schedule); });
     const double reference = learning_rate_of(settings);
-    schedule.peak = constants_of(settings, batch).learning_rate;
+    schedule.peak = constants_of(settings, settings.batch).learning_rate;
     schedule.floor = settings.final_lr.value_or(0.0) * (reference > 0.0 ? schedule.peak / reference : 1.0);
     schedule.warmup = in_lengths_unit("--warmup", settings.warmup);
     schedule.length = length;
@@ -137,8 +133,7 @@ BatchSchedule batches_of(const Settings& settings, Interval length, std::int64_t
     if (settings.batch_schedule.empty()) return {{settings.batch, {}}};
     return read_flag("--batch-schedule", [&] {
         if (!is_seesaw(settings)) return parse_batch_schedule(settings.batch_schedule);
-        return seesaw(schedule_of(settings, length, tokens_per_sample, settings.batch), settings.batch,
-                      largest_of_seesaw(settings));
+        return seesaw(schedule_of(settings, length, tokens_per_sample), settings.batch, largest_of_seesaw(settings));
     });
 }
 
@@ -186,7 +181,7 @@ void validate(const Settings& settings) {
 
 Settings resolved(Settings settings, const Plan& cut, Interval length, std::int64_t tokens_per_sample,
                   std::int64_t budget_bytes) {
-    const Schedule schedule = schedule_of(settings, length, tokens_per_sample, settings.batch);
+    const Schedule schedule = schedule_of(settings, length, tokens_per_sample);
     const bool follows_batch = settings.reference_batch || !settings.batch_schedule.empty();
     // A changing batch scales from its first one; recorded, the rule also applies to other commands.
     const std::int64_t reference = settings.reference_batch.value_or(settings.batch);

@@ -74,10 +74,10 @@ std::int64_t memory_budget_of(const Settings& settings);
 /// The length of the run; without a flag, `fallback`. Errors: ErrorKind::usage if more than one of the flags is given.
 Interval length_of(const Settings& settings, Interval fallback);
 
-/// The schedule over `length` for steps of `batch` samples. Its intervals have the unit of `length`; a step in them has
-/// --batch samples; rates are scaled by the --lr-rule.
+/// The schedule over `length` for steps of --batch samples. Its intervals have the unit of `length`; rates are scaled
+/// by the --lr-rule.
 /// Errors: ErrorKind::usage, naming the flag.
-Schedule schedule_of(const Settings& settings, Interval length, std::int64_t tokens_per_sample, std::int64_t batch);
+Schedule schedule_of(const Settings& settings, Interval length, std::int64_t tokens_per_sample);
 
 /// The batch over a run of this length: the --batch-schedule, or a constant --batch.
 /// Errors: ErrorKind::usage, naming the flag.

@@ -8,7 +8,6 @@
 #include <cmath>
 #include <csignal>
 #include <cstdlib>
-#include <string_view>
 
 #include "microbatch/core/units.h"
 
@@ -61,6 +60,31 @@ std::size_t terminal_columns(std::FILE* stream) {
     winsize size{};
     if (ioctl(fileno(stream), TIOCGWINSZ, &size) != 0 || size.ws_col == 0) return 100;
     return size.ws_col;
+}
+
+LiveLine::LiveLine(std::FILE* stream, bool at_once) : stream_(stream), terminal_(is_terminal(stream)) {
+    if (!terminal_ && !at_once) last_ = std::chrono::steady_clock::now();
+}
+
+bool LiveLine::is_due() const {
+    return std::chrono::steady_clock::now() - last_ >= std::chrono::milliseconds(terminal_ ? 100 : 5000);
+}
+
+void LiveLine::draw(const std::string& line) {
+    last_ = std::chrono::steady_clock::now();
+    drawn_ = true;
+    // Truncated to the window: a wrapped line cannot be redrawn.
+    terminal_ ? print(stream_, "\r{}\x1b[K", line.substr(0, terminal_columns(stream_) - 1))
+              : print(stream_, "{}\n", line);
+}
+
+void LiveLine::end() {
+    if (terminal_ && drawn_) print(stream_, "\n");
+    drawn_ = false;
+}
+
+void LiveLine::clear() {
+    if (terminal_ && drawn_) print(stream_, "\r\x1b[K");
 }
 
 std::vector<std::pair<std::string, std::int64_t>> named(const MemoryParts& parts) {

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <string>
@@ -39,6 +40,33 @@ bool is_terminal(std::FILE* stream);
 
 /// The width of the terminal; 100 if unknown.
 std::size_t terminal_columns(std::FILE* stream);
+
+/// A line that shows progress: on a terminal, one line that is redrawn; in a pipe, an occasional plain line.
+class LiveLine {
+public:
+    /// at_once: in a pipe, the first line is printed without waiting.
+    explicit LiveLine(std::FILE* stream, bool at_once = true);
+    LiveLine(const LiveLine&) = delete;
+    LiveLine& operator=(const LiveLine&) = delete;
+    ~LiveLine() { clear(); }
+
+    bool is_on_terminal() const { return terminal_; }
+
+    /// False if the previous line is too recent: the caller need not format a line that is not drawn.
+    bool is_due() const;
+    void draw(const std::string& line);
+
+    /// Erases the line, so that a separate line can be printed.
+    void clear();
+    /// Ends the line and keeps it.
+    void end();
+
+private:
+    std::FILE* stream_;
+    bool terminal_;
+    bool drawn_ = false;
+    std::chrono::steady_clock::time_point last_ = {};
+};
 
 /// The name and size of each part.
 std::vector<std::pair<std::string, std::int64_t>> named(const MemoryParts& parts);

@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <string>
 
+#include "cli/print/output.h"
 #include "microbatch/core/units.h"
 #include "microbatch/run/trainer.h"
 
@@ -30,19 +31,17 @@ public:
 
 private:
     std::string line() const;
-    void draw(const std::string& line);
 
     std::FILE* stream_;
-    bool terminal_;
+    LiveLine live_;
     Interval length_;
     const char* speed_unit_;
     std::int64_t budget_bytes_;
     Progress begun_;
-    std::chrono::steady_clock::time_point started_, drawn_;
+    std::chrono::steady_clock::time_point started_;
     TrainerReport last_;
     std::int64_t peak_bytes_ = 0;
     bool pending_ = false;
-    bool drawn_once_ = false;
     std::int64_t losses_ = 0;
     double loss_ = 0.0;  // mean over the last steps, weighted towards the newest
 };

@@ -7,14 +7,13 @@
 #include <cmath>
 #include <nlohmann/json.hpp>
 
-#include "cli/commands/plan_job.h"
-#include "cli/options/checkpoints.h"
+#include "cli/commands/job.h"
 #include "cli/print/output.h"
 #include "microbatch/core/error.h"
 #include "microbatch/core/spike_guard.h"
 #include "microbatch/core/units.h"
-#include "microbatch/io/json_number.h"
-#include "microbatch/run/run_reader.h"
+#include "microbatch/io/json.h"
+#include "microbatch/run/run_log.h"
 
 namespace microbatch::cli {
 namespace {
@@ -92,28 +91,27 @@ void print_header(std::FILE* out, const JobPlan& plan, const PlanReport& report,
     print_rate_rule(out, plan.settings);
     print(out, "guard     {}\n", watch.guard_line);
     print(out, "noise     {}\n", watch.noise_line);
-    print(out, "saved     {}\n", describe_checkpoints(plan.settings));
+    print(out, "saved     {}\n", watch.saved_line);
     print(out, "run       {}, seed {}, {} threads\n", folder.string(), plan.settings.seed, at::get_num_threads());
 }
 
-void note_out_of_memory(ProgressLine& progress, const TrainerReport& report) {
-    if (report.step.out_of_memory == 0) return;
-    progress.note(fmt::format("step {}: out of memory; undone and repeated in micro-batches of {}{}",
-                              report.progress.steps, report.step.plan.micro_batch,
-                              report.step.plan.recompute ? " with recompute" : ""));
-}
-
-void note_refusal(ProgressLine& progress, const TrainerReport& report) {
-    if (report.step.applied || report.step.weight == 0.0) return;
-    progress.note(fmt::format("step {}: refused: {}", report.progress.steps, report.step.reason));
-}
-
-void note_going_back(ProgressLine& progress, const TrainerReport& report, const RecoveryOptions& recovery) {
-    if (!report.rolled_back_to) return;
-    progress.note(fmt::format(
-        "step {}: diverged; rolled back to the weights of step {}; the learning rate warms up over {} steps "
-        "to at most {:g} times the last calm one; the data since then is skipped",
-        report.progress.steps, *report.rolled_back_to, recovery.warmup, recovery.rate_factor));
+void note_step(ProgressLine& progress, const TrainerReport& report, const std::optional<RecoveryOptions>& recovery) {
+    const StepReport& step = report.step;
+    const auto note = [&](const std::string& what) {
+        progress.note(fmt::format("step {}: {}", report.progress.steps, what));
+    };
+    if (step.out_of_memory > 0) {
+        note(fmt::format("out of memory; undone and repeated in micro-batches of {}{}", step.plan.micro_batch,
+                         step.plan.recompute ? " with recompute" : ""));
+    }
+    if (!step.applied && step.weight != 0.0) note("refused: " + step.reason);
+    if (report.rolled_back_to && recovery) {
+        note(fmt::format(
+            "diverged; rolled back to the weights of step {}; the learning rate warms up over {} steps to at most {:g} "
+            "times the last calm one; the data since then is skipped",
+            *report.rolled_back_to, recovery->warmup, recovery->rate_factor));
+    }
+    if (!report.warning.empty()) progress.note(report.warning);
 }
 
 void print_summary(std::FILE* out, const JobPlan& plan, const PlanReport& report, const Watch& watch,
@@ -172,39 +170,38 @@ void print_way_on(std::FILE* out, const Outcome& outcome, const std::filesystem:
 void print_json(const JobPlan& plan, const PlanReport& report, const Outcome& outcome,
                 const std::filesystem::path& folder) {
     const Candidate& chosen = report.choice();
-    nlohmann::ordered_json document;
-    document["model"] = plan.model;
-    document["data"] = plan.settings.data;
-    document["batch"] = plan.settings.batch;
-    document["peak_learning_rate"] = constants_of(plan.settings, plan.settings.batch).learning_rate;
-    document["lr_rule"] = to_string(rate_rule_of(plan.settings));
-    document["micro_batch"] = outcome.plan.micro_batch;
-    document["recompute"] = outcome.plan.recompute;
-    document["steps"] = outcome.last.progress.steps;
-    document["samples"] = outcome.last.progress.samples;
-    document["tokens"] = outcome.last.progress.tokens;
     const bool stepped = outcome.last.progress.steps > 0;
-    document["first_loss"] = stepped ? json_number(outcome.first_loss) : nullptr;
-    document["loss"] = stepped ? json_number(outcome.last.step.loss) : nullptr;
-    document["held_out_loss"] = outcome.held_out ? json_number(*outcome.held_out) : nullptr;
-    document["seconds"] = outcome.seconds;
-    document["tokens_per_second"] = speed(outcome);
-    document["peak_bytes"] = outcome.peak_bytes;
-    document["predicted_peak_bytes"] = std::max(outcome.predicted_peak_bytes, chosen.peak_bytes());
-    document["step_seconds"] = outcome.median_step_seconds();
-    document["predicted_step_seconds"] = chosen.step_seconds;
-    document["budget_bytes"] = report.budget_bytes;
-    document["out_of_memory"] = outcome.out_of_memory;
-    document["refused_steps"] = outcome.refused;
-    document["restores"] = outcome.restores;
-    document["noise_batch"] = outcome.last.noise_batch ? json_number(*outcome.last.noise_batch) : nullptr;
-    document["checkpoints"] = outcome.checkpoints;
-    document["checkpoint_seconds"] = outcome.checkpoint_seconds;
-    document["interrupted"] = outcome.interrupted;
-    document["resumed_from"] = nullptr;
-    if (outcome.resumed_from) document["resumed_from"] = *outcome.resumed_from;
-    document["run"] = nullptr;  // a run that came to nothing leaves no folder
-    if (std::filesystem::exists(folder)) document["run"] = folder.string();
+    const bool left_nothing = !std::filesystem::exists(folder);  // as a run that came to nothing does
+    const nlohmann::ordered_json document{
+        {"model", plan.model},
+        {"data", plan.settings.data},
+        {"batch", plan.settings.batch},
+        {"peak_learning_rate", constants_of(plan.settings, plan.settings.batch).learning_rate},
+        {"lr_rule", to_string(rate_rule_of(plan.settings))},
+        {"micro_batch", outcome.plan.micro_batch},
+        {"recompute", outcome.plan.recompute},
+        {"steps", outcome.last.progress.steps},
+        {"samples", outcome.last.progress.samples},
+        {"tokens", outcome.last.progress.tokens},
+        {"first_loss", stepped ? json_value(outcome.first_loss) : nullptr},
+        {"loss", stepped ? json_value(outcome.last.step.loss) : nullptr},
+        {"held_out_loss", json_value(outcome.held_out)},
+        {"seconds", outcome.seconds},
+        {"tokens_per_second", speed(outcome)},
+        {"peak_bytes", outcome.peak_bytes},
+        {"predicted_peak_bytes", std::max(outcome.predicted_peak_bytes, chosen.peak_bytes())},
+        {"step_seconds", outcome.median_step_seconds()},
+        {"predicted_step_seconds", chosen.step_seconds},
+        {"budget_bytes", report.budget_bytes},
+        {"out_of_memory", outcome.out_of_memory},
+        {"refused_steps", outcome.refused},
+        {"restores", outcome.restores},
+        {"noise_batch", json_value(outcome.last.noise_batch)},
+        {"checkpoints", outcome.checkpoints},
+        {"checkpoint_seconds", outcome.checkpoint_seconds},
+        {"interrupted", outcome.interrupted},
+        {"resumed_from", json_value(outcome.resumed_from)},
+        {"run", left_nothing ? nullptr : json_value(folder.string())}};
     print(stdout, "{}\n", document.dump(2));
 }
 

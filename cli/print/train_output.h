@@ -13,10 +13,8 @@ namespace microbatch::cli {
 void print_header(std::FILE* out, const JobPlan& plan, const PlanReport& report, const Watch& watch, Interval length,
                   const std::filesystem::path& folder);
 
-/// Print a line if this rare event happened in the step.
-void note_out_of_memory(ProgressLine& progress, const TrainerReport& report);
-void note_refusal(ProgressLine& progress, const TrainerReport& report);
-void note_going_back(ProgressLine& progress, const TrainerReport& report, const RecoveryOptions& recovery);
+/// Prints a line for each rare event that happened in the step. Without recovery, nothing is rolled back.
+void note_step(ProgressLine& progress, const TrainerReport& report, const std::optional<RecoveryOptions>& recovery);
 
 /// Prints the results; `folder` is the folder of the run.
 void print_summary(std::FILE* out, const JobPlan& plan, const PlanReport& report, const Watch& watch,

@@ -3,7 +3,6 @@
 #include <ATen/ops/narrow.h>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
 
 namespace microbatch {
 
@@ -11,16 +10,14 @@ std::int64_t Batch::size() const {
     if (fields.empty()) return 0;
     for (std::size_t i = 0; i < fields.size(); ++i) {
         const at::Tensor& field = fields[i];
-        if (!field.defined()) {
-            throw Error(ErrorKind::usage, str_cat("field ", i, " of the batch is an undefined tensor"));
-        }
+        if (!field.defined()) throw Error(ErrorKind::usage, "field ", i, " of the batch is an undefined tensor");
         if (field.dim() == 0) {
-            throw Error(ErrorKind::usage,
-                        str_cat("field ", i, " of the batch has no dimension; dimension 0 must be the samples"));
+            throw Error(ErrorKind::usage, "field ", i,
+                        " of the batch has no dimension; dimension 0 must be the samples");
         }
         if (field.size(0) != fields[0].size(0)) {
-            throw Error(ErrorKind::usage, str_cat("field ", i, " of the batch holds ", field.size(0),
-                                                  " samples, field 0 holds ", fields[0].size(0)));
+            throw Error(ErrorKind::usage, "field ", i, " of the batch holds ", field.size(0),
+                        " samples, field 0 holds ", fields[0].size(0));
         }
     }
     return fields[0].size(0);
@@ -28,8 +25,7 @@ std::int64_t Batch::size() const {
 
 Batch Batch::slice(std::int64_t begin, std::int64_t end) const {
     if (begin < 0 || begin > end || end > size()) {
-        throw Error(ErrorKind::usage,
-                    str_cat("samples [", begin, ", ", end, ") are outside a batch of ", size(), " samples"));
+        throw Error(ErrorKind::usage, "samples [", begin, ", ", end, ") are outside a batch of ", size(), " samples");
     }
     Batch result;
     result.fields.reserve(fields.size());

@@ -1,10 +1,7 @@
 #include "microbatch/data/batch_source.h"
 
-#include <string_view>
-
 #include "microbatch/core/crc32c.h"
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
 
 namespace microbatch {
 namespace {
@@ -26,8 +23,7 @@ std::uint32_t TensorBatch::fingerprint() const {
 }
 
 DatasetBatch DatasetBatch::longest(const Dataset& dataset, std::int64_t samples) {
-    if (samples < 1)
-        throw Error(ErrorKind::usage, str_cat("a batch of ", samples, " samples; it must have at least 1"));
+    if (samples < 1) throw Error(ErrorKind::usage, "a batch of ", samples, " samples; it must have at least 1");
     return {dataset, std::vector<std::int64_t>(static_cast<std::size_t>(samples), dataset.longest_sample())};
 }
 
@@ -35,8 +31,8 @@ Batch DatasetBatch::fetch(Slice slice) const {
     const auto begin = indices_.begin();
     Batch batch = dataset_.get(std::span(begin + slice.begin, begin + slice.end));
     if (batch.size() != slice.size()) {
-        throw Error(ErrorKind::usage, str_cat("the dataset's get() was asked for ", slice.size(),
-                                              " samples and returned ", batch.size(), "; return one for each index"));
+        throw Error(ErrorKind::usage, "the dataset's get() was asked for ", slice.size(), " samples and returned ",
+                    batch.size(), "; return one for each index");
     }
     return batch;
 }

@@ -1,6 +1,5 @@
 #include "microbatch/data/file_format.h"
 
-#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>

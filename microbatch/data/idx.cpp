@@ -12,7 +12,6 @@
 #include <string>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
 #include "microbatch/core/units.h"
 #include "microbatch/io/input_file.h"
 
@@ -36,8 +35,9 @@ public:
         ::gzbuffer(file_.get(), 1 << 17);
     }
 
-    [[noreturn]] void refuse(const std::string& reason) const {
-        throw Error(ErrorKind::bad_data, str_cat(path_.string(), " ", reason));
+    template <class... Parts>
+    [[noreturn]] void refuse(const Parts&... reason) const {
+        throw Error(ErrorKind::bad_data, path_.string(), " ", reason...);
     }
 
     /// An upper bound of the content, gzipped or not.
@@ -49,7 +49,7 @@ public:
         int state = Z_OK;
         const char* reason = ::gzerror(file_.get(), &state);
         // A stream that is truncated before its checksum returns its data and sets only the state.
-        if (count < 0 || state == Z_BUF_ERROR) refuse(str_cat("is corrupted: ", reason, "; download it again"));
+        if (count < 0 || state == Z_BUF_ERROR) refuse("is corrupted: ", reason, "; download it again");
         return static_cast<std::size_t>(count);
     }
 
@@ -72,37 +72,36 @@ std::string hex(std::span<const std::uint8_t> bytes) {
 void check_magic(const Reader& file, std::span<const std::uint8_t> magic, int dimensions) {
     const std::array<std::uint8_t, 4> expected{0, 0, unsigned_byte, static_cast<std::uint8_t>(dimensions)};
     if (magic[0] != 0 || magic[1] != 0) {
-        file.refuse(str_cat("is not an IDX file: its magic number is ", hex(magic), ", expected ", hex(expected)));
+        file.refuse("is not an IDX file: its magic number is ", hex(magic), ", expected ", hex(expected));
     }
     if (magic[2] != unsigned_byte) {
-        file.refuse(str_cat("has elements of type ", hex(magic.subspan(2, 1)), ", expected ",
-                            hex(std::span(expected).subspan(2, 1)), " (unsigned bytes)"));
+        file.refuse("has elements of type ", hex(magic.subspan(2, 1)), ", expected ",
+                    hex(std::span(expected).subspan(2, 1)), " (unsigned bytes)");
     }
     if (magic[3] != dimensions) {
-        file.refuse(str_cat("has ", int{magic[3]}, " dimensions, expected ", dimensions,
-                            dimensions == 3 ? " (images)" : "", dimensions == 1 ? " (labels)" : ""));
+        file.refuse("has ", int{magic[3]}, " dimensions, expected ", dimensions, dimensions == 3 ? " (images)" : "",
+                    dimensions == 1 ? " (labels)" : "");
     }
 }
 
 std::vector<std::int64_t> read_shape(Reader& file, int dimensions, std::uint64_t most_bytes) {
     std::array<std::uint8_t, 4> word{};
     if (const std::size_t count = file.read(word); count < word.size()) {
-        file.refuse(str_cat("is truncated: ", count, " bytes, expected an IDX header of ", 4 + 4 * dimensions));
+        file.refuse("is truncated: ", count, " bytes, expected an IDX header of ", 4 + 4 * dimensions);
     }
     check_magic(file, word, dimensions);
     std::vector<std::int64_t> shape;
     std::uint64_t elements = 1;
     for (int i = 0; i < dimensions; ++i) {
         if (file.read(word) < word.size()) {
-            file.refuse(str_cat("is truncated within its header, expected ", 4 + 4 * dimensions, " bytes of header"));
+            file.refuse("is truncated within its header, expected ", 4 + 4 * dimensions, " bytes of header");
         }
         shape.push_back(std::int64_t{word[0]} << 24 | word[1] << 16 | word[2] << 8 | word[3]);
-        if (shape.back() == 0) file.refuse(str_cat("is empty: dimension ", i, " is 0, expected at least 1"));
+        if (shape.back() == 0) file.refuse("is empty: dimension ", i, " is 0, expected at least 1");
         const auto length = static_cast<std::uint64_t>(shape.back());
         if (length > most_bytes / elements) {
-            file.refuse(str_cat("has a header that claims more than ",
-                                format_bytes(static_cast<std::int64_t>(most_bytes)), " (dimension ", i, " is ", length,
-                                "), its limit in memory: use a smaller data set"));
+            file.refuse("has a header that claims more than ", format_bytes(static_cast<std::int64_t>(most_bytes)),
+                        " (dimension ", i, " is ", length, "), its limit in memory: use a smaller data set");
         }
         elements *= length;
     }
@@ -118,12 +117,11 @@ std::vector<std::uint8_t> read_elements(Reader& file, std::size_t announced) {
         bytes.resize(before + wanted);
         const std::size_t count = file.read(std::span(bytes).subspan(before));
         if (count < wanted) {
-            file.refuse(
-                str_cat("is truncated: it has ", before + count, " bytes after its header, expected ", announced));
+            file.refuse("is truncated: it has ", before + count, " bytes after its header, expected ", announced);
         }
     }
     if (std::array<std::uint8_t, 1> next{}; file.read(next) != 0) {
-        file.refuse(str_cat("has extra bytes at the end: its header claims ", announced, " bytes"));
+        file.refuse("has extra bytes at the end: its header claims ", announced, " bytes");
     }
     return bytes;
 }
@@ -132,7 +130,7 @@ std::vector<std::uint8_t> read_elements(Reader& file, std::size_t announced) {
 
 IdxArray read_idx(const std::filesystem::path& path, int dimensions, std::uint64_t most_bytes) {
     if (dimensions < 1 || dimensions > 255) {
-        throw Error(ErrorKind::usage, str_cat("an IDX file has 1 to 255 dimensions, not ", dimensions));
+        throw Error(ErrorKind::usage, "an IDX file has 1 to 255 dimensions, not ", dimensions);
     }
     Reader file(path);
     IdxArray array;

@@ -27,13 +27,13 @@ bool is_filled(const IdxArray& array, std::size_t dimensions) {
 
 void check_data(const LabelledImages& data) {
     if (!is_filled(data.images, 3) || !is_filled(data.labels, 1)) {
-        throw Error(ErrorKind::bad_data, str_cat(data.source,
-                                                 ": expected bytes for images [n, height, width] and labels "
-                                                 "[n], but a shape does not match its number of bytes"));
+        throw Error(ErrorKind::bad_data, data.source,
+                    ": expected bytes for images [n, height, width] and labels [n], but a shape does not match its "
+                    "number of bytes");
     }
     if (data.images.shape[0] != data.labels.shape[0]) {
-        throw Error(ErrorKind::bad_data, str_cat(data.source, ": there are ", data.images.shape[0], " images but ",
-                                                 data.labels.shape[0], " labels: give files that belong together"));
+        throw Error(ErrorKind::bad_data, data.source, ": there are ", data.images.shape[0], " images but ",
+                    data.labels.shape[0], " labels: give files that belong together");
     }
 }
 
@@ -61,13 +61,12 @@ ImageDataset::ImageDataset(std::shared_ptr<const LabelledImages> data, const Pix
     : data_(std::move(data)), begin_(begin), end_(end) {
     check_data(*data_);
     if (begin < 0 || begin >= end || end > data_->images.shape[0]) {
-        throw Error(ErrorKind::usage, str_cat("images [", begin, ", ", end, ") are not a nonempty part of the ",
-                                              data_->images.shape[0], " images"));
+        throw Error(ErrorKind::usage, "images [", begin, ", ", end, ") are not a nonempty part of the ",
+                    data_->images.shape[0], " images");
     }
     if (!std::isfinite(scale.mean) || !std::isfinite(scale.deviation) || scale.deviation <= 0.0) {
-        throw Error(ErrorKind::usage,
-                    str_cat("pixels cannot be scaled by mean ", scale.mean, " and deviation ", scale.deviation,
-                            ": the mean must be finite and the deviation finite and above 0"));
+        throw Error(ErrorKind::usage, "pixels cannot be scaled by mean ", scale.mean, " and deviation ",
+                    scale.deviation, ": the mean must be finite and the deviation finite and above 0");
     }
     for (std::size_t x = 0; x < value_of_.size(); ++x) {
         value_of_[x] = static_cast<float>((static_cast<double>(x) / 255.0 - scale.mean) / scale.deviation);

@@ -7,7 +7,6 @@
 #include <string_view>
 #include <system_error>
 #include <utility>
-#include <vector>
 
 #include "microbatch/core/crc32c.h"
 #include "microbatch/core/error.h"
@@ -17,8 +16,8 @@
 #include "microbatch/data/image_dataset.h"
 #include "microbatch/data/plausibility.h"
 #include "microbatch/data/text.h"
-#include "microbatch/data/token_file.h"
 #include "microbatch/data/token_windows.h"
+#include "microbatch/io/file_system.h"
 #include "microbatch/memory/machine.h"
 
 namespace microbatch {
@@ -59,13 +58,12 @@ void note_files(OpenedData& data) {
 
 /// Windows of the first 90 % to train on and of the rest to hold out.
 void split_tokens(OpenedData& data, const Tokens& tokens, std::int64_t length, const fs::path& path) {
-    if (length < 1) throw Error(ErrorKind::usage, str_cat("a sample has ", length, " tokens: it needs at least 1"));
+    if (length < 1) throw Error(ErrorKind::usage, "a sample has ", length, " tokens: it needs at least 1");
     const std::int64_t total = tokens.size(), trained = trained_of(total);
     if (total - trained <= length) {
-        throw Error(ErrorKind::bad_data,
-                    str_cat(path.string(), " has ", total, " tokens, of which the last 10 % (", total - trained,
-                            ") are held out, but one sample of ", length, " needs ",
-                            static_cast<std::uint64_t>(length) + 1, ": give more data or use shorter samples"));
+        throw Error(ErrorKind::bad_data, path.string(), " has ", total, " tokens, of which the last 10 % (",
+                    total - trained, ") are held out, but one sample of ", length, " needs ",
+                    static_cast<std::uint64_t>(length) + 1, ": give more data or use shorter samples");
     }
     data.train = std::make_unique<TokenWindows>(tokens.slice(0, trained), length);
     data.held_out = std::make_unique<TokenWindows>(tokens.slice(trained, total), length);
@@ -143,9 +141,8 @@ struct TopLevel {
 TopLevel look_at(const fs::path& folder) {
     TopLevel found;
     std::error_code error;
-    fs::directory_iterator entry(folder, error);
-    while (!error && entry != fs::directory_iterator()) {
-        const std::string name = entry->path().filename().string();
+    for (const fs::path& path : paths_in(folder, error)) {
+        const std::string name = path.filename().string();
         if (is_idx_name(name)) {
             found.idx.push_back(name);
         } else if (!name.starts_with('.')) {
@@ -153,11 +150,8 @@ TopLevel look_at(const fs::path& folder) {
             if (bin) found.bin.push_back(name);
             found.others = found.others || !bin;
         }
-        entry.increment(error);
     }
-    if (error) {
-        throw Error(ErrorKind::bad_data, str_cat("cannot read the folder ", folder.string(), ": ", error.message()));
-    }
+    if (error) throw Error(ErrorKind::bad_data, "cannot read the folder ", folder.string(), ": ", error.message());
     std::sort(found.idx.begin(), found.idx.end());
     std::sort(found.bin.begin(), found.bin.end());
     return found;
@@ -168,9 +162,9 @@ void require_no_token_files(const std::vector<std::string>& bin, bool others, co
     const auto is_there = [&](const char* name) { return std::find(bin.begin(), bin.end(), name) != bin.end(); };
     if (bin.empty() || (others && !is_there("train.bin") && !is_there("val.bin"))) return;
     const fs::path example = folder / (is_there("train.bin") ? "train.bin" : bin.front());
-    throw Error(ErrorKind::bad_data, str_cat("the folder ", folder.string(), " has .bin files (", list_names(bin),
-                                             "), which are read as uint16 tokens: name the one to train on, such as ",
-                                             example.string(), others ? ", or a text file" : ""));
+    throw Error(ErrorKind::bad_data, "the folder ", folder.string(), " has .bin files (", list_names(bin),
+                "), which are read as uint16 tokens: name the one to train on, such as ", example.string(),
+                others ? ", or a text file" : "");
 }
 
 std::optional<fs::path> find_idx(const fs::path& folder, const std::string& name) {
@@ -189,9 +183,8 @@ std::shared_ptr<const LabelledImages> read_set(const fs::path& folder, const std
     const auto labels = find_idx(folder, labels_name);
     if (!images && !labels) return nullptr;
     if (!images || !labels) {
-        throw Error(ErrorKind::bad_data,
-                    str_cat(folder.string(), " has ", (images ? *images : *labels).filename().string(), " but no ",
-                            images ? labels_name : images_name, " (.gz or not): add it"));
+        throw Error(ErrorKind::bad_data, folder.string(), " has ", (images ? *images : *labels).filename().string(),
+                    " but no ", images ? labels_name : images_name, " (.gz or not): add it");
     }
     auto set = std::make_shared<LabelledImages>(
         LabelledImages{read_idx(*images, 3, most_bytes()), read_idx(*labels, 1, most_bytes()),
@@ -219,23 +212,22 @@ OpenedData open_images(const fs::path& folder, const std::vector<std::string>& f
     data.kind = DataKind::images;
     const auto train = read_set(folder, "train", data.files);
     if (!train) {
-        throw Error(ErrorKind::bad_data, str_cat(folder.string(), " has ", list_names(found),
-                                                 " but no train-images-idx3-ubyte and train-labels-idx1-ubyte "
-                                                 "(.gz or not): add them, or rename the files"));
+        throw Error(
+            ErrorKind::bad_data, folder.string(), " has ", list_names(found),
+            " but no train-images-idx3-ubyte and train-labels-idx1-ubyte (.gz or not): add them, or rename the files");
     }
     const auto test = read_set(folder, "t10k", data.files);
     const auto& shape = train->images.shape;
     const std::int64_t pixels = shape[1] * shape[2];
     const std::int64_t trained = test ? shape[0] : trained_of(shape[0]);
     if (!test && trained == shape[0]) {
-        throw Error(ErrorKind::bad_data, str_cat(folder.string(), " has ", shape[0],
-                                                 " images and no t10k-images-idx3-ubyte: "
-                                                 "at least 10 are needed to hold out the last 10 %"));
+        throw Error(ErrorKind::bad_data, folder.string(), " has ", shape[0],
+                    " images and no t10k-images-idx3-ubyte: at least 10 are needed to hold out the last 10 %");
     }
     if (test && (test->images.shape[1] != shape[1] || test->images.shape[2] != shape[2])) {
-        throw Error(ErrorKind::bad_data, str_cat(folder.string(), " has training images of ", shape[1], "x", shape[2],
-                                                 " but held-out ones of ", test->images.shape[1], "x",
-                                                 test->images.shape[2], ": give files that belong together"));
+        throw Error(ErrorKind::bad_data, folder.string(), " has training images of ", shape[1], "x", shape[2],
+                    " but held-out ones of ", test->images.shape[1], "x", test->images.shape[2],
+                    ": give files that belong together");
     }
     const auto seen = std::span(train->images.bytes).first(static_cast<std::size_t>(trained * pixels));
     const PixelScale scale = pixel_scale(seen);
@@ -273,9 +265,8 @@ OpenedData open_data(const fs::path& path, std::int64_t length) {
         return data;
     }
     if (is_idx_name(path.filename().string()) && fs::exists(path, ignored)) {
-        throw Error(ErrorKind::bad_data, str_cat(path.string(),
-                                                 " is an IDX file, which has only images or only labels: "
-                                                 "give the folder that has both"));
+        throw Error(ErrorKind::bad_data, path.string(),
+                    " is an IDX file, which has only images or only labels: give the folder that has both");
     }
     return path.extension() == ".bin" ? open_tokens(path, length) : open_text(path, length);
 }

@@ -12,8 +12,9 @@
 namespace microbatch {
 namespace {
 
-[[noreturn]] void refuse(const std::string& source, const std::string& reason) {
-    throw Error(ErrorKind::bad_data, str_cat(source, ": ", reason));
+template <class... Parts>
+[[noreturn]] void refuse(const std::string& source, const Parts&... reason) {
+    throw Error(ErrorKind::bad_data, source, ": ", reason...);
 }
 
 /// The tokens that occur, in increasing order.
@@ -33,9 +34,9 @@ void refuse_wider_tokens(const TokenScan& seen, const std::string& source) {
     const std::int64_t even = values_seen(seen, true, false).back(), odd = values_seen(seen, false, true).back();
     const std::int64_t small = std::min(even, odd), large = std::max(even, odd);
     if (small == 0 ? large == 0 : small >= 16 || large < 4096 || seen.count < 64) return;
-    refuse(source, str_cat("every second token is ", small == 0 ? "0" : str_cat("at most ", small),
-                           ", as if a file of uint32 tokens were read as uint16: write it as uint16, with a tokenizer "
-                           "of at most 65,536 tokens"));
+    refuse(source, "every second token is ", small == 0 ? "0" : str_cat("at most ", small),
+           ", as if a file of uint32 tokens were read as uint16: write it as uint16, with a tokenizer of at most "
+           "65,536 tokens");
 }
 
 /// Two ASCII characters, or two small uint8 tokens, in one: both bytes vary, but the low one stays below 128.
@@ -47,10 +48,9 @@ void refuse_narrower_tokens(const std::vector<std::int64_t>& values, const std::
         high[static_cast<std::size_t>(value / 256)] = true;
     }
     if (std::count(high.begin(), high.end(), true) < enough) return;
-    refuse(
-        source,
-        "no token has a low byte above 127, as if text or a file of uint8 tokens were read as uint16: give text a name "
-        "that does not end in .bin, or write two bytes per token");
+    refuse(source,
+           "no token has a low byte above 127, as if text or a file of uint8 tokens were read as uint16: give text a "
+           "name that does not end in .bin, or write two bytes per token");
 }
 
 /// "0 to 9, 255".
@@ -91,8 +91,8 @@ std::string images(std::int64_t count) {
 std::vector<std::string> check_tokens(const TokenScan& seen, const std::string& source) {
     const auto values = values_seen(seen, true, true);
     if (values.size() == 1) {
-        refuse(source, str_cat("all ", format_count(seen.count), " tokens are ", values.front(),
-                               ": there is nothing to learn; write the file again"));
+        refuse(source, "all ", format_count(seen.count), " tokens are ", values.front(),
+               ": there is nothing to learn; write the file again");
     }
     refuse_wider_tokens(seen, source);
     refuse_narrower_tokens(values, source);
@@ -114,8 +114,8 @@ std::vector<std::string> check_labels(std::span<const std::uint8_t> trained, std
                                       const std::string& source) {
     const Counts of_trained = count_labels(trained), of_held_out = count_labels(held_out);
     if (const auto only = labels_of(of_trained); only.size() == 1) {
-        refuse(source, str_cat("all ", format_count(static_cast<std::int64_t>(trained.size())), " training labels are ",
-                               only.front(), ": there is nothing to distinguish; give images of at least 2 classes"));
+        refuse(source, "all ", format_count(static_cast<std::int64_t>(trained.size())), " training labels are ",
+               only.front(), ": there is nothing to distinguish; give images of at least 2 classes");
     }
     Counts all{}, unseen{};
     for (std::size_t i = 0; i < all.size(); ++i) {
@@ -149,10 +149,9 @@ void refuse_grouped(std::span<const std::uint8_t> labels, const std::string& sou
     std::size_t runs = 1;
     for (std::size_t i = 1; i < labels.size(); ++i) runs += labels[i] != labels[i - 1] ? 1 : 0;
     if (runs == 1 || runs * 10 > labels.size() || labels_of(count_labels(labels)).size() != runs) return;
-    refuse(source, str_cat("the images are sorted by class, so the last tenth, which is held out, has almost only "
-                           "label ",
-                           int{labels.back()}, " of ", runs,
-                           ": shuffle images and labels together, or add a t10k- pair as held-out data"));
+    refuse(source, "the images are sorted by class, so the last tenth, which is held out, has almost only label ",
+           int{labels.back()}, " of ", runs,
+           ": shuffle images and labels together, or add a t10k- pair as held-out data");
 }
 
 }  // namespace microbatch

@@ -4,7 +4,6 @@
 #include <limits>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
 
 namespace microbatch {
 namespace {
@@ -66,14 +65,12 @@ private:
 
 Sampler::Sampler(std::int64_t dataset_size, std::uint64_t seed) : size_(dataset_size), state_{.seed = seed} {
     if (dataset_size < 1) {
-        throw Error(ErrorKind::usage,
-                    str_cat("a sampler over a data set of ", dataset_size, " samples; it needs at least 1"));
+        throw Error(ErrorKind::usage, "a sampler over a data set of ", dataset_size, " samples; it needs at least 1");
     }
 }
 
 std::vector<std::int64_t> Sampler::next(std::int64_t count) {
-    if (count < 0)
-        throw Error(ErrorKind::usage, str_cat("asked for ", count, " samples; the number must be 0 or more"));
+    if (count < 0) throw Error(ErrorKind::usage, "asked for ", count, " samples; the number must be 0 or more");
     std::vector<std::int64_t> indices;
     indices.reserve(static_cast<std::size_t>(count));
     SamplerState state = state_;
@@ -83,9 +80,8 @@ std::vector<std::int64_t> Sampler::next(std::int64_t count) {
         indices.push_back(order.at(state.position));
         if (++state.position < size_) continue;
         if (state.epoch == std::numeric_limits<std::int64_t>::max()) {
-            throw Error(
-                ErrorKind::usage,
-                str_cat("epoch ", state.epoch, " is the last one that fits in 64 bits; restore ", "an earlier state"));
+            throw Error(ErrorKind::usage, "epoch ", state.epoch, " is the last one that fits in 64 bits; restore ",
+                        "an earlier state");
         }
         state.position = 0;
         ++state.epoch;
@@ -97,9 +93,8 @@ std::vector<std::int64_t> Sampler::next(std::int64_t count) {
 
 void Sampler::restore(SamplerState state) {
     if (state.epoch < 0 || state.position < 0 || state.position >= size_) {
-        throw Error(ErrorKind::usage,
-                    str_cat("cannot restore a sampler to epoch ", state.epoch, ", position ", state.position,
-                            ": the data set has ", size_, " samples; restore a state from the same data"));
+        throw Error(ErrorKind::usage, "cannot restore a sampler to epoch ", state.epoch, ", position ", state.position,
+                    ": the data set has ", size_, " samples; restore a state from the same data");
     }
     state_ = state;
 }

@@ -6,7 +6,6 @@
 #include <span>
 #include <string_view>
 #include <system_error>
-#include <utility>
 
 #include "microbatch/core/crc32c.h"
 #include "microbatch/core/error.h"
@@ -42,9 +41,7 @@ bool is_of_a_run(const std::string& name) {
 }
 
 void check_walk(const std::error_code& error, const fs::path& folder) {
-    if (error) {
-        throw Error(ErrorKind::bad_data, str_cat("cannot read the folder ", folder.string(), ": ", error.message()));
-    }
+    if (error) throw Error(ErrorKind::bad_data, "cannot read the folder ", folder.string(), ": ", error.message());
 }
 
 /// Why a file or folder is skipped without opening it; null if it is not.
@@ -125,24 +122,22 @@ std::vector<TextFile> text_below(const fs::path& folder, std::vector<LeftOut>& l
 /// The file as a list of one. Errors: ErrorKind::bad_data if it is empty or not text.
 std::vector<TextFile> only_text(const fs::path& path) {
     const InputFile file(path);
-    if (file.size() == 0) throw Error(ErrorKind::bad_data, str_cat(path.string(), " is empty: give a file with text"));
+    if (file.size() == 0) throw Error(ErrorKind::bad_data, path.string(), " is empty: give a file with text");
     const FileFormat format = format_of(file);
     switch (format.kind) {
         case FileFormat::text:
             return {{path, path.filename().string(), file.size()}};
         case FileFormat::utf16:
-            throw Error(ErrorKind::bad_data, str_cat(path.string(),
-                                                     " is UTF-16 text: convert it to UTF-8, such as by "
-                                                     "iconv -f UTF-16 -t UTF-8"));
+            throw Error(ErrorKind::bad_data, path.string(),
+                        " is UTF-16 text: convert it to UTF-8, such as by iconv -f UTF-16 -t UTF-8");
         case FileFormat::known:
-            throw Error(ErrorKind::bad_data,
-                        str_cat(path.string(), " is ", format.name, ", not text: extract the plain text"));
+            throw Error(ErrorKind::bad_data, path.string(), " is ", format.name, ", not text: extract the plain text");
         case FileFormat::binary:
             break;
     }
-    throw Error(ErrorKind::bad_data, str_cat(path.string(),
-                                             " is not text (it has a NUL byte): give a text file, "
-                                             "a .bin of uint16 tokens or a folder with IDX images and labels"));
+    throw Error(ErrorKind::bad_data, path.string(),
+                " is not text (it has a NUL byte): give a text file, a .bin of uint16 tokens or a folder with IDX "
+                "images and labels");
 }
 
 /// The sum of the sizes. Errors: ErrorKind::bad_data if it is above `most`.
@@ -150,11 +145,10 @@ std::size_t total_size(const std::vector<TextFile>& files, const fs::path& path,
     std::uint64_t total = 0;
     for (const TextFile& file : files) {
         if (file.size > most - total) {
-            throw Error(
-                ErrorKind::bad_data,
-                str_cat(path.string(), " has more text than the ", format_bytes(static_cast<std::int64_t>(most)),
-                        " of memory that it may use: give less, or a .bin file of uint16 tokens, "
-                        "which is not loaded into memory"));
+            throw Error(ErrorKind::bad_data, path.string(), " has more text than the ",
+                        format_bytes(static_cast<std::int64_t>(most)),
+                        " of memory that it may use: give less, or a .bin file of uint16 tokens, which is not loaded "
+                        "into memory");
         }
         total += file.size;
     }
@@ -164,17 +158,15 @@ std::size_t total_size(const std::vector<TextFile>& files, const fs::path& path,
 /// Errors: ErrorKind::bad_data if the folder is a Hugging Face dataset.
 std::vector<TextFile> text_of_folder(const fs::path& path, std::vector<LeftOut>& left_out) {
     if (is_dataset(path)) {
-        throw Error(ErrorKind::bad_data, str_cat(path.string(),
-                                                 " is a dataset written by Hugging Face's save_to_disk: load it with "
-                                                 "datasets.load_from_disk, and write its text to a file or its "
-                                                 "tokens to a .bin file of uint16"));
+        throw Error(ErrorKind::bad_data, path.string(),
+                    " is a dataset written by Hugging Face's save_to_disk: load it with datasets.load_from_disk, and "
+                    "write its text to a file or its tokens to a .bin file of uint16");
     }
     std::vector<TextFile> files = text_below(path, left_out);
     if (files.empty()) {
-        throw Error(ErrorKind::bad_data,
-                    str_cat("the folder ", path.string(), " has no text",
-                            left_out.empty() ? "" : "; skipped: ", describe(left_out),
-                            ": give a folder with text files, or name a .bin file of uint16 tokens"));
+        throw Error(ErrorKind::bad_data, "the folder ", path.string(), " has no text",
+                    left_out.empty() ? "" : "; skipped: ", describe(left_out),
+                    ": give a folder with text files, or name a .bin file of uint16 tokens");
     }
     return files;
 }

@@ -14,12 +14,11 @@
 namespace microbatch {
 
 TokenWindows::TokenWindows(Tokens tokens, std::int64_t length) : tokens_(std::move(tokens)), length_(length) {
-    if (length < 1) throw Error(ErrorKind::usage, str_cat("a sample has ", length, " tokens: it needs at least 1"));
+    if (length < 1) throw Error(ErrorKind::usage, "a sample has ", length, " tokens: it needs at least 1");
     if (tokens_.size() <= length) {
-        throw Error(ErrorKind::bad_data, str_cat("there are ", tokens_.size(), " tokens, but one sample of ", length,
-                                                 " needs ", static_cast<std::uint64_t>(length) + 1,
-                                                 " (its last target is the token after it): "
-                                                 "give more data or use shorter samples"));
+        throw Error(ErrorKind::bad_data, "there are ", tokens_.size(), " tokens, but one sample of ", length, " needs ",
+                    static_cast<std::uint64_t>(length) + 1,
+                    " (its last target is the token after it): give more data or use shorter samples");
     }
 }
 

@@ -3,6 +3,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <filesystem>
 #include <memory>
 #include <span>
 #include <variant>
@@ -38,6 +39,15 @@ struct Tokens {
 
 /// Each byte as one token.
 Tokens byte_tokens(std::vector<std::uint8_t> bytes);
+
+/// The tokens of a file of little-endian uint16 tokens: as written by nanoGPT (only tokens) or by llm.c (with a header
+/// of 256 int32: 20240520, version 1, the number of tokens).
+///
+/// Errors: ErrorKind::bad_data if the file cannot be opened (see InputFile), is empty, ends with half a token, has an
+///         llm.c header that is truncated, contradicts the file's size, has another version, or claims uint32 tokens
+///         (20240801); or if it has no header and looks like text or another format (see format_of).
+/// State:  only the header is read; the file stays open, even if it is deleted, while a copy of the tokens exists.
+Tokens open_token_file(const std::filesystem::path& path);
 
 /// The result of one pass over tokens.
 struct TokenScan {

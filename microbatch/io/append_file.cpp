@@ -20,34 +20,30 @@ std::string last_error() {
 
 }  // namespace
 
-AppendFile::AppendFile(std::filesystem::path path) : path_(std::move(path)) {
-    open(O_CREAT | O_EXCL);
+AppendFile::AppendFile(std::filesystem::path path) : AppendFile(std::move(path), Flags(O_CREAT | O_EXCL)) {}
+
+AppendFile::AppendFile(std::filesystem::path path, std::uint64_t bytes) : AppendFile(std::move(path), Flags()) {
+    struct stat status {};
+    if (::fstat(descriptor_, &status) != 0) refuse(last_error());
+    if (!S_ISREG(status.st_mode)) refuse("not a regular file");
+    if (static_cast<std::uint64_t>(status.st_size) < bytes)
+        throw Error(ErrorKind::bad_data, path_.string(), " is shorter than the ", bytes, " bytes to keep");
+    if (::ftruncate(descriptor_, static_cast<off_t>(bytes)) != 0) refuse(last_error());
+    size_ = bytes;
 }
 
-AppendFile::AppendFile(std::filesystem::path path, std::uint64_t bytes) : path_(std::move(path)), size_(bytes) {
-    open(0);
-    struct stat status {};
-    std::string why;
-    if (::fstat(descriptor_, &status) != 0) why = last_error();
-    if (why.empty() && !S_ISREG(status.st_mode)) why = "not a regular file";
-    const bool shorter = why.empty() && static_cast<std::uint64_t>(status.st_size) < bytes;
-    if (why.empty() && !shorter && ::ftruncate(descriptor_, static_cast<off_t>(bytes)) != 0) why = last_error();
-    if (why.empty() && !shorter) return;
-    ::close(descriptor_);
-    if (shorter)
-        throw Error(ErrorKind::bad_data, str_cat(path_.string(), " is shorter than the ", bytes, " bytes to keep"));
-    throw Error(ErrorKind::not_written, str_cat("cannot write ", path_.string(), ": ", why));
+AppendFile::AppendFile(std::filesystem::path path, Flags flags) : path_(std::move(path)) {
+    // O_NONBLOCK: a pipe without a reader is refused instead of waiting.
+    descriptor_ = ::open(path_.c_str(), O_WRONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK | static_cast<int>(flags), 0666);
+    if (descriptor_ < 0) refuse(last_error());
 }
 
 AppendFile::~AppendFile() {
     ::close(descriptor_);
 }
 
-void AppendFile::open(int flags) {
-    // O_NONBLOCK: a pipe without a reader is refused instead of waiting.
-    descriptor_ = ::open(path_.c_str(), O_WRONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK | flags, 0666);
-    if (descriptor_ < 0)
-        throw Error(ErrorKind::not_written, str_cat("cannot write ", path_.string(), ": ", last_error()));
+void AppendFile::refuse(const std::string& why) const {
+    throw Error(ErrorKind::not_written, "cannot write ", path_.string(), ": ", why);
 }
 
 std::string AppendFile::append(std::string_view record) {

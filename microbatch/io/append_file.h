@@ -35,7 +35,9 @@ public:
     const std::filesystem::path& path() const { return path_; }
 
 private:
-    void open(int flags);
+    enum class Flags : int {};  // of open()
+    AppendFile(std::filesystem::path path, Flags flags);
+    [[noreturn]] void refuse(const std::string& why) const;
 
     std::filesystem::path path_;
     int descriptor_ = -1;

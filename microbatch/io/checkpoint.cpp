@@ -1,16 +1,13 @@
 #include "microbatch/io/checkpoint.h"
 
-#include <algorithm>
 #include <functional>
 #include <set>
 #include <span>
 #include <string>
 #include <utility>
-#include <vector>
 
 #include "microbatch/core/crc32c.h"
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
 #include "microbatch/io/input_file.h"
 #include "microbatch/io/safetensors.h"
 #include "microbatch/io/state_json.h"
@@ -60,48 +57,19 @@ std::set<std::string> sections_of(const StateDict& state) {
         const bool sound = section.size() < std::min<std::size_t>(name.size(), 80) && !section.empty() &&
                            section.find_first_not_of("abcdefghijklmnopqrstuvwxyz0123456789_") == std::string::npos;
         if (!sound) {
-            throw Error(ErrorKind::usage, str_cat("a checkpoint cannot hold a tensor named ", name,
-                                                  ": name it SECTION/NAME, the section in lower-case letters"));
+            throw Error(ErrorKind::usage, "a checkpoint cannot hold a tensor named ", name,
+                        ": name it SECTION/NAME, the section in lower-case letters");
         }
         sections.insert(section);
     }
     return sections;
 }
 
-/// Writes files into a folder and lists them.
-class Writer {
-public:
-    Writer(FileSystem& files, std::filesystem::path folder) : files_(files), folder_(std::move(folder)) {}
-
-    void write(const std::string& name, const std::function<void(OutputFile&)>& content) {
-        CountedFile file(files_.create(folder_ / name));
-        content(file);
-        file.sync();
-        file.close();
-        written_.push_back(file.counted(name));
-    }
-
-    void write(const std::string& name, const StoredTensors& tensors) {
-        write(name, [&tensors](OutputFile& file) { write_safetensors(file, tensors); });
-    }
-
-    void write(const std::string& name, const std::string& content) {
-        write(name, [&content](OutputFile& file) { file.write(content); });
-    }
-
-    const std::vector<CheckpointFile>& written() const { return written_; }
-
-private:
-    FileSystem& files_;
-    std::filesystem::path folder_;
-    std::vector<CheckpointFile> written_;
-};
-
 // Opens the file itself: a regular file in the folder, not a link.
 InputFile open_plain(const std::filesystem::path& path) {
     std::error_code failure;
     if (std::filesystem::is_symlink(path, failure)) {
-        throw Error(ErrorKind::bad_data, str_cat("cannot read ", path.string(), ": it is a symbolic link"));
+        throw Error(ErrorKind::bad_data, "cannot read ", path.string(), ": it is a symbolic link");
     }
     return InputFile(path);
 }
@@ -109,8 +77,8 @@ InputFile open_plain(const std::filesystem::path& path) {
 void verify(const std::filesystem::path& path, const CheckpointFile& wanted) {
     const InputFile file = open_plain(path);
     if (file.size() != wanted.bytes) {
-        throw Error(ErrorKind::bad_data, str_cat(path.string(), " is corrupted: it has ", file.size(), " of the ",
-                                                 wanted.bytes, " bytes that were written"));
+        throw Error(ErrorKind::bad_data, path.string(), " is corrupted: it has ", file.size(), " of the ", wanted.bytes,
+                    " bytes that were written");
     }
     std::string chunk;
     std::uint32_t crc = 0;
@@ -120,7 +88,7 @@ void verify(const std::filesystem::path& path, const CheckpointFile& wanted) {
         crc = crc32c(chunk, crc);
     }
     if (crc == wanted.crc32c) return;
-    throw Error(ErrorKind::bad_data, str_cat(path.string(), " is corrupted: CRC-32C mismatch"));
+    throw Error(ErrorKind::bad_data, path.string(), " is corrupted: CRC-32C mismatch");
 }
 
 }  // namespace
@@ -137,15 +105,21 @@ CheckpointManifest manifest_of(const StateDict& state) {
 
 void write_checkpoint(FileSystem& files, const std::filesystem::path& folder, const StateDict& state, bool kept) {
     CheckpointManifest manifest = manifest_of(state);
+    const auto write = [&](const std::string& name, const std::function<void(OutputFile&)>& content) {
+        CountedFile file(files.create(folder / name));
+        content(file);
+        file.sync();
+        file.close();
+        manifest.files.push_back(file.counted(name));
+    };
     const std::string scalars = scalars_to_json(state);
-    Writer writer(files, folder);
     for (const std::string& section : sections_of(state)) {
-        writer.write(section + std::string(tensors_suffix), tensors_in(state, section));
+        write(section + std::string(tensors_suffix),
+              [&](OutputFile& file) { write_safetensors(file, tensors_in(state, section)); });
     }
-    writer.write(state_name, scalars);
+    write(state_name, [&](OutputFile& file) { file.write(scalars); });
     manifest.kept = kept;
-    manifest.files = writer.written();
-    writer.write(manifest_name, to_text(manifest));
+    write(manifest_name, [text = to_text(manifest)](OutputFile& file) { file.write(text); });
     files.sync(folder);
 }
 
@@ -171,10 +145,10 @@ StateDict read_checkpoint(const std::filesystem::path& folder) {
     try {
         found = manifest_of(state);
     } catch (const Error& error) {
-        throw Error(ErrorKind::bad_data, str_cat((folder / state_name).string(), ": ", error.what()));
+        throw Error(ErrorKind::bad_data, (folder / state_name).string(), ": ", error.what());
     }
     if (found.progress != manifest.progress || found.open_samples != manifest.open_samples) {
-        throw Error(ErrorKind::bad_data, str_cat(folder.string(), ": the manifest does not match the state"));
+        throw Error(ErrorKind::bad_data, folder.string(), ": the manifest does not match the state");
     }
     return state;
 }

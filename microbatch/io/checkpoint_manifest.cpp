@@ -6,10 +6,8 @@
 #include <stdexcept>
 
 #include "microbatch/core/crc32c.h"
-#include "microbatch/core/error.h"
 #include "microbatch/core/str_cat.h"
-#include "microbatch/io/bounded_json.h"
-#include "microbatch/io/json_number.h"
+#include "microbatch/io/json.h"
 
 namespace microbatch {
 namespace {
@@ -43,12 +41,11 @@ std::string name_from(std::string name) {
     return name;
 }
 
-CheckpointManifest read(const nlohmann::json& json) {
+CheckpointManifest manifest_from(const nlohmann::json& json, const std::string& source) {
     if (count_from(json.at("version")) != version) {
-        throw AnotherVersion(ErrorKind::bad_data,
-                             str_cat("it has checkpoint format ", count_from(json.at("version")),
-                                     ", but this version of microbatch reads format ", version,
-                                     ": resume the run with the version that wrote it (format 1: microbatch 0.1)"));
+        throw AnotherVersion(ErrorKind::bad_data, source, ": it has checkpoint format ", count_from(json.at("version")),
+                             ", but this version of microbatch reads format ", version,
+                             ": resume the run with the version that wrote it (format 1: microbatch 0.1)");
     }
     CheckpointManifest manifest{
         .progress = {count_from(json.at("steps")), count_from(json.at("samples")), count_from(json.at("tokens"))},
@@ -60,6 +57,8 @@ CheckpointManifest read(const nlohmann::json& json) {
         manifest.files.push_back({name_from(name), static_cast<std::uint64_t>(count_from(file.at("bytes"))),
                                   crc_from(file.at("crc32c").get<std::string>())});
     }
+    std::sort(manifest.files.begin(), manifest.files.end(),
+              [](const CheckpointFile& one, const CheckpointFile& other) { return one.name < other.name; });
     return manifest;
 }
 
@@ -84,24 +83,12 @@ std::string to_text(const CheckpointManifest& manifest) {
 }
 
 CheckpointManifest parse_checkpoint_manifest(std::string_view content, const std::string& file) {
-    const auto refuse = [&file](const auto&... why) { throw Error(ErrorKind::bad_data, str_cat(file, ": ", why...)); };
     const std::size_t end = last_line({}).size();
     const bool whole = content.size() > end &&
                        content.substr(content.size() - end) == last_line(content.substr(0, content.size() - end));
-    if (!whole) refuse("it is corrupted: CRC-32C mismatch");
-    try {
-        CheckpointManifest manifest = read(parse_bounded(content, most_values));
-        std::sort(manifest.files.begin(), manifest.files.end(),
-                  [](const CheckpointFile& one, const CheckpointFile& other) { return one.name < other.name; });
-        return manifest;
-    } catch (const AnotherVersion& error) {
-        throw AnotherVersion(error.kind(), str_cat(file, ": ", error.what()));
-    } catch (const nlohmann::json::exception&) {
-        refuse("it is not the manifest of a checkpoint");
-    } catch (const std::invalid_argument& error) {
-        refuse(error.what());
-    }
-    return {};
+    if (!whole) throw Error(ErrorKind::bad_data, file, ": it is corrupted: CRC-32C mismatch");
+    const auto read = [&file](const nlohmann::json& json) { return manifest_from(json, file); };
+    return read_json(content, most_values, file, ": it is not the manifest of a checkpoint", read);
 }
 
 }  // namespace microbatch

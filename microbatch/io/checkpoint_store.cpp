@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <charconv>
 #include <chrono>
-#include <functional>
 #include <system_error>
 #include <utility>
 
@@ -80,6 +79,18 @@ struct CheckpointStore::Place {
         return Place{*steps, *open, path};
     }
 
+    // None where it cannot be read.
+    std::optional<CheckpointManifest> manifest() const {
+        std::optional<CheckpointManifest> found;
+        failure_of([&] { found = read_checkpoint_manifest(path); });
+        return found;
+    }
+
+    bool is_healthy() const {
+        const auto found = manifest();
+        return found && found->healthy;
+    }
+
     bool operator<(const Place& other) const {
         return std::pair(steps, open_samples) < std::pair(other.steps, other.open_samples);
     }
@@ -88,13 +99,12 @@ struct CheckpointStore::Place {
 /// The data of the writing thread.
 struct CheckpointStore::Writing {
     StateDict state;
-    std::int64_t bytes;
     std::future<std::string> warning;  // of write(), or its exception; destroyed first, because it waits
 };
 
 CheckpointStore::CheckpointStore(std::filesystem::path folder, CheckpointOptions options, FileSystem& files)
     : folder_(std::move(folder)), options_(std::move(options)), files_(files) {
-    const auto refuse = [](const auto&... what) { throw Error(ErrorKind::usage, str_cat("checkpoints: ", what...)); };
+    const auto refuse = [](const auto&... what) { throw Error(ErrorKind::usage, "checkpoints: ", what...); };
     if (options_.keep < 1) refuse("keep is ", options_.keep, "; it must be at least 1");
     if (options_.memory_bytes < 0) refuse("memory_bytes is ", options_.memory_bytes, "; it must be at least 0");
     if (options_.keep_every && options_.keep_every->count < 1) {
@@ -112,14 +122,12 @@ std::vector<CheckpointStore::Place> CheckpointStore::places() const {
     std::error_code failure;
     const auto there = std::filesystem::symlink_status(folder_, failure);
     if (there.type() == std::filesystem::file_type::not_found) return found;
-    std::filesystem::directory_iterator entry(folder_, failure);
-    for (; !failure && entry != std::filesystem::directory_iterator(); entry.increment(failure)) {
-        if (auto place = Place::of(entry->path())) found.push_back(std::move(*place));
+    for (const auto& path : paths_in(folder_, failure)) {
+        if (auto place = Place::of(path)) found.push_back(std::move(*place));
     }
     // An incomplete list must not be taken for a complete one.
     if (failure) {
-        throw Error(ErrorKind::bad_data,
-                    str_cat("cannot read the checkpoints in ", folder_.string(), ": ", failure.message()));
+        throw Error(ErrorKind::bad_data, "cannot read the checkpoints in ", folder_.string(), ": ", failure.message());
     }
     std::sort(found.begin(), found.end());
     return found;
@@ -127,15 +135,12 @@ std::vector<CheckpointStore::Place> CheckpointStore::places() const {
 
 void CheckpointStore::remove_leftovers() {
     std::error_code failure;
-    std::vector<std::filesystem::path> leftovers;
-    std::filesystem::directory_iterator entry(folder_, failure);
-    for (; !failure && entry != std::filesystem::directory_iterator(); entry.increment(failure)) {
-        const std::string extension = entry->path().extension().string();
+    for (const auto& path : paths_in(folder_, failure)) {
+        const std::string extension = path.extension().string();
         const bool leftover = extension == unfinished || extension == removed;
-        if (leftover && Place::of(entry->path().stem())) leftovers.push_back(entry->path());
+        // Leftovers are harmless, so failing to delete one is ignored.
+        if (leftover && Place::of(path.stem())) failure_of([&] { files_.remove_all(path); });
     }
-    // Leftovers are harmless, so failing to delete one is ignored.
-    for (const auto& path : leftovers) failure_of([&] { files_.remove_all(path); });
 }
 
 std::optional<StateDict> CheckpointStore::newest(bool healthy) {
@@ -183,9 +188,7 @@ std::optional<std::int64_t> CheckpointStore::newest_healthy() const {
     std::optional<std::int64_t> steps;
     failure_of([&] {
         for (const Place& place : places()) {
-            failure_of([&] {
-                if (read_checkpoint_manifest(place.path).healthy) steps = place.steps;
-            });
+            if (place.is_healthy()) steps = place.steps;
         }
     });
     return steps;
@@ -221,15 +224,9 @@ std::string CheckpointStore::write(const StateDict& state) const {
 bool CheckpointStore::remove_oldest() const {
     const std::vector<Place> all = places();
     if (all.size() < 2) return false;
-    std::int64_t healthy = 0;
-    const auto manifest = [](const Place& place) {
-        std::optional<CheckpointManifest> found;
-        failure_of([&] { found = read_checkpoint_manifest(place.path); });
-        return found;
-    };
-    for (const Place& place : all) healthy += manifest(place) && manifest(place)->healthy ? 1 : 0;
+    const auto healthy = std::count_if(all.begin(), all.end(), [](const Place& place) { return place.is_healthy(); });
     for (const Place& place : all) {
-        const auto found = manifest(place);
+        const auto found = place.manifest();
         if (!found || found->kept || (found->healthy && healthy < 2)) continue;
         return failure_of([&] { remove(place.path); }).empty();
     }
@@ -277,15 +274,11 @@ void CheckpointStore::remove_old(const Place& newest) const {
     const auto passing = all.begin() + std::max<std::ptrdiff_t>(0, damaged - all.begin() - options_.keep);
     std::vector<Place> old(all.begin(), passing);
     old.insert(old.end(), damaged, all.end());
-    const auto is_healthy = [&is_whole](const Place& place) {
-        bool healthy = false;
-        failure_of([&] { healthy = is_whole(place) && read_checkpoint_manifest(place.path).healthy; });
-        return healthy;
-    };
+    const auto is_healthy = [&](const Place& place) { return is_whole(place) && place.is_healthy(); };
     bool one_is_healthy = std::any_of(passing, damaged, is_healthy);
     for (auto place = old.rbegin(); place != old.rend(); ++place) {
-        bool kept = true;  // what cannot be read now may be one that is to be kept
-        failure_of([&] { kept = read_checkpoint_manifest(place->path).kept; });
+        const auto found = place->manifest();
+        const bool kept = !found || found->kept;  // what cannot be read now may be one that is to be kept
         const bool last_healthy = !one_is_healthy && is_healthy(*place);
         one_is_healthy = one_is_healthy || last_healthy;
         if (!kept && !last_healthy) remove(place->path);
@@ -304,21 +297,14 @@ void CheckpointStore::remove(const std::filesystem::path& checkpoint) const {
 void CheckpointStore::save(StateDict state) {
     release();
     if (is_saved(manifest_of(state))) return;
-    bool in_thread = bytes_to_own(state) <= options_.memory_bytes && !state.reads_files();
-    if (in_thread) {
-        // Whatever prevents the copy, such as a lack of memory, does not prevent writing.
-        in_thread = failure_of([&] { own_tensors(state); }).empty();
-    }
-    if (!in_thread) {
-        save_now(state);
-        return;
-    }
-    start(std::move(state));
+    // Whatever prevents the copy, such as a lack of memory, does not prevent writing.
+    const bool in_thread = bytes_to_own(state) <= options_.memory_bytes && !state.reads_files() &&
+                           failure_of([&] { own_tensors(state); }).empty();
+    in_thread ? start(std::move(state)) : static_cast<void>(save_now(state));
 }
 
 void CheckpointStore::start(StateDict state) {
-    const std::int64_t bytes = bytes_to_own(state);
-    writing_ = std::make_unique<Writing>(std::move(state), bytes, std::future<std::string>());
+    writing_ = std::make_unique<Writing>(std::move(state), std::future<std::string>());
     try {
         writing_->warning = std::async(std::launch::async, [this, writing = writing_.get()] {
             at::get_num_threads();  // torch sets the number of a new thread, once
@@ -356,7 +342,7 @@ bool CheckpointStore::is_busy() const {
     return writing_ && writing_->warning.wait_for(std::chrono::seconds(0)) != std::future_status::ready;
 }
 
-bool CheckpointStore::finish() {
+bool CheckpointStore::release() {
     if (!writing_) return false;
     const std::unique_ptr<Writing> written = std::move(writing_);
     conclude(manifest_of(written->state), [&] { return written->warning.get(); });
@@ -364,16 +350,12 @@ bool CheckpointStore::finish() {
 }
 
 std::vector<std::string> CheckpointStore::warnings() {
-    if (!is_busy()) finish();
+    if (!is_busy()) release();
     return std::exchange(warnings_, {});
 }
 
-bool CheckpointStore::release() {
-    return finish();
-}
-
 std::int64_t CheckpointStore::memory_bytes() const {
-    return writing_ ? writing_->bytes : 0;
+    return writing_ ? bytes_to_own(writing_->state) : 0;
 }
 
 }  // namespace microbatch

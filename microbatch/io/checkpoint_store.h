@@ -112,7 +112,6 @@ private:
     void remove_old(const Place& newest) const;
     void remove(const std::filesystem::path& checkpoint) const;
     void start(StateDict state);
-    bool finish();
     bool conclude(const CheckpointManifest& what, const std::function<std::string()>& write);
 
     std::filesystem::path folder_;

@@ -70,8 +70,7 @@ std::filesystem::path new_name(const std::filesystem::path& folder) {
 
 }  // namespace
 
-EventFile::EventFile(const std::filesystem::path& folder) {
-    file_.emplace(new_name(folder));
+EventFile::EventFile(const std::filesystem::path& folder) : file_(new_name(folder)) {
     std::string event = begin_event();
     add_bytes(event, file_version, "brain.Event:2");
     write_record(event);
@@ -110,7 +109,7 @@ std::string EventFile::write_record(const std::string& data) {
     add_little_endian(record, masked_crc(record));
     record += data;
     add_little_endian(record, masked_crc(data));
-    return file_->append(record);
+    return file_.append(record);
 }
 
 }  // namespace microbatch

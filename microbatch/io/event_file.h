@@ -2,7 +2,6 @@
 
 #include <cstdint>
 #include <filesystem>
-#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -37,12 +36,12 @@ public:
     /// written, naming the file; empty if all are written.
     std::string write(std::int64_t step, std::span<const Scalar> scalars);
 
-    const std::filesystem::path& path() const { return file_->path(); }
+    const std::filesystem::path& path() const { return file_.path(); }
 
 private:
     std::string write_record(const std::string& data);
 
-    std::optional<AppendFile> file_;
+    AppendFile file_;
 };
 
 }  // namespace microbatch

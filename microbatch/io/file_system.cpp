@@ -4,9 +4,7 @@
 #include <unistd.h>
 
 #include <cerrno>
-#include <system_error>
 #include <utility>
-#include <vector>
 
 #include "microbatch/core/error.h"
 #include "microbatch/core/str_cat.h"
@@ -16,7 +14,7 @@ namespace microbatch {
 namespace {
 
 [[noreturn]] void refuse(const char* what, const std::filesystem::path& path, const std::error_code& why) {
-    throw Error(ErrorKind::not_written, str_cat("cannot ", what, " ", path.string(), ": ", why.message()));
+    throw Error(ErrorKind::not_written, "cannot ", what, " ", path.string(), ": ", why.message());
 }
 
 std::error_code last_error() {
@@ -98,6 +96,15 @@ public:
 FileSystem& system_files() {
     static SystemFiles files;
     return files;
+}
+
+std::vector<std::filesystem::path> paths_in(const std::filesystem::path& folder, std::error_code& failure) {
+    std::vector<std::filesystem::path> paths;
+    std::filesystem::directory_iterator entry(folder, failure);
+    for (; !failure && entry != std::filesystem::directory_iterator(); entry.increment(failure)) {
+        paths.push_back(entry->path());
+    }
+    return paths;
 }
 
 void make_folders_to_the_disk(FileSystem& files, const std::filesystem::path& folder) {

@@ -6,6 +6,8 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <system_error>
+#include <vector>
 
 namespace microbatch {
 
@@ -59,6 +61,9 @@ public:
 
 /// The file system of the operating system.
 FileSystem& system_files();
+
+/// The content of a folder, in any order; after a `failure`, what was listed before it.
+std::vector<std::filesystem::path> paths_in(const std::filesystem::path& folder, std::error_code& failure);
 
 /// Creates a folder and its parents; returns when their names are on the disk. Errors: as FileSystem.
 void make_folders_to_the_disk(FileSystem& files, const std::filesystem::path& folder);

@@ -9,16 +9,16 @@
 #include <utility>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
 
 namespace microbatch {
 namespace {
 
-[[noreturn]] void refuse(const std::filesystem::path& path, const std::string& reason) {
-    throw Error(ErrorKind::bad_data, str_cat("cannot read ", path.string(), ": ", reason));
+template <class... Parts>
+[[noreturn]] void refuse(const std::filesystem::path& path, const Parts&... reason) {
+    throw Error(ErrorKind::bad_data, "cannot read ", path.string(), ": ", reason...);
 }
 
-[[noreturn]] void refuse(const std::filesystem::path& path, int error_number) {
+[[noreturn]] void refuse_for(int error_number, const std::filesystem::path& path) {
     refuse(path, std::generic_category().message(error_number));
 }
 
@@ -27,7 +27,7 @@ namespace {
 InputFile::InputFile(std::filesystem::path path) : path_(std::move(path)) {
     // O_NONBLOCK: opening a pipe without a writer would wait forever before it could be refused.
     descriptor_ = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    if (descriptor_ < 0) refuse(path_, errno);
+    if (descriptor_ < 0) refuse_for(errno, path_);
     struct stat status {};
     const int error_number = ::fstat(descriptor_, &status) == 0 ? 0 : errno;
     if (error_number == 0 && S_ISREG(status.st_mode)) {
@@ -35,8 +35,8 @@ InputFile::InputFile(std::filesystem::path path) : path_(std::move(path)) {
         return;
     }
     ::close(descriptor_);
-    if (error_number != 0) refuse(path_, error_number);
-    if (S_ISDIR(status.st_mode)) refuse(path_, EISDIR);
+    if (error_number != 0) refuse_for(error_number, path_);
+    if (S_ISDIR(status.st_mode)) refuse_for(EISDIR, path_);
     refuse(path_, "not a regular file");
 }
 
@@ -60,16 +60,15 @@ void InputFile::read(std::uint64_t offset, std::span<std::byte> into) const {
     while (!into.empty()) {
         const ssize_t count = ::pread(descriptor_, into.data(), into.size(), static_cast<off_t>(offset));
         if (count < 0 && errno == EINTR) continue;
-        if (count < 0) refuse(path_, errno);
-        if (count == 0)
-            refuse(path_, str_cat("it ends at byte ", offset, "; it had ", size_, " bytes when it was opened"));
+        if (count < 0) refuse_for(errno, path_);
+        if (count == 0) refuse(path_, "it ends at byte ", offset, "; it had ", size_, " bytes when it was opened");
         into = into.subspan(static_cast<std::size_t>(count));
         offset += static_cast<std::uint64_t>(count);
     }
 }
 
 std::string InputFile::read_all(std::uint64_t most) const {
-    if (size_ > most) refuse(path_, str_cat("it has ", size_, " bytes, more than the allowed ", most));
+    if (size_ > most) refuse(path_, "it has ", size_, " bytes, more than the allowed ", most);
     std::string content(static_cast<std::size_t>(size_), '\0');
     read(0, std::as_writable_bytes(std::span(content)));
     return content;

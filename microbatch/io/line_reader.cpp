@@ -1,47 +1,49 @@
 #include "microbatch/io/line_reader.h"
 
-#include <algorithm>
-#include <span>
+#include <cerrno>
+#include <cstring>
+#include <limits>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
+#include "microbatch/io/input_file.h"
 
 namespace microbatch {
 
-void LineReader::read_chunk() {
-    chunk_.resize(std::min(longest, file_.size() - offset_));
-    chunk_begin_ = offset_;
-    file_.read(offset_, std::as_writable_bytes(std::span(chunk_)));
+LineReader::LineReader(const std::filesystem::path& path, LongLines long_lines)
+    : path_(path), long_lines_(long_lines), line_(longest + 1, '\0') {
+    const InputFile check(path);  // a stream would wait for a pipe, and does not say why a file cannot be opened
+    errno = 0;
+    in_.open(path, std::ios::binary);
+    if (!in_.is_open()) refuse();
+}
+
+// The stream leaves the reason of the system's call in errno.
+void LineReader::refuse() const {
+    const int reason = errno;
+    throw Error(ErrorKind::bad_data, "cannot read ", path_.string(), ": ",
+                reason != 0 ? std::strerror(reason) : "the read failed");
 }
 
 std::optional<std::string_view> LineReader::next() {
-    if (offset_ >= file_.size()) return std::nullopt;
-    const auto rest = [this] { return std::string_view(chunk_).substr(offset_ - chunk_begin_); };
-    std::size_t end = rest().find('\n');
-    if (end == std::string_view::npos && chunk_begin_ + chunk_.size() < file_.size()) {
-        read_chunk();
-        end = rest().find('\n');
-    }
+    errno = 0;
+    in_.getline(line_.data(), static_cast<std::streamsize>(line_.size()));
+    if (in_.bad()) refuse();
+    const auto taken = static_cast<std::uint64_t>(in_.gcount());  // including the line break
+    if (taken == 0 && in_.eof()) return std::nullopt;
     ++number_;
-    whole_ = end != std::string_view::npos;
-    if (!whole_ && chunk_begin_ + chunk_.size() < file_.size()) {
-        if (long_lines_ == LongLines::pass_over) return pass_over();
-        throw Error(ErrorKind::bad_data,
-                    str_cat(file_.path().string(), " line ", number_, " is longer than ", longest, " bytes"));
+    offset_ += taken;
+    const bool too_long = in_.fail() && !in_.eof();
+    if (too_long && long_lines_ == LongLines::refuse) {
+        throw Error(ErrorKind::bad_data, path_.string(), " line ", number_, " is longer than ", longest, " bytes");
     }
-    const std::string_view line = rest().substr(0, end);
-    offset_ += line.size() + (whole_ ? 1 : 0);
-    return line;
-}
-
-std::string_view LineReader::pass_over() {
-    while (!whole_ && chunk_begin_ + chunk_.size() < file_.size()) {
-        offset_ = chunk_begin_ + chunk_.size();
-        read_chunk();
-        whole_ = chunk_.find('\n') != std::string::npos;
+    if (too_long) {
+        in_.clear();
+        in_.ignore(std::numeric_limits<std::streamsize>::max(), '\n');
+        if (in_.bad()) refuse();
+        offset_ += static_cast<std::uint64_t>(in_.gcount());
     }
-    offset_ = chunk_begin_ + (whole_ ? chunk_.find('\n') + 1 : chunk_.size());
-    return {};
+    whole_ = !in_.eof();
+    return std::string_view(line_).substr(0, too_long ? 0 : taken - (whole_ ? 1 : 0));
 }
 
 }  // namespace microbatch

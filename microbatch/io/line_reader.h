@@ -1,11 +1,11 @@
 #pragma once
 
 #include <cstdint>
+#include <filesystem>
+#include <fstream>
 #include <optional>
 #include <string>
 #include <string_view>
-
-#include "microbatch/io/input_file.h"
 
 namespace microbatch {
 
@@ -17,13 +17,13 @@ public:
 
     enum class LongLines { refuse, pass_over };
 
-    explicit LineReader(const std::filesystem::path& path, LongLines long_lines = LongLines::refuse)
-        : file_(path), long_lines_(long_lines) {}
+    /// Errors: as InputFile.
+    explicit LineReader(const std::filesystem::path& path, LongLines long_lines = LongLines::refuse);
 
     /// The next line without its line break, valid until the next call; empty at the end of the file. The last line may
     /// lack a line break: see is_whole().
     /// Errors: ErrorKind::bad_data, naming file and line, if a line is too long and is not to be read as an empty one;
-    ///         as InputFile::read().
+    ///         ErrorKind::bad_data, naming the file and the system's reason, if it cannot be read.
     std::optional<std::string_view> next();
 
     /// True if the line that next() returned ends with a line break.
@@ -36,13 +36,12 @@ public:
     std::int64_t number() const { return number_; }
 
 private:
-    void read_chunk();
-    std::string_view pass_over();
+    [[noreturn]] void refuse() const;
 
-    InputFile file_;
+    std::filesystem::path path_;
+    std::ifstream in_;
     LongLines long_lines_;
-    std::string chunk_;  // of the file, from chunk_begin_
-    std::uint64_t chunk_begin_ = 0;
+    std::string line_;
     std::uint64_t offset_ = 0;
     std::int64_t number_ = 0;
     bool whole_ = false;

@@ -8,14 +8,11 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <span>
-#include <string>
+#include <system_error>
 #include <unordered_map>
 #include <unordered_set>
-#include <utility>
-#include <vector>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
 #include "microbatch/io/input_file.h"
 #include "microbatch/io/safetensors_header.h"
 
@@ -37,14 +34,14 @@ const char* dtype_name(const std::string& tensor, const at::Tensor& shape) {
     for (const auto& [name, type] : types) {
         if (type == shape.scalar_type()) return name;
     }
-    throw Error(ErrorKind::usage, str_cat(tensor, " is ", shape.scalar_type(), ", which safetensors cannot store"));
+    throw Error(ErrorKind::usage, tensor, " is ", shape.scalar_type(), ", which safetensors cannot store");
 }
 
 at::ScalarType type_of(const std::string& dtype) {
     for (const auto& [name, type] : types) {
         if (dtype == name) return type;
     }
-    throw Error(ErrorKind::bad_data, str_cat("unknown dtype ", dtype));
+    throw Error(ErrorKind::bad_data, "unknown dtype ", dtype);
 }
 
 std::string make_header(const StoredTensors& tensors) {
@@ -52,7 +49,7 @@ std::string make_header(const StoredTensors& tensors) {
     std::unordered_set<std::string> names;
     std::uint64_t offset = 0;
     for (const auto& [name, tensor] : tensors) {
-        if (!names.insert(name).second) throw Error(ErrorKind::usage, str_cat("two tensors are named ", name));
+        if (!names.insert(name).second) throw Error(ErrorKind::usage, "two tensors are named ", name);
         if (name == "__metadata__") {
             throw Error(ErrorKind::usage, "a tensor cannot be named __metadata__, a name that safetensors reserves");
         }
@@ -102,6 +99,19 @@ at::Tensor shape_of(const SafetensorsEntry& entry) {
     return at::empty_strided(entry.shape, entry.strides, at::TensorOptions(at::kMeta).dtype(type_of(entry.dtype)));
 }
 
+/// Deletes the file when its last tensor is destroyed.
+struct TemporaryFile {
+    std::filesystem::path path;
+
+    explicit TemporaryFile(std::filesystem::path file) : path(std::move(file)) {}
+    TemporaryFile(const TemporaryFile&) = delete;
+    TemporaryFile& operator=(const TemporaryFile&) = delete;
+    ~TemporaryFile() {
+        std::error_code ignored;
+        std::filesystem::remove(path, ignored);
+    }
+};
+
 }  // namespace
 
 void write_safetensors(OutputFile& file, const StoredTensors& tensors) {
@@ -110,7 +120,7 @@ void write_safetensors(OutputFile& file, const StoredTensors& tensors) {
     for (const auto& [name, stored] : tensors) {
         const at::Tensor tensor = stored.get().detach().cpu().contiguous();
         if (tensor.nbytes() != stored.shape().nbytes()) {
-            throw Error(ErrorKind::usage, str_cat(name, " does not have its declared size"));
+            throw Error(ErrorKind::usage, name, " does not have its declared size");
         }
         file.write(bytes_of(tensor));
     }
@@ -152,9 +162,7 @@ NamedTensors read_safetensors(const std::filesystem::path& path) {
 }
 
 void copy_by_name(const NamedTensors& from, const NamedTensors& to, const std::string& what) {
-    const auto refuse_tensor = [&](const auto&... words) {
-        throw Error(ErrorKind::bad_data, str_cat(what, ": ", words...));
-    };
+    const auto refuse_tensor = [&](const auto&... words) { throw Error(ErrorKind::bad_data, what, ": ", words...); };
     std::unordered_map<std::string, at::Tensor> found;
     for (const NamedTensor& one : from) found.emplace(one.name, one.tensor);
     for (const NamedTensor& one : to) {
@@ -168,6 +176,20 @@ void copy_by_name(const NamedTensors& from, const NamedTensors& to, const std::s
     if (found.size() > to.size()) refuse_tensor("there are ", found.size(), " tensors for ", to.size());
     const at::NoGradGuard no_grad;
     for (const NamedTensor& one : to) at::Tensor(one.tensor).copy_(found.at(one.name));
+}
+
+StateDict moved_to_file(const StateDict& state, const std::filesystem::path& file) {
+    const std::unique_ptr<OutputFile> out = system_files().create(file);  // never overwrites a file
+    const auto owner = std::make_shared<const TemporaryFile>(file);
+    write_safetensors(*out, {state.tensors().begin(), state.tensors().end()});
+    out->close();
+    StateDict moved;
+    for (const auto& [name, scalar] : state.scalars()) moved.put(name, scalar);
+    for (auto& [name, tensor] : open_safetensors(file)) {
+        at::Tensor shape = tensor.shape();
+        moved.put(name, StoredTensor(std::move(shape), [owner, tensor = tensor] { return tensor.get(); }));
+    }
+    return moved;
 }
 
 }  // namespace microbatch

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "microbatch/io/file_system.h"
+#include "microbatch/state/state_dict.h"
 #include "microbatch/state/stored_tensor.h"
 
 namespace microbatch {
@@ -44,5 +45,12 @@ NamedTensors read_safetensors(const std::filesystem::path& path);
 /// Errors: ErrorKind::bad_data, naming the tensor, if one is missing, unknown, or of a different shape or dtype;
 ///         nothing has changed then. `what` is the start of the message.
 void copy_by_name(const NamedTensors& from, const NamedTensors& to, const std::string& what);
+
+/// The same state with its tensors in a new file, which is deleted with the last of them: they take no memory, and are
+/// read on demand.
+/// Memory: one tensor at a time, if it is in a file or not contiguous.
+/// Errors: ErrorKind::usage if the file exists already, or cannot be written completely (disk full, read-only); nothing
+///         remains of it then. Reading: ErrorKind::bad_data if the file has changed.
+StateDict moved_to_file(const StateDict& state, const std::filesystem::path& file);
 
 }  // namespace microbatch

@@ -11,8 +11,7 @@
 #include <utility>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
-#include "microbatch/io/bounded_json.h"
+#include "microbatch/io/json.h"
 
 namespace microbatch {
 namespace {
@@ -35,8 +34,9 @@ constexpr const char* metadata = "__metadata__";
 constexpr const char* strides_key = "microbatch.strides";
 constexpr const char* empty_key = "microbatch.empty";
 
-[[noreturn]] void refuse(const std::string& file, const std::string& why) {
-    throw Error(ErrorKind::bad_data, str_cat(file, " is not a valid safetensors file: ", why));
+template <class... Parts>
+[[noreturn]] void refuse(const std::string& file, const Parts&... why) {
+    throw Error(ErrorKind::bad_data, file, " is not a valid safetensors file: ", why...);
 }
 
 // The size of the shape; empty if it exceeds 63 bits.
@@ -124,7 +124,7 @@ Json parse(std::string_view header, const std::string& file) {
         if (!json.is_object()) refuse(file, "its header is not a JSON object");
         return json;
     } catch (const std::invalid_argument& error) {
-        refuse(file, str_cat("its header: ", error.what()));
+        refuse(file, "its header: ", error.what());
     }
 }
 
@@ -191,9 +191,9 @@ std::vector<SafetensorsEntry> parse_safetensors_header(std::string_view header, 
         try {
             entries.push_back(read_entry(name, value));
         } catch (const Json::exception&) {
-            refuse(file, str_cat("the entry of ", name, " is invalid"));
+            refuse(file, "the entry of ", name, " is invalid");
         } catch (const std::invalid_argument& error) {
-            refuse(file, str_cat(name, ": ", error.what()));
+            refuse(file, name, ": ", error.what());
         }
     }
     const auto order = read_order(json);
@@ -206,10 +206,10 @@ std::vector<SafetensorsEntry> parse_safetensors_header(std::string_view header, 
         [&key](const SafetensorsEntry& one, const SafetensorsEntry& other) { return key(one) < key(other); });
     std::uint64_t at = 0;
     for (const SafetensorsEntry& entry : entries) {
-        if (entry.begin != at) refuse(file, str_cat("the bytes of ", entry.name, " do not follow the previous tensor"));
+        if (entry.begin != at) refuse(file, "the bytes of ", entry.name, " do not follow the previous tensor");
         at = entry.end;
     }
-    if (at != data_bytes) refuse(file, str_cat("its tensors take ", at, " bytes, and it has ", data_bytes));
+    if (at != data_bytes) refuse(file, "its tensors take ", at, " bytes, and it has ", data_bytes);
     read_strides(json, entries);
     return entries;
 }

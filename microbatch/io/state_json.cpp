@@ -6,9 +6,7 @@
 #include <variant>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
-#include "microbatch/io/bounded_json.h"
-#include "microbatch/io/json_number.h"
+#include "microbatch/io/json.h"
 
 namespace microbatch {
 namespace {
@@ -17,16 +15,6 @@ using Json = nlohmann::json;
 using Written = nlohmann::ordered_json;
 
 constexpr std::size_t most_values = 400'000;
-
-struct Writer {
-    Written operator()(double value) const { return json_number(value); }
-    Written operator()(const std::vector<double>& values) const {
-        Written list = Written::array();
-        for (const double value : values) list.push_back(json_number(value));
-        return list;
-    }
-    Written operator()(const auto& value) const { return value; }
-};
 
 std::int64_t whole_from(const Json& value) {
     if (value.is_number_unsigned() && value.get<std::uint64_t>() > INT64_MAX) {
@@ -62,27 +50,22 @@ std::string scalars_to_json(const StateDict& state) {
     Written json = Written::object();
     std::size_t values = 1;
     for (const auto& [name, scalar] : state.scalars()) {
-        json[name] = std::visit(Writer(), scalar);
+        json[name] = std::visit([](const auto& value) { return json_value(value); }, scalar);
         values += 1 + json[name].size();
     }
     std::string text = json.dump(0, ' ', false, Written::error_handler_t::replace) + "\n";
     if (text.size() > most_scalar_bytes || values > most_values) {
-        throw Error(ErrorKind::usage,
-                    str_cat("the state has too many scalars: ", values, " values, ", text.size(), " bytes"));
+        throw Error(ErrorKind::usage, "the state has too many scalars: ", values, " values, ", text.size(), " bytes");
     }
     return text;
 }
 
 void read_scalars(std::string_view json, const std::string& source, StateDict& state) {
-    try {
-        const Json values = parse_bounded(json, most_values);
+    const auto read = [&state](const Json& values) {
         if (!values.is_object()) throw std::invalid_argument("it is not a JSON object");
         for (const auto& [name, value] : values.items()) state.put(name, scalar_from(value));
-    } catch (const Json::exception&) {
-        throw Error(ErrorKind::bad_data, str_cat(source, " is not a state written by this library"));
-    } catch (const std::invalid_argument& error) {
-        throw Error(ErrorKind::bad_data, str_cat(source, ": ", error.what()));
-    }
+    };
+    read_json(json, most_values, source, " is not a state written by this library", read);
 }
 
 }  // namespace microbatch

@@ -5,7 +5,7 @@
 
 #include "microbatch/core/error.h"
 #include "microbatch/core/str_cat.h"
-#include "microbatch/io/state_file.h"
+#include "microbatch/io/safetensors.h"
 
 namespace microbatch {
 namespace {
@@ -14,7 +14,7 @@ constexpr std::int64_t most_points = 2;
 
 void validate(const RecoveryOptions& options) {
     const auto require = [](bool good, const char* name, auto value, const char* rule) {
-        if (!good) throw Error(ErrorKind::usage, str_cat("recovery: ", name, " is ", value, "; it must be ", rule));
+        if (!good) throw Error(ErrorKind::usage, "recovery: ", name, " is ", value, "; it must be ", rule);
     };
     require(options.most >= 0, "most", options.most, "at least 0");
     require(options.every >= 1, "every", options.every, "at least 1 step");
@@ -27,11 +27,16 @@ void validate(const RecoveryOptions& options) {
 
 }  // namespace
 
+NamedTensors weights_of(const Accumulator& accumulator) {
+    NamedTensors weights = accumulator.parameters();
+    for (NamedTensor& buffer : accumulator.model().buffers()) weights.push_back(std::move(buffer));
+    return weights;
+}
+
 StateDict training_snapshot(const Accumulator& accumulator) {
     StateDict state;
     const StateWriter writer(state);
-    writer.section("model").put(accumulator.parameters());
-    writer.section("model").put(accumulator.model().buffers());
+    writer.section("model").put(weights_of(accumulator));
     const StateWriter optimizer = writer.section("optimizer");
     accumulator.optimizer().save(optimizer);
     optimizer.put("tensors", StateReader(state).section("optimizer").tensors().size());
@@ -39,9 +44,7 @@ StateDict training_snapshot(const Accumulator& accumulator) {
 }
 
 Commit prepare_snapshot(Accumulator& accumulator, const StateReader& reader) {
-    NamedTensors live = accumulator.parameters();
-    for (NamedTensor& buffer : accumulator.model().buffers()) live.push_back(std::move(buffer));
-    Commit model = prepare_tensors(reader.section("model"), live, "parameter");
+    Commit model = prepare_tensors(reader.section("model"), weights_of(accumulator), "parameter");
     // An optimizer that lacks some of its tensors would continue as if it had not created them yet.
     const StateReader saved = reader.section("optimizer");
     const auto tensors = static_cast<std::int64_t>(saved.tensors().size());

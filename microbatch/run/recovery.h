@@ -16,6 +16,9 @@
 
 namespace microbatch {
 
+/// The parameters and buffers of a trained model, by name.
+NamedTensors weights_of(const Accumulator& accumulator);
+
 /// The results of training a job: parameters and buffers in `model/`, the optimizer's state in `optimizer/`. Excludes
 /// the position in the data and the generators. The tensors are shared with the job: see StateDict::own().
 StateDict training_snapshot(const Accumulator& accumulator);

@@ -6,7 +6,6 @@
 
 #include "microbatch/core/str_cat.h"
 #include "microbatch/run/report_files.h"
-#include "microbatch/run/report_json.h"
 
 namespace microbatch {
 namespace {
@@ -22,10 +21,10 @@ bool is_drawn(const LoggedRun& run, std::size_t i) {
     return i % stride == 0 || i + 1 == run.steps.size() || !run.steps[i].applied;
 }
 
-// A count without ".0".
+// A count without ".0"; what is not finite becomes null when it is written.
 Json short_number(double value) {
     const bool whole = std::abs(value) < 0x1p53 && value == std::floor(value);
-    return whole ? Json(static_cast<std::int64_t>(value)) : finite_or_null(value);
+    return whole ? Json(static_cast<std::int64_t>(value)) : Json(value);
 }
 
 Json columns_of(const LoggedRun& run) {
@@ -42,29 +41,22 @@ Json columns_of(const LoggedRun& run) {
     return columns;
 }
 
-Json event(const StepRecord& step, const char* kind, const std::string& what) {
-    return {{"step", step.step}, {"kind", kind}, {"text", what}};
-}
-
 void add_events(const LoggedRun& run, Json& document) {
     Json events = Json::array();
     std::size_t left_out = 0;
-    const auto add = [&](Json one) {
-        if (events.size() < most_events) {
-            events.push_back(std::move(one));
-        } else {
+    const auto add = [&](const StepRecord& step, const char* kind, const std::string& what) {
+        if (events.size() >= most_events)
             ++left_out;
-        }
+        else
+            events.push_back({{"step", step.step}, {"kind", kind}, {"text", what}});
     };
     for (const StepRecord& step : run.steps) {
         if (step.out_of_memory > 0) {
-            add(event(
-                step, "out of memory",
-                str_cat("repeated in micro-batches of ", step.micro_batch, step.recompute ? " with recompute" : "")));
+            add(step, "out of memory",
+                str_cat("repeated in micro-batches of ", step.micro_batch, step.recompute ? " with recompute" : ""));
         }
-        if (!step.applied) add(event(step, "refused", step.reason));
-        if (step.rolled_back_to)
-            add(event(step, "rolled back", str_cat("to the weights of step ", *step.rolled_back_to)));
+        if (!step.applied) add(step, "refused", step.reason);
+        if (step.rolled_back_to) add(step, "rolled back", str_cat("to the weights of step ", *step.rolled_back_to));
     }
     document["events"] = std::move(events);
     document["events_left_out"] = left_out;
@@ -72,13 +64,13 @@ void add_events(const LoggedRun& run, Json& document) {
 
 Json document_of(const LoggedRun& run, const ReportText& text) {
     Json document;
-    document["banner"] = text.banner;
+    document["banner"] = text.summary.banner;
     document["tiles"] = text.tiles;
     document["budget_bytes"] = text.budget_bytes;
     document["columns"] = columns_of(run);
     add_events(run, document);
-    document["tables"] = to_json(text.tables);
-    document["curves"] = to_json(text.curves);
+    document["tables"] = text.summary.tables;
+    document["curves"] = text.summary.curves;
     document["settings"] = text.settings;
     return document;
 }
@@ -93,21 +85,7 @@ std::string script_safe(std::string json) {
 
 std::string escaped(std::string_view plain) {
     std::string result;
-    for (const char c : plain) {
-        switch (c) {
-            case '&':
-                result += "&amp;";
-                break;
-            case '<':
-                result += "&lt;";
-                break;
-            case '>':
-                result += "&gt;";
-                break;
-            default:
-                result += c;
-        }
-    }
+    for (const char c : plain) result += c == '&' ? "&amp;" : c == '<' ? "&lt;" : c == '>' ? "&gt;" : std::string(1, c);
     return result;
 }
 

@@ -1,6 +1,5 @@
 #include "microbatch/run/run.h"
 
-#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <utility>
@@ -39,11 +38,9 @@ std::vector<Scalar> scalars_of(const StepRecord& record) {
     return scalars;
 }
 
-// The checkpoint's copy is reclaimed first: this costs only time.
-TrainerOptions with_writer(TrainerOptions options, RunCheckpoints& checkpoints) {
-    options.reclaimers.insert(options.reclaimers.begin(),
-                              {[&checkpoints] { return checkpoints.release(); }, /*counts=*/false});
-    return options;
+// How often an interval has gone by.
+std::int64_t times_of(const Interval& every, const Progress& progress) {
+    return every.count > 0 ? progress.in(every.unit) / every.count : 0;
 }
 
 // The part of the state that can be listed.
@@ -65,26 +62,46 @@ Run::Run(RunFolder& folder, Accumulator& accumulator, const Dataset& dataset, Lo
       options_(std::move(options)),
       log_(open_log(folder)),
       events_(folder.path()),
-      checkpoints_(folder.path(), options_.checkpoints),
-      trainer_(accumulator, dataset, std::move(loss), with_writer(options_.trainer, checkpoints_)),
+      trainer_(accumulator, dataset, std::move(loss), trainer_options()),
       had_weights_(std::filesystem::exists(folder.path() / "model.safetensors")) {
-    if (!options_.config.empty()) write_whole(folder_.path() / "config.toml", options_.config);
-    if (std::optional<StateDict>& resumed = folder_.state()) {
-        const StateReader reader(*resumed);
-        Outcome before = Outcome::from(reader.section("outcome"));
-        load(trainer_, reader);
-        checkpoints_.go_on_from(*resumed, folder_.damaged());
-        missing_lines_ = trainer_.progress().steps - log_.lines();
-        outcome_ = std::move(before);
-        outcome_.last.progress = trainer_.progress();
-        outcome_.resumed_from = trainer_.progress().steps;
-        // Its files are open as long as its tensors may be read.
-        resumed.reset();
+    if (options_.checkpoints.enabled) {
+        CheckpointOptions store = options_.checkpoints.store;
+        // The log must be on the disk before a checkpoint that follows it.
+        store.sync_first = {folder_.path() / "metrics.jsonl", folder_.path()};
+        checkpoints_ = std::make_unique<CheckpointStore>(checkpoints_of(folder_.path()), std::move(store));
     }
+    if (!options_.config.empty()) write_whole(folder_.path() / "config.toml", options_.config);
+    if (folder_.state()) resume(*folder_.state());
+    // Its files are open as long as its tensors may be read.
+    folder_.state().reset();
     // Steps that run again are not drawn from an earlier process.
     if (folder_.resumes()) events_.go_on(trainer_.progress().steps);
     outcome_.plan = options_.plan;
     compare_with_disk();
+}
+
+// The checkpoint's copy is reclaimed first: this costs only time.
+TrainerOptions Run::trainer_options() const {
+    TrainerOptions options = options_.trainer;
+    options.reclaimers.insert(options.reclaimers.begin(),
+                              {[this] { return checkpoints_ && checkpoints_->release(); }, /*counts=*/false});
+    return options;
+}
+
+void Run::resume(const StateDict& state) {
+    const StateReader reader(state);
+    Outcome before = Outcome::from(reader.section("outcome"));
+    load(trainer_, reader);
+    const Progress& progress = trainer_.progress();
+    if (checkpoints_) {
+        checkpoints_->go_on_from(state, folder_.damaged());
+        checkpoints_->abandon_newer();
+    }
+    times_ = times_of(options_.checkpoints.every, progress);
+    missing_lines_ = progress.steps - log_.lines();
+    outcome_ = std::move(before);
+    outcome_.last.progress = progress;
+    outcome_.resumed_from = progress.steps;
 }
 
 // The space for the kept checkpoints, one more while it is written, and the weights; each checkpoint has two snapshots.
@@ -120,7 +137,7 @@ const Outcome& Run::train() {
     } catch (...) {
         // Whatever it was, the step has not changed the trainer.
         if (trainer_.progress().steps > 0) {
-            checkpoints_.save_now(trainer_.progress(), [this] { return state(); });
+            save_now();
             save_weights_after_failure();
         }
         note_checkpoints();
@@ -133,7 +150,7 @@ const Outcome& Run::train() {
 // Runs one step and writes all its records. False if it was interrupted in the middle of its batch.
 bool Run::step() {
     reset_peak_memory();
-    const std::int64_t copy_bytes = checkpoints_.memory_bytes();
+    const std::int64_t copy_bytes = checkpoints_ ? checkpoints_->memory_bytes() : 0;
     const TrainerReport report = trainer_.step();
     if (report.paused) {
         if (!report.warning.empty()) note(report.warning);
@@ -155,11 +172,39 @@ bool Run::step() {
     return true;
 }
 
-void Run::save_where_due() {
-    const auto started = std::chrono::steady_clock::now();
-    if (checkpoints_.after_step(trainer_.progress(), [this] { return state(); })) {
-        outcome_.checkpoint_seconds += seconds_since(started);
+// None, and a note, where there is not even memory to list what is to be written.
+std::optional<StateDict> Run::state_to_save() {
+    try {
+        return state();
+    } catch (const std::exception&) {
+        const std::string why = message_of(std::current_exception());
+        note_checkpoint(str_cat("the checkpoint of step ", trainer_.progress().steps,
+                                " was not written: ", why.substr(0, why.find('\n'))));
+        return std::nullopt;
     }
+}
+
+void Run::save_where_due() {
+    const Interval& every = options_.checkpoints.every;
+    if (!checkpoints_ || every.count == 0) return;
+    const std::int64_t times = times_of(every, trainer_.progress());
+    checkpoint_is_due_ = checkpoint_is_due_ || times > times_;
+    times_ = times;
+    // The previous one is still being written: a step does not wait for it.
+    if (!checkpoint_is_due_ || checkpoints_->is_busy()) return;
+    checkpoint_is_due_ = false;
+    const auto started = std::chrono::steady_clock::now();
+    std::optional<StateDict> all = state_to_save();
+    if (!all) return;
+    checkpoints_->save(std::move(*all));
+    outcome_.checkpoint_seconds += seconds_since(started);
+}
+
+// True if it, or one of the same point, is on the disk.
+bool Run::save_now() {
+    if (!checkpoints_) return false;
+    const std::optional<StateDict> all = state_to_save();
+    return all && checkpoints_->save_now(*all);
 }
 
 void Run::end(bool left_half_way) {
@@ -168,12 +213,14 @@ void Run::end(bool left_half_way) {
                             !(std::isfinite(last.loss) && std::isfinite(last.gradient_norm));
     outcome_.interrupted = !trainer_.done() && !outcome_.diverged();
     if (!outcome_.diverged() && (trainer_.progress().steps > 0 || left_half_way)) {
-        outcome_.checkpointed = checkpoints_.save_now(trainer_.progress(), [this] { return state(); });
+        outcome_.checkpointed = save_now();
     }
-    checkpoints_.release();
-    note_checkpoints();
-    outcome_.checkpoints = checkpoints_.written();
-    if (outcome_.diverged()) outcome_.healthy_checkpoint = checkpoints_.newest_healthy();
+    if (checkpoints_) {
+        checkpoints_->release();
+        note_checkpoints();
+        outcome_.checkpoints = checkpoints_->written();
+        if (outcome_.diverged()) outcome_.healthy_checkpoint = checkpoints_->newest_healthy();
+    }
     // The written weights are those of the last step, not those in the middle of a batch.
     trainer_.discard_partial();
     if (trainer_.progress().steps > 0) save_weights();
@@ -181,8 +228,7 @@ void Run::end(bool left_half_way) {
 
 void Run::save_weights() {
     if (had_weights_ && (!applied_ || outcome_.diverged())) return;
-    NamedTensors weights = accumulator_.parameters();
-    for (NamedTensor& buffer : accumulator_.model().buffers()) weights.push_back(std::move(buffer));
+    const NamedTensors weights = weights_of(accumulator_);
     try {
         write_safetensors(folder_.path() / "model.safetensors", weights);
     } catch (const Error& error) {
@@ -211,12 +257,15 @@ void Run::note_once(bool& failing, const std::string& failure, const char* conse
     failing = !failure.empty();
 }
 
+void Run::note_checkpoint(const std::string& warning) {
+    if (warning == checkpoint_warning_) return;  // the same warning each time, such as that the log is gone
+    checkpoint_warning_ = warning;
+    note(str_cat("warning: ", warning, "; the run continues, and earlier checkpoints are unchanged"));
+}
+
 void Run::note_checkpoints() {
-    for (const std::string& warning : checkpoints_.warnings()) {
-        if (warning == checkpoint_warning_) continue;  // the same warning each time, such as that the log is gone
-        checkpoint_warning_ = warning;
-        note(str_cat("warning: ", warning, "; the run continues, and earlier checkpoints are unchanged"));
-    }
+    if (!checkpoints_) return;
+    for (const std::string& warning : checkpoints_->warnings()) note_checkpoint(warning);
 }
 
 }  // namespace microbatch

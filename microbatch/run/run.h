@@ -7,9 +7,9 @@
 #include <string>
 #include <vector>
 
+#include "microbatch/io/checkpoint_store.h"
 #include "microbatch/io/event_file.h"
 #include "microbatch/run/outcome.h"
-#include "microbatch/run/run_checkpoints.h"
 #include "microbatch/run/run_folder.h"
 #include "microbatch/run/run_log.h"
 #include "microbatch/run/trainer.h"
@@ -26,6 +26,13 @@ public:
 
     /// Called for rare events: a warning of one line.
     virtual void on_note(const std::string&) {}
+};
+
+/// When a run writes checkpoints, and how many are kept.
+struct RunCheckpointOptions {
+    bool enabled = true;
+    Interval every{100, Unit::steps};  ///< 0: only on interrupt and at the end
+    CheckpointOptions store = {};      ///< sync_first is set by the run
 };
 
 struct RunOptions {
@@ -83,13 +90,18 @@ public:
 
 private:
     StateDict state() const;
+    TrainerOptions trainer_options() const;
+    void resume(const StateDict& state);
     bool step();
+    std::optional<StateDict> state_to_save();
     void save_where_due();
+    bool save_now();
     void end(bool left_half_way);
     void compare_with_disk() const;
     void save_weights_after_failure();
     void note(const std::string& text) const;
     void note_once(bool& failing, const std::string& failure, const char* consequence);
+    void note_checkpoint(const std::string& warning);
     void note_checkpoints();
 
     RunFolder& folder_;
@@ -97,13 +109,15 @@ private:
     RunOptions options_;
     RunLog log_;
     EventFile events_;
-    RunCheckpoints checkpoints_;
+    std::unique_ptr<CheckpointStore> checkpoints_;  // null: checkpoints are off
     Trainer trainer_;
     Outcome outcome_ = {};
     std::int64_t missing_lines_ = 0;
     bool had_weights_ = false;  // of a previous run
     bool applied_ = false;      // a step, by this process
     bool log_fails_ = false, events_fail_ = false;
+    std::int64_t times_ = 0;          // how many times the checkpoint interval had passed at the last step
+    bool checkpoint_is_due_ = false;  // since one of those times
     std::string checkpoint_warning_;  // the last one
 };
 

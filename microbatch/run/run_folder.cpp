@@ -1,12 +1,17 @@
 #include "microbatch/run/run_folder.h"
 
+#include <fcntl.h>
+#include <sys/file.h>
+#include <unistd.h>
+
+#include <cerrno>
 #include <string_view>
 #include <system_error>
 #include <utility>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
 #include "microbatch/io/checkpoint_store.h"
+#include "microbatch/io/file_system.h"
 
 namespace microbatch {
 namespace {
@@ -18,6 +23,25 @@ bool is_there(const std::filesystem::path& path) {
 }
 
 }  // namespace
+
+RunLock::RunLock(const std::filesystem::path& folder) {
+    make_folders_to_the_disk(system_files(), folder);
+    // Locks the folder itself: leaves no file behind, and child processes do not hold the lock.
+    descriptor_ = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (descriptor_ < 0) {
+        throw Error(ErrorKind::usage, "cannot open the run folder ", folder.string(), ": ",
+                    std::generic_category().message(errno));
+    }
+    held_ = ::flock(descriptor_, LOCK_EX | LOCK_NB) == 0;
+    if (held_ || errno != EWOULDBLOCK) return;
+    ::close(descriptor_);
+    throw Error(ErrorKind::usage, "another process is training in ", folder.string(),
+                ": wait for it, stop it, or name another folder for this run");
+}
+
+RunLock::~RunLock() {
+    ::close(descriptor_);
+}
 
 std::filesystem::path checkpoints_of(const std::filesystem::path& run) {
     return run / "checkpoints";
@@ -37,9 +61,9 @@ void RunFolder::refuse_files_without_checkpoint() const {
     for (const char* name : {"model.safetensors", "report.html", "summary.json"}) {
         const bool own_page = is_there(path_ / "metrics.jsonl") && std::string_view(name) != "model.safetensors";
         if (!is_there(path_ / name) || own_page) continue;
-        throw Error(ErrorKind::usage,
-                    str_cat(path_.string(), ": there is no checkpoint to resume from, and a new run would overwrite ",
-                            name, "; name a new folder for this run, or move that file away"));
+        throw Error(ErrorKind::usage, path_.string(),
+                    ": there is no checkpoint to resume from, and a new run would overwrite ", name,
+                    "; name a new folder for this run, or move that file away");
     }
 }
 
@@ -53,9 +77,8 @@ void RunFolder::lock() {
 void RunFolder::refuse_used() const {
     for (const char* name : {"config.toml", "metrics.jsonl", "model.safetensors", "report.html", "summary.json"}) {
         if (!is_there(path_ / name)) continue;
-        throw Error(ErrorKind::usage, str_cat(path_.string(), ": ", name,
-                                              " already exists; resume that run (--resume), or name a new folder for "
-                                              "this one"));
+        throw Error(ErrorKind::usage, path_.string(), ": ", name,
+                    " already exists; resume that run (--resume), or name a new folder for this one");
     }
 }
 
@@ -78,13 +101,10 @@ bool RunFolder::use_healthy() {
 
 void RunFolder::remove_snapshots() const {
     std::error_code failure;
-    std::vector<std::filesystem::path> left;
-    std::filesystem::directory_iterator entry(path_, failure);
-    for (; !failure && entry != std::filesystem::directory_iterator(); entry.increment(failure)) {
-        const std::string name = entry->path().filename().string();
-        if (name.starts_with("snapshot-") && name.ends_with(".bin")) left.push_back(entry->path());
+    for (const auto& path : paths_in(path_, failure)) {
+        const std::string name = path.filename().string();
+        if (name.starts_with("snapshot-") && name.ends_with(".bin")) std::filesystem::remove(path, failure);
     }
-    for (const auto& path : left) std::filesystem::remove(path, failure);
 }
 
 void RunFolder::remove_unused(const std::filesystem::path& events) const {

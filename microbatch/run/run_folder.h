@@ -5,7 +5,6 @@
 #include <string>
 #include <vector>
 
-#include "microbatch/io/run_lock.h"
 #include "microbatch/state/state_dict.h"
 
 namespace microbatch {
@@ -13,12 +12,33 @@ namespace microbatch {
 /// The folder of the checkpoints of a run.
 std::filesystem::path checkpoints_of(const std::filesystem::path& run);
 
+/// Locks the folder of a run for this process during its lifetime; however the process ends, the lock is released.
+///
+/// Threads: none.
+class RunLock {
+public:
+    /// Creates the folder if it is missing.
+    /// Errors: ErrorKind::usage if another process holds the lock, or the folder cannot be created. On a file system
+    ///         without locks, the folder is used without one: see is_held().
+    explicit RunLock(const std::filesystem::path& folder);
+    RunLock(const RunLock&) = delete;
+    RunLock& operator=(const RunLock&) = delete;
+    ~RunLock();
+
+    /// False if the file system has no locks.
+    bool is_held() const { return held_; }
+
+private:
+    int descriptor_ = -1;
+    bool held_ = false;
+};
+
 /// The folder of a run: locked against other processes, and either new or resumed.
 class RunFolder {
 public:
     /// Locks an existing folder; lock() creates a missing one. With `resume`, the newest valid checkpoint, if there is
     /// one, becomes state().
-    /// Errors: ErrorKind::usage if another process trains in it, or it has a run and `resume` is false (nothing is
+    /// Errors: ErrorKind::usage if another process is training in it, or it has a run and `resume` is false (nothing is
     ///         overwritten, including weights without a checkpoint); ErrorKind::bad_data if there are checkpoints but
     ///         none is valid, or the newest has a different format version.
     explicit RunFolder(std::filesystem::path path, bool resume = false);

@@ -3,11 +3,10 @@
 #include <charconv>
 #include <functional>
 #include <nlohmann/json.hpp>
-#include <string>
+#include <stdexcept>
 #include <string_view>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
 #include "microbatch/io/line_reader.h"
 
 namespace microbatch {
@@ -16,10 +15,8 @@ namespace {
 void make_folder(const std::filesystem::path& folder) {
     std::error_code failure;
     std::filesystem::create_directories(folder, failure);
-    if (failure) {
-        throw Error(ErrorKind::usage,
-                    str_cat("cannot create the run folder ", folder.string(), ": ", failure.message()));
-    }
+    if (failure)
+        throw Error(ErrorKind::usage, "cannot create the run folder ", folder.string(), ": ", failure.message());
 }
 
 // The step of a line; empty if it is not a valid line.
@@ -74,6 +71,17 @@ void mend(const std::filesystem::path& path, std::int64_t steps, FileSystem& fil
     write_whole(path, write, files);
 }
 
+// Empty if the line is not a step.
+std::optional<StepRecord> read_step(std::string_view text) {
+    try {
+        const StepRecord step = step_record_from(text);
+        const bool sound = step.step > 0 && step.peak_bytes >= 0 && step.step_seconds > 0.0 && step.micro_batch > 0;
+        return sound ? std::optional(step) : std::nullopt;
+    } catch (const std::invalid_argument&) {
+        return std::nullopt;
+    }
+}
+
 }  // namespace
 
 RunLog::RunLog(const std::filesystem::path& folder) : path_(folder / "metrics.jsonl") {
@@ -81,7 +89,7 @@ RunLog::RunLog(const std::filesystem::path& folder) : path_(folder / "metrics.js
     // A broken link counts too: writing through it would write elsewhere.
     std::error_code failure;
     if (std::filesystem::exists(std::filesystem::symlink_status(path_, failure))) {
-        throw Error(ErrorKind::usage, str_cat(path_.string(), " already exists: name a new folder for this run"));
+        throw Error(ErrorKind::usage, path_.string(), " already exists: name a new folder for this run");
     }
     file_.emplace(path_);
 }
@@ -95,8 +103,7 @@ RunLog::RunLog(const std::filesystem::path& folder, std::int64_t steps, FileSyst
         return;
     }
     if (!std::filesystem::is_regular_file(std::filesystem::symlink_status(path_, failure))) {
-        throw Error(ErrorKind::usage,
-                    str_cat(path_.string(), " is not a file: the log of the run cannot be written there"));
+        throw Error(ErrorKind::usage, path_.string(), " is not a file: the log of the run cannot be written there");
     }
     const Kept kept = kept_of(path_, steps);
     if (!kept.is_begin()) mend(path_, steps, files);
@@ -107,6 +114,25 @@ RunLog::RunLog(const std::filesystem::path& folder, std::int64_t steps, FileSyst
 std::string RunLog::write(const StepRecord& record) {
     ++lines_;
     return file_->append(to_json(record) + "\n");
+}
+
+LoggedRun read_run_log(const std::filesystem::path& folder) {
+    const std::filesystem::path path = folder / "metrics.jsonl";
+    const auto refuse = [](const auto&... what) { throw Error(ErrorKind::bad_data, what...); };
+    if (!std::filesystem::is_regular_file(path)) refuse(folder.string(), " is not a run: there is no ", path.string());
+    LineReader lines(path);
+    LoggedRun run;
+    while (const auto line = lines.next()) {
+        const std::optional<StepRecord> step = read_step(*line);
+        if (!step && !lines.is_whole()) {
+            run.cut = true;
+            break;
+        }
+        if (!step) refuse(path.string(), " line ", lines.number(), " is not a valid step");
+        run.steps.push_back(*step);
+    }
+    if (run.steps.empty()) refuse(path.string(), " has no steps");
+    return run;
 }
 
 }  // namespace microbatch

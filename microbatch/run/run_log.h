@@ -4,6 +4,7 @@
 #include <filesystem>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "microbatch/io/append_file.h"
 #include "microbatch/io/file_system.h"
@@ -45,5 +46,16 @@ private:
     std::optional<AppendFile> file_;
     std::int64_t lines_ = 0;
 };
+
+struct LoggedRun {
+    std::vector<StepRecord> steps;
+    bool cut = false;  ///< the last line is incomplete, as after a kill; it is ignored
+};
+
+/// Reads a run's metrics.jsonl.
+/// Memory: the steps, and a line of at most 1 MiB.
+/// Errors: ErrorKind::bad_data, naming file and line, if there is no log, it has no steps, or a line other than the
+///         last was not written by RunLog.
+LoggedRun read_run_log(const std::filesystem::path& folder);
 
 }  // namespace microbatch

@@ -4,31 +4,12 @@
 #include <stdexcept>
 #include <type_traits>
 
-#include "microbatch/io/bounded_json.h"
-#include "microbatch/io/json_number.h"
+#include "microbatch/io/json.h"
 
 namespace microbatch {
 namespace {
 
 using Json = nlohmann::json;
-using Written = nlohmann::ordered_json;
-
-Written written(std::int64_t value) {
-    return value;
-}
-Written written(double value) {
-    return json_number(value);
-}
-Written written(bool value) {
-    return value;
-}
-Written written(const std::string& value) {
-    return value;
-}
-template <class Value>
-Written written(const std::optional<Value>& value) {
-    return value ? written(*value) : Written();
-}
 
 void read(const Json& json, std::int64_t& value) {
     value = count_from(json);
@@ -97,9 +78,9 @@ std::optional<double> StepField::number(const StepRecord& record) const {
 }
 
 std::string to_json(const StepRecord& record) {
-    Written json;
+    nlohmann::ordered_json json;
     for (const StepField& field : step_fields()) {
-        json[field.key] = std::visit([&record](auto member) { return written(record.*member); }, field.member);
+        json[field.key] = std::visit([&record](auto member) { return json_value(record.*member); }, field.member);
     }
     return json.dump(-1, ' ', false, Json::error_handler_t::replace);
 }

@@ -4,10 +4,8 @@
 
 #include <algorithm>
 #include <chrono>
-#include <limits>
 #include <numeric>
 #include <utility>
-#include <vector>
 
 #include "microbatch/core/error.h"
 #include "microbatch/core/str_cat.h"
@@ -38,7 +36,7 @@ Trainer::Trainer(Accumulator& accumulator, const Dataset& dataset, LossFunction 
 }
 
 void Trainer::validate_options() const {
-    const auto refuse = [](const auto&... what) { throw Error(ErrorKind::usage, str_cat(what...)); };
+    const auto refuse = [](const auto&... what) { throw Error(ErrorKind::usage, what...); };
     if (options_.batch < 1) refuse("the batch is ", options_.batch, "; it must be at least 1");
     if (options_.length.count < 0) refuse("the length of the run is ", to_string(options_.length));
     if (dataset_.tokens_per_sample() < 1) {
@@ -69,7 +67,7 @@ std::int64_t Trainer::samples_left() const {
 }
 
 TrainerReport Trainer::step() {
-    if (done()) throw Error(ErrorKind::usage, str_cat("the run of ", to_string(options_.length), " is complete"));
+    if (done()) throw Error(ErrorKind::usage, "the run of ", to_string(options_.length), " is complete");
     const auto started = std::chrono::steady_clock::now();
     const double seconds_before = std::exchange(at_.partial_seconds, 0.0);
     const auto seconds = [&] {
@@ -218,13 +216,14 @@ StepRecord record_of(const TrainerReport& report, const StepMeasures& measures) 
     return record;
 }
 
-double mean_loss(const Dataset& dataset, std::int64_t micro_batch, const LossFunction& loss) {
+double mean_loss(const Dataset& dataset, std::int64_t micro_batch, const LossFunction& loss, std::int64_t most) {
     at::NoGradGuard no_grad;
     double sum = 0.0;
     double weight = 0.0;
-    const std::int64_t count = micro_batch_count(dataset.size(), micro_batch);
+    const std::int64_t size = std::min(dataset.size(), most);
+    const std::int64_t count = micro_batch_count(size, micro_batch);
     for (std::int64_t i = 0; i < count; ++i) {
-        const Slice slice = micro_batch_slice(dataset.size(), micro_batch, i);
+        const Slice slice = micro_batch_slice(size, micro_batch, i);
         std::vector<std::int64_t> indices(static_cast<std::size_t>(slice.size()));
         std::iota(indices.begin(), indices.end(), slice.begin);
         const WeightedLoss result = loss(DatasetBatch(dataset, std::move(indices)).fetch({0, slice.size()}));

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
@@ -143,9 +144,11 @@ private:
     std::string partial_warning_;  // of the interrupted step, not yet reported
 };
 
-/// Mean loss over the whole dataset, `micro_batch` samples at a time, without gradients: the sum of the sums / the sum
-/// of the weights. The loss function's model must already be in evaluation mode. 0 if the weight is 0.
+/// Mean loss over the dataset, or its first `most` samples, `micro_batch` samples at a time, without gradients: the sum
+/// of the sums / the sum of the weights. The loss function's model must already be in evaluation mode. 0 if the weight
+/// is 0.
 /// Errors: ErrorKind::usage if micro_batch < 1 or a loss is not valid; whatever the loss function throws.
-double mean_loss(const Dataset& dataset, std::int64_t micro_batch, const LossFunction& loss);
+double mean_loss(const Dataset& dataset, std::int64_t micro_batch, const LossFunction& loss,
+                 std::int64_t most = std::numeric_limits<std::int64_t>::max());
 
 }  // namespace microbatch

@@ -1,11 +1,9 @@
 // A trainer's state, saved and loaded.
 
-#include <cmath>
 #include <unordered_map>
 #include <utility>
 
 #include "microbatch/core/error.h"
-#include "microbatch/core/str_cat.h"
 #include "microbatch/model/forward_state.h"
 #include "microbatch/run/trainer.h"
 
@@ -85,9 +83,8 @@ void Trainer::require_first_buffers(const StateReader& buffers) const {
     try {
         prepare_tensors(buffers, first_buffers_, "buffer");
     } catch (const Error& error) {
-        throw Error(ErrorKind::usage,
-                    str_cat("the saved state could not be loaded again: ", error.what(),
-                            "; a buffer must keep the shape that it had when the trainer was created"));
+        throw Error(ErrorKind::usage, "the saved state could not be loaded again: ", error.what(),
+                    "; a buffer must keep the shape that it had when the trainer was created");
     }
 }
 
@@ -128,8 +125,8 @@ Commit Trainer::prepare(const StateReader& reader) {
     next.partial_seconds = 0.0;
     next.progress = {data.count("steps"), data.count("samples"), data.count("tokens")};
     if (data.count("size") != dataset_.size()) {
-        throw Error(ErrorKind::bad_data, str_cat("it is from a run over ", data.count("size"),
-                                                 " samples, but the data has ", dataset_.size()));
+        throw Error(ErrorKind::bad_data, "it is from a run over ", data.count("size"), " samples, but the data has ",
+                    dataset_.size());
     }
     as_bad_data([&] {
         next.sampler.restore({data.seed("seed"), data.count("epoch"), data.count("position")});

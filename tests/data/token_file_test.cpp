@@ -1,4 +1,4 @@
-#include "microbatch/data/token_file.h"
+#include "microbatch/data/tokens.h"
 
 #include <gtest/gtest.h>
 #include <sys/stat.h>

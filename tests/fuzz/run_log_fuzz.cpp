@@ -1,5 +1,5 @@
 // metrics.jsonl, which `report`, `advise` and a resumed run read.
-#include "microbatch/run/run_reader.h"
+#include "microbatch/run/run_log.h"
 
 #include "fuzz/fuzz.h"
 

@@ -1,5 +1,5 @@
 // summary.json, which `report` and a resumed run read.
-#include "microbatch/run/run_summary.h"
+#include "microbatch/run/report.h"
 
 #include <string>
 

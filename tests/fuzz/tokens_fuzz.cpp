@@ -5,7 +5,7 @@
 
 #include "fuzz/fuzz.h"
 #include "microbatch/core/crc32c.h"
-#include "microbatch/data/token_file.h"
+#include "microbatch/data/tokens.h"
 
 namespace microbatch {
 namespace {

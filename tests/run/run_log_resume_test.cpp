@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "microbatch/run/run_log.h"
-#include "microbatch/run/run_reader.h"
 #include "microbatch/run/trainer.h"
 #include "support/errors.h"
 #include "support/faulty_files.h"

@@ -11,7 +11,7 @@
 
 #include "microbatch/io/safetensors.h"
 #include "microbatch/optim/sgd.h"
-#include "microbatch/run/run_reader.h"
+#include "microbatch/run/run_log.h"
 #include "support/temp_folder.h"
 
 namespace microbatch {

@@ -7,7 +7,7 @@
 #include <optional>
 
 #include "microbatch/core/str_cat.h"
-#include "microbatch/io/state_file.h"
+#include "microbatch/io/safetensors.h"
 #include "microbatch/state/stateful.h"
 #include "support/errors.h"
 #include "support/one_thread.h"

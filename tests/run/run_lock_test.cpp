@@ -1,4 +1,4 @@
-#include "microbatch/io/run_lock.h"
+#include "microbatch/run/run_folder.h"
 
 #include <gtest/gtest.h>
 #include <signal.h>

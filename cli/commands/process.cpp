@@ -1,35 +1,52 @@
-#include "cli/commands/child.h"
+#include "cli/commands/process.h"
 
 #include <fcntl.h>
-#include <fmt/format.h>
 #include <poll.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <array>
+#include <atomic>
 #include <cerrno>
 #include <chrono>
 #include <csignal>
+#include <cstdint>
 #include <cstring>
-#include <optional>
-#include <vector>
+#include <ctime>
 
-#include "cli/commands/interrupt.h"
-#include "cli/commands/job.h"
+#include "cli/options/refuse.h"
 #include "cli/print/output.h"
-#include "microbatch/core/error.h"
 
 namespace microbatch::cli {
 namespace {
+
+constexpr int watched[] = {SIGINT, SIGTERM, SIGHUP};
+
+constexpr std::int64_t same_signal = 200'000'000;  // nanoseconds
+
+std::atomic<std::int64_t> came_at = 0;  // monotonic clock; 0 means not yet
+static_assert(std::atomic<std::int64_t>::is_always_lock_free);
+
+std::int64_t now() {
+    timespec time{};
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec * std::int64_t{1'000'000'000} + time.tv_nsec + 1;
+}
+
+extern "C" void remember(int number) {
+    const std::int64_t at = now();
+    std::int64_t first = 0;
+    if (came_at.compare_exchange_strong(first, at) || at - first < same_signal) return;
+    std::signal(number, SIG_DFL);
+    std::raise(number);  // takes effect when this returns
+}
 
 struct Pipe {
     std::array<int, 2> ends{-1, -1};
 
     Pipe() {
-        if (::pipe2(ends.data(), O_CLOEXEC) != 0) {
-            throw Error(ErrorKind::usage, fmt::format("cannot create a pipe: {}", std::strerror(errno)));
-        }
+        if (::pipe2(ends.data(), O_CLOEXEC) != 0) refuse("cannot create a pipe: {}", std::strerror(errno));
     }
     Pipe(const Pipe&) = delete;
     Pipe& operator=(const Pipe&) = delete;
@@ -82,9 +99,7 @@ pid_t start(const std::vector<std::string>& words, Pipe& output, Pipe& errors) {
     const pid_t parent = ::getpid();
     const pid_t child = ::fork();
     if (child == 0) become(arguments.data(), parent, output.ends[1], errors.ends[1]);
-    if (child < 0) {
-        throw Error(ErrorKind::usage, fmt::format("cannot start another process: {}", std::strerror(errno)));
-    }
+    if (child < 0) refuse("cannot start another process: {}", std::strerror(errno));
     output.close(1);
     errors.close(1);
     return child;
@@ -124,6 +139,21 @@ int wait_for(pid_t child) {
 }
 
 }  // namespace
+
+void watch_interrupts() {
+    struct sigaction action {};
+    action.sa_handler = remember;
+    action.sa_flags = SA_RESTART;
+    for (const int one : watched) {
+        struct sigaction before {};
+        sigaction(one, nullptr, &before);
+        if (before.sa_handler != SIG_IGN) sigaction(one, &action, nullptr);
+    }
+}
+
+bool interrupted() {
+    return came_at != 0;
+}
 
 ChildResult run_child(const std::vector<std::string>& words, std::FILE* out) {
     Pipe output, errors;
