@@ -81,9 +81,7 @@ void FusedOptimizer::add_group(const ParameterGroup& group) {
 }
 
 void FusedOptimizer::set_group(std::size_t group, double learning_rate_scale, double weight_decay) {
-    if (group >= groups_.size()) {
-        throw Error(ErrorKind::usage, str_cat(name_, ": there is no group ", group, ": it has ", groups_.size()));
-    }
+    require_that(group < groups_.size(), name_, ": there is no group ", group, ": it has ", groups_.size());
     validate_setting(name_, "weight decay", weight_decay);
     validate_setting(name_, "learning rate scale", learning_rate_scale);
     groups_[group].learning_rate_scale = learning_rate_scale;
