@@ -75,17 +75,21 @@ void FusedOptimizer::add_group(const ParameterGroup& group) {
             require_that(!tensor.is_same(parameter.tensor), name_, ": parameter ", parameter.name,
                          " is already in another group");
         }
-        made.push_back({parameter, group.weight_decay, group.learning_rate_scale});
+        made.push_back({parameter, group_count_, group.weight_decay, group.learning_rate_scale});
     }
     slots_ = std::move(made);
+    ++group_count_;
 }
 
 void FusedOptimizer::set_group(std::size_t group, double learning_rate_scale, double weight_decay) {
-    require_that(group < groups_.size(), name_, ": there is no group ", group, ": it has ", groups_.size());
+    require_that(group < group_count_, name_, ": there is no group ", group, ": it has ", group_count_);
     validate_setting(name_, "weight decay", weight_decay);
     validate_setting(name_, "learning rate scale", learning_rate_scale);
-    groups_[group].learning_rate_scale = learning_rate_scale;
-    groups_[group].weight_decay = weight_decay;
+    for (Slot& slot : slots_) {
+        if (slot.group != group) continue;
+        slot.learning_rate_scale = learning_rate_scale;
+        slot.weight_decay = weight_decay;
+    }
 }
 
 void FusedOptimizer::set_learning_rate(double rate) {

@@ -63,6 +63,7 @@ protected:
 private:
     struct Slot {
         Parameter parameter;
+        std::size_t group;
         double weight_decay, learning_rate_scale;  // of its group
         std::vector<at::Tensor> state = {}, dry_run_state = {};
     };
@@ -80,6 +81,7 @@ private:
 
     const char* name_;
     std::vector<Slot> slots_;
+    std::size_t group_count_ = 0;
     double learning_rate_;
 };
 

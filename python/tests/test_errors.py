@@ -77,7 +77,7 @@ def test_a_loss_that_calls_backward_itself_is_refused():
 def test_gradients_that_somebody_left_are_refused_by_name():
     accumulator = made()
     accumulator.model(BATCH[0] + 1).sum().backward()
-    with pytest.raises(mb.UsageError, match="parameter weight holds a gradient"):
+    with pytest.raises(mb.UsageError, match="parameter weight has a gradient"):
         accumulator.step(BATCH)
 
 

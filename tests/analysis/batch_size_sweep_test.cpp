@@ -76,7 +76,7 @@ TEST(Branches, RefusesInvalidOptions) {
     Training run;
     expect_usage_error({"must be 1"}, [&] { run.branches({.batch = 4, .factors = {}}); });
     expect_usage_error({"must be 1"}, [&] { run.branches({.batch = 4, .factors = {2}}); });
-    expect_usage_error({"rise"}, [&] { run.branches({.batch = 4, .factors = {1, 4, 4}}); });
+    expect_usage_error({"increase"}, [&] { run.branches({.batch = 4, .factors = {1, 4, 4}}); });
     expect_usage_error({"batch", "0"}, [&] { run.branches({.batch = 0}); });
     expect_usage_error({"31", "32"}, [&] { run.branches({.batch = 4, .samples = 31}); });
 }
