@@ -85,7 +85,7 @@ install_torch() {
 
 # What the tests of the Python package need, beside torch.
 install_python_tests() {
-    [ -e .venv/torch-$torch_version ] || return 0
+    if [ -n "${MICROBATCH_TORCH:-}" ] || prefix_path_has_torch; then return; fi
     local marker; marker=.venv/tests-$(cksum < python/tests/requirements.txt | cut -d ' ' -f 1)
     [ -e "$marker" ] && return
     echo "installing transformers and others into .venv, for the tests of the Python package"

@@ -194,7 +194,8 @@ at::Tensor embedding(c10::DispatchKeySet keys, const at::Tensor& weight, const a
 // backward may run after the scope has ended.
 void override_operators() {
     [[maybe_unused]] static const auto* const library = [] {
-        auto* made = new torch::Library(torch::Library::IMPL, "aten", c10::DispatchKey::AutogradCPU, __FILE__, __LINE__);
+        auto* made =
+            new torch::Library(torch::Library::IMPL, "aten", c10::DispatchKey::AutogradCPU, __FILE__, __LINE__);
         made->impl("mm", TORCH_FN(mm));
         made->impl("addmm", TORCH_FN(addmm));
         made->impl("embedding", TORCH_FN(embedding));

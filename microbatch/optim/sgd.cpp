@@ -17,7 +17,8 @@ Sgd::Sgd(const std::vector<ParameterGroup>& groups, SgdOptions options)
 }
 
 void Sgd::set_momentum(double momentum) {
-    require_that(momentum >= 0.0 && momentum < 1.0, "Sgd: momentum is ", momentum, "; it must be at least 0 and below 1");
+    require_that(momentum >= 0.0 && momentum < 1.0, "Sgd: momentum is ", momentum,
+                 "; it must be at least 0 and below 1");
     require_that((momentum == 0.0) == (options_.momentum == 0.0), "Sgd: momentum was ", options_.momentum,
                  " and cannot become ", momentum, ": make the optimizer anew");
     options_.momentum = momentum;

@@ -16,7 +16,8 @@ void bind_memory(py::module_& module) {
     module.def("release_cached", &release_cached_memory);
     module.def("budget", &memory_budget);
     module.def("set_budget", &set_memory_budget, py::arg("bytes"));
-    module.def("parse_bytes", [](const std::string& text) { return parse_bytes(text); }, py::arg("text"));
+    module.def(
+        "parse_bytes", [](const std::string& text) { return parse_bytes(text); }, py::arg("text"));
     module.def("format_bytes", &format_bytes, py::arg("bytes"));
     module.def("available_memory", &available_memory_bytes);
     module.def("fail_allocation", &fail_allocation, py::arg("countdown"));
