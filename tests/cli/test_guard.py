@@ -1,5 +1,6 @@
 """Steps beyond the bounds are refused, reported and logged; a run that diverges is stopped."""
 
+import random
 import statistics
 
 import pytest
@@ -89,3 +90,11 @@ def test_a_run_that_ends_worse_than_it_began_says_so_and_ends_with_4(run):
     assert "the run ended worse than it began" in result.stderr and "--lr" in result.stderr
     assert "ended worse than it began" in (result.folder / "summary.json").read_text()
     assert len(result.metrics) == 40 and (result.folder / "model.safetensors").exists()
+
+
+def test_a_run_that_overfits_is_warned_of_and_does_not_fail(run):
+    noise = run.folder / "noise.txt"
+    drawn = random.Random(1)
+    noise.write_bytes(bytes(drawn.randrange(1, 256) for _ in range(400)))
+    result = run.text("train", data=noise, width=64, lr=0.005, steps=200, micro_batch=8, no_guard=True).ok()
+    assert result.column("loss")[-1] < 0.5 and "the model overfits" in result.stdout
