@@ -1,5 +1,6 @@
 """What the tests of the package share: small models, and the gradient of a batch at once to compare with."""
 
+import gc
 import pathlib
 import sys
 
@@ -8,6 +9,7 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
+gc.freeze()  # torch's own objects: looking through them again takes most of the time of a collection
 torch.set_num_threads(1)  # the machine is shared, and two threads that wait for each other become many times slower
 
 
