@@ -7,6 +7,16 @@ set(kineto_LIBRARY c10 CACHE STRING "Silences the wheel's search for kineto")
 if(DEFINED ENV{MICROBATCH_TORCH} AND NOT "$ENV{MICROBATCH_TORCH}" STREQUAL "")
     set(MICROBATCH_TORCH "$ENV{MICROBATCH_TORCH}" CACHE PATH "An existing LibTorch" FORCE)
 endif()
+# A wheel is for the torch of the Python that builds it.
+if(SKBUILD AND NOT MICROBATCH_TORCH)
+    find_package(Python REQUIRED COMPONENTS Interpreter)
+    execute_process(COMMAND ${Python_EXECUTABLE} -c "import torch; print(torch.utils.cmake_prefix_path)"
+                    OUTPUT_VARIABLE MICROBATCH_TORCH OUTPUT_STRIP_TRAILING_WHITESPACE RESULT_VARIABLE failed ERROR_QUIET)
+    if(failed)
+        message(FATAL_ERROR "The Python that builds the wheel has no torch: pip install torch==2.13.0, then "
+                            "pip install --no-build-isolation .")
+    endif()
+endif()
 if(MICROBATCH_TORCH)
     find_package(Torch REQUIRED PATHS "${MICROBATCH_TORCH}" NO_DEFAULT_PATH)
 else()

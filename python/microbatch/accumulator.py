@@ -127,11 +127,11 @@ class Accumulator:
         if self.optimizer is None:
             raise UsageError("this Accumulator has no optimizer: call gather(batch), then step with your own")
         source, function = self._prepared(batch, loss, length)
-        memory_before = self._begin()
+        memory.reset_peak()
         gate = None if self.guard is None else self.guard._gate
         report = self._native.step(source, function, self._measures_noise(), gate)
         self._steps += 1
-        return self._report(report, memory_before)
+        return self._report(report)
 
     def gather(self, batch: Any, loss: LossFunction | None = None, *, length: int | None = None) -> StepReport | None:
         """The gradients of the whole batch, and no update yet.
@@ -140,16 +140,16 @@ class Accumulator:
         and clear the gradients before the next batch. With one, call apply() or discard(); returns None.
         """
         source, function = self._prepared(batch, loss, length)
-        memory_before = self._begin()
+        memory.reset_peak()
         self._native.gather(source, function, self._measures_noise())
         self._steps += 1
         if self.optimizer is not None:
             return None
-        return self._report(self._native.hand_over(), memory_before)
+        return self._report(self._native.hand_over())
 
     def begin(self) -> None:
         """Opens a batch whose micro-batches you cut by yourself: `add()` each, then `finish()` and `apply()`."""
-        self._begin()
+        memory.reset_peak()
         self._native.begin(self._measures_noise())
 
     def add(self, loss_sum: Tensor, weight: float | Tensor) -> None:
@@ -160,15 +160,15 @@ class Accumulator:
         """Closes the batch that begin() opened. Without an optimizer, the mean gradient is in `.grad` afterwards."""
         self._native.finish()
         self._steps += 1
-        return self._report(self._native.hand_over(), 0) if self.optimizer is None else None
+        return self._report(self._native.hand_over()) if self.optimizer is None else None
 
     def apply(self) -> StepReport:
         """Divides by the weight, clips, steps and clears."""
-        return self._report(self._native.apply(), 0)
+        return self._report(self._native.apply())
 
     def discard(self, reason: str = "discarded") -> StepReport:
         """Drops what is gathered; parameters and buffers are as before the batch."""
-        return self._report(self._native.discard(reason), 0)
+        return self._report(self._native.discard(reason))
 
     def make_plan(
         self, batch: Any, loss: LossFunction | None = None, *, memory: int | str | None = None, length: int | None = None
@@ -244,14 +244,10 @@ class Accumulator:
         self.last_plan = report
         return report
 
-    def _begin(self) -> int:
-        memory.reset_peak()
-        return memory.stats().live_bytes
-
     def _measures_noise(self) -> bool:
         return self.noise_every > 0 and self._steps % self.noise_every == 0
 
-    def _report(self, report: Any, _: int) -> StepReport:
+    def _report(self, report: Any) -> StepReport:
         noise = report.noise
         known = noise is not None and noise.variance > 0.0 and noise.squared_gradient > 0.0
         return StepReport(

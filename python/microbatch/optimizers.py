@@ -277,12 +277,16 @@ class TorchDriver(_OfGroups):
     def _fused_step(self, divisor: float) -> None:
         state = self.optimizer.state
         known = set(state)
+        # Torch counts the step before it allocates.
+        counts = [(one["step"], one["step"].clone()) for one in state.values() if isinstance(one.get("step"), Tensor)]
         self.optimizer.grad_scale = torch.tensor(divisor, dtype=torch.float32)
         try:
             self.optimizer.step()
         except torch.OutOfMemoryError:
             for parameter in [one for one in state if one not in known]:
                 del state[parameter]
+            for count, before in counts:
+                count.copy_(before)
             raise
         finally:
             del self.optimizer.grad_scale

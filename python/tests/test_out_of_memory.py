@@ -1,5 +1,6 @@
 """A batch that runs out of memory, wherever that is, is undone and run again in smaller micro-batches."""
 
+import copy
 import gc
 import random
 import weakref
@@ -74,6 +75,10 @@ def job(kind=Net, make_optimizer=lambda p: mb.AdamW(p, lr=0.01), **how):
 def state(accumulator):
     model = accumulator.model
     return [one.detach().clone() for one in model.state_dict().values()] + [torch.get_rng_state(), random.getstate()]
+
+
+def moments(optimizer):
+    return [one for state in optimizer.state.values() for one in state.values() if isinstance(one, torch.Tensor)]
 
 
 def assert_same_bits(one, other):
@@ -217,22 +222,16 @@ def test_a_step_of_a_fused_torch_optimizer_is_whole_or_not_at_all(make, first):
     before = _core.allocation_count()
     accumulator.apply()
     allocations = _core.allocation_count() - before
-    wanted = state(accumulator)
+    assert allocations > 0
     for at in range(1, allocations + 1):
         accumulator, batch = prepared()
         accumulator.gather(batch)
+        before = copy.deepcopy([*accumulator.model.parameters(), *moments(accumulator.optimizer)])
         _core.fail_allocation(at)
         with pytest.raises(torch.OutOfMemoryError):
             accumulator.apply()
         _core.fail_allocation(0)
-        accumulator.gather(batch)
-        accumulator.discard()
-        accumulator, batch = prepared()
-        before = _core.allocation_count()
-        _core.fail_allocation(0)
-        accumulator.gather(batch)
-        accumulator.apply()
-        assert_same_bits(state(accumulator), wanted)
+        assert_same_bits([*accumulator.model.parameters(), *moments(accumulator.optimizer)], before)
 
 
 def test_another_torch_optimizer_says_that_its_step_cannot_be_undone():
