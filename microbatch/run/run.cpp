@@ -227,7 +227,8 @@ void Run::end(bool left_half_way) {
 }
 
 void Run::save_weights() {
-    if (had_weights_ && (!applied_ || outcome_.diverged())) return;
+    // A run that was killed between its last checkpoint and its weights makes no step when it is resumed.
+    if (had_weights_ && ((!applied_ && !trainer_.done()) || outcome_.diverged())) return;
     const NamedTensors weights = weights_of(accumulator_);
     try {
         write_safetensors(folder_.path() / "model.safetensors", weights);

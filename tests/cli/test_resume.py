@@ -321,3 +321,12 @@ def test_a_resumed_run_rolls_back_at_the_same_steps_as_the_uninterrupted_one(run
         assert [(line["step"], line["rolled_back_to"]) for line in result.metrics if line["rolled_back_to"] is not None] == places
         assert result.document["restores"] == len(places)
         assert_same(result, reference)
+
+
+def test_a_run_that_lost_only_its_weights_gets_them_back_by_resuming(run):
+    result = run.text("train", run="run", steps=3).ok()
+    weights = result.folder / "model.safetensors"
+    wanted = weights.read_bytes()
+    weights.write_bytes(wanted[:-4] + b"old!")  # of an earlier step, as an interrupt leaves it
+    run("train", "--run", "run", "--resume").ok()
+    assert weights.read_bytes() == wanted
