@@ -23,7 +23,7 @@ struct Interrupted {};
 struct ChildResult {
     int exit_code = 0;   ///< 128 plus the signal number if a signal ended it
     std::string output;  ///< its stdout
-    std::string error;   ///< its error message; empty if there is none
+    std::string error;   ///< its error message, or an empty string
 };
 
 /// Runs this program with other arguments and waits for it. Its stderr, except for its error message, is passed to

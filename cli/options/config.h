@@ -24,7 +24,7 @@ void apply_config(Arguments& arguments, const std::string& text, const std::stri
 /// The keys of such a text with their values. Errors: ErrorKind::bad_data if it cannot be parsed.
 Values config_values(const std::string& text, const std::string& source);
 
-/// The same for the config.toml of a run; empty if there is none.
+/// The same for the config.toml of a run; empty if the run has no such file.
 Values read_config(const std::filesystem::path& folder);
 
 }  // namespace microbatch::cli

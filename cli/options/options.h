@@ -68,7 +68,7 @@ inline constexpr const char* length_group = "How long (give one)";
 /// All options of all commands, in the order of --help. Different commands may have options with the same name.
 const std::vector<Option>& options();
 
-/// The option with this name; null if there is none. With `commands`, an option of any of these commands.
+/// The option with this name, or null. With `commands`, an option of any of these commands.
 const Option* find_option(std::string_view name, unsigned commands = ~0U);
 
 /// The value of the option as a flag would set it; empty if it is not set.

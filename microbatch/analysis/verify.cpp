@@ -20,7 +20,7 @@ struct Gradients {
     double loss = 0.0;
     double weight = 0.0;
     double norm = 0.0;
-    std::vector<at::Tensor> mean;  // by parameter; undefined where there is none
+    std::vector<at::Tensor> mean;  // by parameter; undefined for one without a gradient
 };
 
 // NaN compares as larger than everything, so it is never hidden.

@@ -53,7 +53,7 @@ struct PlanSpace {
     bool any_fits() const;
     /// Peak of the optimizer's steps, a lower bound of every plan's; 0 before they were tried.
     std::int64_t update_peak() const;
-    /// The smallest measured peak; the largest int64 if there is none.
+    /// The smallest measured peak; the largest int64 if no peak was measured.
     std::int64_t least_peak() const;
     /// The largest micro-batch below the batch that is predicted to fit; 0 if none is.
     std::int64_t largest_that_fits(const Mode& mode) const;

@@ -122,7 +122,7 @@ constexpr std::array<ByteUnit, 10> byte_units{{
     {"tb", 1'000'000'000'000},
 }};
 
-/// Removes k, m or g from the front of the suffix and returns its value; 1 if there is none.
+/// Removes k, m or g from the front of the suffix and returns its value, or 1 without such a letter.
 std::uint64_t take_multiplier(std::string& suffix) {
     std::uint64_t multiplier = 1;
     if (suffix.starts_with('k')) multiplier = 1'000;

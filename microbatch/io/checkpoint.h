@@ -31,7 +31,7 @@ void write_checkpoint(FileSystem& files, const std::filesystem::path& folder, co
 /// Cost:   reads everything once.
 StateDict read_checkpoint(const std::filesystem::path& folder);
 
-/// Reads only the manifest. Errors: ErrorKind::bad_data as parse_checkpoint_manifest(), or if there is none.
+/// Reads only the manifest. Errors: ErrorKind::bad_data as parse_checkpoint_manifest(), or if the folder has no manifest.
 CheckpointManifest read_checkpoint_manifest(const std::filesystem::path& folder);
 
 }  // namespace microbatch

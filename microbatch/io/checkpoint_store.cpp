@@ -220,7 +220,8 @@ std::string CheckpointStore::write(const StateDict& state) const {
     }
 }
 
-// Deletes the oldest one that is neither the only one, nor the only healthy one, nor kept. False if there is none.
+// Deletes the oldest checkpoint that is neither the only one, nor the only healthy one, nor kept. Returns false if all
+// checkpoints must stay.
 bool CheckpointStore::remove_oldest() const {
     const std::vector<Place> all = places();
     if (all.size() < 2) return false;

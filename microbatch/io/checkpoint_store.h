@@ -65,8 +65,8 @@ public:
     /// Errors: ErrorKind::bad_data if the folder cannot be read; as FileSystem.
     void abandon_newer() const;
 
-    /// The steps of the newest checkpoint whose manifest says that it is healthy; nothing else is read. Empty if there
-    /// is none.
+    /// The steps of the newest checkpoint whose manifest says that it is healthy; nothing else is read. Empty if no
+    /// checkpoint is healthy.
     std::optional<std::int64_t> newest_healthy() const;
 
     /// The checkpoints that newest() skipped as corrupted, without those that have been written again.

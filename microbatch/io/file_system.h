@@ -52,7 +52,7 @@ public:
     /// Renames; atomically replaces a file or an empty folder of the new name.
     virtual void rename(const std::filesystem::path& from, const std::filesystem::path& to) = 0;
 
-    /// Deletes a file, or a folder with its content. It is not an error if there is none.
+    /// Deletes a file, or a folder with its content. A path that does not exist is not an error.
     virtual void remove_all(const std::filesystem::path& path) = 0;
 
     /// Returns when the content of a file, or the names in a folder, are on the disk.

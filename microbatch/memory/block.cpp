@@ -105,7 +105,7 @@ Block* BlockBins::largest() const {
     return nullptr;
 }
 
-// `classes` if there is none.
+// `classes` if no class fits.
 std::size_t BlockBins::occupied_class_from(std::size_t size_class) const {
     std::size_t word = size_class / 64;
     if (word >= occupied_.size()) return classes;

@@ -48,7 +48,7 @@ public:
     void put(Block* block);
     void remove(Block* block);
 
-    /// A smallest block of at least `bytes`, and at most `most`, to within a class; nullptr if there is none.
+    /// A smallest block of at least `bytes`, and at most `most`, to within a class; nullptr if no block fits.
     Block* best_fit(std::size_t bytes, std::size_t most) const;
 
     /// A block of the largest class that has any, or nullptr.

@@ -17,7 +17,7 @@ inline constexpr std::size_t largest_block_bytes = std::size_t{1} << 46;
 /// Threads: one at a time; nothing throws.
 class BlockCache {
 public:
-    /// A cached block with room for `bytes`, 1 to largest_block_bytes; nullptr if there is none.
+    /// A cached block with room for `bytes`, 1 to largest_block_bytes; nullptr if no block fits.
     Block* reuse(std::size_t bytes);
 
     /// A block from the system. First returns cached blocks to the system if held_bytes() would exceed `most`; nullptr

@@ -30,7 +30,7 @@ std::optional<std::int64_t> number_after(std::string_view key, const char* path)
     return std::nullopt;
 }
 
-// What is left of the control group's limit; "max" means that there is none. Cached pages of files count as used there,
+// What is left of the control group's limit; "max" means no limit. Cached pages of files count as used there,
 // but the system frees them when memory is needed.
 std::optional<std::int64_t> control_group_bytes() {
     const auto limit = number_in("/sys/fs/cgroup/memory.max");

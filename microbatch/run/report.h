@@ -45,7 +45,7 @@ struct RunSummary {
     RunSummary with(const RunSummary& more) const;
 };
 
-/// Reads the summary of the folder; empty if there is none.
+/// Reads the summary of the folder; empty if the folder has no summary.
 /// Errors: ErrorKind::bad_data, naming the file, if it was not written by write_run_summary().
 RunSummary read_run_summary(const std::filesystem::path& folder);
 

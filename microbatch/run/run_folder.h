@@ -56,10 +56,10 @@ public:
     std::optional<StateDict>& state() { return state_; }
     const std::optional<StateDict>& state() const { return state_; }
 
-    /// Replaces the state by the newest healthy checkpoint. Returns false if there is none.
+    /// Replaces the state by the newest healthy checkpoint. Returns false if no checkpoint is healthy.
     bool use_healthy();
 
-    /// The steps of the newer checkpoint that it replaced; empty if there is none.
+    /// The steps of the newer checkpoint that it replaced; empty if it replaced no checkpoint.
     std::optional<std::int64_t> passed_over() const { return passed_over_; }
 
     const std::vector<std::string>& warnings() const { return warnings_; }          ///< about skipped checkpoints

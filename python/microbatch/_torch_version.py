@@ -4,7 +4,7 @@ BUILT_FOR = "2.13"
 
 
 def require() -> None:
-    """Imports torch. Raises ImportError, naming the version that is needed, if there is none or another one."""
+    """Imports torch. Raises ImportError, naming the version that is needed, if torch is missing or has another version."""
     try:
         import torch
     except ImportError as error:

@@ -196,6 +196,7 @@ class Accumulator:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what state_dict() of an Accumulator of the same model returned. Raises BadData if it does not fit."""
         self._native.plan = planning.native(Plan(**state["plan"]))
         self._native.load_caps(state["caps"])
         self._steps, self._planned, self._auto = state["steps"], state["planned"], state["auto"]
@@ -288,7 +289,10 @@ def _check_devices(model: nn.Module, source: Any) -> None:
     """A batch on another device than the model ends in a message of torch's that names neither."""
     if not isinstance(source, batches.Structure):
         return
-    of_model = _devices(model.parameters())
     of_batch = _devices(leaf for _, leaf in batches._leaves(source.batch) if isinstance(leaf, Tensor))
-    if len(of_model) == 1 and of_batch and not set(of_batch) & set(of_model):
+    first = next(model.parameters(), None)
+    if first is None or not of_batch or first.device in of_batch:
+        return
+    of_model = _devices(model.parameters())
+    if not set(of_batch) & set(of_model):
         raise UsageError(f"the model is on {of_model[0]}, and the batch on {of_batch[0]}: move one to the other")

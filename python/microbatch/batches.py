@@ -69,7 +69,7 @@ class Samples:
 
 
 def length_of_sample(sample: Any) -> int:
-    """The longest tensor, array or list in it; 0 where there is none."""
+    """The length of the longest tensor, array or list in the sample; 0 for a sample without any."""
     return max((len(leaf) for _, leaf in _leaves(sample) if _is_sized(leaf)), default=0)
 
 

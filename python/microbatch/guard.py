@@ -17,7 +17,9 @@ class SpikeGuard:
         self._gate: Any = _core.SpikeGate(window, least, sigmas, most_refused)
 
     def state_dict(self) -> dict[str, Any]:
+        """The losses and norms of the last applied steps, and the bounds that follow from them."""
         return dict(self._gate.state())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what state_dict() returned. Raises BadData if it is not the state of a guard."""
         self._gate.load_state(state)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from microbatch import _core
-from microbatch.errors import DoesNotFit, UsageError
+from microbatch.errors import BadData, DoesNotFit, UsageError
 
 Named = list[tuple[str, Tensor]]
 
@@ -97,9 +97,10 @@ class _OnePass(torch.optim.Optimizer):
             return
         tensors = dict(self._native.state())
         self.state.clear()
-        for i, group in enumerate(self.param_groups):
-            for (name, parameter), _ in zip(self._named(i), group["params"], strict=True):
-                shown = {moment: tensors[f"{name}/{k}"] for k, moment in enumerate(self._moments) if f"{name}/{k}" in tensors}
+        for i in range(len(self.param_groups)):
+            for name, parameter in self._named(i):
+                keys = {moment: f"{name}/{k}" for k, moment in enumerate(self._moments)}
+                shown = {moment: tensors[key] for moment, key in keys.items() if key in tensors}
                 if shown:
                     self.state[parameter] = shown
 
@@ -265,7 +266,7 @@ class TorchDriver(_OfGroups):
             _divide(sums, divisor)
             self.optimizer.step()
         except torch.OutOfMemoryError as error:
-            text = str(error).split("\\n")[0]
+            text = str(error).split("\n")[0]
         else:
             return
         raise DoesNotFit(
@@ -348,7 +349,7 @@ class TorchDriver(_OfGroups):
         for name, value in tensors.items():
             number, _, key = name.partition("/")
             if not number.isdigit() or int(number) >= len(parameters):
-                raise UsageError(f"the state is of another optimizer: it has {name}")
+                raise BadData(f"the state belongs to another optimizer: it has {name}")
             now = self.optimizer.state.get(parameters[int(number)], {}).get(key)
             is_number = now is not None and not isinstance(now, Tensor)
             state.setdefault(int(number), {})[key] = type(now)(value.item()) if is_number else value

@@ -18,10 +18,6 @@ class Plan:
     micro_batch: int  #: samples per forward and backward
     recompute: bool = False  #: activations of the model's blocks are computed again in backward
 
-    @property
-    def is_cut(self) -> bool:
-        return self.micro_batch < _core.whole_batch
-
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:

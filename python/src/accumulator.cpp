@@ -177,9 +177,6 @@ void bind_accumulator(py::module_& module) {
         .def(
             "discard", [](PythonAccumulator& self, const std::string& reason) { return self.get().discard(reason); },
             py::arg("reason"), released)
-        .def("require_idle", [](PythonAccumulator& self) { self.get().require_idle(); })
-        .def(
-            "track", [](PythonAccumulator& self) { self.get().track(self.get().model().parameters()); }, released)
         .def_property(
             "plan", [](PythonAccumulator& self) { return self.get().plan(); },
             [](PythonAccumulator& self, const Plan& plan) {

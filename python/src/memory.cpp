@@ -13,7 +13,6 @@ void bind_memory(py::module_& module) {
         return py::make_tuple(use.live_bytes, use.peak_bytes, use.cached_bytes);
     });
     module.def("reset_peak", &reset_peak_memory);
-    module.def("release_cached", &release_cached_memory);
     module.def("budget", &memory_budget);
     module.def("set_budget", &set_memory_budget, py::arg("bytes"));
     module.def(

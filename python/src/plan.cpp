@@ -8,7 +8,6 @@
 namespace microbatch::python {
 
 void bind_plan(py::module_& module) {
-    module.attr("whole_batch") = whole_batch;
     py::class_<Plan>(module, "Plan")
         .def(py::init([](std::int64_t micro_batch, bool recompute) {
                  return Plan{.micro_batch = micro_batch, .recompute = recompute};
@@ -24,17 +23,13 @@ void bind_plan(py::module_& module) {
     py::class_<PlannerOptions>(module, "PlannerOptions")
         .def(py::init<>())
         .def_readwrite("budget_bytes", &PlannerOptions::budget_bytes)
-        .def_readwrite("steps", &PlannerOptions::steps)
         .def_readwrite("recompute", &PlannerOptions::recompute)
-        .def_readwrite("micro_batch", &PlannerOptions::micro_batch)
-        .def_readwrite("most_bytes", &PlannerOptions::most_bytes)
-        .def_readwrite("whole_table", &PlannerOptions::whole_table);
+        .def_readwrite("micro_batch", &PlannerOptions::micro_batch);
     py::class_<Candidate>(module, "Candidate")
         .def_readonly("plan", &Candidate::plan)
         .def_readonly("micro_batches", &Candidate::micro_batches)
         .def_readonly("step_seconds", &Candidate::step_seconds)
         .def_readonly("time_measured", &Candidate::time_measured)
-        .def_property_readonly("memory_measured", [](const Candidate& self) { return self.measured.has_value(); })
         .def_readonly("fits", &Candidate::fits)
         .def_property_readonly("peak_bytes", &Candidate::peak_bytes);
     py::class_<PlanReport>(module, "PlanReport")
@@ -42,7 +37,6 @@ void bind_plan(py::module_& module) {
         .def_readonly("budget_bytes", &PlanReport::budget_bytes)
         .def_readonly("candidates", &PlanReport::candidates)
         .def_readonly("why", &PlanReport::why)
-        .def_readonly("worst_relative_error", &PlanReport::worst_relative_error)
         .def_readonly("update_seconds", &PlanReport::update_seconds)
         .def_readonly("spent_seconds", &PlanReport::spent_seconds)
         .def_property_readonly("fits", [](const PlanReport& self) { return self.chosen.has_value(); })

@@ -256,3 +256,13 @@ def test_a_budget_that_holds_half_a_batch_is_kept():
     assert report.applied
     assert report.plan.micro_batch < 1024
     assert report.peak_bytes <= budget
+
+
+def test_the_error_of_an_update_that_cannot_be_undone_is_one_line():
+    accumulator, batch = job(make_optimizer=lambda p: torch.optim.AdamW(p, foreach=False))
+    accumulator.gather(batch)
+    _core.fail_allocation(12)
+    with pytest.raises(mb.DoesNotFit) as raised:
+        accumulator.apply()
+    _core.fail_allocation(0)
+    assert "\n" not in str(raised.value)
