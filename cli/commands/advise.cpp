@@ -10,7 +10,6 @@
 #include "cli/commands/commands.h"
 #include "cli/commands/job.h"
 #include "cli/commands/process.h"
-#include "cli/commands/watch.h"
 #include "cli/print/output.h"
 #include "cli/print/progress.h"
 #include "microbatch/analysis/batch_size_sweep.h"
@@ -20,6 +19,7 @@
 #include "microbatch/io/json.h"
 #include "microbatch/memory/budget_allocator.h"
 #include "microbatch/run/outcome.h"
+#include "microbatch/run/run_memory.h"
 
 namespace microbatch::cli {
 namespace {
@@ -31,21 +31,6 @@ struct Noise {
     std::optional<double> batch;  // in samples; empty if undefined
     std::int64_t measures = 0;
 };
-
-// A micro-batch with which noise can be measured: the fastest one that splits the batch and leaves room for a copy of
-// the gradients; if no such size was tried, a quarter of the batch.
-Plan cut_to_measure(const PlanReport& report) {
-    const Candidate* best = nullptr;
-    for (const Candidate& one : report.candidates) {
-        if (!one.fits || !one.measured || one.micro_batches < 2) continue;
-        if (predicted_peak(report, one, {.noise = true}) > report.budget_bytes) continue;
-        if (best == nullptr || one.step_seconds < best->step_seconds) best = &one;
-    }
-    if (best != nullptr) return best->plan;
-    const Plan& chosen = report.choice().plan;
-    return {.micro_batch = std::max<std::int64_t>(1, std::min(chosen.micro_batch, report.batch / 4)),
-            .recompute = chosen.recompute};
-}
 
 // The rate is constant, so settings of the schedule are dropped.
 Settings at_constant_rate(Settings settings) {
@@ -95,23 +80,6 @@ Noise measure_noise_of_run(std::FILE* out, const JobPlan& plan, const Job& job, 
         noise.batch = sum.variance / sum.squared_gradient / weight_per_sample;
     }
     return noise;
-}
-
-// The time of each micro-batch size that was tried.
-std::vector<TimedCut> timed_cuts(const PlanReport& report) {
-    std::vector<TimedCut> cuts;
-    for (const Candidate& one : report.candidates) {
-        if (!one.fits || !one.time_measured || one.step_seconds <= 0.0) continue;
-        const double seconds = std::max(0.0, one.step_seconds - report.update_seconds);
-        cuts.push_back({one.plan.micro_batch, seconds / static_cast<double>(report.batch)});
-    }
-    return cuts;
-}
-
-// The table ends where a larger batch saves no more steps, or at the user's batch.
-std::int64_t largest_of_table(double noise_batch, std::int64_t batch) {
-    constexpr double most = 1 << 20;
-    return std::max(batch, static_cast<std::int64_t>(std::min(16.0 * noise_batch, most)));
 }
 
 // Empty if the rule is undefined.
@@ -322,7 +290,7 @@ int advise_on_batch(const Arguments& arguments) {
     require_enough_data(settings.batch, plan.data.train->size());
     const Job job = make_job_to_plan(plan, budget);
     const PlanReport report = plan_job(plan, job, budget, out);
-    job.accumulator->set_plan(settings.micro_batch ? report.choice().plan : cut_to_measure(report));
+    job.accumulator->set_plan(settings.micro_batch ? report.choice().plan : plan_with_noise(report));
     set_memory_budget(budget);
     print(out, "model     {}\n", plan.model_description);
     print_data(out, plan.data, 10);
@@ -332,7 +300,7 @@ int advise_on_batch(const Arguments& arguments) {
     std::optional<BatchAdvice> advice;
     if (noise.batch) {
         advice = advise_batch(*noise.batch, timed_cuts(report), report.update_seconds,
-                              largest_of_table(*noise.batch, settings.batch), plan.data.train->size());
+                              largest_to_compare(*noise.batch, settings.batch), plan.data.train->size());
         print_advice(out, settings, noise, *advice);
     } else {
         print(out, "noise     undefined after {} measurements: {}\n", noise.measures,

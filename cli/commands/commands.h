@@ -14,10 +14,7 @@ CommandSpec plan_command();
 CommandSpec report_command();
 CommandSpec doctor_command();
 
-/// Writes report.html into a run's folder, from its metrics.jsonl, config.toml and summary.json; `more` is added to
-/// summary.json. Returns a warning, or an empty text.
-/// Errors: ErrorKind::bad_data if the folder is not a run, or one of the files cannot be read; ErrorKind::not_written
-///         if a file cannot be written.
-std::string write_run_report(const std::filesystem::path& folder, const RunSummary& more = {});
+/// write_run_report() with the settings in the folder's config.toml. Errors: also as read_config().
+std::string write_report_of(const std::filesystem::path& folder, const RunSummary& more = {});
 
 }  // namespace microbatch::cli

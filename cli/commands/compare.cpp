@@ -257,7 +257,7 @@ void write_comparison(std::FILE* out, const std::filesystem::path& folder, const
     for (const Strategy& each : strategies) {
         for (std::int64_t run = 0; run < static_cast<std::int64_t>(each.held_out.size()) && run < seeds; ++run) {
             const std::filesystem::path of_run = folder_of(folder, each, seed + static_cast<std::uint64_t>(run));
-            write_run_report(of_run, {.tables = {table}, .curves = {curves_of(strategies)}});
+            write_report_of(of_run, {.tables = {table}, .curves = {curves_of(strategies)}});
             print(out, "written   {}\n", (of_run / "report.html").string());
         }
     }

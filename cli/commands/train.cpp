@@ -117,38 +117,21 @@ struct Planned {
 
     Schedule schedule() const { return schedule_of(plan.settings, length, plan.data.train->tokens_per_sample()); }
 
-    // A prediction is logged only with steps of the same plan, and the predicted time only with full batches.
-    StepMeasures measures_of(const TrainerReport& step, std::int64_t copy_bytes) const {
-        StepMeasures measures{.peak_bytes = memory_use().peak_bytes};
-        if (step.step.plan != report.choice().plan) return measures;
-        measures.predicted_peak_bytes = predicted_peak(report, report.choice(),
-                                                       {.copy_bytes = step.snapshot_bytes + copy_bytes,
-                                                        .noise = step.step.noise.has_value(),
-                                                        .first_step = step.progress.steps == 1});
-        if (step.samples == plan.batch) measures.predicted_step_seconds = report.choice().step_seconds;
-        return measures;
-    }
-
     RunOptions options(const RunNotes& notes, RunObserver& observer) const {
         const Settings& settings = plan.settings;
-        return {.trainer = {.batch = settings.batch,
-                            .batches = plan.batches,
-                            .rate_rule = plan.batches.size() > 1 ? rate_rule_of(settings) : RateRule::none,
-                            .length = length,
-                            .schedule = schedule(),
-                            .seed = settings.seed,
-                            .guard = watch.guard,
-                            .recovery = watch.recovery,
-                            .noise_every = watch.noise_every,
-                            .stop = [] { return interrupted(); }},
-                .checkpoints = watch.checkpoints,
-                .config = notes.config,
-                .notes = notes.save(),
-                .measures = [this](const TrainerReport& step, std::int64_t copy) { return measures_of(step, copy); },
-                .state_bytes = report.fixed.parameters + report.fixed.optimizer_state,
-                .planned_batch = plan.batch,
-                .plan = report.choice().plan,
-                .observer = &observer};
+        RunOptions options = watch.options;
+        TrainerOptions& trainer = options.trainer;
+        trainer.batch = settings.batch;
+        trainer.batches = plan.batches;
+        trainer.rate_rule = plan.batches.size() > 1 ? rate_rule_of(settings) : RateRule::none;
+        trainer.length = length;
+        trainer.schedule = schedule();
+        trainer.seed = settings.seed;
+        trainer.stop = [] { return interrupted(); };
+        options.config = notes.config;
+        options.notes = notes.save();
+        options.observer = &observer;
+        return options;
     }
 };
 
@@ -161,7 +144,7 @@ public:
 
     void on_step(const Outcome& outcome) override {
         const TrainerReport& last = outcome.last;
-        note_step(progress_, last, planned_.watch.recovery);
+        note_step(progress_, last, planned_.watch.options.trainer.recovery);
         progress_.update(last, outcome.peak_bytes);
         if (planned_.drill.step == last.progress.steps) set_memory_budget(planned_.drill.bytes);
     }
@@ -228,7 +211,7 @@ int conclude(const Planned& planned, const Run& run, const Outcome& outcome, con
         if (settings.json) print_json(planned.plan, planned.report, outcome, folder);
         return interrupted_exit_code;
     }
-    write_run_report(folder, {.banner = banner_of(outcome, settings), .held_out_loss = outcome.held_out});
+    write_report_of(folder, {.banner = banner_of(outcome, settings), .held_out_loss = outcome.held_out});
     if (!settings.quiet) print_summary(planned.out, planned.plan, planned.report, planned.watch, outcome, folder);
     if (settings.json) print_json(planned.plan, planned.report, outcome, folder);
     report_divergence(outcome, settings);

@@ -42,14 +42,6 @@ void print_table(std::FILE* stream, const std::vector<std::vector<std::string>>&
     }
 }
 
-std::string clock_time(double seconds) {
-    if (!std::isfinite(seconds) || seconds < 0.0 || seconds > 1e8) return "-";
-    const auto whole = static_cast<std::int64_t>(std::lround(seconds));
-    const std::int64_t hours = whole / 3600;
-    if (hours > 0) return fmt::format("{}:{:02}:{:02}", hours, whole / 60 % 60, whole % 60);
-    return fmt::format("{}:{:02}", whole / 60, whole % 60);
-}
-
 bool is_terminal(std::FILE* stream) {
     const char* name = std::getenv("TERM");
     const bool dumb = name != nullptr && std::string_view(name) == "dumb";

@@ -32,9 +32,6 @@ void print(std::FILE* stream, fmt::format_string<Args...> format, Args&&... args
 /// Prints rows in aligned columns; the first row is the heading. The first column is left-aligned, the others right.
 void print_table(std::FILE* stream, const std::vector<std::vector<std::string>>& rows);
 
-/// 3723 s -> "1:02:03", 62 s -> "1:02".
-std::string clock_time(double seconds);
-
 /// True if lines can be redrawn; false on a dumb terminal.
 bool is_terminal(std::FILE* stream);
 

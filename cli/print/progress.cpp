@@ -66,7 +66,7 @@ std::string ProgressLine::line() const {
     const std::string figures = fmt::format(
         "{:3.0f} %  step {}  loss {:.4f}  {} {}/s  peak {:.1f} of {:.1f} MiB  {} left", 100.0 * share, progress.steps,
         loss_, format_count(std::llround(speed)), speed_unit_, static_cast<double>(peak_bytes_) / mebibyte,
-        static_cast<double>(budget_bytes_) / mebibyte, clock_time(left));
+        static_cast<double>(budget_bytes_) / mebibyte, format_seconds(left));
     return live_.is_on_terminal() ? bar(share, terminal_columns(stream_), figures.size()) + figures : figures;
 }
 

@@ -121,7 +121,7 @@ void print_summary(std::FILE* out, const JobPlan& plan, const PlanReport& report
     const std::int64_t predicted = std::max(outcome.predicted_peak_bytes, chosen.peak_bytes());
     print(out, "{}{} steps, {} samples in {}: {} {}/s\n",
           outcome.interrupted || outcome.diverged() ? "stopped   " : "done      ", format_count(progress.steps),
-          format_count(progress.samples), clock_time(outcome.seconds), format_count(std::llround(speed(outcome))),
+          format_count(progress.samples), format_seconds(outcome.seconds), format_count(std::llround(speed(outcome))),
           speed_unit(plan));
     print(out, "loss      {:.4f} at the first step, {:.4f} at the last", outcome.first_loss, outcome.last.step.loss);
     print(out, "{}\n", outcome.held_out ? fmt::format(", {:.4f} held out", *outcome.held_out) : std::string());
@@ -131,7 +131,7 @@ void print_summary(std::FILE* out, const JobPlan& plan, const PlanReport& report
     print(out, "memory    peak {} measured, {} predicted ({}), budget {}\n", format_bytes(outcome.peak_bytes),
           format_bytes(predicted), percent_off(static_cast<double>(predicted), static_cast<double>(outcome.peak_bytes)),
           format_bytes(report.budget_bytes));
-    if (watch.noise_every > 0) {
+    if (watch.options.trainer.noise_every > 0) {
         print(out, "noise     {}\n",
               outcome.last.noise_batch ? fmt::format("as large as the gradient at a batch of {} (a proxy)",
                                                      format_count(std::llround(*outcome.last.noise_batch)))
@@ -203,25 +203,6 @@ void print_json(const JobPlan& plan, const PlanReport& report, const Outcome& ou
         {"resumed_from", json_value(outcome.resumed_from)},
         {"run", left_nothing ? nullptr : json_value(folder.string())}};
     print(stdout, "{}\n", document.dump(2));
-}
-
-void judge_end(Outcome& outcome, const std::filesystem::path& folder) {
-    std::vector<StepRecord> kept;
-    try {
-        for (const StepRecord& step : read_run_log(folder).steps) {
-            if (step.applied) kept.push_back(step);
-            if (!step.rolled_back_to) continue;
-            std::erase_if(kept, [&](const StepRecord& one) { return one.step > *step.rolled_back_to; });
-        }
-    } catch (const Error&) {
-        return;  // the log could not be written, which was said
-    }
-    std::vector<double> losses;
-    for (const StepRecord& step : kept) losses.push_back(step.loss);
-    // A model may overfit on purpose; after a roll-back, or where it is no number, the training losses hide the damage.
-    const bool counts = outcome.restores > 0 || !std::isfinite(outcome.held_out.value_or(0.0));
-    outcome.ended_worse = ends_worse(losses, counts ? outcome.held_out : std::nullopt);
-    outcome.overfits = !outcome.ended_worse && ends_worse(losses, outcome.held_out);
 }
 
 void report_divergence(const Outcome& outcome, const Settings& settings) {

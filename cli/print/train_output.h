@@ -27,10 +27,6 @@ void print_json(const JobPlan& plan, const PlanReport& report, const Outcome& ou
 /// The first message for readers of the report; empty if all went well.
 std::string banner_of(const Outcome& outcome, const Settings& settings);
 
-/// Evaluates how the run ended, by its held-out loss and the logged steps that were applied and not rolled back: see
-/// ends_worse().
-void judge_end(Outcome& outcome, const std::filesystem::path& folder);
-
 /// Throws ErrorKind::stopped if the run diverged or ended worse than it began, saying where and what to do.
 void report_divergence(const Outcome& outcome, const Settings& settings);
 

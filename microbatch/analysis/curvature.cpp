@@ -59,11 +59,11 @@ void scale(Vector& vector, double factor) {
     for (at::Tensor& tensor : vector) tensor.mul_(factor);
 }
 
-void for_each_micro_batch(const Batch& batch, std::int64_t micro_batch, const std::function<void(const Batch&)>& call) {
+void for_each_micro_batch(const BatchSource& batch, std::int64_t micro_batch,
+                          const std::function<void(const Batch&)>& call) {
     const std::int64_t count = micro_batch_count(batch.size(), micro_batch);
     for (std::int64_t i = 0; i < count; ++i) {
-        const Slice slice = micro_batch_slice(batch.size(), micro_batch, i);
-        call(batch.slice(slice.begin, slice.end));
+        call(batch.fetch(micro_batch_slice(batch.size(), micro_batch, i)));
     }
 }
 
@@ -73,7 +73,7 @@ void for_each_micro_batch(const Batch& batch, std::int64_t micro_batch, const st
 
 class Hessian {
 public:
-    Hessian(const Vector& parameters, const Batch& batch, std::int64_t micro_batch, const LossFunction& loss)
+    Hessian(const Vector& parameters, const BatchSource& batch, std::int64_t micro_batch, const LossFunction& loss)
         : parameters_(parameters), batch_(batch), micro_batch_(micro_batch), loss_(loss) {}
 
     Vector times(const Vector& vector) const {
@@ -114,7 +114,7 @@ private:
     }
 
     const Vector& parameters_;
-    const Batch& batch_;
+    const BatchSource& batch_;
     std::int64_t micro_batch_;
     const LossFunction& loss_;
 };
@@ -138,7 +138,7 @@ Ritz largest_ritz(const std::vector<double>& diagonal, const std::vector<double>
 
 }  // namespace
 
-Curvature largest_curvature(const Parameters& parameters, const Batch& batch, std::int64_t micro_batch,
+Curvature largest_curvature(const Parameters& parameters, const BatchSource& batch, std::int64_t micro_batch,
                             const LossFunction& loss, const LanczosOptions& options) {
     const at::AutoGradMode gradients(true);
     const Vector tensors = trainable(parameters);
@@ -183,7 +183,7 @@ void normalise(at::Tensor& direction, const at::Tensor& parameter) {
     direction = (rows / lengths * own.norm(2, 1, /*keepdim=*/true)).view(parameter.sizes());
 }
 
-double mean_loss_of(const Batch& batch, std::int64_t micro_batch, const LossFunction& loss) {
+double mean_loss_of(const BatchSource& batch, std::int64_t micro_batch, const LossFunction& loss) {
     const at::NoGradGuard no_grad;
     double sum = 0.0, weight = 0.0;
     for_each_micro_batch(batch, micro_batch, [&](const Batch& micro) {
@@ -200,7 +200,7 @@ double mean_loss_of(const Batch& batch, std::int64_t micro_batch, const LossFunc
 }  // namespace
 
 std::vector<double> losses_along(const Parameters& parameters, const std::vector<double>& distances, std::uint64_t seed,
-                                 const Batch& batch, std::int64_t micro_batch, const LossFunction& loss) {
+                                 const BatchSource& batch, std::int64_t micro_batch, const LossFunction& loss) {
     const Vector tensors = trainable(parameters);
     Vector direction = random_like(tensors, seed), before;
     for (const at::Tensor& tensor : tensors) before.push_back(tensor.detach().clone());

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "microbatch/data/batch_source.h"
 #include "microbatch/model/parameters.h"
 #include "microbatch/step/loss.h"
 
@@ -35,8 +36,12 @@ struct Curvature {
 /// State:   parameters and gradients unchanged. Memory: four copies of the parameters, and two graphs of a micro-batch.
 /// Threads: no other thread may use the model meanwhile.
 /// Cost:    one product costs about three gradients.
-Curvature largest_curvature(const Parameters& parameters, const Batch& batch, std::int64_t micro_batch,
+Curvature largest_curvature(const Parameters& parameters, const BatchSource& batch, std::int64_t micro_batch,
                             const LossFunction& loss, const LanczosOptions& options = {});
+inline Curvature largest_curvature(const Parameters& parameters, const Batch& batch, std::int64_t micro_batch,
+                                   const LossFunction& loss, const LanczosOptions& options = {}) {
+    return largest_curvature(parameters, TensorBatch(batch), micro_batch, loss, options);
+}
 
 /// Mean loss of the batch at parameters + distance * direction, for each distance. The direction is random; each filter
 /// (a row of a tensor with two or more dimensions) has the norm of the parameters' own; other tensors do not change.
@@ -49,6 +54,11 @@ Curvature largest_curvature(const Parameters& parameters, const Batch& batch, st
 /// State:   parameters are unchanged, bit for bit, even after an exception. Memory: two copies of the parameters.
 /// Threads: no other thread may use the model meanwhile.
 std::vector<double> losses_along(const Parameters& parameters, const std::vector<double>& distances, std::uint64_t seed,
-                                 const Batch& batch, std::int64_t micro_batch, const LossFunction& loss);
+                                 const BatchSource& batch, std::int64_t micro_batch, const LossFunction& loss);
+inline std::vector<double> losses_along(const Parameters& parameters, const std::vector<double>& distances,
+                                        std::uint64_t seed, const Batch& batch, std::int64_t micro_batch,
+                                        const LossFunction& loss) {
+    return losses_along(parameters, distances, seed, TensorBatch(batch), micro_batch, loss);
+}
 
 }  // namespace microbatch

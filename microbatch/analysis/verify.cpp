@@ -1,12 +1,11 @@
 #include "microbatch/analysis/verify.h"
 
-#include <ATen/ops/cat.h>
 #include <ATen/ops/equal.h>
 #include <c10/util/ScopeExit.h>
-#include <torch/nn/module.h>
 
 #include <algorithm>
 #include <cmath>
+#include <variant>
 
 #include "microbatch/core/error.h"
 #include "microbatch/model/forward_state.h"
@@ -34,20 +33,14 @@ double relative(double difference, double scale) {
 
 class Verifier {
 public:
-    Verifier(torch::nn::Module& model, const Batch& batch, const LossFunction& loss, std::int64_t micro_batch)
-        : model_(model),
-          batch_(batch),
-          loss_(loss),
-          cut_{micro_batch},
-          as_model_(make_model(model)),
-          gatherer_(as_model_),
-          before_(*as_model_) {}
+    Verifier(const AnyModel& model, const BatchSource& batch, const LossFunction& loss, std::int64_t micro_batch)
+        : model_(*model.get()), batch_(batch), loss_(loss), cut_(micro_batch), gatherer_(model), before_(model_) {}
 
     Verification run() {
         result_.tolerance = tolerance();
-        const Gradients whole = gradients(Plan{});
+        const Gradients whole = gradients(batch_.size());
         const bool moves_buffers = buffers_changed();
-        const Gradients cut = gradients(Plan{cut_});
+        const Gradients cut = gradients(cut_);
         result_.loss_difference =
             relative(std::abs(whole.loss - cut.loss), std::max(std::abs(whole.loss), std::abs(cut.loss)));
         result_.differences = compare(whole, cut);
@@ -74,10 +67,10 @@ private:
     }
 
     // Every call starts with the same generators and buffers, unless the draws are to differ.
-    Gradients gradients(const Plan& plan, bool same_draws = true) {
-        restore_forward_state(*as_model_, before_.before(), /*generators=*/same_draws);
-        if (evaluate_) model_.train(false);
-        const Gathered gathered = gatherer_.gather(batch_, plan, loss_);
+    Gradients gradients(std::int64_t micro_batch, bool same_draws = true) {
+        restore_forward_state(model_, before_.before(), /*generators=*/same_draws);
+        if (evaluate_) evaluate();
+        const auto gathered = std::get<Gathered>(gatherer_.gather(batch_, loss_, {.plan = {micro_batch}}));
         const auto clear = c10::make_scope_exit([this] { gatherer_.clear(); });
         require_that(gathered.weight != 0.0, "the batch to verify has weight 0: there is no gradient to compare");
         Gradients result{gathered.loss(), gathered.weight, gathered.gradient_norm, {}};
@@ -90,7 +83,7 @@ private:
 
     bool buffers_changed() const {
         const StateReader before = StateReader(before_.before()).section("model");
-        const NamedTensors buffers = as_model_->buffers();
+        const NamedTensors buffers = model_.buffers();
         return std::any_of(buffers.begin(), buffers.end(), [&before](const NamedTensor& live) {
             const at::Tensor copy = before.tensor(live.name).get();
             return live.tensor.sizes() != copy.sizes() || !at::equal(live.tensor, copy);
@@ -124,15 +117,17 @@ private:
     }
 
     // Draws again: in evaluation mode, dropout is off, but noise that the loss function adds is not.
-    bool is_random(const Gradients& whole) { return !compare(whole, gradients(Plan{}, /*same_draws=*/false)).empty(); }
+    bool is_random(const Gradients& whole) {
+        return !compare(whole, gradients(batch_.size(), /*same_draws=*/false)).empty();
+    }
 
     void diagnose(const Gradients& whole, bool moves_buffers) {
         const bool random = is_random(whole);
         evaluate_ = true;
-        const Gradients evaluated = gradients(Plan{});
+        const Gradients evaluated = gradients(batch_.size());
         if (random && is_random(evaluated)) {
             if (is_averaged()) result_.causes.push_back(Cause::averaged_loss);
-        } else if (!compare(evaluated, gradients(Plan{cut_})).empty()) {
+        } else if (!compare(evaluated, gradients(cut_)).empty()) {
             result_.causes.push_back(is_averaged() ? Cause::averaged_loss : Cause::coupled_samples);
         }
         if (moves_buffers) result_.causes.push_back(Cause::batch_statistics);
@@ -142,28 +137,28 @@ private:
 
     // Duplicating every sample doubles a sum and leaves a mean unchanged.
     bool is_averaged() {
-        Batch twice;
-        for (const at::Tensor& field : batch_.fields) twice.fields.push_back(at::cat({field, field}));
-        const auto [sum, weight] = value(batch_);
-        const auto [sum_twice, weight_twice] = value(twice);
+        const auto [sum, weight] = value([this] { return batch_.fetch({0, batch_.size()}); });
+        const auto [sum_twice, weight_twice] = value([this] { return batch_.fetch_twice(); });
         const bool sum_grows = !above(std::abs(sum_twice - 2.0 * sum), result_.tolerance * std::abs(2.0 * sum));
         const bool sum_stays = sum != 0.0 && !above(std::abs(sum_twice - sum), result_.tolerance * std::abs(sum));
         const bool weight_grows = !above(std::abs(weight_twice - 2.0 * weight), result_.tolerance * 2.0 * weight);
         return sum_stays || (sum_grows && !weight_grows);
     }
 
-    std::pair<double, double> value(const Batch& batch) {
+    template <class Fetch>
+    std::pair<double, double> value(Fetch fetch) {
         before_.restore();
-        model_.train(false);
-        const WeightedLoss loss = loss_(batch);
-        return {loss.sum.item<double>(), loss.weight};
+        evaluate();
+        const WeightedLoss loss = loss_(fetch());
+        return {loss.sum.template item<double>(), loss.weight};
     }
 
-    torch::nn::Module& model_;
-    const Batch& batch_;
+    void evaluate() { model_.set_training_flags(std::vector<std::int64_t>(model_.training_flags().size(), 0)); }
+
+    Model& model_;
+    const BatchSource& batch_;
     const LossFunction& loss_;
     std::int64_t cut_;
-    std::shared_ptr<Model> as_model_;
     Gatherer gatherer_;
     ForwardStateScope before_;
     bool evaluate_ = false;
@@ -176,12 +171,10 @@ std::string_view describe(Cause cause) {
     switch (cause) {
         case Cause::averaged_loss:
             return "the loss is already averaged: return the sum over the micro-batch, and as weight the number of "
-                   "samples or "
-                   "target tokens";
+                   "samples or target tokens";
         case Cause::batch_statistics:
             return "a layer normalises over the micro-batch (BatchNorm), so its update depends on the micro-batch; "
-                   "GroupNorm "
-                   "and LayerNorm do not";
+                   "GroupNorm and LayerNorm do not";
         case Cause::randomness:
             return "the forward pass draws random numbers (dropout): another split draws other numbers, without bias";
         case Cause::coupled_samples:
@@ -195,11 +188,16 @@ std::string_view describe(Cause cause) {
     return "unknown cause: does the loss function keep state between calls?";
 }
 
-Verification verify(torch::nn::Module& model, const Batch& batch, const LossFunction& loss, std::int64_t micro_batch) {
+Verification verify(const AnyModel& model, const BatchSource& batch, const LossFunction& loss,
+                    std::int64_t micro_batch) {
     require_that(micro_batch >= 1 && micro_batch < batch.size(),
                  "verify needs a micro-batch of at least 1 and below the batch of ", batch.size(), " samples, not ",
                  micro_batch);
     return Verifier(model, batch, loss, micro_batch).run();
+}
+
+Verification verify(const AnyModel& model, const Batch& batch, const LossFunction& loss, std::int64_t micro_batch) {
+    return verify(model, TensorBatch(batch), loss, micro_batch);
 }
 
 }  // namespace microbatch

@@ -4,11 +4,9 @@
 #include <string>
 #include <vector>
 
+#include "microbatch/data/batch_source.h"
+#include "microbatch/model/model.h"
 #include "microbatch/step/loss.h"
-
-namespace torch::nn {
-class Module;
-}
 
 namespace microbatch {
 
@@ -56,6 +54,8 @@ struct Verification {
 ///            torch's generators are restored.
 /// Cost:      at most ten passes over the batch; three copies of the gradients.
 /// Threads:   no other thread may use the model meanwhile.
-Verification verify(torch::nn::Module& model, const Batch& batch, const LossFunction& loss, std::int64_t micro_batch);
+Verification verify(const AnyModel& model, const BatchSource& batch, const LossFunction& loss,
+                    std::int64_t micro_batch);
+Verification verify(const AnyModel& model, const Batch& batch, const LossFunction& loss, std::int64_t micro_batch);
 
 }  // namespace microbatch

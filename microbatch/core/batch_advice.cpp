@@ -36,6 +36,21 @@ const TimedCut* fastest(std::span<const TimedCut> cuts, std::int64_t batch) {
 
 }  // namespace
 
+std::vector<TimedCut> timed_cuts(const PlanReport& report) {
+    std::vector<TimedCut> cuts;
+    for (const Candidate& one : report.candidates) {
+        if (!one.fits || !one.time_measured || one.step_seconds <= 0.0) continue;
+        const double seconds = std::max(0.0, one.step_seconds - report.update_seconds);
+        cuts.push_back({one.plan.micro_batch, seconds / static_cast<double>(report.batch)});
+    }
+    return cuts;
+}
+
+std::int64_t largest_to_compare(double noise_batch, std::int64_t batch) {
+    constexpr double most = 1 << 20;
+    return std::max(batch, static_cast<std::int64_t>(std::min(16.0 * noise_batch, most)));
+}
+
 bool BatchAdvice::accumulation_pays() const {
     if (!table[soonest].is_cut()) return false;
     return table[soonest].time < worthwhile * soonest_uncut.time;

@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "microbatch/core/plan_report.h"
+
 namespace microbatch {
 
 /// The speed of a micro-batch size, and so of a batch split into it.
@@ -12,6 +14,12 @@ struct TimedCut {
     std::int64_t micro_batch = 1;
     double sample_seconds = 0.0;  ///< forward and backward of one sample
 };
+
+/// The speed of every micro-batch size that was timed for the plan.
+std::vector<TimedCut> timed_cuts(const PlanReport& report);
+
+/// Up to which batch to compare: where a larger one saves no more steps, at most 2^20, or `batch` if that is larger.
+std::int64_t largest_to_compare(double noise_batch, std::int64_t batch);
 
 /// The cost of a batch size, from the noise of the gradient and the speed of the machine.
 struct BatchCost {

@@ -210,6 +210,15 @@ std::string format_bytes(std::int64_t bytes) {
     return str_cat(bytes < 0 ? "-" : "", number, " ", names.at(unit));
 }
 
+std::string format_seconds(double seconds) {
+    if (!std::isfinite(seconds) || seconds < 0.0 || seconds > 1e8) return "-";
+    const auto whole = static_cast<std::int64_t>(std::lround(seconds));
+    const auto two_digits = [](std::int64_t count) { return str_cat(count < 10 ? "0" : "", count); };
+    const std::int64_t hours = whole / 3600, minutes = whole / 60 % 60;
+    return str_cat(hours > 0 ? str_cat(hours, ":", two_digits(minutes)) : str_cat(minutes), ":",
+                   two_digits(whole % 60));
+}
+
 std::int64_t parse_count(std::string_view input) {
     Quantity quantity = read_quantity(count_wording, input);
     const std::string suffix = quantity.suffix;

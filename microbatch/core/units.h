@@ -20,6 +20,9 @@ std::int64_t parse_bytes(std::string_view input);
 /// Units: whole numbers keep all digits ("1023 MiB"); trailing zeros are dropped ("400 MiB"); rounded to nearest.
 std::string format_bytes(std::int64_t bytes);
 
+/// 3723 s as "1:02:03", 62 s as "1:02"; "-" if it is negative, not finite or longer than three years.
+std::string format_seconds(double seconds);
+
 /// A count such as "64", "10k" or "1M".
 ///
 /// Units:  k = 1,000, M = 1,000,000, G = 1,000,000,000; case does not matter.

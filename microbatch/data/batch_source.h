@@ -26,6 +26,9 @@ public:
     /// Errors: ErrorKind::usage if the number of returned samples differs from the requested one.
     virtual Batch fetch(Slice slice) const = 0;
 
+    /// The whole batch with every sample twice, for verify(): a sum doubles, a mean stays.
+    virtual Batch fetch_twice() const;
+
     /// Identifies this batch, also in another process: a partial batch is resumed only with the same batch.
     /// Cost: reads the batch once if it consists of tensors.
     virtual std::uint32_t fingerprint() const = 0;

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <span>
+#include <vector>
 
 #include "microbatch/data/batch.h"
 
@@ -25,6 +26,10 @@ public:
 
     /// The sample that takes the most memory, for which plans are made. 0 if all samples have the same shape.
     virtual std::int64_t longest_sample() const { return 0; }
+
+    /// Called with the samples of a run's next batch, before any of them is loaded: may put them in another order, which
+    /// is free within a batch, and begin to load them. The same for the same indices.
+    virtual void arrange(std::vector<std::int64_t>& /*batch*/) const {}
 
     /// The samples at these indices, in this order, as freshly allocated tensors on the CPU.
     /// Requires: every index in [0, size()); an implementation may throw std::out_of_range otherwise.

@@ -1,5 +1,12 @@
 #include "microbatch/run/outcome.h"
 
+#include <cmath>
+#include <vector>
+
+#include "microbatch/core/error.h"
+#include "microbatch/core/spike_guard.h"
+#include "microbatch/run/run_log.h"
+
 namespace microbatch {
 
 void Outcome::save(const StateWriter& writer) const {
@@ -33,6 +40,25 @@ Outcome Outcome::from(const StateReader& reader) {
     outcome.restores = reader.count("restores", 0, most);
     outcome.refused_in_a_row = static_cast<int>(reader.count("refused_in_a_row", 0, 1000));
     return outcome;
+}
+
+void judge_end(Outcome& outcome, const std::filesystem::path& folder) {
+    std::vector<StepRecord> kept;
+    try {
+        for (const StepRecord& step : read_run_log(folder).steps) {
+            if (step.applied) kept.push_back(step);
+            if (!step.rolled_back_to) continue;
+            std::erase_if(kept, [&](const StepRecord& one) { return one.step > *step.rolled_back_to; });
+        }
+    } catch (const Error&) {
+        return;  // the log could not be written, which was said
+    }
+    std::vector<double> losses;
+    for (const StepRecord& step : kept) losses.push_back(step.loss);
+    // A model may overfit on purpose; after a roll-back, or where it is no number, the training losses hide the damage.
+    const bool counts = outcome.restores > 0 || !std::isfinite(outcome.held_out.value_or(0.0));
+    outcome.ended_worse = ends_worse(losses, counts ? outcome.held_out : std::nullopt);
+    outcome.overfits = !outcome.ended_worse && ends_worse(losses, outcome.held_out);
 }
 
 }  // namespace microbatch

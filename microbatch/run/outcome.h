@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <filesystem>
 #include <optional>
 #include <vector>
 
@@ -91,5 +92,9 @@ struct Outcome {
         refused_in_a_row = bad && !last.rolled_back_to ? refused_in_a_row + 1 : 0;
     }
 };
+
+/// Sets ended_worse and overfits of a run that reached its length, from its held-out loss and the logged steps that were
+/// applied and not rolled back: see ends_worse(). Without a readable log, nothing changes.
+void judge_end(Outcome& outcome, const std::filesystem::path& folder);
 
 }  // namespace microbatch

@@ -1,13 +1,16 @@
 #include "microbatch/run/run_folder.h"
 
 #include <fcntl.h>
+#include <pthread.h>
 #include <sys/file.h>
 #include <unistd.h>
 
 #include <cerrno>
+#include <mutex>
 #include <string_view>
 #include <system_error>
 #include <utility>
+#include <vector>
 
 #include "microbatch/core/error.h"
 #include "microbatch/io/checkpoint_store.h"
@@ -22,25 +25,59 @@ bool is_there(const std::filesystem::path& path) {
     return std::filesystem::exists(std::filesystem::symlink_status(path, ignored));
 }
 
+// The descriptors of all locks of this process. A child that is forked without exec, such as a worker that loads data,
+// does not train: it closes its copies, or it would keep the locks after this process.
+class Descriptors {
+public:
+    static Descriptors& all() {
+        static auto* const descriptors = new Descriptors();  // a child may be forked while the process ends
+        return *descriptors;
+    }
+
+    void add(int descriptor) {
+        const std::lock_guard guard(mutex_);
+        open_.push_back(descriptor);
+    }
+
+    void close(int descriptor) {
+        const std::lock_guard guard(mutex_);
+        if (std::erase(open_, descriptor) > 0) ::close(descriptor);
+    }
+
+private:
+    Descriptors() {
+        ::pthread_atfork([] { all().mutex_.lock(); }, [] { all().mutex_.unlock(); },
+                         [] {
+                             for (const int descriptor : all().open_) ::close(descriptor);
+                             all().open_.clear();
+                             all().mutex_.unlock();
+                         });
+    }
+
+    std::mutex mutex_;
+    std::vector<int> open_;
+};
+
 }  // namespace
 
 RunLock::RunLock(const std::filesystem::path& folder) {
     make_folders_to_the_disk(system_files(), folder);
-    // Locks the folder itself: leaves no file behind, and child processes do not hold the lock.
+    // Locks the folder itself: leaves no file behind.
     descriptor_ = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (descriptor_ < 0) {
         throw Error(ErrorKind::usage, "cannot open the run folder ", folder.string(), ": ",
                     std::generic_category().message(errno));
     }
+    Descriptors::all().add(descriptor_);
     held_ = ::flock(descriptor_, LOCK_EX | LOCK_NB) == 0;
     if (held_ || errno != EWOULDBLOCK) return;
-    ::close(descriptor_);
+    Descriptors::all().close(descriptor_);
     throw Error(ErrorKind::usage, "another process is training in ", folder.string(),
                 ": wait for it, stop it, or name another folder for this run");
 }
 
 RunLock::~RunLock() {
-    ::close(descriptor_);
+    Descriptors::all().close(descriptor_);
 }
 
 std::filesystem::path checkpoints_of(const std::filesystem::path& run) {

@@ -76,7 +76,9 @@ TrainerReport Trainer::step() {
     TrainerReport report;
     begin_step(report);
     Sampler sampler = at_.sampler;
-    const DatasetBatch batch(dataset_, sampler.next(report.samples));
+    std::vector<std::int64_t> samples = sampler.next(report.samples);
+    dataset_.arrange(samples);
+    const DatasetBatch batch(dataset_, std::move(samples));
     drop_partial_of_another(batch);
     accumulator_.optimizer().set_learning_rate(next_learning_rate());
     report.step = accumulator_.step(batch, loss_, step_options(report));

@@ -16,10 +16,15 @@ _torch_version.require()
 
 from microbatch import losses, memory  # noqa: E402
 from microbatch.accumulator import Accumulator, StepReport  # noqa: E402
+from microbatch.advice import BatchAdvice, BatchCost, advise  # noqa: E402
 from microbatch.errors import BadData, DoesNotFit, Error, NotWritten, Stopped, UsageError  # noqa: E402
 from microbatch.guard import SpikeGuard  # noqa: E402
+from microbatch.hessian import Curvature, curvature  # noqa: E402
 from microbatch.optimizers import SGD, AdamW  # noqa: E402
 from microbatch.planning import Candidate, Plan, PlanReport, plan  # noqa: E402
+from microbatch.schedule import Constants, Schedule, ScheduleDriver, scale_to_batch  # noqa: E402
+from microbatch.trainer import Outcome, Trainer  # noqa: E402
+from microbatch.verification import Cause, Difference, Verification, verify  # noqa: E402
 
 __version__ = "0.2.0"
 
@@ -28,17 +33,32 @@ __all__ = [
     "Accumulator",
     "AdamW",
     "BadData",
+    "BatchAdvice",
+    "BatchCost",
     "Candidate",
+    "Cause",
+    "Constants",
+    "Curvature",
+    "Difference",
     "DoesNotFit",
     "Error",
     "NotWritten",
+    "Outcome",
     "Plan",
     "PlanReport",
+    "Schedule",
+    "ScheduleDriver",
     "SpikeGuard",
     "StepReport",
     "Stopped",
+    "Trainer",
     "UsageError",
+    "Verification",
+    "advise",
+    "curvature",
     "losses",
     "memory",
     "plan",
+    "scale_to_batch",
+    "verify",
 ]

@@ -15,6 +15,7 @@ from microbatch.model import Adapter, own_memory
 from microbatch.optimizers import driver_of
 from microbatch.planning import Plan, PlanReport
 from microbatch.recompute import lever_of
+from microbatch.verification import check_first_batch
 
 LossFunction = Callable[[Any, Any], tuple[Tensor, float | Tensor]]
 
@@ -51,7 +52,8 @@ class Accumulator:
     micro_batch: samples per forward and backward; "auto" finds the fastest that fits, at the first step or in
     make_plan(). clip_norm: largest norm of the mean gradient that is applied. recompute: whether activations may be
     computed again in backward: "auto", "never", "always", or the class of the blocks. guard: a SpikeGuard. noise_every:
-    steps from one measure of the gradient's noise to the next, 0 for none. collate: batches are lists of samples, which
+    steps from one measure of the gradient's noise to the next, 0 for none. verify: checks a few samples of the first
+    batch by mb.verify(): an averaged loss is a UsageError, whatever else depends on the split is a warning. collate: batches are lists of samples, which
     this makes into a micro-batch. trim_padding: the name of the mask by which trailing padding is cut off.
     generators: torch.Generators that the loss draws from, beside torch's default, Python's and NumPy's.
 
@@ -75,6 +77,7 @@ class Accumulator:
         recompute: Any = "auto",
         guard: SpikeGuard | None = None,
         noise_every: int = 0,
+        verify: bool = False,
         collate: Callable[[list[Any]], Any] | None = None,
         trim_padding: str | None = None,
         generators: Sequence[torch.Generator] = (),
@@ -98,6 +101,8 @@ class Accumulator:
         self.noise_every = noise_every
         self.collate = collate
         self.trim_padding = trim_padding
+        self._adapter = adapter
+        self._verify = verify
         self._recompute = recompute if recompute in ("never", "always") else "auto"
         self._native: Any = _core.Accumulator(adapter, driver, float(clip_norm), sum_in_product)
         self._auto = micro_batch == "auto"
@@ -217,17 +222,16 @@ class Accumulator:
         function = loss or self.loss
         if function is None:
             raise UsageError("there is no loss function: give one to the Accumulator or to step()")
-        source: Any
-        if self.collate is not None:
-            source = batches.Samples(batch, self.collate)
-        else:
-            source = batches.Structure(batch, length, self.trim_padding)
+        source = batches.source_of(batch, length, self.collate, self.trim_padding)
         model = self.model
         return source, lambda micro: function(model, micro)
 
     def _prepared(self, batch: Any, loss: LossFunction | None, length: int | None) -> tuple[Any, Any]:
         source, function = self._sourced(batch, loss, length)
         _check_devices(self.model, source)
+        if self._verify:
+            check_first_batch(self._adapter, source, function)
+            self._verify = False
         if self._auto and source.size > self._planned:
             self._make_plan(source, function, None)
         return source, function
@@ -235,15 +239,27 @@ class Accumulator:
     def _make_plan(self, source: Any, function: Any, budget: int | str | None) -> PlanReport:
         if budget is not None:
             memory.set_budget(budget)
-        options = _core.PlannerOptions()
-        limit = memory.stats().budget_bytes
-        options.budget_bytes = limit if limit is not None else memory.available() // 5 * 4
-        options.recompute = getattr(_core.Recompute, self._recompute)
-        report = planning.report_of(self._native.plan_batch(source, function, options, None))
+        report = planning.report_of(self._measured_plan(source, function))
         self._native.plan = planning.native(report.plan)
         self._planned = max(self._planned, source.size)
         self.last_plan = report
         return report
+
+    def _measured_plan(self, source: Any, function: Any, micro_batch: int | None = None) -> Any:
+        """The library's report on the ways to run this batch within the budget. micro_batch: considers no other."""
+        options = _core.PlannerOptions()
+        limit = memory.stats().budget_bytes
+        options.budget_bytes = limit if limit is not None else memory.available() // 5 * 4
+        options.recompute = getattr(_core.Recompute, self._recompute)
+        options.micro_batch = micro_batch
+        return self._native.plan_batch(source, function, options, None)
+
+    def _measured_noise(self, batch: Any) -> tuple[Any, Any]:
+        """The noise of a batch, None if it was not split, and the report on it; nothing is updated."""
+        source, function = self._sourced(batch, None, None)
+        self._native.gather(source, function, True)
+        report = self._native.discard("measured")
+        return report.noise, report
 
     def _measures_noise(self) -> bool:
         return self.noise_every > 0 and self._steps % self.noise_every == 0

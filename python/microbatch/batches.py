@@ -1,7 +1,7 @@
 """Batches as people have them, cut into micro-batches.
 
 A source has `size`, `fetch(begin, end)`, which returns the micro-batch and the tensors in it that have a sample along
-dimension 0, and `fingerprint()`.
+dimension 0, `fetch_twice()`, which returns the same of the batch with every sample twice, and `fingerprint()`.
 """
 
 import copy
@@ -32,10 +32,18 @@ class Structure:
             _mask_of(batch, trim_padding)
 
     def fetch(self, begin: int, end: int) -> tuple[Any, list[Tensor]]:
-        micro = _sliced(self.batch, self.size, begin, end)
+        micro = _taken(self.batch, self.size, lambda field: field[begin:end])
         if self.trim_padding is not None:
             micro = _trimmed(micro, self.trim_padding)
         return micro, _fields(micro, end - begin)
+
+    def head(self, samples: int) -> "Structure":
+        """The first samples of the batch."""
+        return Structure(_taken(self.batch, self.size, lambda field: field[:samples]), samples, self.trim_padding)
+
+    def fetch_twice(self) -> tuple[Any, list[Tensor]]:
+        twice = _taken(self.batch, self.size, _doubled)
+        return twice, _fields(twice, 2 * self.size)
 
     def fingerprint(self) -> int:
         return _fingerprint(self.batch)
@@ -64,8 +72,23 @@ class Samples:
         micro = self.collate(self.samples[begin:end])
         return micro, _fields(micro, end - begin)
 
+    def head(self, samples: int) -> "Samples":
+        """The longest samples of the batch."""
+        return Samples(self.samples[:samples], self.collate)
+
+    def fetch_twice(self) -> tuple[Any, list[Tensor]]:
+        twice = self.collate([*self.samples, *self.samples])
+        return twice, _fields(twice, 2 * self.size)
+
     def fingerprint(self) -> int:
         return _fingerprint(self.samples)
+
+
+def source_of(
+    batch: Any, length: int | None, collate: Callable[[list[Any]], Any] | None, trim_padding: str | None
+) -> Structure | Samples:
+    """The source for a batch of samples to collate, or one that is collated. Raises UsageError if it cannot be split."""
+    return Structure(batch, length, trim_padding) if collate is None else Samples(batch, collate)
 
 
 def length_of_sample(sample: Any) -> int:
@@ -164,18 +187,25 @@ def _checked(batch: Any, length: int) -> int:
     return length
 
 
-def _sliced(value: Any, length: int, begin: int, end: int) -> Any:
+def _taken(value: Any, length: int, take: Callable[[Any], Any]) -> Any:
+    """The batch with `take(field)` in place of every field that has one entry for each sample."""
     # A list of tensors is one field where it has one for each sample and they are no batches themselves.
     per_sample = isinstance(value, list) and len(value) == length and not _is_batched(value, length)
     members = None if per_sample else _members(value)
     if members is not None:
-        return _rebuilt(value, [_sliced(one, length, begin, end) for _, one in members])
+        return _rebuilt(value, [_taken(one, length, take) for _, one in members])
     shape = getattr(value, "shape", None)
     if shape is not None:
-        return value[begin:end] if len(shape) > 0 and shape[0] == length else value
-    if isinstance(value, list) and len(value) == length:
-        return value[begin:end]
-    return value
+        return take(value) if len(shape) > 0 and shape[0] == length else value
+    return take(value) if isinstance(value, list) and len(value) == length else value
+
+
+def _doubled(field: Any) -> Any:
+    if isinstance(field, Tensor):
+        return torch.cat([field, field])
+    if isinstance(field, list):
+        return field + field
+    return field.repeat(2, axis=0)  # an array
 
 
 def _is_batched(values: list[Any], length: int) -> bool:

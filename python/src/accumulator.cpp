@@ -1,15 +1,12 @@
-#include "microbatch/step/accumulator.h"
+#include "python/src/accumulator.h"
 
-#include <memory>
 #include <string>
 #include <utility>
-#include <variant>
 
 #include "microbatch/step/probe.h"
 #include "python/src/batch.h"
-#include "python/src/bindings.h"
-#include "python/src/model.h"
 #include "python/src/optimizer.h"
+#include "python/src/state.h"
 
 namespace microbatch::python {
 namespace {
@@ -40,8 +37,12 @@ std::unique_ptr<Optimizer> optimizer_of(py::object driver) {
     return std::make_unique<PythonOptimizer>(std::move(driver));
 }
 
-// An exception that was raised in Python may be held by one of its frames, and holds the tensors of the attempt: only
-// the collector of cycles lets them go. Nothing else is lost by it.
+StepOptions options_of(bool measure_noise, StepGate* gate) {
+    return {.gate = gate, .measure_noise = measure_noise, .before_noise = {collect_garbage()}};
+}
+
+}  // namespace
+
 Reclaimer collect_garbage() {
     return {[] {
                 const py::gil_scoped_acquire gil;
@@ -51,81 +52,46 @@ Reclaimer collect_garbage() {
             /*counts=*/false};
 }
 
-/// The library's Accumulator on a Python model and optimizer, which it owns.
-class PythonAccumulator {
-public:
-    PythonAccumulator(py::object model, py::object driver, double clip_norm, bool sum_in_product)
-        : model_(std::make_shared<PythonModel>(std::move(model))), optimizer_(optimizer_of(std::move(driver))) {
-        const py::gil_scoped_release released;
-        accumulator_.emplace(AnyModel(model_), *optimizer_,
-                             AccumulatorOptions{.clip_norm = clip_norm, .sum_in_product = sum_in_product});
-    }
-
-    StepReport step(const py::object& source, const py::object& loss, bool measure_noise, SpikeGate* gate) {
-        const PythonBatch batch(source);
-        const LossFunction function = loss_of(batch, loss);
-        const py::gil_scoped_release released;
-        return accumulator_->step(batch, function, options(measure_noise, gate));
-    }
-
-    void gather(const py::object& source, const py::object& loss, bool measure_noise) {
-        const PythonBatch batch(source);
-        const LossFunction function = loss_of(batch, loss);
-        const py::gil_scoped_release released;
-        accumulator_->gather(batch, function, options(measure_noise, nullptr));
-    }
-
-    PlanReport plan(const py::object& source, const py::object& loss, PlannerOptions how, const py::object& on_trial) {
-        const PythonBatch batch(source);
-        const LossFunction function = loss_of(batch, loss);
-        how.on_trial = [&on_trial](const Plan& plan) {
-            const py::gil_scoped_acquire gil;
-            if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-            if (!on_trial.is_none()) on_trial(plan);
-        };
-        const py::gil_scoped_release released;
-        return plan_batch(*accumulator_, batch, function, how);
-    }
-
-    void add(const py::object& sum, const py::object& weight) {
-        WeightedLoss loss = weighted_loss(py::make_tuple(sum, weight));
-        const py::gil_scoped_release released;
-        accumulator_->add(loss);
-    }
-
-    Accumulator& get() { return *accumulator_; }
-
-private:
-    static StepOptions options(bool measure_noise, StepGate* gate) {
-        return {.gate = gate, .measure_noise = measure_noise, .before_noise = {collect_garbage()}};
-    }
-
-    std::shared_ptr<PythonModel> model_;
-    std::unique_ptr<Optimizer> optimizer_;
-    std::optional<Accumulator> accumulator_;
-};
-
-// Scalars and tensors by name, as a Python dict.
-py::dict to_dict(const StateDict& state) {
-    py::dict result;
-    for (const auto& [name, tensor] : state.tensors()) result[py::str(name)] = tensor.get();
-    for (const auto& [name, scalar] : state.scalars()) result[py::str(name)] = scalar;
-    return result;
+PythonAccumulator::PythonAccumulator(py::object model, py::object driver, double clip_norm, bool sum_in_product)
+    : model_(std::make_shared<PythonModel>(std::move(model))), optimizer_(optimizer_of(std::move(driver))) {
+    const py::gil_scoped_release released;
+    accumulator_.emplace(AnyModel(model_), *optimizer_,
+                         AccumulatorOptions{.clip_norm = clip_norm, .sum_in_product = sum_in_product});
 }
 
-StateDict from_dict(const py::dict& values) {
-    StateDict state;
-    for (const auto& [name, value] : values) {
-        if (THPVariable_Check(value.ptr())) {
-            state.put(name.cast<std::string>(), StoredTensor(value.cast<at::Tensor>()));
-        } else {
-            state.put(name.cast<std::string>(), value.cast<StateScalar>());
-        }
-    }
-    return state;
+StepReport PythonAccumulator::step(const py::object& source, const py::object& loss, bool measure_noise,
+                                   SpikeGate* gate) {
+    const PythonBatch batch(source);
+    const LossFunction function = loss_of(batch, loss);
+    const py::gil_scoped_release released;
+    return accumulator_->step(batch, function, options_of(measure_noise, gate));
 }
 
-}  // namespace
+void PythonAccumulator::gather(const py::object& source, const py::object& loss, bool measure_noise) {
+    const PythonBatch batch(source);
+    const LossFunction function = loss_of(batch, loss);
+    const py::gil_scoped_release released;
+    accumulator_->gather(batch, function, options_of(measure_noise, nullptr));
+}
+
+PlanReport PythonAccumulator::plan(const py::object& source, const py::object& loss, PlannerOptions how,
+                                   const py::object& on_trial) {
+    const PythonBatch batch(source);
+    const LossFunction function = loss_of(batch, loss);
+    how.on_trial = [&on_trial](const Plan& plan) {
+        const py::gil_scoped_acquire gil;
+        if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+        if (!on_trial.is_none()) on_trial(plan);
+    };
+    const py::gil_scoped_release released;
+    return plan_batch(*accumulator_, batch, function, how);
+}
+
+void PythonAccumulator::add(const py::object& sum, const py::object& weight) {
+    const WeightedLoss loss = weighted_loss(py::make_tuple(sum, weight));
+    const py::gil_scoped_release released;
+    accumulator_->add(loss);
+}
 
 void bind_accumulator(py::module_& module) {
     const auto released = py::call_guard<py::gil_scoped_release>();

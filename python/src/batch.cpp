@@ -28,25 +28,54 @@ std::string type_of(const py::handle& value) {
 
 }  // namespace
 
-PythonBatch::PythonBatch(py::handle source) : source_(source), size_(source.attr("size").cast<std::int64_t>()) {}
-
-PythonBatch::~PythonBatch() {
+LastMicroBatch::~LastMicroBatch() {
     const py::gil_scoped_acquire gil;
     micro_ = py::object();
 }
 
-Batch PythonBatch::fetch(Slice slice) const {
-    const py::gil_scoped_acquire gil;
-    micro_ = py::object();
-    const py::tuple fetched = source_.attr("fetch")(slice.begin, slice.end);
+Batch LastMicroBatch::keep(const py::tuple& fetched) const {
     Batch batch{fetched[1].cast<std::vector<at::Tensor>>()};
     micro_ = fetched[0];
     return batch;
 }
 
+Batch PythonBatch::fetch(Slice slice) const {
+    const py::gil_scoped_acquire gil;
+    drop();
+    return keep(source_.attr("fetch")(slice.begin, slice.end));
+}
+
+Batch PythonBatch::fetch_twice() const {
+    const py::gil_scoped_acquire gil;
+    drop();
+    return keep(source_.attr("fetch_twice")());
+}
+
 std::uint32_t PythonBatch::fingerprint() const {
     const py::gil_scoped_acquire gil;
     return source_.attr("fingerprint")().cast<std::uint32_t>();
+}
+
+PythonDataset::PythonDataset(py::object data)
+    : data_(std::move(data)),
+      size_(data_.attr("size").cast<std::int64_t>()),
+      tokens_per_sample_(data_.attr("tokens_per_sample").cast<std::int64_t>()),
+      longest_sample_(data_.attr("longest_sample").cast<std::int64_t>()) {}
+
+PythonDataset::~PythonDataset() {
+    const py::gil_scoped_acquire gil;
+    data_ = py::object();
+}
+
+void PythonDataset::arrange(std::vector<std::int64_t>& batch) const {
+    const py::gil_scoped_acquire gil;
+    batch = data_.attr("arrange")(batch).cast<std::vector<std::int64_t>>();
+}
+
+Batch PythonDataset::get(std::span<const std::int64_t> indices) const {
+    const py::gil_scoped_acquire gil;
+    drop();
+    return keep(data_.attr("get")(std::vector<std::int64_t>(indices.begin(), indices.end())));
 }
 
 WeightedLoss weighted_loss(const py::object& result) {
@@ -72,11 +101,11 @@ WeightedLoss weighted_loss(const py::object& result) {
                          " as the weight; return a number or a tensor of one element");
 }
 
-LossFunction loss_of(const PythonBatch& batch, py::handle loss) {
-    return [&batch, loss](const Batch&) {
+LossFunction loss_of(const LastMicroBatch& last, py::handle loss) {
+    return [&last, loss](const Batch&) {
         const py::gil_scoped_acquire gil;
         try {
-            return weighted_loss(loss(batch.take()));
+            return weighted_loss(loss(last.take()));
         } catch (py::error_already_set& error) {
             rethrow_known(error);
         }

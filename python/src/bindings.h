@@ -13,5 +13,8 @@ void bind_memory(py::module_& module);
 void bind_optimizers(py::module_& module);
 void bind_accumulator(py::module_& module);
 void bind_plan(py::module_& module);
+void bind_analysis(py::module_& module);
+void bind_schedule(py::module_& module);
+void bind_run(py::module_& module);
 
 }  // namespace microbatch::python

@@ -8,4 +8,7 @@ PYBIND11_MODULE(_core, module) {
     bind_optimizers(module);
     bind_plan(module);
     bind_accumulator(module);
+    bind_analysis(module);
+    bind_schedule(module);
+    bind_run(module);
 }

@@ -106,11 +106,14 @@ Commit PythonOptimizer::prepare(const StateReader& reader) {
     const py::gil_scoped_acquire gil;
     py::dict values;
     for (const auto& [name, tensor] : reader.tensors()) values[py::str(name)] = tensor->get_own();
-    const auto commit = std::make_shared<py::object>(driver_.attr("prepare")(values));
+    // A commit may be dropped without being called, and then without the GIL.
+    const std::shared_ptr<py::object> commit(new py::object(driver_.attr("prepare")(values)), [](py::object* held) {
+        const py::gil_scoped_acquire acquired;
+        delete held;
+    });
     return [commit] {
         const py::gil_scoped_acquire acquired;
         (*commit)();
-        *commit = py::object();
     };
 }
 

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "microbatch/core/planner.h"
+#include "microbatch/run/run_memory.h"
 #include "python/src/bindings.h"
 
 namespace microbatch::python {
@@ -42,6 +43,7 @@ void bind_plan(py::module_& module) {
         .def_property_readonly("fits", [](const PlanReport& self) { return self.chosen.has_value(); })
         .def("choice", &PlanReport::choice, py::return_value_policy::reference_internal)
         .def("explain_misfit", [](const PlanReport& self) { return explain_misfit(self); });
+    module.def("plan_with_noise", &plan_with_noise, py::arg("report"));
 }
 
 }  // namespace microbatch::python

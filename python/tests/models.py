@@ -206,5 +206,59 @@ def compiled():
     return torch.compile(model), batch, loss
 
 
-EXACT = {one.__name__: one for one in (gpt2, llama, qwen2, mistral, bert, bert_classifier, roberta, t5, vit, whisper, mlp,
-                                       lstm, gru, vae, custom_function, lora, gan, compiled)}
+def clip():
+    """Pairs of image and text, each pulled together: without the contrast, which is of the batch."""
+    from transformers import CLIPConfig, CLIPModel
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = sizes | {"vocab_size": VOCABULARY, "max_position_embeddings": 32, "eos_token_id": 2}
+    vision = sizes | {"image_size": 16, "patch_size": 8}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+    batch = {"pixel_values": torch.randn(SAMPLES, 3, 16, 16)} | {k: v for k, v in ragged().items() if k != "labels"}
+
+    def loss(model, micro):
+        found = model(**micro)
+        return (1 - (found.image_embeds * found.text_embeds).sum(-1)).sum(), len(found.image_embeds)
+
+    return model, batch, loss
+
+
+def mixtral():
+    """Mixture of experts, without the loss that balances them, which is of the batch."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = _small(MixtralConfig, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2)
+    return MixtralForCausalLM(config), ragged(), mb.losses.causal_lm
+
+
+EXACT = {one.__name__: one for one in (gpt2, llama, qwen2, mistral, bert, bert_classifier, roberta, t5, vit, clip, whisper,
+                                       mixtral, mlp, lstm, gru, vae, custom_function, lora, gan, compiled)}
+
+
+# The loss of a sample depends on others of its micro-batch: verify() says so.
+
+
+def convnet():
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 14 * 14, 3))
+    return model, (torch.randn(SAMPLES, 3, 16, 16), torch.arange(SAMPLES) % 3), mb.losses.image_classification
+
+
+def clip_contrast():
+    model, batch, _ = clip()
+    return model, batch, lambda model, micro: (model(**micro, return_loss=True).loss * len(micro["input_ids"]),
+                                               len(micro["input_ids"]))
+
+
+def mixtral_balance():
+    model, batch, _ = mixtral()
+    model.config.output_router_logits, model.config.router_aux_loss_coef = True, 1.0
+
+    def loss(model, micro):
+        weight = int((micro["labels"][:, 1:] != -100).sum())
+        return model(**micro, output_router_logits=True).loss * weight, weight
+
+    return model, batch, loss
+
+
+OF_THE_BATCH = {"convnet": (convnet, "batch_statistics"), "clip_contrast": (clip_contrast, "coupled_samples"),
+                "mixtral_balance": (mixtral_balance, "coupled_samples")}

@@ -74,6 +74,16 @@ TEST(Units, RefusesWhatIsNotASize) {
     expect_usage_error({"unknown unit \"g\""}, [] { parse_bytes("2G"); });
 }
 
+TEST(Units, WritesSecondsAsAClockShowsThem) {
+    EXPECT_EQ(format_seconds(0.0), "0:00");
+    EXPECT_EQ(format_seconds(62.4), "1:02");
+    EXPECT_EQ(format_seconds(3723.0), "1:02:03");
+    EXPECT_EQ(format_seconds(360000.0), "100:00:00");
+    for (const double odd : {-1.0, std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity()}) {
+        EXPECT_EQ(format_seconds(odd), "-");
+    }
+}
+
 TEST(Units, WritesSizesWithThreeDigitsInBinaryUnits) {
     EXPECT_EQ(format_bytes(0), "0 B");
     EXPECT_EQ(format_bytes(512), "512 B");

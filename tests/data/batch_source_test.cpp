@@ -105,5 +105,12 @@ TEST(DatasetBatch, RefusesAnotherNumberOfSamplesThanItAskedFor) {
     EXPECT_EQ(DatasetBatch(exact, {5, 6, 7, 8}).fetch({1, 3}).size(), 2);
 }
 
+TEST(BatchSource, FetchesEverySampleTwice) {
+    const TensorBatch batch({{at::arange(3), at::arange(6).view({3, 2})}});
+    const Batch twice = batch.fetch_twice();
+    EXPECT_TRUE(at::equal(twice.fields[0], at::tensor({0, 1, 2, 0, 1, 2}, at::kLong)));
+    EXPECT_TRUE(at::equal(twice.fields[1], at::arange(6).view({3, 2}).repeat({2, 1})));
+}
+
 }  // namespace
 }  // namespace microbatch

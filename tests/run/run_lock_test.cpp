@@ -57,6 +57,29 @@ TEST(RunLock, NoOtherProcessCanHaveTheFolderMeanwhile) {
     EXPECT_EQ(try_lock(folder.path()), 0);
 }
 
+TEST(RunLock, AForkedChildDoesNotKeepIt) {
+    const TempFolder folder;
+    int ends[2];
+    ASSERT_EQ(::pipe(ends), 0);
+    pid_t child = -1;
+    {
+        const RunLock lock(folder.path());
+        child = ::fork();  // as a data loader forks its workers
+        if (child == 0) {
+            ::close(ends[1]);
+            char byte;
+            ::_exit(static_cast<int>(::read(ends[0], &byte, 1)));  // lives as long as the pipe
+        }
+        EXPECT_EQ(try_lock(folder.path()), 2);
+    }
+    EXPECT_EQ(try_lock(folder.path()), 0);
+    ::close(ends[1]);
+    int status = -1;
+    EXPECT_EQ(::waitpid(child, &status, 0), child);
+    EXPECT_EQ(status, 0);
+    ::close(ends[0]);
+}
+
 TEST(RunLock, NorCanThisOne) {
     const TempFolder folder;
     const RunLock lock(folder.path());

@@ -169,6 +169,25 @@ TEST(Trainer, VisitsEverySampleOnceAnEpochInTheOrderOfTheSeed) {
     EXPECT_NE(orders[0], orders[2]);
 }
 
+struct Arranged : TensorDataset {
+    using TensorDataset::TensorDataset;
+    void arrange(std::vector<std::int64_t>& batch) const override { std::sort(batch.begin(), batch.end()); }
+};
+
+TEST(Trainer, TakesTheSamplesOfABatchInTheOrderOfTheDataset) {
+    const TrainerOptions options{.batch = 8, .length = {2, Unit::steps}};
+    Training drawn(options), arranged(options);
+    const Arranged dataset(arranged.dataset.rows());
+    Trainer trainer(arranged.accumulator, dataset, arranged.loss(), options);
+    const TrainerReport first = trainer.step(), second = trainer.step();
+    EXPECT_EQ(drawn.batches(), (Sizes{first.samples, second.samples}));
+    EXPECT_NE(drawn.seen, arranged.seen);
+    for (const std::int64_t begin : {0, 8}) {
+        std::sort(drawn.seen.begin() + begin, drawn.seen.begin() + begin + 8);
+    }
+    EXPECT_EQ(drawn.seen, arranged.seen);
+}
+
 TEST(Trainer, TheSameSeedGivesTheSameBits) {
     const TrainerOptions options{.batch = 4, .length = {30, Unit::samples}, .seed = 7};
     Training first(options), second(options), other({.batch = 4, .length = {30, Unit::samples}, .seed = 8});
