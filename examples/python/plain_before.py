@@ -2,6 +2,7 @@
 """Trains a language model on the bytes of fortunes, in a plain loop whose batch may be larger than memory."""
 
 import argparse
+import itertools
 import pathlib
 
 import torch
@@ -41,6 +42,11 @@ def weight(texts):
     return (texts[:, 1:] != PADDING).sum()
 
 
+def endless(loader):
+    while True:
+        yield from loader
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", default="/usr/share/games/fortunes/fortunes", help="texts with %% between them")
@@ -56,9 +62,7 @@ def main():
     texts = read_texts(options.data)
     unseen = collate(texts[-64:])
     loader = DataLoader(texts[:-64], batch_size=options.batch, shuffle=True, collate_fn=collate)
-    for step, batch in enumerate(loader):
-        if step == options.steps:
-            break
+    for batch in itertools.islice(endless(loader), options.steps):
         pieces = batch.split(options.micro_batch)
         for piece in pieces:
             (mean_loss(model, piece) / len(pieces)).backward()

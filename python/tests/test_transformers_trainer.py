@@ -5,6 +5,7 @@ import random
 
 import models
 import pytest
+import tokenizers
 import torch
 import transformers
 from conftest import relative_difference
@@ -206,6 +207,32 @@ def test_the_check_of_the_loss_leaves_no_trace(tmp_path):
         named = {"loss": loss, "micro_batch": 3, "data_collator": Masking()}
         runs.append(parameters(train("gpt2", tmp_path, model=with_dropout(), named=named)))
     assert all(torch.equal(one, runs[1][name]) for name, one in runs[0].items())
+
+
+def tokenized(texts):
+    """By a tokenizer of words, as lists, and the tokenizer."""
+    words = {"[PAD]": 0, "[UNK]": 1} | {f"w{i}": i + 2 for i in range(models.VOCABULARY - 2)}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "[UNK]"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]")
+    return [dict(tokenizer(one)) for one in texts], tokenizer
+
+
+def test_the_collators_of_transformers_make_micro_batches(tmp_path):
+    generator = random.Random(1)
+    texts = [" ".join(f"w{generator.randrange(90)}" for _ in range(generator.randrange(3, 12))) for _ in range(SAMPLES)]
+    data, tokenizer = tokenized(texts)
+    cases = [("llama", transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False), data),
+             ("llama", transformers.DataCollatorWithFlattening(), [{"input_ids": one["input_ids"]} for one in data]),
+             ("t5", transformers.DataCollatorForSeq2Seq(tokenizer), [one | {"labels": one["input_ids"]} for one in data]),
+             ("bert_classifier", transformers.DataCollatorWithPadding(tokenizer),
+              [one | {"label": i % 3} for i, one in enumerate(data)])]
+    settings = {"optim": "sgd", "learning_rate": 0.1}
+    for kind, collator, samples in cases:
+        named = {"data_collator": collator, "train_dataset": samples}
+        expected = train(kind, tmp_path, transformers.Trainer, named=named, **whole(**settings))
+        found = train(kind, tmp_path, named=named | {"micro_batch": 3}, **settings)
+        assert relative_difference(parameters(found), parameters(expected)) < 1e-6, type(collator)
 
 
 def test_samples_of_similar_length_are_collated_together(tmp_path):
