@@ -56,11 +56,11 @@ class Module(L.LightningModule):
 
     def training_step(self, some, batch_idx):
         loss = self.mean_loss(some)
-        self.right.update(self.logits(some).transpose(1, 2), some[:, 1:])
+        self.right(self.logits(some).transpose(1, 2), some[:, 1:])
         self.log("loss", loss, on_step=True, on_epoch=True, batch_size=int(count_targets(some)))
         self.log_dict({"tokens": count_targets(some).float()}, reduce_fx="sum", on_step=True, on_epoch=True)
         self.log("longest", float(some.shape[1]), reduce_fx=max, on_step=True, on_epoch=True)
-        self.log("right", self.right, on_step=False, on_epoch=True)
+        self.log("right", self.right, on_step=True, on_epoch=True)
         return loss
 
     def validation_step(self, some, batch_idx):
@@ -78,7 +78,7 @@ class Log(L.Callback):
         self.steps, self.events, self.losses, self.gradients, self.reports = [], [], [], [], []
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        names = ("loss_step", "tokens_step", "longest_step")
+        names = ("loss_step", "tokens_step", "longest_step", "right_step")
         self.steps.append([float(trainer.callback_metrics[name]) for name in names])
         self.losses.append(float(outputs["loss"]))
         self.reports.append(getattr(trainer.strategy, "last_report", None))
@@ -135,7 +135,7 @@ def test_parameters_logs_and_hooks_are_those_of_the_whole_batch_at_once(how):
     assert logs[1].losses == pytest.approx(logs[0].losses, rel=1e-5)
     for ours, theirs in zip(logs[1].steps, logs[0].steps, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
-    for name in ("loss_epoch", "tokens_epoch", "longest_epoch", "right", "unseen"):
+    for name in ("loss_epoch", "tokens_epoch", "longest_epoch", "right_epoch", "unseen"):
         assert float(runs[1].callback_metrics[name]) == pytest.approx(float(runs[0].callback_metrics[name]), rel=1e-5)
 
 
@@ -149,7 +149,7 @@ def test_with_a_plan_of_its_own_it_is_the_same_run_and_the_trials_leave_no_trace
     runs = [fit(kind) for kind in ("auto", strategy(micro_batch="auto", memory="256MiB"))]
     assert runs[1].strategy.accumulator.last_plan is not None
     assert relative_difference(parameters(runs[1]), parameters(runs[0])) < 1e-6
-    assert float(runs[1].callback_metrics["right"]) == float(runs[0].callback_metrics["right"])
+    assert float(runs[1].callback_metrics["right_epoch"]) == float(runs[0].callback_metrics["right_epoch"])
 
 
 @pytest.mark.parametrize("how", [{"trim_padding": "mask"}, {"collate": collate}])
@@ -201,7 +201,7 @@ def test_out_of_memory_in_the_middle_of_a_run_ends_in_the_same_update_and_the_sa
     found = fit(strategy(micro_batch=8), callbacks=[Fail(), log])
     assert [(one.out_of_memory, one.plan.micro_batch) for one in log.reports[:2]] == [(0, 8), (1, 4)]
     assert relative_difference(parameters(found), parameters(expected)) < 1e-6
-    for name in ("loss_epoch", "tokens_epoch", "right"):
+    for name in ("loss_epoch", "tokens_epoch", "right_epoch"):
         assert float(found.callback_metrics[name]) == pytest.approx(float(expected.callback_metrics[name]), rel=1e-5)
 
 
@@ -290,6 +290,17 @@ class OwnLoader(Module):
         return self.mean_loss(next(dataloader_iter)[0])
 
 
+class OwnMetric(Module):
+    def __init__(self):
+        super().__init__()
+        self.metric = torchmetrics.PearsonCorrCoef()
+
+    def training_step(self, some, batch_idx):
+        self.metric(torch.rand(4), torch.rand(4))
+        self.log("correlation", self.metric)
+        return self.mean_loss(some)
+
+
 class OwnReduction(Module):
     def training_step(self, some, batch_idx):
         self.log("median", self.mean_loss(some), reduce_fx=torch.median)
@@ -302,6 +313,7 @@ class OwnReduction(Module):
     (Manual, {}, "the module optimizes manually.*leave the strategy out"),
     (OwnBackward, {}, r"a backward\(\) of its own.*leave it out"),
     (OwnLoader, {}, "takes dataloader_iter"),
+    (OwnMetric, {}, "log.'correlation'.*PearsonCorrCoef cannot tell one batch.*on_step=False"),
     (OwnReduction, {}, "reduce_fx=.*median.*joined by 'mean', 'sum', 'max' or 'min'"),
     (lambda: Returns(lambda loss: {"loss": loss, "best": 1}), {}, "returns 'best' beside the loss.*log it"),
 ])

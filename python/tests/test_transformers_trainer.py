@@ -4,6 +4,7 @@ import gc
 import random
 
 import models
+import peft
 import pytest
 import tokenizers
 import torch
@@ -175,6 +176,7 @@ def test_a_resumed_run_has_the_bits_of_one_that_went_through(at, tmp_path):
     assert (checkpoint / STATE_FILE).is_file()
     resumed = train("gpt2", tmp_path / "again", model=with_dropout(), resume=str(checkpoint), named=named)
     assert resumed.state.global_step == 6
+    assert resumed.accumulator.last_plan is None  # taken over from the checkpoint
     expected = parameters(whole_run)
     assert all(torch.equal(one, expected[name]) for name, one in parameters(resumed).items())
 
@@ -327,6 +329,15 @@ def test_a_dataset_without_a_length_is_read_to_its_end(tmp_path):
     assert relative_difference(parameters(found), parameters(expected)) < 1e-6
 
 
+def test_a_stream_that_ends_within_a_batch_loses_no_sample(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(text("bert_classifier"))
+
+    trainer = train("bert_classifier", tmp_path, named={"train_dataset": Stream()}, max_steps=3)
+    assert trainer.last_report.weight == 3 + BATCH  # the rest of the first epoch, and the next batch
+
+
 def test_a_loader_of_the_users_may_deliver_whole_batches(tmp_path):
     class Own(Trainer):
         def get_train_dataloader(self):
@@ -422,6 +433,12 @@ class MeanLoss(Trainer):
         return model(**inputs).loss
 
 
+def test_prompt_tuning_needs_a_loss():
+    model = peft.get_peft_model(models.gpt2()[0], peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(mb.UsageError, match="prompt tuning adds tokens that have no labels: give loss="):
+        loss_of(model)
+
+
 def test_an_unknown_loss_is_refused():
     with pytest.raises(mb.UsageError, match="the loss of Regressor is not known: give loss="):
         loss_of(Regressor())
@@ -429,7 +446,7 @@ def test_an_unknown_loss_is_refused():
 
 @pytest.mark.parametrize(("named", "message"), [
     ({"compute_loss_func": lambda outputs, labels, num_items_in_batch: outputs.loss},
-     "compute_loss_func returns a mean.*give loss="),
+     "compute_loss_func does not say what its loss is averaged over: give loss="),
     ({"loss": 3}, "loss is a int; it is a function"),
     ({"micro_batch": 0}, "micro_batch is 0; it is a number of samples"),
     ({"memory": "much"}, "much"),
@@ -441,7 +458,7 @@ def test_a_wrong_argument_is_refused(named, message, tmp_path):
 
 
 def test_a_loss_that_is_overridden_or_differs_from_the_models_own_is_refused(tmp_path):
-    with pytest.raises(mb.UsageError, match="compute_loss returns a mean.*compute_loss is then for evaluation"):
+    with pytest.raises(mb.UsageError, match="compute_loss does not say.*compute_loss is then for evaluation"):
         MeanLoss(models.llama()[0], arguments(tmp_path), collate, text("llama"))
     MeanLoss(models.llama()[0], arguments(tmp_path), collate, text("llama"), loss=mb.losses.causal_lm)
     model = Doubled(models.llama()[0].config)

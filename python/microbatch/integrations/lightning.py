@@ -26,7 +26,9 @@ try:
     from lightning.pytorch import LightningModule
     from lightning.pytorch.accelerators import CPUAccelerator
     from lightning.pytorch.strategies import SingleDeviceStrategy
+    from lightning.pytorch.trainer.states import TrainerFn
     from torchmetrics import Metric
+    from torchmetrics.utilities import dim_zero_sum
 except ImportError as error:
     raise ImportError("microbatch.integrations.lightning needs the package lightning: pip install lightning") from error
 
@@ -92,8 +94,10 @@ class MicrobatchStrategy(SingleDeviceStrategy):
             )
         if getattr(self.precision_plugin, "scaler", None) is not None:
             raise UsageError("float16 needs scaled gradients, which are not supported: set precision='bf16-mixed'")
-        _check_module(self.lightning_module)
-        _check_accumulation(trainer)
+        if trainer.state.fn == TrainerFn.FITTING:
+            _check_module(self.lightning_module)
+            _check_accumulation(trainer)
+            self.accumulator, self._weight_is_checked = None, False
         super().setup(trainer)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -248,7 +252,11 @@ class _Step:
 
     def log(self, samples: int) -> None:
         """Logs once what the micro-batches have logged."""
+        before = {id(metric): state for metric, state in self.metrics}
         for name, one in self.logged.items():
+            # What a metric returned for the last micro-batch is no value of the batch.
+            if one.metric is not None and one.options.get("on_step") is not False and one.metric._forward_cache is not None:
+                one.metric._forward_cache = _value_since(before[id(one.metric)], one.metric, name)
             options = one.options | {"batch_size": one.samples or samples}
             self.module.log(name, one.value(), **options)
 
@@ -277,7 +285,7 @@ class _Logged:
             self.metric = value
             return
         self.samples += samples or 0
-        self.values.append(torch.as_tensor(value).detach().double())
+        self.values.append(torch.as_tensor(value).detach().double().reshape(()))
         self.weights.append(weight if samples is None else float(samples))
 
     def value(self) -> Any:
@@ -300,6 +308,27 @@ def _state_of(metric: Any) -> dict[str, Any]:
 def _restore(metric: Any, state: dict[str, Any]) -> None:
     for name, one in state.items():
         setattr(metric, name, one.clone() if isinstance(one, Tensor) else list(one) if isinstance(one, list) else one)
+
+
+def _value_since(before: dict[str, Any], metric: Any, name: str) -> Any:
+    """What the metric says of the updates since a state of it."""
+    now = _state_of(metric)
+    try:
+        for key, reduction in metric._reductions.items():
+            if isinstance(now[key], list):
+                setattr(metric, key, now[key][len(before[key]) :])
+            elif reduction is dim_zero_sum:
+                setattr(metric, key, now[key] - before[key])
+            else:
+                raise UsageError(
+                    f"log({name!r}, ...): {type(metric).__name__} cannot tell one batch from those before: pass "
+                    "on_step=False"
+                )
+        metric._update_count -= before["_update_count"]
+        metric._computed = None
+        return metric.compute()
+    finally:
+        _restore(metric, now)
 
 
 def _check_module(module: Any) -> None:

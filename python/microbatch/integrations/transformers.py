@@ -105,8 +105,8 @@ class Trainer(transformers.Trainer):
         if self.compute_loss_func is not None or type(self).compute_loss is not transformers.Trainer.compute_loss:
             name = "compute_loss" if self.compute_loss_func is None else "compute_loss_func"
             raise UsageError(
-                f"{name} returns a mean, which does not say what it is averaged over: give loss=, a function "
-                f"(model, micro) -> (sum, weight); {name} is then for evaluation"
+                f"{name} does not say what its loss is averaged over: give loss=, a function (model, micro) -> "
+                f"(sum, weight); {name} is then for evaluation"
             )
         return loss_of(self.model)
 
@@ -123,7 +123,7 @@ class Trainer(transformers.Trainer):
 
     def _inner_training_loop(self, *args: Any, **named: Any) -> Any:
         self._parts.clear()
-        self.accumulator = None
+        self.accumulator = self._state = None
         return super()._inner_training_loop(*args, **named)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> None:
@@ -151,7 +151,10 @@ class Trainer(transformers.Trainer):
         return torch.tensor(self.last_report.loss, device=self.args.device)
 
     def _joined(self) -> Any:
-        """The samples of the batch, or the one collated batch that a get_train_dataloader() of the user's delivered."""
+        """The samples of the batch, or the one collated batch that the user's get_train_dataloader() delivered.
+
+        If a stream without a length ends within a batch, the rest joins the first batch of the next epoch.
+        """
         if all(isinstance(part, _Uncollated) for part in self._parts):
             return [sample for part in self._parts for sample in part.samples]
         if len(self._parts) == 1:
