@@ -146,7 +146,7 @@ def test_lightnings_own_accumulation_is_far_off():
 
 
 def test_with_a_plan_of_its_own_it_is_the_same_run_and_the_trials_leave_no_trace():
-    runs = [fit(kind) for kind in ("auto", strategy(micro_batch="auto", memory="256MiB"))]
+    runs = [fit(kind, max_epochs=1) for kind in ("auto", strategy(micro_batch="auto", memory="256MiB"))]
     assert runs[1].strategy.accumulator.last_plan is not None
     assert relative_difference(parameters(runs[1]), parameters(runs[0])) < 1e-6
     assert float(runs[1].callback_metrics["right_epoch"]) == float(runs[0].callback_metrics["right_epoch"])
@@ -233,18 +233,28 @@ def test_a_budget_is_kept_from_the_first_step_on_with_the_optimizers_state():
 
 
 def test_bf16_is_as_close_as_bf16_is():
-    runs = [fit(kind, precision="bf16-mixed") for kind in ("auto", strategy())]
+    class Cast(Module):
+        def training_step(self, some, batch_idx):
+            assert torch.is_autocast_enabled("cpu")
+            return self.mean_loss(some)
+
+    runs = [fit(kind, Cast, precision="bf16-mixed") for kind in ("auto", strategy())]
     # 8 bits of mantissa: 4e-3 for a product, averaged over many.
     assert relative_difference(parameters(runs[1]), parameters(runs[0])) < 4e-3
 
 
 def test_a_loss_that_draws_numbers_and_a_module_with_dropout_train():
+    training = []
+
     class Noisy(Module):
         def training_step(self, some, batch_idx):
+            training.append(self.dropout.training)
             return self.mean_loss(some) * (1.0 + 0.1 * torch.rand(()))
 
     trainer = fit(strategy(), lambda: Noisy(dropout=0.2))
     assert trainer.global_step == 6
+    assert training[:10] == [False] * 10  # the check of the weight: two times 8 samples together, and each alone
+    assert all(training[10:])
 
 
 class Returns(Module):
