@@ -24,6 +24,13 @@ def test_a_package_that_is_missing_is_named_with_the_command_that_installs_it(na
         importlib.import_module(module)
 
 
+def test_a_version_of_transformers_with_another_trainer_is_refused(monkeypatch):
+    monkeypatch.delitem(sys.modules, "microbatch.integrations.transformers", raising=False)
+    monkeypatch.setattr(importlib.import_module("transformers"), "__version__", "4.57.6")
+    with pytest.raises(ImportError, match="needs transformers 5, and this is 4.57.6: pip install"):
+        importlib.import_module("microbatch.integrations.transformers")
+
+
 def test_an_integration_is_there_by_name():
     assert mb.integrations.transformers.Trainer.__mro__[1].__module__.startswith("transformers.")
     assert {"lightning", "transformers"} <= set(dir(mb.integrations))

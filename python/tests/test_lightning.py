@@ -107,7 +107,7 @@ def fit(strategy="auto", module=None, data=None, checkpoint=None, **how):
     settings = {"max_epochs": 2, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
                 "enable_model_summary": False, "accelerator": "cpu", "log_every_n_steps": 1}
     trainer = L.Trainer(strategy=strategy, **(settings | how))
-    trainer.fit(module, loader() if data is None else data, loader(), ckpt_path=checkpoint, weights_only=False)
+    trainer.fit(module, loader() if data is None else data, loader(), ckpt_path=checkpoint)
     return trainer
 
 
@@ -282,6 +282,18 @@ def test_a_mapping_with_the_loss_is_a_loss_and_none_is_a_batch_without_an_update
 def test_a_weight_that_does_not_fit_the_loss_is_refused(weight, what):
     with pytest.raises(mb.UsageError, match=f"the loss of training_step is not a mean over {what}.*give weight="):
         fit(MicrobatchStrategy(weight))
+
+
+def test_a_check_that_runs_out_of_memory_takes_fewer_samples():
+    class Tight(Module):
+        def training_step(self, some, batch_idx):
+            if not self.training and len(some) > 2:
+                raise torch.OutOfMemoryError("drill")
+            return self.mean_loss(some)
+
+    assert fit(strategy(), Tight).global_step == 6
+    with pytest.raises(mb.UsageError, match="for the first 2 samples together"):
+        fit(MicrobatchStrategy(lambda micro: len(micro) ** 2), Tight)
 
 
 class Manual(Module):

@@ -428,6 +428,13 @@ class Doubled(transformers.LlamaForCausalLM):
         return outputs
 
 
+class Tight(transformers.LlamaForCausalLM):
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **named):
+        if not self.training and len(input_ids) > 1:
+            raise torch.OutOfMemoryError("drill")
+        return super().forward(input_ids, attention_mask=attention_mask, labels=labels, **named)
+
+
 class MeanLoss(Trainer):
     def compute_loss(self, model, inputs, **named):
         return model(**inputs).loss
@@ -464,6 +471,7 @@ def test_a_loss_that_is_overridden_or_differs_from_the_models_own_is_refused(tmp
     model = Doubled(models.llama()[0].config)
     with pytest.raises(mb.UsageError, match="the own loss of Doubled is .* that of causal_lm.* give loss="):
         train("llama", tmp_path, model=model)
+    assert train("llama", tmp_path, model=Tight(models.llama()[0].config), max_steps=1).state.global_step == 1
     unlabelled = [{"input_ids": one["input_ids"], "attention_mask": one["attention_mask"]} for one in text("llama")]
     with pytest.raises(mb.UsageError, match="returns no loss: give the samples labels"):
         train("llama", tmp_path, named={"train_dataset": unlabelled})

@@ -107,11 +107,11 @@ class MicrobatchStrategy(SingleDeviceStrategy):
         batch, *rest = args
         step = _Step(self, module, rest, kwargs)
         source = step.source_of(batch, self._collate, self._trim_padding)
-        if not self._weight_is_checked:
-            self._check_weight(step, source)
         gatherer = self._accumulator_of(module)
         for one in module.parameters():
             one.grad = None  # of the last batch: Lightning clears it later
+        if not self._weight_is_checked:
+            self._check_weight(step, source)
         with step.watching():
             gatherer.gather(source, step.loss)
         self.last_report = gatherer.hand_over()
@@ -155,7 +155,12 @@ class MicrobatchStrategy(SingleDeviceStrategy):
 
     def _check_weight(self, step: "_Step", source: Any) -> None:
         """The losses of some samples, one by one and together, must agree as means over the weight."""
-        count = min(8, source.size)
+        for count in (8, 4, 2):
+            with contextlib.suppress(torch.OutOfMemoryError):
+                self._check_weight_of(step, source, min(count, source.size))
+                return
+
+    def _check_weight_of(self, step: "_Step", source: Any, count: int) -> None:
         if count < 2:
             return  # nothing to compare: the next batch will do
         with step.checking():

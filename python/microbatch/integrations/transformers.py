@@ -31,6 +31,11 @@ except ImportError as error:
     raise ImportError(
         "microbatch.integrations.transformers needs the package transformers: pip install 'transformers[torch]'"
     ) from error
+if int(transformers.__version__.split(".")[0]) < 5:
+    raise ImportError(
+        "microbatch.integrations.transformers needs transformers 5, and this is "
+        f"{transformers.__version__}: pip install 'transformers[torch]>=5.20'"
+    )
 
 __all__ = ["Seq2SeqTrainer", "Trainer", "loss_of"]
 
@@ -84,7 +89,7 @@ class Trainer(transformers.Trainer):
         _check_micro_batch(micro_batch)
         if memory is not None:
             _memory.parse_size(memory)
-        if recompute == "always" and args.activation_checkpointing:
+        if recompute == "always" and _checkpoints(args):
             raise UsageError("activation_checkpointing=True recomputes already: leave it out, or recompute='always'")
         if loss is not None and not callable(loss):
             raise UsageError(f"loss is a {type(loss).__name__}; it is a function (model, micro) -> (sum, weight)")
@@ -139,12 +144,12 @@ class Trainer(transformers.Trainer):
             return torch.zeros((), device=self.args.device)
         batch = self._joined()
         self._parts.clear()
+        gatherer = self._accumulator_of(model)
         if not self._loss_is_checked:
             self._check_loss(model, batch)
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
-        gatherer = self._accumulator_of(model)
         gatherer.collate = self.data_collator if isinstance(batch, list) else None
         gatherer.gather(batch)
         self.last_report = gatherer.hand_over()
@@ -183,11 +188,17 @@ class Trainer(transformers.Trainer):
             return self._loss(model, inputs)
 
     def _check_loss(self, model: nn.Module, batch: Any) -> None:
-        """Compares the loss function that the class was taken for with the model's own loss, on two samples."""
+        """Compares the loss function that the class stands for with the model's own loss, on two samples."""
+        try:
+            self._check_loss_of(model, batch, 2)
+        except torch.OutOfMemoryError:
+            self._check_loss_of(model, batch, 1)
+
+    def _check_loss_of(self, model: nn.Module, batch: Any, count: int) -> None:
         model.eval()  # dropout would differ
         with _generators_kept(model), torch.no_grad(), self.compute_loss_context_manager():
             is_list = isinstance(batch, list)
-            some = self.data_collator(batch[:2]) if is_list else batches.Structure(batch).fetch(0, 2)[0]
+            some = self.data_collator(batch[:count]) if is_list else batches.Structure(batch).fetch(0, count)[0]
             inputs = self._prepare_inputs(some)
             outputs = model(**inputs)
             theirs = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
@@ -294,6 +305,11 @@ def _check_arguments(args: Any) -> None:
         raise UsageError(f"optim={optimizer!r} steps during backward, before the gradient is whole: take another")
     if args.use_liger_kernel:
         raise UsageError("use_liger_kernel leaves the model without logits, and the loss needs them: leave it out")
+
+
+def _checkpoints(args: Any) -> bool:
+    # Its name before transformers 5.21.
+    return bool(getattr(args, "activation_checkpointing", getattr(args, "gradient_checkpointing", False)))
 
 
 def _smoothed(loss: LossFunction, smoothing: float, model: Any, micro: Any) -> tuple[Tensor, int]:
