@@ -226,7 +226,8 @@ def test_the_collators_of_transformers_make_micro_batches(tmp_path):
     data, tokenizer = tokenized(texts)
     cases = [("llama", transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False), data),
              ("llama", transformers.DataCollatorWithFlattening(), [{"input_ids": one["input_ids"]} for one in data]),
-             ("t5", transformers.DataCollatorForSeq2Seq(tokenizer), [one | {"labels": one["input_ids"]} for one in data]),
+             ("t5", transformers.DataCollatorForSeq2Seq(tokenizer),
+              [one | {"labels": one["input_ids"]} for one in data]),
              ("bert_classifier", transformers.DataCollatorWithPadding(tokenizer),
               [one | {"label": i % 3} for i, one in enumerate(data)])]
     settings = {"optim": "sgd", "learning_rate": 0.1}

@@ -259,9 +259,10 @@ class _Step:
         """Logs once what the micro-batches have logged."""
         before = {id(metric): state for metric, state in self.metrics}
         for name, one in self.logged.items():
+            metric, by_step = one.metric, one.options.get("on_step") is not False
             # What a metric returned for the last micro-batch is no value of the batch.
-            if one.metric is not None and one.options.get("on_step") is not False and one.metric._forward_cache is not None:
-                one.metric._forward_cache = _value_since(before[id(one.metric)], one.metric, name)
+            if by_step and metric is not None and metric._forward_cache is not None:
+                metric._forward_cache = _value_since(before[id(metric)], metric, name)
             options = one.options | {"batch_size": one.samples or samples}
             self.module.log(name, one.value(), **options)
 
