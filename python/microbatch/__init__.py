@@ -14,7 +14,7 @@ from microbatch import _torch_version
 
 _torch_version.require()
 
-from microbatch import losses, memory  # noqa: E402
+from microbatch import integrations, losses, memory  # noqa: E402
 from microbatch.accumulator import Accumulator, StepReport  # noqa: E402
 from microbatch.advice import BatchAdvice, BatchCost, advise  # noqa: E402
 from microbatch.errors import BadData, DoesNotFit, Error, NotWritten, Stopped, UsageError  # noqa: E402
@@ -56,6 +56,7 @@ __all__ = [
     "Verification",
     "advise",
     "curvature",
+    "integrations",
     "losses",
     "memory",
     "plan",

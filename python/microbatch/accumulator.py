@@ -142,15 +142,13 @@ class Accumulator:
         """The gradients of the whole batch, and no update yet.
 
         Without an optimizer, the batch's mean gradient is in `.grad` afterwards, without a copy: step with any optimizer,
-        and clear the gradients before the next batch. With one, call apply() or discard(); returns None.
+        and clear the gradients before the next batch. With one, call apply(), discard() or hand_over(); returns None.
         """
         source, function = self._prepared(batch, loss, length)
         memory.reset_peak()
         self._native.gather(source, function, self._measures_noise())
         self._steps += 1
-        if self.optimizer is not None:
-            return None
-        return self._report(self._native.hand_over())
+        return self.hand_over() if self.optimizer is None else None
 
     def begin(self) -> None:
         """Opens a batch whose micro-batches you cut by yourself: `add()` each, then `finish()` and `apply()`."""
@@ -165,7 +163,7 @@ class Accumulator:
         """Closes the batch that begin() opened. Without an optimizer, the mean gradient is in `.grad` afterwards."""
         self._native.finish()
         self._steps += 1
-        return self._report(self._native.hand_over()) if self.optimizer is None else None
+        return self.hand_over() if self.optimizer is None else None
 
     def apply(self) -> StepReport:
         """Divides by the weight, clips, steps and clears."""
@@ -174,6 +172,13 @@ class Accumulator:
     def discard(self, reason: str = "discarded") -> StepReport:
         """Drops what is gathered; parameters and buffers are as before the batch."""
         return self._report(self._native.discard(reason))
+
+    def hand_over(self) -> StepReport:
+        """Leaves the gathered batch's mean gradient in `.grad`, without a copy, for a step that is made elsewhere.
+
+        A plan still leaves room for the optimizer's state. Clear the gradients before the next batch.
+        """
+        return self._report(self._native.hand_over())
 
     def make_plan(
         self, batch: Any, loss: LossFunction | None = None, *, memory: int | str | None = None, length: int | None = None

@@ -88,6 +88,8 @@ def source_of(
     batch: Any, length: int | None, collate: Callable[[list[Any]], Any] | None, trim_padding: str | None
 ) -> Structure | Samples:
     """The source for a batch of samples to collate, or one that is collated. Raises UsageError if it cannot be split."""
+    if isinstance(batch, Structure | Samples):
+        return batch
     return Structure(batch, length, trim_padding) if collate is None else Samples(batch, collate)
 
 
