@@ -11,7 +11,7 @@ export CCACHE_SLOPPINESS := pch_defines,time_macros
 # Setup, configuration and build follow one another, whatever -j says; ninja does the building in parallel.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help build test check-all demo bench format lint clean setup-% configure
+.PHONY: help build test check-all demo bench wheel format lint clean setup-% configure
 
 help: ## this list
 	@echo "Microbatch: train with the batch size you want in the memory you have"
@@ -21,9 +21,9 @@ help: ## this list
 	@echo "  An existing LibTorch is used if CMAKE_PREFIX_PATH or MICROBATCH_TORCH names one; otherwise torch is installed into .venv."
 	@echo "  preset=debug or preset=sanitize builds another preset, in its own folder below build/."
 
-demo: build ## install what is missing, build, train on real text and images within a memory budget, compare strategies
-	@scripts/setup.sh demo
-	@scripts/demo.sh $(build)/microbatch
+demo: setup-demo configure ## install what is missing, build, train on real text and images within a memory budget, compare strategies
+	@cmake --build $(build) --target microbatch_command $(if $(filter ON,$(python)),microbatch_python)
+	@scripts/demo.sh $(build)
 
 build: setup-build configure ## install what is missing and build the command: build/release/microbatch
 	@cmake --build $(build) --target microbatch_command
@@ -40,6 +40,11 @@ check-all: setup-check configure ## the tests and the slow checks: fuzzing, spik
 lint: setup-check configure ## only clang-format and clang-tidy
 	@ctest --preset $(preset) -R '^lint/'
 
+wheel: setup-wheel ## build the Python package, with the command: dist/microbatch-*.whl
+	@.venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist \
+	    $(if $(shell command -v ccache),-C cmake.define.CMAKE_CXX_COMPILER_LAUNCHER=ccache) .
+	@ls -sh dist/microbatch-*.whl
+
 # Before the configuration, which looks for Google Benchmark.
 bench: setup-bench build ## compare speed with PyTorch loops, Accelerate, Lightning and the Hugging Face Trainer: docs/performance.md
 	@bench/speed
@@ -54,7 +59,9 @@ clean: ## remove the build; keeps .venv and the compiler cache
 tests := OFF
 test check-all lint: tests := ON
 # The package is built for the torch of .venv; a LibTorch from elsewhere has no Python.
-python = $(if $(wildcard .venv/bin/python),$(tests),OFF)
+with_python := OFF
+test check-all lint demo: with_python := ON
+python = $(if $(wildcard .venv/bin/python),$(with_python),OFF)
 
 setup-%:
 	@scripts/setup.sh $*

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Trains on real text and real images with a batch that does not fit in the memory budget, then compares the strategies.
+# Trains on real text and real images with a batch that does not fit in the memory budget, then compares the strategies,
+# and trains a PyTorch model in Python if the package is built. Usage: scripts/demo.sh BUILD
 set -euo pipefail
-microbatch=$1
+build=$1
+microbatch=$build/microbatch
 text=/usr/share/games/fortunes
 images=/usr/share/datasets/fashion-mnist
 runs=runs/demo-$(date +%Y%m%d-%H%M%S)
@@ -21,3 +23,9 @@ show compare --data $text --model gpt-tiny --batch 64 --memory 64MiB --samples 1
 
 step "Images: the same"
 show compare --data $images --model resnet --norm group --batch 512 --memory 100MiB --samples 8192 --lr 0.003
+
+if [ -e "$build/python/microbatch/_core.so" ]; then
+    step "Python: a PyTorch model, texts of any length, a batch of 64 that 32 MiB do not hold at once"
+    echo "\$ python examples/python/run.py --batch 64 --memory 32MiB --steps 60"
+    PYTHONPATH=$build/python .venv/bin/python examples/python/run.py --batch 64 --memory 32MiB --steps 60 --run "$runs/python"
+fi

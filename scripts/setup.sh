@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Installs what is missing for `build`, `demo`, `bench`, `test` or `check`: Debian packages as root or through sudo, uPlot
+# Installs what is missing for `build`, `demo`, `bench`, `wheel`, `test` or `check`: Debian packages as root or through sudo, uPlot
 # into node_modules, for the tests TensorBoard and safetensors into .venv-test, and torch into .venv unless a LibTorch is
 # named. Without the rights to install, it lists what to install and stops. Repeated calls do nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 torch_version=2.13.0
+wheel_builder=scikit-build-core==1.1.2  # as in pyproject.toml
 readers=(tensorboard==2.21.0 safetensors==0.8.0)
 build_packages=(cmake ninja-build ccache g++ python3-venv libcli11-dev libtomlplusplus-dev nlohmann-json3-dev zlib1g-dev)
 data_packages=(fortunes dataset-fashion-mnist)
@@ -18,11 +19,12 @@ has_uplot || command -v npm > /dev/null || build_packages+=(npm)
 
 case "${1:-}" in
     build) packages=("${build_packages[@]}") ;;
-    demo) packages=("${build_packages[@]}" "${data_packages[@]}") ;;
+    demo) packages=("${build_packages[@]}" python3-dev "${data_packages[@]}") ;;
+    wheel) packages=("${build_packages[@]}" python3-dev) ;;
     bench) packages=("${build_packages[@]}" "${bench_packages[@]}") ;;
     test) packages=("${build_packages[@]}" "${test_packages[@]}") ;;
     check) packages=("${build_packages[@]}" "${check_packages[@]}") ;;
-    *) echo "usage: scripts/setup.sh build|demo|bench|test|check" >&2; exit 2 ;;
+    *) echo "usage: scripts/setup.sh build|demo|bench|wheel|test|check" >&2; exit 2 ;;
 esac
 
 is_installed() { [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }
@@ -99,6 +101,16 @@ install_python_tests() {
     touch "$marker"
 }
 
+# What `make wheel` builds the wheel with.
+install_wheel_builder() {
+    if [ ! -x .venv/bin/python ]; then
+        echo "a wheel is built with the torch of .venv; unset MICROBATCH_TORCH and CMAKE_PREFIX_PATH" >&2
+        exit 1
+    fi
+    .venv/bin/python -c "import scikit_build_core" 2> /dev/null ||
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check "torch==$torch_version" "$wheel_builder"
+}
+
 # uPlot, which report.html is drawn with: the version that package-lock.json names.
 install_uplot() {
     if has_uplot; then return; fi
@@ -131,6 +143,7 @@ else
 fi
 install_torch
 install_uplot
+if [ "$1" = wheel ]; then install_wheel_builder; fi
 if [[ $1 = test || $1 = check ]]; then
     install_readers
     install_python_tests

@@ -24,10 +24,7 @@ class Progress:
     def begin(self, outcome: Any, on_step: Callable[[dict[str, Any]], None] | None) -> None:
         self._on_step = on_step
         if self._shown and _redraws():
-            from tqdm.auto import tqdm  # type: ignore[import-untyped]
-
-            at = getattr(outcome.progress, self._unit)
-            self._bar = tqdm(total=self._count, initial=at, unit=self._unit.removesuffix("s"), unit_scale=self._count > 9999)
+            self._bar = _bar(self._count, getattr(outcome.progress, self._unit), self._unit.removesuffix("s"))
 
     def ask_to_stop(self) -> None:
         self._stops = True
@@ -65,6 +62,15 @@ class Progress:
 
     def _is_last(self, outcome: Any) -> bool:
         return bool(getattr(outcome.progress, self._unit) >= self._count)
+
+
+def _bar(count: int, at: int, unit: str) -> Any:
+    """None without tqdm: there are lines then."""
+    try:
+        from tqdm.auto import tqdm  # type: ignore[import-untyped]
+    except ImportError:
+        return None
+    return tqdm(total=count, initial=at, unit=unit, unit_scale=count > 9999)
 
 
 def _redraws() -> bool:

@@ -65,3 +65,18 @@ def test_the_documentation_shows_the_lines_that_change(name):
     text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
     blocks = [block.strip("\n").splitlines() for block in re.findall(r"```diff\n(.*?)```", text, re.DOTALL)]
     assert changes(name) in blocks
+
+
+def test_a_run_is_kept_in_its_folder_and_resumed(tmp_path, monkeypatch, capsys):
+    def run():
+        script = EXAMPLES / "run.py"
+        monkeypatch.setattr(sys, "argv", [str(script), "--steps=3", "--batch=16", f"--run={tmp_path / 'run'}"])
+        runpy.run_path(str(script), run_name="__main__")
+        return capsys.readouterr(), (tmp_path / "run" / "model.safetensors").read_bytes()
+
+    first, weights = run()
+    assert "held out" in first.out
+    assert (tmp_path / "run" / "report.html").exists()
+    again, same = run()
+    assert "resumes at step 3" in again.err
+    assert same == weights
