@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A whole run of a PyTorch model in a folder, within a memory budget: killed or interrupted, the same command resumes it."""
+"""A whole run of a PyTorch model in a folder, within a memory budget; the same command resumes it where it stopped."""
 
 import argparse
 import pathlib
@@ -72,11 +72,12 @@ def main():
     train, unseen = texts[:-64], texts[-64:]
     trainer = mb.Trainer(
         ByteModel(), train, loss, batch=options.batch, memory=options.memory, lr=2e-3, steps=options.steps,
-        warmup=min(10, options.steps // 4), run=options.run, resume=True, collate_fn=collate, lengths=list(map(len, train)), held_out=unseen,
+        warmup=min(10, options.steps // 4), run=options.run, resume=True, collate_fn=collate, lengths=list(map(len, train)),
+        held_out=unseen,
     )
     outcome = trainer.train()
     print(trainer.plan_report)
-    print(f"loss {outcome.first_loss:.4f} at the first step, {outcome.loss:.4f} at the last, {outcome.held_out_loss:.4f} held out")
+    print(f"loss {outcome.first_loss:.4f} at first, {outcome.loss:.4f} at last, {outcome.held_out_loss:.4f} held out")
     print(f"peak {mb.memory.format_size(outcome.peak_bytes)} of {options.memory}; written {outcome.run}")
 
 

@@ -2,6 +2,9 @@
 
 #include <ATen/ops/cat.h>
 
+#include <algorithm>
+#include <limits>
+
 #include "microbatch/core/crc32c.h"
 #include "microbatch/core/error.h"
 
@@ -13,6 +16,12 @@ std::uint32_t checksum(const void* data, std::size_t bytes, std::uint32_t before
 }
 
 }  // namespace
+
+std::int64_t as_many_tokens(std::int64_t samples, std::int64_t first, std::int64_t length) {
+    constexpr std::int64_t most = std::numeric_limits<std::int64_t>::max();
+    if (length <= 0 || samples > most / std::max<std::int64_t>(first, 1)) return samples;
+    return std::max<std::int64_t>(1, samples * first / length);
+}
 
 Batch BatchSource::fetch_twice() const {
     Batch twice = fetch({0, size()});
@@ -43,6 +52,13 @@ Batch DatasetBatch::fetch(Slice slice) const {
                     batch.size(), "; return one for each index");
     }
     return batch;
+}
+
+std::int64_t DatasetBatch::as_many_as(std::int64_t begin, std::int64_t samples) const {
+    const auto length = [this](std::int64_t sample) {
+        return dataset_.length(indices_[static_cast<std::size_t>(sample)]);
+    };
+    return as_many_tokens(samples, length(0), length(begin));
 }
 
 std::uint32_t DatasetBatch::fingerprint() const {

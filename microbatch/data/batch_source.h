@@ -9,6 +9,9 @@
 
 namespace microbatch {
 
+/// How many samples of length `length` are as long as `samples` of the length `first`, at least 1.
+std::int64_t as_many_tokens(std::int64_t samples, std::int64_t first, std::int64_t length);
+
 /// The source of the samples of one batch, one micro-batch at a time.
 ///
 /// Threads: no two calls at the same time.
@@ -25,6 +28,10 @@ public:
     /// The samples of the slice. Requires: 0 <= begin < end <= size().
     /// Errors: ErrorKind::usage if the number of returned samples differs from the requested one.
     virtual Batch fetch(Slice slice) const = 0;
+
+    /// How many samples from `begin` on take the memory of `samples` of the first ones: more than that if they are
+    /// shorter. Requires: 0 <= begin < size(), samples >= 1. Returns at least 1.
+    virtual std::int64_t as_many_as(std::int64_t /*begin*/, std::int64_t samples) const { return samples; }
 
     /// The whole batch with every sample twice, for verify(): a sum doubles, a mean stays.
     virtual Batch fetch_twice() const;
@@ -63,6 +70,7 @@ public:
 
     std::int64_t size() const override { return static_cast<std::int64_t>(indices_.size()); }
     Batch fetch(Slice slice) const override;
+    std::int64_t as_many_as(std::int64_t begin, std::int64_t samples) const override;
     std::uint32_t fingerprint() const override;
 
 private:

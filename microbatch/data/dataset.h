@@ -27,6 +27,9 @@ public:
     /// The sample that takes the most memory, for which plans are made. 0 if all samples have the same shape.
     virtual std::int64_t longest_sample() const { return 0; }
 
+    /// The length of a sample, if micro-batches are to be bounded by tokens: with arrange(), which puts the longest first.
+    virtual std::int64_t length(std::int64_t /*index*/) const { return 1; }
+
     /// Called with the samples of a run's next batch, before any of them is loaded: may put them in another order, which
     /// is free within a batch, and begin to load them. The same for the same indices.
     virtual void arrange(std::vector<std::int64_t>& /*batch*/) const {}

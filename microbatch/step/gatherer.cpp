@@ -61,12 +61,13 @@ Gathered Gatherer::gather(const Batch& batch, const Plan& plan, const LossFuncti
 std::int64_t Gatherer::add_next(const BatchSource& source, std::int64_t begin, const LossFunction& loss,
                                 const GatherOptions& options) {
     Plan plan = options.plan;
-    const auto fetch = [&] { return source.fetch({begin, begin + next_cut(source.size() - begin, plan.micro_batch)}); };
+    const auto next = [&] { return next_cut(source.size() - begin, source.as_many_as(begin, plan.micro_batch)); };
+    const auto fetch = [&] { return source.fetch({begin, begin + next()}); };
     Batch micro = fetch();
     const SampleShape shape = shape_of(micro);
     if (options.caps != nullptr) {
         plan = options.caps->within(plan, shape);
-        if (plan.micro_batch < micro.size()) {
+        if (next() < micro.size()) {
             micro = {};  // freed before the smaller one is loaded
             micro = fetch();
         }

@@ -53,9 +53,11 @@ class Accumulator:
     make_plan(). clip_norm: largest norm of the mean gradient that is applied. recompute: whether activations may be
     computed again in backward: "auto", "never", "always", or the class of the blocks. guard: a SpikeGuard. noise_every:
     steps from one measure of the gradient's noise to the next, 0 for none. verify: checks a few samples of the first
-    batch by mb.verify(): an averaged loss is a UsageError, whatever else depends on the split is a warning. collate: batches are lists of samples, which
-    this makes into a micro-batch. trim_padding: the name of the mask by which trailing padding is cut off.
-    generators: torch.Generators that the loss draws from, beside torch's default, Python's and NumPy's.
+    batch by mb.verify(): an averaged loss is a UsageError, whatever else depends on the split is a warning.
+    collate: batches are lists of samples, which this makes into a micro-batch, the longest first. bound: "samples", or
+    "tokens": micro-batches of shorter samples hold more of them, as many tokens as the first one. trim_padding: the name of the mask by
+    which trailing padding is cut off. generators: torch.Generators that the loss draws from, beside torch's default,
+    Python's and NumPy's.
 
     Out of memory: a batch that runs out is undone (gradients, buffers, generators) and run again with half the
     micro-batch; the update has the same bits as with the smaller one from the start.
@@ -79,6 +81,7 @@ class Accumulator:
         noise_every: int = 0,
         verify: bool = False,
         collate: Callable[[list[Any]], Any] | None = None,
+        bound: str = "samples",
         trim_padding: str | None = None,
         generators: Sequence[torch.Generator] = (),
         sum_in_product: bool = True,
@@ -90,6 +93,7 @@ class Accumulator:
             raise UsageError(f"noise_every is {noise_every!r}; it is a number of steps, 0 for never")
         if not isinstance(model, nn.Module):
             raise UsageError(f"the model is a {type(model).__name__}, not a torch.nn.Module")
+        check_bound(bound, collate is not None, "collate")
         lever = lever_of(model, recompute)
         adapter = Adapter(model, lever, generators)
         driver = None if optimizer is None else driver_of(optimizer)
@@ -100,6 +104,7 @@ class Accumulator:
         self.guard = guard
         self.noise_every = noise_every
         self.collate = collate
+        self.bound = bound
         self.trim_padding = trim_padding
         self._adapter = adapter
         self._verify = verify
@@ -227,7 +232,8 @@ class Accumulator:
         function = loss or self.loss
         if function is None:
             raise UsageError("there is no loss function: give one to the Accumulator or to step()")
-        source = batches.source_of(batch, length, self.collate, self.trim_padding)
+        by_tokens = self.bound == "tokens"
+        source = batches.source_of(batch, length, self.collate, self.trim_padding, by_tokens)
         model = self.model
         return source, lambda micro: function(model, micro)
 
@@ -292,6 +298,14 @@ def _check_micro_batch(micro_batch: Any) -> None:
     if micro_batch == "auto" or (isinstance(micro_batch, int) and not isinstance(micro_batch, bool) and micro_batch > 0):
         return
     raise UsageError(f"micro_batch is {micro_batch!r}; it is a number of samples, at least 1, or 'auto'")
+
+
+def check_bound(bound: Any, possible: bool, needs: str) -> None:
+    """Raises UsageError for a bound that does not exist, or that needs lengths."""
+    if bound not in ("samples", "tokens"):
+        raise UsageError(f"bound is {bound!r}; it is 'samples' or 'tokens'")
+    if bound == "tokens" and not possible:
+        raise UsageError(f"bound='tokens' needs {needs}=: the lengths of the samples are not known otherwise")
 
 
 def _set_memory(model: nn.Module, budget: int | str | None) -> None:

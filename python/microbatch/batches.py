@@ -1,7 +1,8 @@
 """Batches as people have them, cut into micro-batches.
 
 A source has `size`, `fetch(begin, end)`, which returns the micro-batch and the tensors in it that have a sample along
-dimension 0, `fetch_twice()`, which returns the same of the batch with every sample twice, and `fingerprint()`.
+dimension 0, `as_many_as(begin, samples)`, how many samples from there on take the memory of so many of the first ones,
+`fetch_twice()`, which fetches the batch with every sample twice, and `fingerprint()`.
 """
 
 import copy
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from microbatch import _core
 from microbatch.errors import UsageError
 
 
@@ -37,6 +39,9 @@ class Structure:
             micro = _trimmed(micro, self.trim_padding)
         return micro, _fields(micro, end - begin)
 
+    def as_many_as(self, begin: int, samples: int) -> int:
+        return samples
+
     def head(self, samples: int) -> "Structure":
         """The first samples of the batch."""
         return Structure(_taken(self.batch, self.size, lambda field: field[:samples]), samples, self.trim_padding)
@@ -53,24 +58,36 @@ class Samples:
     """A batch as a sequence of samples, collated a micro-batch at a time.
 
     The order inside a batch is free, so samples are taken by length, the longest first: micro-batches need little
-    padding, and memory is known to suffice after the first one.
+    padding, and memory is known to suffice after the first one. by_tokens: later ones hold as many tokens, and so more
+    samples.
     """
 
     def __init__(
-        self, samples: Sequence[Any], collate: Callable[[list[Any]], Any], length_of: Callable[[Any], int] | None = None
+        self,
+        samples: Sequence[Any],
+        collate: Callable[[list[Any]], Any],
+        length_of: Callable[[Any], int] | None = None,
+        by_tokens: bool = False,
     ) -> None:
         if not isinstance(samples, Sequence) or isinstance(samples, str | bytes):
             raise UsageError(
                 f"with collate= a batch is a list of samples, not a {type(samples).__name__}; leave collate out for a "
                 "batch that is collated already"
             )
-        self.samples = sorted(samples, key=length_of or length_of_sample, reverse=True)
+        self.length_of = length_of or length_of_sample
+        self.samples = sorted(samples, key=self.length_of, reverse=True)
+        self.by_tokens = by_tokens
         self.collate = collate
         self.size = len(self.samples)
 
     def fetch(self, begin: int, end: int) -> tuple[Any, list[Tensor]]:
         micro = self.collate(self.samples[begin:end])
         return micro, _fields(micro, end - begin)
+
+    def as_many_as(self, begin: int, samples: int) -> int:
+        if not self.by_tokens:
+            return samples
+        return int(_core.as_many_tokens(samples, self.length_of(self.samples[0]), self.length_of(self.samples[begin])))
 
     def head(self, samples: int) -> "Samples":
         """The longest samples of the batch."""
@@ -85,12 +102,16 @@ class Samples:
 
 
 def source_of(
-    batch: Any, length: int | None, collate: Callable[[list[Any]], Any] | None, trim_padding: str | None
+    batch: Any,
+    length: int | None,
+    collate: Callable[[list[Any]], Any] | None,
+    trim_padding: str | None,
+    by_tokens: bool = False,
 ) -> Structure | Samples:
     """The source for a batch of samples to collate, or one that is collated. Raises UsageError if it cannot be split."""
     if isinstance(batch, Structure | Samples):
         return batch
-    return Structure(batch, length, trim_padding) if collate is None else Samples(batch, collate)
+    return Structure(batch, length, trim_padding) if collate is None else Samples(batch, collate, None, by_tokens)
 
 
 def length_of_sample(sample: Any) -> int:

@@ -19,7 +19,8 @@ class Data:
     """What the library's Trainer draws from.
 
     lengths: of every sample, by index; the samples of a batch are then taken by length, the longest first, so that
-    micro-batches need little padding. workers: processes that load samples ahead.
+    micro-batches need little padding. by_tokens: later ones hold as many tokens as the first, and so more samples.
+    workers: processes that load samples ahead.
     """
 
     def __init__(
@@ -28,6 +29,7 @@ class Data:
         collate: Callable[[list[Any]], Any] | None = None,
         *,
         lengths: Sequence[int] | Callable[[Any], int] | None = None,
+        by_tokens: bool = False,
         workers: int = 0,
         seed: int = 0,
         tokens_per_sample: int = 1,
@@ -44,8 +46,13 @@ class Data:
         self.collate = collate or default_collate
         self.lengths = _lengths_of(dataset, lengths)
         self.longest_sample = max(range(self.size), key=self.lengths.__getitem__) if self.lengths is not None else 0
+        self._by_tokens = by_tokens
         self._dataset = dataset
         self._workers = _Workers(dataset, workers, seed) if workers > 0 else None
+
+    def length(self, index: int) -> int:
+        """Of a sample; 1 of all if micro-batches are bounded by samples."""
+        return self.lengths[index] if self._by_tokens and self.lengths is not None else 1
 
     def arrange(self, indices: list[int]) -> list[int]:
         """The samples of the next batch in the order in which they are to be used."""

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from microbatch import _core, memory, planning
-from microbatch.accumulator import Accumulator, LossFunction
+from microbatch.accumulator import Accumulator, LossFunction, check_bound
 from microbatch.data import Data
 from microbatch.errors import Error, Stopped, UsageError
 from microbatch.interrupts import watched
@@ -61,8 +61,8 @@ class Trainer:
     None: mb.AdamW, without weight decay for vectors. guard: refuses spikes, and rolls a run that diverges back, at most
     `restores` times. noise_every: steps from one measure of the gradient's noise to the next. collate_fn: makes a list of
     samples into a micro-batch; torch's default_collate if None. lengths: of each sample, or a function of a sample; a
-    batch is then taken by length. workers: processes that load samples ahead. held_out: a dataset whose loss is measured
-    at the end. verify: checks the first samples by mb.verify(). progress: shows it on the terminal or in the notebook.
+    batch is then taken by length, and with bound="tokens" micro-batches of shorter samples hold more of them. workers:
+    processes that load samples ahead. held_out: a dataset whose loss is measured at the end. verify: checks the first samples by mb.verify(). progress: shows it on the terminal or in the notebook.
 
     Raises UsageError for settings out of range, or if the folder has a run and `resume` is false.
     """
@@ -97,6 +97,7 @@ class Trainer:
         keep: int = 3,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         lengths: Sequence[int] | Callable[[Any], int] | None = None,
+        bound: str = "samples",
         workers: int = 0,
         held_out: Any = None,
         tokens_per_sample: int = 1,
@@ -110,7 +111,16 @@ class Trainer:
             _require_count(name, value, 0)
         self.model, self.loss, self.batch = model, loss, batch
         self.run, self.resume = pathlib.Path(run), resume
-        self.data = Data(data, collate_fn, lengths=lengths, workers=workers, seed=seed, tokens_per_sample=tokens_per_sample)
+        check_bound(bound, lengths is not None, "lengths")
+        self.data = Data(
+            data,
+            collate_fn,
+            lengths=lengths,
+            by_tokens=bound == "tokens",
+            workers=workers,
+            seed=seed,
+            tokens_per_sample=tokens_per_sample,
+        )
         self.held_out = None if held_out is None else Data(held_out, collate_fn, tokens_per_sample=tokens_per_sample)
         self.length = _length(steps, samples, tokens, epochs, self.data.size)
         self.optimizer = _default_optimizer(model, lr) if optimizer is None else optimizer
@@ -253,8 +263,8 @@ class Trainer:
         return (
             f"{self.run}: a batch of {self.batch} in micro-batches of {plan.micro_batch}"
             f"{' with recompute' if plan.recompute else ''}; predicted peak "
-            f"{memory.format_size(self.plan_report.chosen.peak_bytes)} of {memory.format_size(self.plan_report.budget_bytes)}; "
-            f"{self.length}{state}"
+            f"{memory.format_size(self.plan_report.chosen.peak_bytes)} of "
+            f"{memory.format_size(self.plan_report.budget_bytes)}; {self.length}{state}"
         )
 
     def _run_settings(self) -> dict[str, Any]:
@@ -340,6 +350,9 @@ class _Longest:
     def __init__(self, data: Data, size: int) -> None:
         self.data, self.size = data, size
 
+    def as_many_as(self, begin: int, samples: int) -> int:
+        return samples
+
     def fetch(self, begin: int, end: int) -> Any:
         return self.data.get([self.data.longest_sample] * (end - begin))
 
@@ -349,6 +362,9 @@ class _Samples:
 
     def __init__(self, data: Data, size: int) -> None:
         self.data, self.size = data, size
+
+    def as_many_as(self, begin: int, samples: int) -> int:
+        return samples
 
     def fetch(self, begin: int, end: int) -> Any:
         return self.data.get(list(range(begin, end)))

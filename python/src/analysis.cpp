@@ -67,6 +67,7 @@ void bind_advice(py::module_& module) {
                                 largest_to_compare(noise_batch, report.batch), samples);
         },
         py::arg("noise_batch"), py::arg("report"), py::arg("samples"));
+    module.def("as_many_tokens", &as_many_tokens, py::arg("samples"), py::arg("first"), py::arg("length"));
     module.def("batch_of_few_steps", &batch_of_few_steps, py::arg("noise_batch"));
     module.def("batch_of_few_samples", &batch_of_few_samples, py::arg("noise_batch"));
 }

@@ -45,6 +45,11 @@ Batch PythonBatch::fetch(Slice slice) const {
     return keep(source_.attr("fetch")(slice.begin, slice.end));
 }
 
+std::int64_t PythonBatch::as_many_as(std::int64_t begin, std::int64_t samples) const {
+    const py::gil_scoped_acquire gil;
+    return source_.attr("as_many_as")(begin, samples).cast<std::int64_t>();
+}
+
 Batch PythonBatch::fetch_twice() const {
     const py::gil_scoped_acquire gil;
     drop();
@@ -65,6 +70,11 @@ PythonDataset::PythonDataset(py::object data)
 PythonDataset::~PythonDataset() {
     const py::gil_scoped_acquire gil;
     data_ = py::object();
+}
+
+std::int64_t PythonDataset::length(std::int64_t index) const {
+    const py::gil_scoped_acquire gil;
+    return data_.attr("length")(index).cast<std::int64_t>();
 }
 
 void PythonDataset::arrange(std::vector<std::int64_t>& batch) const {

@@ -33,7 +33,7 @@ private:
 };
 
 /// A batch of a Python structure, through a source of microbatch.batches: `size`, `fetch(begin, end)`, which returns the
-/// micro-batch and its tensors, `fetch_twice()` and `fingerprint()`.
+/// micro-batch and its tensors, `as_many_as(begin, samples)`, `fetch_twice()` and `fingerprint()`.
 ///
 /// Threads: called without the GIL; takes it for every call into Python.
 class PythonBatch final : public BatchSource, public LastMicroBatch {
@@ -43,6 +43,7 @@ public:
 
     std::int64_t size() const override { return size_; }
     Batch fetch(Slice slice) const override;
+    std::int64_t as_many_as(std::int64_t begin, std::int64_t samples) const override;
     Batch fetch_twice() const override;
     std::uint32_t fingerprint() const override;
 
@@ -51,8 +52,8 @@ private:
     std::int64_t size_;
 };
 
-/// A dataset of Python, through microbatch.data: `size`, `tokens_per_sample`, `longest_sample`, `arrange(indices)`,
-/// which returns them in the order to use, and `get(indices)`, which returns a micro-batch and its tensors.
+/// A dataset of Python, through microbatch.data: `size`, `tokens_per_sample`, `longest_sample`, `length(index)`,
+/// `arrange(indices)`, which returns them in the order to use, and `get(indices)`, which returns a micro-batch and its tensors.
 ///
 /// Threads: called without the GIL; takes it for every call into Python.
 class PythonDataset final : public Dataset, public LastMicroBatch {
@@ -63,6 +64,7 @@ public:
     std::int64_t size() const override { return size_; }
     std::int64_t tokens_per_sample() const override { return tokens_per_sample_; }
     std::int64_t longest_sample() const override { return longest_sample_; }
+    std::int64_t length(std::int64_t index) const override;
     void arrange(std::vector<std::int64_t>& batch) const override;
     Batch get(std::span<const std::int64_t> indices) const override;
 

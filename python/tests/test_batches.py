@@ -115,6 +115,55 @@ def test_samples_are_collated_by_length_and_make_the_same_gradient():
     assert [tuple(one) for one in sizes] == [(3, lengths[0]), (3, lengths[3]), (2, lengths[6])]
 
 
+def test_micro_batches_bounded_by_tokens_hold_more_short_samples_and_have_the_same_gradient():
+    import models
+
+    model, _, loss = models.gpt2()
+    samples = [torch.randint(1, 96, (1 + i % 11,)) for i in range(40)]
+    expected = whole_batch_gradients(model, _collate(samples), loss)
+    sizes = []
+
+    def collate(some):
+        micro = _collate(some)
+        sizes.append(micro["input_ids"].shape)
+        return micro
+
+    accumulator = mb.Accumulator(model, None, loss, micro_batch=4, collate=collate, bound="tokens")
+    report = accumulator.gather(samples)
+    assert relative_difference(gradients(model), expected) < 1e-6
+    assert sum(rows for rows, _ in sizes) == 40
+    assert max(rows * width for rows, width in sizes) <= 4 * 11
+    assert report.micro_batches == len(sizes) < 10  # of 4 samples each
+    assert max(rows for rows, _ in sizes) > 4
+
+
+def test_after_running_out_of_memory_fewer_tokens_are_taken():
+    sizes = []
+
+    class Net(nn.Linear):
+        def forward(self, x):
+            if x.numel() > 40:
+                raise torch.OutOfMemoryError("out of memory")
+            sizes.append(tuple(x.shape))
+            return super().forward(x.sum(1, keepdim=True))
+
+    samples = [torch.ones(1 + i % 10) for i in range(30)]
+    accumulator = mb.Accumulator(Net(1, 1), None, lambda model, micro: (model(micro).sum(), len(micro)), micro_batch=8,
+                                 collate=lambda some: nn.utils.rnn.pad_sequence(some, batch_first=True), bound="tokens")
+    report = accumulator.gather(samples)
+    assert report.weight == 30.0
+    assert report.out_of_memory > 0
+    assert max(rows * width for rows, width in sizes) <= 40
+
+
+def test_a_bound_that_does_not_exist_or_needs_lengths_is_refused():
+    model = nn.Linear(2, 3)
+    with pytest.raises(mb.UsageError, match="bound is 'rows'"):
+        mb.Accumulator(model, None, mb.losses.image_classification, bound="rows")
+    with pytest.raises(mb.UsageError, match="needs collate="):
+        mb.Accumulator(model, None, mb.losses.image_classification, bound="tokens")
+
+
 def test_trimmed_padding_makes_the_same_gradient():
     import models
 

@@ -205,11 +205,15 @@ def test_ragged_samples_are_taken_by_length(tmp_path):
         shapes.append(micro.shape)
         return model(micro).square().sum(), len(micro)
 
-    mb.Trainer(Bag(), words, loss, batch=50, micro_batch=10, run=tmp_path / "run", collate_fn=collate, lengths=len,
-               steps=1, progress=False, verify=False, memory="1GiB").train()
-    widths = [width for _, width in shapes[-5:]]
-    assert widths == sorted(widths, reverse=True)
-    assert sum(widths) < 5 * 13
+    for bound in ("samples", "tokens"):
+        mb.Trainer(Bag(), words, loss, batch=50, micro_batch=10, run=tmp_path / bound, collate_fn=collate, lengths=len,
+                   bound=bound, steps=1, progress=False, verify=False, memory="1GiB").train()
+        made = lines(tmp_path / bound)[0]["micro_batches"]
+        widths = [width for _, width in shapes[-made:]]
+        assert widths == sorted(widths, reverse=True)
+        assert sum(rows for rows, _ in shapes[-made:]) == 50
+        assert max(rows * width for rows, width in shapes[-made:]) <= 10 * 13
+        assert made == 5 if bound == "samples" else made < 5
 
 
 @pytest.mark.parametrize("ended", [False, True])

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
+#include <limits>
 #include <set>
 #include <string>
 #include <utility>
@@ -103,6 +104,15 @@ TEST(DatasetBatch, RefusesAnotherNumberOfSamplesThanItAskedFor) {
     }
     const Miscounting exact(0);
     EXPECT_EQ(DatasetBatch(exact, {5, 6, 7, 8}).fetch({1, 3}).size(), 2);
+}
+
+TEST(BatchSource, AsManyTokensAreNeverMoreTokens) {
+    EXPECT_EQ(as_many_tokens(4, 12, 12), 4);
+    EXPECT_EQ(as_many_tokens(4, 12, 5), 9);
+    EXPECT_EQ(as_many_tokens(1, 3, 7), 1);
+    EXPECT_EQ(as_many_tokens(4, 0, 0), 4);  // empty samples
+    constexpr std::int64_t most = std::numeric_limits<std::int64_t>::max();
+    EXPECT_EQ(as_many_tokens(most, 12, 5), most);
 }
 
 TEST(BatchSource, FetchesEverySampleTwice) {
