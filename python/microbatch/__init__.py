@@ -18,6 +18,7 @@ from microbatch import losses, memory  # noqa: E402
 from microbatch.accumulator import Accumulator, StepReport  # noqa: E402
 from microbatch.errors import BadData, DoesNotFit, Error, NotWritten, Stopped, UsageError  # noqa: E402
 from microbatch.guard import SpikeGuard  # noqa: E402
+from microbatch.optimize import Optimized, optimize  # noqa: E402
 from microbatch.optimizers import SGD, AdamW  # noqa: E402
 from microbatch.planning import Candidate, Plan, PlanReport, plan  # noqa: E402
 
@@ -32,6 +33,7 @@ __all__ = [
     "DoesNotFit",
     "Error",
     "NotWritten",
+    "Optimized",
     "Plan",
     "PlanReport",
     "SpikeGuard",
@@ -40,5 +42,6 @@ __all__ = [
     "UsageError",
     "losses",
     "memory",
+    "optimize",
     "plan",
 ]

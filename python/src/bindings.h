@@ -13,5 +13,6 @@ void bind_memory(py::module_& module);
 void bind_optimizers(py::module_& module);
 void bind_accumulator(py::module_& module);
 void bind_plan(py::module_& module);
+void bind_ops(py::module_& module);
 
 }  // namespace microbatch::python

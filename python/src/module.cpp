@@ -8,4 +8,5 @@ PYBIND11_MODULE(_core, module) {
     bind_optimizers(module);
     bind_plan(module);
     bind_accumulator(module);
+    bind_ops(module);
 }
