@@ -325,6 +325,8 @@ def _patch_of(module: nn.Module) -> "_Patch | None":
 def _is_eager() -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # inside torch.func's transforms
+        return False
     return not torch.is_autocast_enabled("cpu")
 
 

@@ -352,6 +352,22 @@ def test_a_cache_that_is_asked_for_is_filled_while_training_too(name):
     torch.testing.assert_close(second.logits, expected[:, 6:], rtol=1e-5, atol=1e-5)
 
 
+def test_blocks_stay_fused_after_a_transform_of_functions():
+    model, batch = _wide("gpt2"), _batch(padded=False)
+    mb.optimize(model)
+    torch.func.vmap(torch.sin)(torch.ones(2))  # torch.compile does it, too, and leaves its state in the thread
+    assert _blocks(model.train()(**batch).logits) == 2
+    parameters = dict(model.named_parameters())
+
+    def loss(some):
+        return torch.func.functional_call(model, some, kwargs=batch).loss
+
+    found = torch.func.grad(loss)(parameters)
+    model(**batch).loss.backward()
+    expected = gradients(model)
+    assert relative_difference(found, expected) < 1e-6
+
+
 def test_what_was_replaced_is_reported():
     text = str(mb.optimize(_wide("gpt2")))
     assert "2 x GPT2Block: one fused operation" in text and "2 x NewGELUActivation: fused GELU" in text
