@@ -3,6 +3,7 @@
 #include <ATen/FuncTorchTLS.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/functorch/DynamicLayer.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/anomaly_mode.h>
 #include <torch/csrc/autograd/function.h>
@@ -54,7 +55,10 @@ bool is_fp32_on_cpu(const at::Tensor& tensor) {
 }
 
 bool operators_are_watched() {
-    return at::functorch::functorchTLSAccessor() != nullptr || c10::impl::TorchDispatchModeTLS::any_modes_set();
+    // The state of functorch stays once it was made, as by torch.compile; a transform is active while it has a layer.
+    const bool transformed =
+        at::functorch::functorchTLSAccessor() != nullptr && !at::functorch::getDynamicLayerStack().empty();
+    return transformed || c10::impl::TorchDispatchModeTLS::any_modes_set();
 }
 
 bool has_hooks(Node& node) {

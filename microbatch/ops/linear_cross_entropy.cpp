@@ -10,10 +10,15 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <utility>
 
+#include "microbatch/autograd/fused.h"
+#include "microbatch/autograd/in_place_gradients.h"
+#include "microbatch/autograd/sum_in_place.h"
 #include "microbatch/core/error.h"
 #include "microbatch/ops/checks.h"
+#include "microbatch/ops/cross_entropy.h"
 #include "microbatch/ops/kernels/kernels.h"
 #include "microbatch/runtime/parallel.h"
 
@@ -22,7 +27,6 @@ namespace microbatch {
 namespace {
 
 using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 
 // The products are fastest where the rows of the logits begin at multiples of this many numbers, and where those that
 // make the logits are of so many columns: 1.6 times as fast as all of 50257 columns in one.
@@ -234,6 +238,51 @@ public:
     }
 };
 
+/// All logits at once, of float32 on the CPU.
+class AtOnce {
+public:
+    AtOnce(const at::Tensor& classes, std::int64_t ignored, bool wanted)
+        : targets_(classes, ignored), ignored_(ignored), wanted_(wanted) {}
+
+    FusedResult forward(const variable_list& inputs) const {
+        const at::Tensor &hidden = inputs[0], &weight = inputs[1];
+        targets_.require_below(weight.size(0));
+        const at::Tensor losses = at::empty({hidden.size(0)}, hidden.options().dtype(at::kDouble));
+        LogitChunk all(hidden, weight, std::numeric_limits<std::int64_t>::max());
+        const at::Tensor logits = all.logits_of(hidden);
+        differentiate_rows(logits, targets_, wanted_, losses);
+        return {losses.sum().to(at::kFloat), {wanted_ ? logits : at::Tensor()}};
+    }
+
+    variable_list backward(const FusedBackward& of) const {
+        const at::Tensor &hidden = of.inputs[0], &weight = of.inputs[1], &grad_logits = of.saved[0];
+        const auto incoming = of.gradient.item<double>();
+        variable_list results(2);
+        if (of.needed[1] && !(in_place_ && add_to_leaf(weight, grad_logits, hidden, incoming))) {
+            results[1] = scaled(grad_logits.t().mm(hidden), incoming);
+        }
+        if (of.needed[0]) results[0] = scaled(grad_logits.mm(weight), incoming);
+        return results;
+    }
+
+    at::Tensor by_operators(const variable_list& inputs) const {
+        return cross_entropy_sum(inputs[0].mm(inputs[1].t()), targets_.classes, ignored_);
+    }
+
+private:
+    static at::Tensor scaled(at::Tensor product, double factor) { return factor == 1.0 ? product : product.mul_(factor); }
+
+    static bool add_to_leaf(const at::Tensor& leaf, const at::Tensor& grad_logits, const at::Tensor& hidden,
+                            double factor) {
+        return sum_in_place(leaf, {grad_logits, hidden},
+                            [&](at::Tensor& sum) { sum.addmm_(grad_logits.t(), hidden, 1, factor); });
+    }
+
+    Targets targets_;
+    std::int64_t ignored_;
+    bool wanted_, in_place_ = InPlaceGradients::active();
+};
+
 void require_weight(const at::Tensor& weight, const at::Tensor& hidden) {
     require_that(weight.defined(), "the weight is an undefined tensor");
     require_that(weight.dim() == 2 && weight.size(1) == hidden.size(-1), "a weight of shape ", weight.sizes(),
@@ -256,6 +305,19 @@ at::Tensor linear_cross_entropy_sum(const at::Tensor& hidden, const at::Tensor& 
     const Wanted wanted{recorded && hidden.requires_grad(), recorded && weight.requires_grad()};
     return LinearCrossEntropy::apply(hidden.reshape({targets.numel(), hidden.size(-1)}), weight,
                                      targets.reshape({-1}).contiguous(), ignored, chunk_bytes, wanted);
+}
+
+at::Tensor linear_cross_entropy_sum_at_once(const at::Tensor& hidden, const at::Tensor& weight,
+                                            const at::Tensor& targets, std::int64_t ignored) {
+    require_targets(targets);
+    require_rows("hidden states", "width", hidden, targets);
+    require_weight(weight, hidden);
+    const at::Tensor rows = hidden.reshape({targets.numel(), hidden.size(-1)}), classes = targets.reshape({-1}).contiguous();
+    if (!is_fp32_on_cpu(hidden) || !is_fp32_on_cpu(weight) || operators_are_watched() || rows.size(0) == 0) {
+        return cross_entropy_sum(at::mm(rows, weight.t()), classes, ignored);
+    }
+    const bool wanted = at::GradMode::is_enabled() && (hidden.requires_grad() || weight.requires_grad());
+    return Fused<AtOnce>::of({classes, ignored, wanted}, {rows, weight});
 }
 
 }  // namespace microbatch

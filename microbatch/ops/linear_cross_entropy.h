@@ -25,4 +25,13 @@ namespace microbatch {
 at::Tensor linear_cross_entropy_sum(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
                                     std::int64_t ignored = -100, std::int64_t chunk_bytes = std::int64_t{32} << 20);
 
+/// The same with all logits at once, which are replaced by their own gradient in forward: for rows that fit. Weight
+/// gradients as by InPlaceGradients, so nothing of the weight's size is allocated.
+///
+/// Shapes, units, errors: as linear_cross_entropy_sum.
+/// State:  differentiable as often as at::linear. hidden and weight must be unchanged when backward runs.
+/// Cost:   holds the logits once until backward; torch's operators hold them three times.
+at::Tensor linear_cross_entropy_sum_at_once(const at::Tensor& hidden, const at::Tensor& weight,
+                                            const at::Tensor& targets, std::int64_t ignored = -100);
+
 }  // namespace microbatch

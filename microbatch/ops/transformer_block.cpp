@@ -4,7 +4,6 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/dropout.h>
 #include <ATen/ops/layer_norm.h>
-#include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
 
@@ -12,6 +11,7 @@
 #include "microbatch/autograd/in_place_gradients.h"
 #include "microbatch/autograd/sum_in_place.h"
 #include "microbatch/ops/causal_attention.h"
+#include "microbatch/ops/checks.h"
 #include "microbatch/ops/fused/transformer.h"
 #include "microbatch/ops/gelu.h"
 #include "microbatch/runtime/gemm.h"
@@ -33,21 +33,23 @@ TransformerWeights weights_of(const variable_list& v) {
     return {v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11], v[12]};
 }
 
-at::Tensor norm(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& shift) {
-    return at::layer_norm(x, x.size(-1), scale, shift, transformer_epsilon);
-}
-
-/// Rows of numbers: torch adds the bias inside the product for 2-D inputs only.
-at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
-    return at::addmm(bias, x.flatten(0, -2), weight.t());
+/// The same with every weight as [outputs, inputs].
+TransformerWeights outputs_first(const TransformerWeights& w, bool inputs_first) {
+    if (!inputs_first) return w;
+    TransformerWeights turned = w;
+    for (at::Tensor* one :
+         {&turned.qkv_weight, &turned.projection_weight, &turned.expansion_weight, &turned.contraction_weight}) {
+        *one = one->t();
+    }
+    return turned;
 }
 
 class FusedBlock {
 public:
-    explicit FusedBlock(std::int64_t heads) : heads_(heads) {}
+    FusedBlock(std::int64_t heads, const TransformerDetails& details) : heads_(heads), details_(details) {}
 
     FusedResult forward(const variable_list& inputs) const {
-        auto [out, saved] = transformer_forward(inputs[0], weights_of(inputs), heads_);
+        auto [out, saved] = transformer_forward(inputs[0], weights(inputs), heads_, details_);
         return {
             out,
             {saved.qkv, saved.attended.out, saved.attended.log_sums, saved.middle, saved.expanded, saved.statistics}};
@@ -55,40 +57,30 @@ public:
 
     variable_list backward(const FusedBackward& of) const {
         variable_list results(of.inputs.size());
-        const GradientSink sink = [&](std::size_t weight, const at::Tensor& left, const at::Tensor& right) {
-            if (!of.needed[1 + weight]) return;
-            if (in_place_ && add_to_leaf(of.inputs[1 + weight], left, right)) return;
-            results[1 + weight] = right.defined() ? gemm(left.t(), right) : left.clone();
-        };
+        const GradientSink sink = weight_sink(of, results, in_place_, details_.inputs_first);
         const auto& s = of.saved;
-        results[0] = transformer_backward(of.inputs[0], weights_of(of.inputs), heads_,
+        results[0] = transformer_backward(of.inputs[0], weights(of.inputs), heads_, details_,
                                           {s[0], {s[1], s[2]}, s[3], s[4], s[5]}, of.gradient.contiguous(), sink);
         return results;
     }
 
     at::Tensor by_operators(const variable_list& inputs) const {
-        return transformer_block_by_operators(inputs[0], weights_of(inputs), heads_);
+        return transformer_block_by_operators(inputs[0], weights_of(inputs), heads_, {}, details_);
     }
 
 private:
-    static bool add_to_leaf(const at::Tensor& leaf, const at::Tensor& left, const at::Tensor& right) {
-        if (!right.defined()) return sum_in_place(leaf, {left}, [&](at::Tensor& sum) { sum.add_(left); });
-        return sum_in_place(leaf, {left, right}, [&](at::Tensor& sum) {
-            if (!sum.is_contiguous()) {
-                sum.addmm_(left.t(), right);
-                return;
-            }
-            add_product(left, right, sum);
-            torch::autograd::impl::bump_version(sum);  // like every torch operator that writes
-        });
+    TransformerWeights weights(const variable_list& inputs) const {
+        return outputs_first(weights_of(inputs), details_.inputs_first);
     }
 
     std::int64_t heads_;
+    TransformerDetails details_;
     bool in_place_ = InPlaceGradients::active();
 };
 
 /// True if the fused version supports these shapes and types; otherwise torch's operators report what is wrong.
-bool is_fast(const at::Tensor& x, const TransformerWeights& w, std::int64_t heads, TransformerDropout dropout) {
+bool is_fast(const at::Tensor& x, const TransformerWeights& w, std::int64_t heads, TransformerDropout dropout,
+             bool inputs_first) {
     if (dropout.attention != 0.0 || dropout.mlp != 0.0 || !is_fp32_on_cpu(x) || x.dim() != 3 || x.numel() == 0 ||
         operators_are_watched() || at::autocast::is_autocast_enabled(at::kCPU)) {
         return false;
@@ -99,8 +91,9 @@ bool is_fast(const at::Tensor& x, const TransformerWeights& w, std::int64_t head
         return false;
     }
     const std::int64_t width = x.size(2), inner = w.expansion_bias.numel();
-    const auto is_linear = [](const at::Tensor& weight, const at::Tensor& bias, std::int64_t in, std::int64_t out) {
-        return weight.sizes() == at::IntArrayRef{out, in} && bias.sizes() == at::IntArrayRef{out};
+    const auto is_linear = [&](const at::Tensor& weight, const at::Tensor& bias, std::int64_t in, std::int64_t out) {
+        const std::int64_t rows = inputs_first ? in : out, columns = inputs_first ? out : in;
+        return weight.sizes() == at::IntArrayRef{rows, columns} && bias.sizes() == at::IntArrayRef{out};
     };
     const auto is_norm = [&](const at::Tensor& scale, const at::Tensor& shift) {
         return scale.sizes() == at::IntArrayRef{width} && shift.sizes() == at::IntArrayRef{width};
@@ -115,12 +108,20 @@ bool is_fast(const at::Tensor& x, const TransformerWeights& w, std::int64_t head
 }  // namespace
 
 at::Tensor transformer_block_by_operators(const at::Tensor& x, const TransformerWeights& w, std::int64_t heads,
-                                          TransformerDropout dropout) {
+                                          TransformerDropout dropout, const TransformerDetails& details) {
+    const auto norm = [&](const at::Tensor& rows, const at::Tensor& scale, const at::Tensor& shift) {
+        return at::layer_norm(rows, rows.size(-1), scale, shift, details.epsilon);
+    };
+    // Rows of numbers: torch adds the bias inside the product for 2-D inputs only.
+    const auto linear = [&](const at::Tensor& rows, const at::Tensor& weight, const at::Tensor& bias) {
+        return at::addmm(bias, rows.flatten(0, -2), details.inputs_first ? weight : weight.t());
+    };
     const auto dropped = [&](const at::Tensor& rows, double share) {
         return at::dropout(rows.view_as(x), share, share > 0.0);
     };
     const at::Tensor qkv = linear(norm(x, w.attention_norm_scale, w.attention_norm_shift), w.qkv_weight, w.qkv_bias);
-    const at::Tensor attended = causal_attention(qkv.view({x.size(0), x.size(1), qkv.size(-1)}), heads);
+    const at::Tensor attended =
+        causal_attention(qkv.view({x.size(0), x.size(1), qkv.size(-1)}), heads, details.lengths);
     const at::Tensor middle = x + dropped(linear(attended, w.projection_weight, w.projection_bias), dropout.attention);
     const at::Tensor normed = norm(middle, w.mlp_norm_scale, w.mlp_norm_shift);
     const at::Tensor expanded = gelu_tanh(linear(normed, w.expansion_weight, w.expansion_bias));
@@ -128,9 +129,12 @@ at::Tensor transformer_block_by_operators(const at::Tensor& x, const Transformer
 }
 
 at::Tensor transformer_block(const at::Tensor& x, const TransformerWeights& w, std::int64_t heads,
-                             TransformerDropout dropout) {
-    if (!is_fast(x, w, heads, dropout)) return transformer_block_by_operators(x, w, heads, dropout);
-    return Fused<FusedBlock>::of(FusedBlock(heads), inputs_of(x.contiguous(), w));
+                             TransformerDropout dropout, const TransformerDetails& details) {
+    if (!is_fast(x, w, heads, dropout, details.inputs_first)) {
+        return transformer_block_by_operators(x, w, heads, dropout, details);
+    }
+    require_lengths("transformer_block", details.lengths, x.size(0), x.size(1));
+    return Fused<FusedBlock>::of(FusedBlock(heads, details), inputs_of(x.contiguous(), w));
 }
 
 }  // namespace microbatch

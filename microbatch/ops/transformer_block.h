@@ -21,6 +21,13 @@ struct TransformerDropout {
     double attention = 0.0, mlp = 0.0;
 };
 
+/// How a block is written down, where that differs from torch's modules and from GPT-2.
+struct TransformerDetails {
+    double epsilon = 1e-5;      ///< of the layer norms
+    bool inputs_first = false;  ///< weights are [inputs, outputs], as `Conv1D` of Hugging Face has them
+    at::Tensor lengths = {};    ///< [samples], int64: the tokens from there on are padding; undefined: there is none
+};
+
 /// A GPT-2 block: causal attention, then two linear layers with GELU between them, each applied to a layer norm of the
 /// residual stream and added to it.
 ///
@@ -37,10 +44,10 @@ struct TransformerDropout {
 /// Cost:     9 widths + heads + 4 numbers per token are saved for backward (inner being 4 widths); separate operators
 ///           save 15 widths. Weight gradients as by InPlaceGradients.
 at::Tensor transformer_block(const at::Tensor& x, const TransformerWeights& weights, std::int64_t heads,
-                             TransformerDropout dropout = {});
+                             TransformerDropout dropout = {}, const TransformerDetails& details = {});
 
 /// The same by torch's operators one by one: the reference for the fused version.
 at::Tensor transformer_block_by_operators(const at::Tensor& x, const TransformerWeights& weights, std::int64_t heads,
-                                          TransformerDropout dropout = {});
+                                          TransformerDropout dropout = {}, const TransformerDetails& details = {});
 
 }  // namespace microbatch

@@ -20,6 +20,7 @@ from microbatch.advice import BatchAdvice, BatchCost, advise  # noqa: E402
 from microbatch.errors import BadData, DoesNotFit, Error, NotWritten, Stopped, UsageError  # noqa: E402
 from microbatch.guard import SpikeGuard  # noqa: E402
 from microbatch.hessian import Curvature, curvature  # noqa: E402
+from microbatch.optimize import Optimized, optimize  # noqa: E402
 from microbatch.optimizers import SGD, AdamW  # noqa: E402
 from microbatch.planning import Candidate, Plan, PlanReport, plan  # noqa: E402
 from microbatch.schedule import Constants, Schedule, ScheduleDriver, scale_to_batch  # noqa: E402
@@ -44,6 +45,7 @@ __all__ = [
     "Error",
     "NotWritten",
     "Outcome",
+    "Optimized",
     "Plan",
     "PlanReport",
     "Schedule",
@@ -59,6 +61,7 @@ __all__ = [
     "integrations",
     "losses",
     "memory",
+    "optimize",
     "plan",
     "scale_to_batch",
     "verify",

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from microbatch.errors import UsageError
+from microbatch.optimize import causal_lm_sum, masked_lm_sum
 
 __all__ = [
     "causal_lm",
@@ -34,13 +35,19 @@ def causal_lm(model: Any, micro: Mapping[str, Any]) -> tuple[Tensor, int]:
 
     The weight is the number of those labels, the first of each sample left out: nothing predicts it.
     """
-    logits, labels = _logits_and_labels(model, micro)
-    return _cross_entropy(logits[:, :-1], labels[:, 1:])
+    arguments, labels = _split(micro)
+    found = causal_lm_sum(model, arguments, labels)
+    if found is not None:
+        return found
+    # The labels are shifted, not the logits: those would be copied.
+    return _cross_entropy(model(**arguments).logits, functional.pad(labels[:, 1:], (0, 1), value=IGNORED))
 
 
 def masked_lm(model: Any, micro: Mapping[str, Any]) -> tuple[Tensor, int]:
     """Cross-entropy of an encoder at the labels that are not -100; the weight is their number."""
-    return _cross_entropy(*_logits_and_labels(model, micro))
+    arguments, labels = _split(micro)
+    found = masked_lm_sum(model, arguments, labels)
+    return _cross_entropy(model(**arguments).logits, labels) if found is None else found
 
 
 def seq2seq_lm(model: Any, micro: Mapping[str, Any]) -> tuple[Tensor, int]:

@@ -16,5 +16,6 @@ void bind_plan(py::module_& module);
 void bind_analysis(py::module_& module);
 void bind_schedule(py::module_& module);
 void bind_run(py::module_& module);
+void bind_ops(py::module_& module);
 
 }  // namespace microbatch::python

@@ -11,4 +11,5 @@ PYBIND11_MODULE(_core, module) {
     bind_analysis(module);
     bind_schedule(module);
     bind_run(module);
+    bind_ops(module);
 }

@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <limits>
+#include <string>
 #include <vector>
 
 #include "microbatch/memory/budget_allocator.h"
@@ -109,6 +110,70 @@ TEST(CausalAttention, RefusesOtherShapes) {
     expect_usage_error({"0 heads"}, [] { causal_attention(at::zeros({1, 2, 24}), 0); });
     expect_usage_error({"undefined"}, [] { causal_attention(at::Tensor(), 2); });
     expect_usage_error({"Long"}, [] { causal_attention(at::zeros({1, 2, 24}, at::kLong), 2); });
+}
+
+/// Attention of tensors of their own by torch's operators, with a mask.
+at::Tensor by_formula_of(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, std::int64_t heads,
+                         std::int64_t kv_heads, bool causal, const at::Tensor& lengths) {
+    const std::int64_t tokens = q.size(1), size = q.size(2) / heads;
+    const auto by_head = [&](const at::Tensor& x, std::int64_t count) {
+        const at::Tensor apart = x.view({x.size(0), tokens, count, size}).transpose(1, 2);
+        return apart.repeat_interleave(heads / count, 1);
+    };
+    at::Tensor open = at::ones({q.size(0), 1, tokens, tokens}, at::kBool);
+    if (causal) open = open.tril();
+    if (lengths.defined()) open = open & at::arange(tokens).lt(lengths.view({-1, 1, 1, 1}));
+    const at::Tensor scores = by_head(q, heads).matmul(by_head(k, kv_heads).transpose(2, 3)) / std::sqrt(double(size));
+    const at::Tensor p = scores.masked_fill(~open, -std::numeric_limits<double>::infinity()).softmax(3);
+    return p.matmul(by_head(v, kv_heads)).transpose(1, 2).flatten(2);
+}
+
+TEST(Attention, OfSharedKeysAndOfPaddingEqualsTheFormula) {
+    at::manual_seed(6);
+    for (const bool causal : {true, false}) {
+        for (const bool padded : {true, false}) {
+            for (const std::int64_t kv_heads : {1, 2, 4}) {
+                const at::Tensor lengths = padded ? at::tensor({1, 9, 13}, at::kLong) : at::Tensor();
+                std::vector<at::Tensor> ours, theirs;
+                for (const std::int64_t heads : {std::int64_t{4}, kv_heads, kv_heads}) {
+                    ours.push_back(at::randn({3, 13, heads * 10}).requires_grad_());
+                    theirs.push_back(ours.back().detach().to(at::kDouble).requires_grad_());
+                }
+                const at::Tensor out = attention(ours[0], ours[1], ours[2], 4, kv_heads, causal, lengths);
+                const at::Tensor expected = by_formula_of(theirs[0], theirs[1], theirs[2], 4, kv_heads, causal, lengths);
+                EXPECT_NE(out.grad_fn()->name().find("FusedAttention"), std::string::npos);
+                const at::Tensor gradient = at::randn_like(out);
+                out.backward(gradient);
+                expected.backward(gradient.to(at::kDouble));
+                expect_close(out, expected, 4e-6);  // as above
+                for (std::size_t i = 0; i < 3; ++i) expect_close(ours[i].grad(), theirs[i].grad(), 2e-5);
+                const at::Tensor in_double = attention(theirs[0], theirs[1], theirs[2], 4, kv_heads, causal, lengths);
+                expect_close(in_double, expected, 1e-13);  // the same sums in fp64
+            }
+        }
+    }
+}
+
+TEST(Attention, OfPaddingIsDifferentiableTwice) {
+    at::manual_seed(7);
+    const at::Tensor lengths = at::tensor({3, 7}, at::kLong);
+    const at::Tensor ours = at::randn({2, 7, 12}).requires_grad_(), theirs = ours.detach().to(at::kDouble).requires_grad_();
+    const auto second = [](const at::Tensor& x, const at::Tensor& out) {
+        const auto first = torch::autograd::grad({(out * out).sum()}, {x}, {}, true, /*create_graph=*/true);
+        return torch::autograd::grad({(first[0] * first[0]).sum()}, {x})[0];
+    };
+    const at::Tensor expected = second(theirs, by_formula_of(theirs, theirs, theirs, 3, 3, true, lengths));
+    EXPECT_LE((second(ours, attention(ours, ours, ours, 3, 3, true, lengths)).to(at::kDouble) - expected).abs().max().item<double>(),
+              1e-5 * expected.abs().max().item<double>());  // as above
+}
+
+TEST(Attention, RefusesLengthsThatAreNone) {
+    const at::Tensor x = at::randn({2, 7, 12});
+    for (const at::Tensor& lengths : {at::tensor({0, 7}, at::kLong), at::tensor({3, 8}, at::kLong), at::tensor({3}, at::kLong),
+                                      at::tensor({3, 7}, at::kInt)}) {
+        expect_usage_error({"length"}, [&] { attention(x, x, x, 3, 3, true, lengths); });
+    }
+    expect_usage_error({"heads"}, [&] { attention(x, x, x, 3, 2, true); });
 }
 
 }  // namespace

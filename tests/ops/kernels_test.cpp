@@ -31,6 +31,8 @@ double slope_of(double x) {
 /// A head in memory of its own, its rows wider than it, with gaps that must stay as they are.
 struct Sample {
     std::int64_t tokens, size, row, out_row;
+    std::int64_t keys = tokens;
+    bool causal = true;
     std::vector<float> inputs, out, gradient, grad_inputs, log_sums;
 
     Sample(std::int64_t tokens_, std::int64_t size_, std::mt19937_64& random, float deviation = 1.0F)
@@ -47,9 +49,12 @@ struct Sample {
 
     AttentionHead head() {
         return {.tokens = tokens,
+                .keys = keys,
                 .size = size,
+                .causal = causal,
                 .scale = scale(),
                 .row = row,
+                .kv_row = row,
                 .out_row = out_row,
                 .q = inputs.data(),
                 .k = inputs.data() + size,
@@ -96,7 +101,8 @@ private:
         const auto q = [&](std::int64_t token, std::int64_t k) { return double(s.inputs[at(token, s.row, k)]); };
         const auto g = [&](std::int64_t k) { return double(s.gradient[at(i, s.out_row, k)]); };
         std::vector<double> p;
-        for (std::int64_t j = 0; j <= i; ++j) {
+        const std::int64_t end = s.causal ? std::min(s.keys, i + 1) : s.keys;
+        for (std::int64_t j = 0; j < end; ++j) {
             double score = 0;
             for (std::int64_t k = 0; k < s.size; ++k) score += q(i, k) * q(j, s.size + k);
             p.push_back(score * s.scale());
@@ -106,11 +112,11 @@ private:
         for (double& x : p) sum += x = std::exp(x - largest);
         for (std::int64_t k = 0; k < s.size; ++k) {
             double mixed = 0;
-            for (std::int64_t j = 0; j <= i; ++j) mixed += p[at(0, 0, j)] / sum * q(j, 2 * s.size + k);
+            for (std::int64_t j = 0; j < end; ++j) mixed += p[at(0, 0, j)] / sum * q(j, 2 * s.size + k);
             out[at(i, s.out_row, k)] = mixed;
             dot += mixed * g(k);
         }
-        for (std::int64_t j = 0; j <= i; ++j) {
+        for (std::int64_t j = 0; j < end; ++j) {
             const double share = p[at(0, 0, j)] / sum;
             double of_share = 0;
             for (std::int64_t k = 0; k < s.size; ++k) of_share += g(k) * q(j, 2 * s.size + k);
@@ -205,6 +211,46 @@ TEST(Kernels, AttentionAndItsGradientAreThoseOfTheFormulaForEverySize) {
                 expect_near(sample.out, expected.out, 4e-6, what);
                 expect_near(sample.grad_inputs, expected.grad_inputs, 2e-5, what);
             }
+        }
+    }
+}
+
+TEST(Kernels, AttentionOfFewerKeysAndOfAllQueriesToAllKeysIsThatOfTheFormula) {
+    std::mt19937_64 random(12);
+    for (const Kernels* table : all_kernels()) {
+        for (const bool causal : {true, false}) {
+            for (const std::int64_t tokens : {1, 5, 7, 31, 65, 97, 300}) {
+                for (const std::int64_t keys : {std::int64_t{1}, tokens / 2 + 1, tokens - 1, tokens}) {
+                    if (keys < 1) continue;
+                    Sample sample(tokens, 17, random);
+                    sample.causal = causal;
+                    sample.keys = keys;
+                    sample.run(*table);
+                    const Expected expected(sample);
+                    const std::string what = std::string(table->name) + (causal ? " causal " : " all ") +
+                                             std::to_string(tokens) + ", keys " + std::to_string(keys);
+                    expect_near(sample.out, expected.out, 4e-6, what);  // as above
+                    // The gradient of a key is a sum over all queries: larger numbers, if there are few keys.
+                    expect_near(sample.grad_inputs, expected.grad_inputs, 1e-4, what);
+                }
+            }
+        }
+    }
+}
+
+TEST(Kernels, AttentionAddsToTheGradientsOfSharedKeys) {
+    std::mt19937_64 random(13);
+    for (const Kernels* table : all_kernels()) {
+        Sample sample(20, 16, random);
+        sample.run(*table);
+        const std::vector<float> once = sample.grad_inputs;
+        AttentionHead head = sample.head();
+        head.add_to_keys = true;
+        std::vector<float> scratch(static_cast<std::size_t>(table->attention_backward_scratch(20, 16)), nan_value);
+        table->attention_backward(head, scratch.data());
+        for (std::size_t i = 0; i < once.size(); ++i) {
+            const auto column = static_cast<std::int64_t>(i) % sample.row;
+            EXPECT_EQ(sample.grad_inputs[i], column >= 16 && column < 48 ? 2 * once[i] : once[i]) << i;
         }
     }
 }

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "microbatch/autograd/in_place_gradients.h"
 #include "microbatch/memory/budget_allocator.h"
 #include "microbatch/ops/cross_entropy.h"
 #include "support/errors.h"
@@ -331,6 +332,62 @@ TEST_F(LinearCrossEntropyMemory, CanRunOutAnywhereWithoutATrace) {
     }
     EXPECT_GT(failures, 30);
     expect_agree(in_chunks(p, 6'000), whole(p), 1e-5);  // as above
+}
+
+TEST(LinearCrossEntropyAtOnce, EqualsTheSumOfAllLogitsForEveryShape) {
+    at::manual_seed(31);
+    for (const std::vector<std::int64_t>& shape : std::vector<std::vector<std::int64_t>>{{}, {1}, {7}, {5, 19}, {0}}) {
+        for (const std::int64_t ignored : {-100, 2}) {  // 2 is a class too
+            for (const auto& [width, vocabulary] : {std::pair<std::int64_t, std::int64_t>{33, 6}, {9, 1030}}) {
+                const Problem p(shape, width, vocabulary, at::kFloat, ignored);
+                // fp32: rounding of 6e-8 in sums of some hundred terms.
+                expect_agree(differentiate(p, linear_cross_entropy_sum_at_once(p.hidden, p.weight, p.targets, ignored)),
+                             whole(p, ignored), 1e-5);
+            }
+        }
+    }
+}
+
+TEST(LinearCrossEntropyAtOnce, AddsTheWeightsGradientWhereItIsInAScope) {
+    at::manual_seed(32);
+    const Problem p({12}, 9, 31, at::kFloat);
+    const InPlaceGradients scope;
+    (linear_cross_entropy_sum_at_once(p.hidden, p.weight, p.targets) * 1.5).backward();
+    const at::Tensor once = p.weight.grad().clone();
+    const void* const place = p.weight.grad().const_data_ptr();
+    (linear_cross_entropy_sum_at_once(p.hidden, p.weight, p.targets) * 1.5).backward();
+    EXPECT_EQ(p.weight.grad().const_data_ptr(), place);
+    EXPECT_LE(relative_difference(p.weight.grad(), once * 2), 1e-6);
+    EXPECT_LE(relative_difference(once, whole(p).weight_gradient), 1e-5);
+}
+
+TEST(LinearCrossEntropyAtOnce, CanBeDifferentiatedTwice) {
+    at::manual_seed(33);
+    const Problem p({12}, 9, 31, at::kFloat);
+    const auto twice = [&](const at::Tensor& sum) {
+        const auto first = torch::autograd::grad({sum}, {p.weight}, {}, true, /*create_graph=*/true);
+        return torch::autograd::grad({first[0].square().sum()}, {p.hidden})[0];
+    };
+    EXPECT_LE(relative_difference(twice(linear_cross_entropy_sum_at_once(p.hidden, p.weight, p.targets)),
+                                  twice(cross_entropy_sum(at::linear(p.hidden, p.weight), p.targets))),
+              1e-5);
+}
+
+TEST(LinearCrossEntropyAtOnce, HoldsTheLogitsOnce) {
+    at::manual_seed(34);
+    const Problem p({64}, 8, 4096, at::kFloat);
+    install_budget_allocator();
+    reset_peak_memory();
+    const auto before = memory_use().live_bytes;
+    linear_cross_entropy_sum_at_once(p.hidden, p.weight, p.targets).backward();
+    // The logits, and the gradient of the weight, which is 4096 x 8.
+    EXPECT_LE(memory_use().peak_bytes - before, 4 * (64 * 4096 + 4096 * 8) + 20'000);
+}
+
+TEST(LinearCrossEntropyAtOnce, RefusesWhatDoesNotMatch) {
+    const Problem p({5}, 4, 6, at::kFloat);
+    expect_usage_error({"weight"}, [&] { linear_cross_entropy_sum_at_once(p.hidden, at::randn({6, 5}), p.targets); });
+    expect_usage_error({"hidden"}, [&] { linear_cross_entropy_sum_at_once(at::randn({4, 4}), p.weight, p.targets); });
 }
 
 }  // namespace

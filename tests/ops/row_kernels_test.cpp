@@ -246,5 +246,121 @@ TEST(RowKernels, NanInARowStaysInItAndReachesItsSums) {
     }
 }
 
+TEST(RowKernels, RmsNormAndItsGradientAreThoseOfTheFormula) {
+    for_all_shapes([](const Kernels& table, Rows rows) {
+        const Floats x = rows.matrix(), scale = rows.vector(), gradient = rows.matrix(), residual = rows.matrix();
+        Floats y = rows.matrix(), again = rows.matrix(), inverses = rows.draw(rows.count), grad_x = rows.matrix();
+        const Floats before = rows.vector();
+        Floats grad_scale = before;
+        table.rms_norm_rows({.rows = rows.count,
+                             .width = rows.width,
+                             .epsilon = epsilon,
+                             .x = x.data(),
+                             .scale = scale.data(),
+                             .y = y.data(),
+                             .inverses = inverses.data()});
+        table.rms_norm_rows_backward({.rows = rows.count,
+                                      .width = rows.width,
+                                      .x = x.data(),
+                                      .inverses = inverses.data(),
+                                      .scale = scale.data(),
+                                      .gradient = gradient.data(),
+                                      .residual = residual.data(),
+                                      .grad_x = grad_x.data(),
+                                      .y = again.data(),
+                                      .grad_scale = grad_scale.data()});
+        std::vector<double> sums(before.begin(), before.end());
+        for (std::int64_t r = 0; r < rows.count; ++r) {
+            double squares = 0, product = 0;
+            const auto width = static_cast<double>(rows.width);
+            for (std::int64_t i = 0; i < rows.width; ++i) squares += std::pow(double(x[rows.at(r, i)]), 2) / width;
+            const double inverse = 1 / std::sqrt(squares + double(epsilon));
+            const auto normed = [&](std::int64_t i) { return double(x[rows.at(r, i)]) * inverse; };
+            const auto scaled = [&](std::int64_t i) {
+                return double(gradient[rows.at(r, i)]) * double(scale[static_cast<std::size_t>(i)]);
+            };
+            for (std::int64_t i = 0; i < rows.width; ++i) product += scaled(i) * normed(i) / width;
+            for (std::int64_t i = 0; i < rows.width; ++i) {
+                const std::size_t at = rows.at(r, i), column = static_cast<std::size_t>(i);
+                EXPECT_NEAR(y[at], normed(i) * double(scale[column]), tolerance(rows));
+                EXPECT_EQ(again[at], y[at]);
+                EXPECT_NEAR(grad_x[at], residual[at] + inverse * (scaled(i) - normed(i) * product),
+                            tolerance(rows) * std::max(1.0, inverse));
+                sums[column] += double(gradient[at]) * normed(i);
+            }
+        }
+        for (std::size_t i = 0; i < sums.size(); ++i) EXPECT_NEAR(grad_scale[i], sums[i], tolerance(rows));
+        EXPECT_EQ(y.back(), Rows::guard);
+        EXPECT_EQ(grad_x.back(), Rows::guard);
+    });
+}
+
+TEST(RowKernels, TheGateAndItsGradientAreThoseOfTheFormula) {
+    for_all_shapes([](const Kernels& table, Rows rows) {
+        const Floats gate = rows.matrix(), up = rows.matrix(), gradient = rows.matrix();
+        Floats y = rows.matrix(), again = rows.matrix(), grad_gate = rows.matrix(), grad_up = gradient;
+        const std::int64_t count = rows.count * rows.width;
+        table.gated(gate.data(), up.data(), y.data(), count);
+        table.gated_backward(gate.data(), up.data(), grad_up.data(), grad_gate.data(), grad_up.data(), again.data(), count);
+        for (std::size_t i = 0; i < static_cast<std::size_t>(count); ++i) {
+            const double x = gate[i], s = 1 / (1 + std::exp(-x));
+            // A rounding or two of numbers up to about 10.
+            EXPECT_NEAR(y[i], x * s * up[i], 4e-6);
+            EXPECT_EQ(again[i], y[i]);
+            EXPECT_NEAR(grad_up[i], gradient[i] * x * s, 4e-6);
+            EXPECT_NEAR(grad_gate[i], gradient[i] * up[i] * (s + x * s * (1 - s)), 8e-6);
+        }
+        EXPECT_EQ(y.back(), Rows::guard);
+        EXPECT_EQ(grad_gate.back(), Rows::guard);
+    });
+}
+
+TEST(RowKernels, TheGateOfAnyNumberIsItsLimitAndOfNanNan) {
+    for (const Kernels* table : all_kernels()) {
+        const float gate[] = {nan_value, 200.0F, -200.0F, 0.0F}, up[] = {1, 2, 3, 4};
+        float y[4];
+        table->gated(gate, up, y, 4);
+        EXPECT_TRUE(std::isnan(y[0]));
+        EXPECT_EQ(y[1], 400.0F);
+        EXPECT_NEAR(y[2], 0.0F, 1e-30F);
+        EXPECT_EQ(y[3], 0.0F);
+    }
+}
+
+TEST(RowKernels, PositionsAreRotatedAndBackwardIsTheTranspose) {
+    for (const Kernels* table : all_kernels()) {
+        for (const std::int64_t size : {2, 6, 8, 16, 34, 64}) {
+            constexpr std::int64_t count = 3, heads = 2;
+            const std::int64_t row = heads * size + 3;
+            Rows rows(count, row);
+            const Floats before = rows.draw(count * row), cosines = rows.draw(count * size), sines = rows.draw(count * size);
+            Floats forward = before, back = before;
+            RotateRows of{.rows = count,
+                          .heads = heads,
+                          .size = size,
+                          .row = row,
+                          .cosines = cosines.data(),
+                          .sines = sines.data(),
+                          .values = forward.data()};
+            table->rotate_rows(of);
+            of.values = back.data();
+            table->rotate_rows_backward(of);
+            for (std::int64_t r = 0; r < count; ++r) {
+                for (std::int64_t i = heads * size; i < row; ++i) EXPECT_EQ(forward[rows.at(r, i)], before[rows.at(r, i)]);
+                for (std::int64_t i = 0; i < heads * size; ++i) {
+                    const std::int64_t head = i / size * size, k = i % size, other = (k + size / 2) % size;
+                    const auto x = [&](std::int64_t j) { return double(before[rows.at(r, head + j)]); };
+                    const auto c = [&](std::int64_t j) { return double(cosines[static_cast<std::size_t>(r * size + j)]); };
+                    const auto s = [&](std::int64_t j) { return double(sines[static_cast<std::size_t>(r * size + j)]); };
+                    const double sign = k < size / 2 ? -1 : 1;
+                    // One rounding of products of numbers up to about 10.
+                    EXPECT_NEAR(forward[rows.at(r, i)], x(k) * c(k) + sign * x(other) * s(k), 5e-6);
+                    EXPECT_NEAR(back[rows.at(r, i)], x(k) * c(k) - sign * x(other) * s(other), 5e-6);
+                }
+            }
+        }
+    }
+}
+
 }  // namespace
 }  // namespace microbatch

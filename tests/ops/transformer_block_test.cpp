@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/function.h>
 
 #include <array>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -106,6 +107,59 @@ TEST(TransformerBlock, HasTheValueAndEveryGradientOfTorchsOperatorsInDouble) {
             EXPECT_LE(relative_difference(block.weights[i].grad(), exact.weights[i].grad()), tolerance) << names[i];
         }
     }
+}
+
+/// Hugging Face's form: weights [inputs, outputs].
+Block turned(const Block& block) {
+    Block result = block;
+    for (const std::size_t i : {2, 4, 8, 10}) {
+        result.weights[i] = block.weights[i].detach().t().contiguous().requires_grad_();
+    }
+    return result;
+}
+
+TEST(TransformerBlock, OfWeightsWithTheirInputsFirstIsTheSameInAndOutsideAScope) {
+    at::manual_seed(14);
+    const TransformerDetails plain{.epsilon = 0.1}, details{.epsilon = 0.1, .inputs_first = true};
+    for (const bool in_scope : {false, true}) {
+        const Block block(20, 30, 2), other = turned(block);
+        const at::Tensor x = some_input(2, 9, 20), y = x.detach().clone().requires_grad_();
+        for (int pass = 0; pass < 2; ++pass) {  // the second one adds
+            std::optional<InPlaceGradients> scope;
+            if (in_scope) scope.emplace();
+            const at::Tensor out = transformer_block(x, block(), 2, {}, plain);
+            const at::Tensor same = transformer_block(y, other(), 2, {}, details);
+            ASSERT_TRUE(is_fast(out) && is_fast(same));
+            EXPECT_LE(relative_difference(same, out), tolerance);
+            EXPECT_LE(relative_difference(transformer_block_by_operators(y, other(), 2, {}, details), out), tolerance);
+            scalar_of(out).backward();
+            scalar_of(same).backward();
+        }
+        EXPECT_LE(relative_difference(y.grad(), x.grad()), tolerance);
+        for (std::size_t i = 0; i < block.weights.size(); ++i) {
+            const bool matrix = block.weights[i].dim() == 2;
+            const at::Tensor gradient = matrix ? other.weights[i].grad().t() : other.weights[i].grad();
+            EXPECT_LE(relative_difference(gradient, block.weights[i].grad()), tolerance) << names[i];
+        }
+    }
+}
+
+TEST(TransformerBlock, OfPaddingIsThatOfTheOperatorsInDouble) {
+    at::manual_seed(15);
+    const Block block(20, 30, 2), exact = block.to(at::kDouble);
+    const TransformerDetails details{.lengths = at::tensor({4, 1, 9}, at::kLong)};
+    const at::Tensor x = some_input(3, 9, 20), x64 = x.detach().to(at::kDouble).requires_grad_();
+    const at::Tensor out = transformer_block(x, block(), 2, {}, details);
+    ASSERT_TRUE(is_fast(out));
+    const at::Tensor expected = transformer_block_by_operators(x64, exact(), 2, {}, details);
+    EXPECT_LE(relative_difference(out, expected), tolerance);
+    scalar_of(out).backward();
+    scalar_of(expected).backward();
+    EXPECT_LE(relative_difference(x.grad(), x64.grad()), tolerance);
+    for (std::size_t i = 0; i < block.weights.size(); ++i) {
+        EXPECT_LE(relative_difference(block.weights[i].grad(), exact.weights[i].grad()), tolerance) << names[i];
+    }
+    EXPECT_THROW(transformer_block(x, block(), 2, {}, {.lengths = at::tensor({4, 1, 10}, at::kLong)}), Error);
 }
 
 TEST(TransformerBlock, HasTheSameValuesOnTwoThreads) {

@@ -15,83 +15,103 @@ namespace {
 /// The memory of one sample and head.
 class Heads {
 public:
-    Heads(const at::Tensor& qkv, std::int64_t heads)
-        : samples_(qkv.size(0)), tokens_(qkv.size(1)), heads_(heads), width_(qkv.size(2) / 3), qkv_(qkv) {}
+    explicit Heads(const AttentionInputs& inputs)
+        : inputs_(inputs), tokens_(inputs.q.size(1)), size_(inputs.q.size(2) / inputs.heads) {}
 
-    std::int64_t count() const { return samples_ * heads_; }
+    /// Groups of heads that share keys and values.
+    std::int64_t groups() const { return inputs_.q.size(0) * inputs_.kv_heads; }
+    std::int64_t heads() const { return inputs_.q.size(0) * inputs_.heads; }
+    std::int64_t shared() const { return inputs_.heads / inputs_.kv_heads; }
     std::int64_t tokens() const { return tokens_; }
-    std::int64_t size() const { return width_ / heads_; }
+    std::int64_t size() const { return size_; }
 
-    AttentionHead operator()(std::int64_t number, const at::Tensor& out, const at::Tensor& log_sums) const {
-        const float* input = qkv_.const_data_ptr<float>() + grad_input(number);
+    /// The head of this number in a group.
+    AttentionHead operator()(std::int64_t group, std::int64_t number, const Attended& attended) const {
+        const std::int64_t sample = group / inputs_.kv_heads, kv_head = group % inputs_.kv_heads;
+        const std::int64_t head = kv_head * shared() + number;
         return {.tokens = tokens_,
-                .size = size(),
-                .scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(size()))),
-                .row = 3 * width_,
-                .out_row = width_,
-                .q = input,
-                .k = input + width_,
-                .v = input + 2 * width_,
-                .out = out.data_ptr<float>() + grad_output(number),
-                .log_sums = log_sums.data_ptr<float>() + number * tokens_};
+                .keys = inputs_.lengths.defined() ? inputs_.lengths.const_data_ptr<std::int64_t>()[sample] : tokens_,
+                .size = size_,
+                .causal = inputs_.causal,
+                .scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(size_))),
+                .row = inputs_.q.stride(1),
+                .kv_row = inputs_.k.stride(1),
+                .out_row = inputs_.heads * size_,
+                .q = at(inputs_.q, sample, head),
+                .k = at(inputs_.k, sample, kv_head),
+                .v = at(inputs_.v, sample, kv_head),
+                .out = at(attended.out, sample, head),
+                .log_sums = attended.log_sums.data_ptr<float>() + (sample * inputs_.heads + head) * tokens_};
     }
 
-    void add_gradients(AttentionHead& head, std::int64_t number, const at::Tensor& gradient,
-                       at::Tensor& grad_qkv) const {
-        head.gradient = gradient.const_data_ptr<float>() + grad_output(number);
-        head.grad_q = grad_qkv.mutable_data_ptr<float>() + grad_input(number);
-        head.grad_k = head.grad_q + width_;
-        head.grad_v = head.grad_k + width_;
+    void add_gradients(AttentionHead& to, std::int64_t group, std::int64_t number, const at::Tensor& gradient,
+                       const AttentionInputs& gradients) const {
+        const std::int64_t sample = group / inputs_.kv_heads, kv_head = group % inputs_.kv_heads;
+        const std::int64_t head = kv_head * shared() + number;
+        to.gradient = at(gradient, sample, head);
+        to.grad_q = at(gradients.q, sample, head);
+        to.grad_k = at(gradients.k, sample, kv_head);
+        to.grad_v = at(gradients.v, sample, kv_head);
+        to.add_to_keys = number > 0;
     }
 
 private:
-    std::int64_t grad_input(std::int64_t number) const {
-        return number / heads_ * tokens_ * 3 * width_ + number % heads_ * size();
-    }
-    std::int64_t grad_output(std::int64_t number) const {
-        return number / heads_ * tokens_ * width_ + number % heads_ * size();
+    float* at(const at::Tensor& tensor, std::int64_t sample, std::int64_t head) const {
+        return tensor.data_ptr<float>() + sample * tokens_ * tensor.stride(1) + head * size_;
     }
 
-    std::int64_t samples_, tokens_, heads_, width_;
-    const at::Tensor& qkv_;
+    const AttentionInputs& inputs_;
+    std::int64_t tokens_, size_;
 };
 
-/// Calls the function for every head with scratch memory; threads share the heads.
+/// Calls the function for every group of heads with scratch memory; threads share the groups.
 template <class Call>
-void for_each_head(const Heads& heads, std::int64_t scratch, const at::TensorOptions& options, const Call& call) {
+void for_each_group(const Heads& heads, std::int64_t scratch, const Call& call) {
     // Allocated within the budget before any thread begins; any of them may get work.
-    const at::Tensor memory = at::empty({thread_places(), scratch}, options);
+    const at::Tensor memory = at::empty({thread_places(), scratch}, at::kFloat);
     float* const start = memory.data_ptr<float>();
-    in_parallel(heads.count(), 1, [&](std::int64_t begin, std::int64_t end) {
+    in_parallel(heads.groups(), 1, [&](std::int64_t begin, std::int64_t end) {
         float* own = start + at::get_thread_num() * scratch;
-        for (std::int64_t number = begin; number < end; ++number) call(number, own);
+        for (std::int64_t group = begin; group < end; ++group) call(group, own);
     });
 }
 
 }  // namespace
 
-Attended attend(const at::Tensor& qkv, std::int64_t heads) {
-    const Heads all(qkv, heads);
-    Attended result{at::empty({qkv.size(0), qkv.size(1), qkv.size(2) / 3}, qkv.options()),
-                    at::empty({all.count(), all.tokens()}, qkv.options())};
-    for_each_head(all, kernels().attention_forward_scratch(all.tokens(), all.size()), qkv.options(),
-                  [&](std::int64_t number, float* scratch) {
-                      kernels().attention_forward(all(number, result.out, result.log_sums), scratch);
-                  });
+AttentionInputs interleaved(const at::Tensor& qkv, std::int64_t heads, const at::Tensor& lengths) {
+    const std::int64_t width = qkv.size(2) / 3;
+    return {.q = qkv.narrow(2, 0, width),
+            .k = qkv.narrow(2, width, width),
+            .v = qkv.narrow(2, 2 * width, width),
+            .heads = heads,
+            .kv_heads = heads,
+            .lengths = lengths};
+}
+
+Attended attend(const AttentionInputs& inputs) {
+    const Heads all(inputs);
+    Attended result{at::empty(inputs.q.sizes(), inputs.q.options()),
+                    at::empty({all.heads(), all.tokens()}, inputs.q.options())};
+    for_each_group(all, kernels().attention_forward_scratch(all.tokens(), all.size()),
+                   [&](std::int64_t group, float* scratch) {
+                       for (std::int64_t i = 0; i < all.shared(); ++i) {
+                           kernels().attention_forward(all(group, i, result), scratch);
+                       }
+                   });
     return result;
 }
 
-at::Tensor attention_gradient(const at::Tensor& qkv, std::int64_t heads, const Attended& attended,
-                              const at::Tensor& gradient) {
-    const Heads all(qkv, heads);
-    at::Tensor grad_qkv = at::empty_like(qkv);
-    for_each_head(all, kernels().attention_backward_scratch(all.tokens(), all.size()), qkv.options(),
-                  [&](std::int64_t number, float* scratch) {
-                      AttentionHead head = all(number, attended.out, attended.log_sums);
-                      all.add_gradients(head, number, gradient, grad_qkv);
-                      kernels().attention_backward(head, scratch);
-                  });
-    return grad_qkv;
+void attention_gradient(const AttentionInputs& inputs, const Attended& attended, const at::Tensor& gradient,
+                        const AttentionInputs& gradients) {
+    const Heads all(inputs);
+    for_each_group(all, kernels().attention_backward_scratch(all.tokens(), all.size()),
+                   [&](std::int64_t group, float* scratch) {
+                       for (std::int64_t i = 0; i < all.shared(); ++i) {
+                           AttentionHead head = all(group, i, attended);
+                           all.add_gradients(head, group, i, gradient, gradients);
+                           kernels().attention_backward(head, scratch);
+                       }
+                   });
 }
 
 }  // namespace microbatch

@@ -1,5 +1,4 @@
-// Causal attention of one head: softmax(scale Q K^T, keys up to the query's own) V, a block of queries at a time, and
-// its gradient with the probabilities computed again from their logarithms' sum (Dao et al. 2022, arXiv:2205.14135,
+// Attention of one head: softmax(scale Q K^T, the keys of the query) V, a block of queries at a time, and its gradient with the probabilities computed again from their logarithms' sum (Dao et al. 2022, arXiv:2205.14135,
 // algorithms 2 and 4, without rescaling: a block's scores are whole rows).
 //
 // Whatever is read in a product's inner loop is copied first, without gaps: rows of the model's width lie a power of
@@ -14,6 +13,11 @@ inline int64_t least(int64_t left, int64_t right) {
 
 inline int64_t most(int64_t left, int64_t right) {
     return left > right ? left : right;
+}
+
+// A query attends to the first so many keys.
+inline int64_t keys_of(const AttentionHead& head, int64_t query) {
+    return head.causal ? least(head.keys, query + 1) : head.keys;
 }
 
 // Rows of scores: room for a last vector, and not a power of two apart.
@@ -111,17 +115,18 @@ void attention_forward(const AttentionHead& head, float* scratch) {
     float* keys = values + sizes.rows();
     float* scores = keys + sizes.panels();
     float* mixed = scores + tile_rows * score_row(head.tokens);
-    copy_rows(head.v, head.row, sizes, values);
-    copy_panels(head.k, head.row, sizes, keys);
+    copy_rows(head.v, head.kv_row, sizes, values);
+    copy_panels(head.k, head.kv_row, sizes, keys);
     const int64_t row = score_row(head.tokens);
     for (int64_t i = 0; i < head.tokens; i += tile_rows) {
         const int rows = static_cast<int>(least(tile_rows, head.tokens - i));
-        const int64_t end = i + rows;
+        const int64_t end = keys_of(head, i + rows - 1);
         score_tile(rows, {head.q + i * head.row, head.row, 1}, keys, sizes, 0, end, {scores, row});
         float sums[tile_rows];
         for (int r = 0; r < rows; ++r) {
-            sums[r] = exponentials(scores + r * row, i + r + 1, head.scale, head.log_sums + i + r);
-            clear(scores + r * row, i + r + 1, end);
+            const int64_t own = keys_of(head, i + r);
+            sums[r] = exponentials(scores + r * row, own, head.scale, head.log_sums + i + r);
+            clear(scores + r * row, own, end);
         }
         sum_rows(rows, {scores, row, 1}, values, sizes, {mixed, sizes.padded()}, end, false);
         for (int r = 0; r < rows; ++r) {
@@ -173,10 +178,10 @@ struct Backward {
 void copy_inputs(const Backward& work) {
     const AttentionHead& head = work.head;
     copy_rows(head.q, head.row, work.sizes, work.queries);
-    copy_rows(head.k, head.row, work.sizes, work.keys);
+    copy_rows(head.k, head.kv_row, work.sizes, work.keys);
     copy_rows(head.gradient, head.out_row, work.sizes, work.gradients);
-    copy_panels(head.k, head.row, work.sizes, work.key_panels);
-    copy_panels(head.v, head.row, work.sizes, work.value_panels);
+    copy_panels(head.k, head.kv_row, work.sizes, work.key_panels);
+    copy_panels(head.v, head.kv_row, work.sizes, work.value_panels);
     clear(work.grad_queries, 0, 3 * work.sizes.rows());
     for (int64_t i = 0; i < head.tokens; ++i) {
         float dot = 0;
@@ -202,7 +207,7 @@ void score_block(const Backward& work, int64_t i, int64_t queries_end, int64_t f
     const int64_t row = work.row, width = work.sizes.padded();
     for (int64_t block = i; i < queries_end; i += tile_rows) {
         const int rows = static_cast<int>(least(tile_rows, queries_end - i));
-        const int64_t keys_end = least(end, i + rows);
+        const int64_t keys_end = least(end, keys_of(work.head, i + rows - 1));
         const int64_t count = keys_end - first;
         float* p = work.probabilities + (i - block) * row;
         float* ds = work.grad_scores + (i - block) * row;
@@ -210,7 +215,7 @@ void score_block(const Backward& work, int64_t i, int64_t queries_end, int64_t f
         score_tile(rows, {work.gradients + i * width, width, 1}, work.value_panels, work.sizes, first, keys_end,
                    {ds, row});
         for (int r = 0; r < rows; ++r) {
-            const int64_t own = least(count, i + r + 1 - first);
+            const int64_t own = least(count, keys_of(work.head, i + r) - first);
             differentiate_row(p + r * row, ds + r * row, own, work.head.scale, work.head.log_sums[i + r],
                               work.dots[i + r]);
             // The tiles beside the diagonal reach a few keys beyond it.
@@ -223,12 +228,12 @@ void score_block(const Backward& work, int64_t i, int64_t queries_end, int64_t f
     }
 }
 
-// What these queries add to the gradients of these keys and values; a query has none for later keys.
+// What these queries add to the gradients of these keys and values; a causal query has none for later keys.
 void add_to_keys(const Backward& work, int64_t block, int64_t queries_end, int64_t first, int64_t end) {
     const int64_t row = work.row, width = work.sizes.padded();
     for (int64_t j = first; j < end; j += tile_rows) {
         const int rows = static_cast<int>(least(tile_rows, end - j));
-        const int64_t from = most(block, j);
+        const int64_t from = work.head.causal ? most(block, j) : block;
         if (from >= queries_end) break;
         const int64_t depth = queries_end - from;
         const int64_t offset = (from - block) * row + (j - first);
@@ -245,18 +250,25 @@ void copy_back(const float* from, const Sizes& sizes, float* to, int64_t row) {
     }
 }
 
+void add_back(const float* from, const Sizes& sizes, float* to, int64_t row) {
+    for (int64_t i = 0; i < sizes.tokens; ++i) {
+        for (int64_t k = 0; k < sizes.size; ++k) to[i * row + k] += from[i * sizes.padded() + k];
+    }
+}
+
 void attention_backward(const AttentionHead& head, float* scratch) {
     const Backward work(head, scratch);
     copy_inputs(work);
-    for (int64_t first = 0; first < head.tokens; first += backward_keys) {
-        const int64_t end = least(head.tokens, first + backward_keys);
-        for (int64_t i = first; i < head.tokens; i += backward_queries) {
+    for (int64_t first = 0; first < head.keys; first += backward_keys) {
+        const int64_t end = least(head.keys, first + backward_keys);
+        for (int64_t i = head.causal ? first : 0; i < head.tokens; i += backward_queries) {
             const int64_t queries_end = least(head.tokens, i + backward_queries);
             score_block(work, i, queries_end, first, end);
             add_to_keys(work, i, queries_end, first, end);
         }
     }
     copy_back(work.grad_queries, work.sizes, head.grad_q, head.row);
-    copy_back(work.grad_keys, work.sizes, head.grad_k, head.row);
-    copy_back(work.grad_values, work.sizes, head.grad_v, head.row);
+    const auto put = head.add_to_keys ? add_back : copy_back;
+    put(work.grad_keys, work.sizes, head.grad_k, head.kv_row);
+    put(work.grad_values, work.sizes, head.grad_v, head.kv_row);
 }

@@ -5,17 +5,53 @@
 
 namespace microbatch {
 
-/// One head of one sample, for causal attention. Rows are one token each, their numbers side by side.
+/// One head of one sample, for attention. Rows are one token each, their numbers side by side.
 struct AttentionHead {
     std::int64_t tokens = 0;
-    std::int64_t size = 0;                                          ///< numbers per token in q, k, v and out
-    float scale = 1.0F;                                             ///< of q . k
-    std::int64_t row = 0, out_row = 0;                              ///< floats from one token to the next
-    const float *q = nullptr, *k = nullptr, *v = nullptr;           ///< row apart
-    float* out = nullptr;                                           ///< out_row apart
-    float* log_sums = nullptr;                                      ///< [tokens], log of the sum of e^score of a query
-    const float* gradient = nullptr;                                ///< of out, out_row apart; backward only
-    float *grad_q = nullptr, *grad_k = nullptr, *grad_v = nullptr;  ///< row apart, overwritten by backward
+    std::int64_t keys = 0;                                ///< 1 to tokens: the first of them, which queries attend to
+    std::int64_t size = 0;                                ///< numbers per token in q, k, v and out
+    bool causal = true;                                   ///< a query attends to no later key
+    float scale = 1.0F;                                   ///< of q . k
+    std::int64_t row = 0, kv_row = 0, out_row = 0;        ///< floats from one token to the next
+    const float *q = nullptr, *k = nullptr, *v = nullptr;  ///< row, kv_row and kv_row apart
+    float* out = nullptr;                                 ///< out_row apart
+    float* log_sums = nullptr;                            ///< [tokens], log of the sum of e^score of a query
+    const float* gradient = nullptr;                      ///< of out, out_row apart; backward only
+    float* grad_q = nullptr;                              ///< row apart, overwritten by backward
+    float *grad_k = nullptr, *grad_v = nullptr;           ///< kv_row apart
+    bool add_to_keys = false;                             ///< backward adds to grad_k and grad_v
+};
+
+/// RMS norm: y = x inverse scale, row by row, inverse = 1 / sqrt(mean(x^2) + epsilon).
+struct RmsNormRows {
+    std::int64_t rows = 0, width = 0;
+    float epsilon = 0.0F;
+    const float* x = nullptr;
+    const float* scale = nullptr;  ///< [width]
+    float* y = nullptr;
+    float* inverses = nullptr;  ///< [rows]
+};
+
+/// Its gradient, and y again.
+struct RmsNormRowsBackward {
+    std::int64_t rows = 0, width = 0;
+    const float* x = nullptr;
+    const float* inverses = nullptr;
+    const float* scale = nullptr;
+    const float* gradient = nullptr;  ///< of y
+    const float* residual = nullptr;  ///< the gradient of x that does not come through the norm
+    float* grad_x = nullptr;          ///< the sum of both; may be gradient
+    float* y = nullptr;
+    float* grad_scale = nullptr;  ///< [width]; these rows' gradient is added
+};
+
+/// Rotary positions: in each of `heads` parts of a row, pairs of numbers half a part apart are rotated, in place.
+/// Forward: (a, b) becomes (a cos - b sin, b cos + a sin); backward is the transpose of that.
+struct RotateRows {
+    std::int64_t rows = 0, heads = 0, size = 0;  ///< size: numbers of a part, even
+    std::int64_t row = 0;                        ///< floats from one row to the next
+    const float *cosines = nullptr, *sines = nullptr;  ///< [rows, size]
+    float* values = nullptr;
 };
 
 /// sum = x + added + bias, row by row; rows of `width` numbers, without gaps.
@@ -138,6 +174,15 @@ struct Kernels {
     void (*gelu_rows_backward)(std::int64_t rows, std::int64_t width, const float* x, float* gradient, float* y,
                                float* sums);
     void (*add_rows)(const RowSums& sums);
+    /// y = silu(gate) * up, silu(x) = x / (1 + e^-x).
+    void (*gated)(const float* gate, const float* up, float* y, std::int64_t count);
+    /// y again, and the gradients of gate and up from that of y, which may be in the place of grad_up.
+    void (*gated_backward)(const float* gate, const float* up, const float* gradient, float* grad_gate, float* grad_up,
+                           float* y, std::int64_t count);
+    void (*rms_norm_rows)(const RmsNormRows& norm);
+    void (*rms_norm_rows_backward)(const RmsNormRowsBackward& norm);
+    void (*rotate_rows)(const RotateRows& of);
+    void (*rotate_rows_backward)(const RotateRows& of);
     void (*norm_rows)(const NormRows& norm);
     void (*norm_rows_backward)(const NormRowsBackward& norm);
     /// Adds every row to sums, [width].

@@ -77,6 +77,45 @@ void norm_rows_backward(const NormRowsBackward& norm) {
     for (int64_t r = 0; r < norm.rows; ++r) norm_row_backward(norm, r);
 }
 
+// RMS norm (Zhang and Sennrich 2019, arXiv:1910.07467).
+void rms_norm_rows(const RmsNormRows& norm) {
+    for (int64_t r = 0; r < norm.rows; ++r) {
+        const float* x = norm.x + r * norm.width;
+        float* y = norm.y + r * norm.width;
+        const float squares = row_squares(x, norm.width, 0.0F) / static_cast<float>(norm.width);
+        const float inverse = 1.0F / sqrtf(squares + norm.epsilon);
+        norm.inverses[r] = inverse;
+        for_each_vector(norm.width, [&](int64_t i, int64_t some) {
+            store_some(y + i, load_some(x + i, some) * inverse * load_some(norm.scale + i, some), some);
+        });
+    }
+}
+
+// With n = x inverse and g = gradient scale: the gradient of x is inverse (g - n mean(g n)).
+inline void rms_norm_row_backward(const RmsNormRowsBackward& norm, int64_t r) {
+    const int64_t row = r * norm.width;
+    const float inverse = norm.inverses[r];
+    Vector product{};
+    for_each_vector(norm.width, [&](int64_t i, int64_t some) {
+        const Vector normed = load_some(norm.x + row + i, some) * inverse;
+        const Vector scale = load_some(norm.scale + i, some), gradient = load_some(norm.gradient + row + i, some);
+        store_some(norm.y + row + i, normed * scale, some);
+        store_some(norm.grad_scale + i, load_some(norm.grad_scale + i, some) + gradient * normed, some);
+        product += gradient * scale * normed;
+    });
+    const float mean_product = sum_of(product) / static_cast<float>(norm.width);
+    for_each_vector(norm.width, [&](int64_t i, int64_t some) {
+        const Vector normed = load_some(norm.x + row + i, some) * inverse;
+        const Vector scaled = load_some(norm.gradient + row + i, some) * load_some(norm.scale + i, some);
+        store_some(norm.grad_x + row + i,
+                   load_some(norm.residual + row + i, some) + inverse * (scaled - normed * mean_product), some);
+    });
+}
+
+void rms_norm_rows_backward(const RmsNormRowsBackward& norm) {
+    for (int64_t r = 0; r < norm.rows; ++r) rms_norm_row_backward(norm, r);
+}
+
 void sum_columns(int64_t rows, int64_t width, const float* values, float* sums) {
     for_each_vector(width, [&](int64_t i, int64_t some) {
         Vector sum = load_some(sums + i, some);
