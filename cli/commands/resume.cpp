@@ -150,6 +150,11 @@ StateDict RunNotes::save() const {
 
 RunNotes RunNotes::from(const StateDict& state) {
     const StateReader reader = StateReader(state).section("notes");
+    if (!reader.has("config")) {
+        throw Error(ErrorKind::bad_data,
+                    "the run was not started by the command: resume it where it was started, such as in Python with "
+                    "mb.Trainer(run=..., resume=True)");
+    }
     return {.config = reader.word("config"),
             .threads = static_cast<int>(reader.count("threads", 1, 1 << 20)),
             .processor = reader.word("processor"),

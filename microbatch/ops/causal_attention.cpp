@@ -89,7 +89,12 @@ struct FusedAttention {
     at::Tensor lengths;
 
     AttentionInputs inputs_of(const variable_list& v) const {
-        return {.q = v[0], .k = v[1], .v = v[2], .heads = heads, .kv_heads = kv_heads, .causal = causal,
+        return {.q = v[0],
+                .k = v[1],
+                .v = v[2],
+                .heads = heads,
+                .kv_heads = kv_heads,
+                .causal = causal,
                 .lengths = lengths};
     }
 
@@ -128,14 +133,16 @@ at::Tensor causal_attention(const at::Tensor& qkv, std::int64_t heads, const at:
 
 at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, std::int64_t heads,
                      std::int64_t kv_heads, bool causal, const at::Tensor& lengths) {
-    require_that(q.defined() && k.defined() && v.defined(), "attention: queries, keys or values are an undefined tensor");
-    require_that(q.is_floating_point() && q.dim() == 3 && heads >= 1 && kv_heads >= 1 && heads % kv_heads == 0 &&
-                     q.size(2) % heads == 0 && k.sizes() == v.sizes() && k.dim() == 3 && k.size(0) == q.size(0) &&
-                     k.size(1) == q.size(1) && k.size(2) == q.size(2) / heads * kv_heads &&
-                     k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
-                 "attention: queries of shape ", q.sizes(), ", keys of ", k.sizes(), ", values of ", v.sizes(), ", ",
-                 heads, " heads and ", kv_heads,
-                 " of keys; give floating point of [samples, tokens, heads * size] and [samples, tokens, kv_heads * size]");
+    require_that(q.defined() && k.defined() && v.defined(),
+                 "attention: queries, keys or values are an undefined tensor");
+    require_that(
+        q.is_floating_point() && q.dim() == 3 && heads >= 1 && kv_heads >= 1 && heads % kv_heads == 0 &&
+            q.size(2) % heads == 0 && k.sizes() == v.sizes() && k.dim() == 3 && k.size(0) == q.size(0) &&
+            k.size(1) == q.size(1) && k.size(2) == q.size(2) / heads * kv_heads && k.scalar_type() == q.scalar_type() &&
+            v.scalar_type() == q.scalar_type(),
+        "attention: queries of shape ", q.sizes(), ", keys of ", k.sizes(), ", values of ", v.sizes(), ", ", heads,
+        " heads and ", kv_heads,
+        " of keys; give floating point of [samples, tokens, heads * size] and [samples, tokens, kv_heads * size]");
     require_lengths("attention", lengths, q.size(0), q.size(1));
     const FusedAttention operation{heads, kv_heads, causal, lengths};
     const variable_list inputs{q.contiguous(), k.contiguous(), v.contiguous()};

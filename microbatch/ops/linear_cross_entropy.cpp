@@ -270,7 +270,9 @@ public:
     }
 
 private:
-    static at::Tensor scaled(at::Tensor product, double factor) { return factor == 1.0 ? product : product.mul_(factor); }
+    static at::Tensor scaled(at::Tensor product, double factor) {
+        return factor == 1.0 ? product : product.mul_(factor);
+    }
 
     static bool add_to_leaf(const at::Tensor& leaf, const at::Tensor& grad_logits, const at::Tensor& hidden,
                             double factor) {
@@ -312,7 +314,8 @@ at::Tensor linear_cross_entropy_sum_at_once(const at::Tensor& hidden, const at::
     require_targets(targets);
     require_rows("hidden states", "width", hidden, targets);
     require_weight(weight, hidden);
-    const at::Tensor rows = hidden.reshape({targets.numel(), hidden.size(-1)}), classes = targets.reshape({-1}).contiguous();
+    const at::Tensor rows = hidden.reshape({targets.numel(), hidden.size(-1)}),
+                     classes = targets.reshape({-1}).contiguous();
     if (!is_fp32_on_cpu(hidden) || !is_fp32_on_cpu(weight) || operators_are_watched() || rows.size(0) == 0) {
         return cross_entropy_sum(at::mm(rows, weight.t()), classes, ignored);
     }

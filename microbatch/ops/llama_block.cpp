@@ -84,8 +84,7 @@ bool is_fast(const at::Tensor& x, const at::Tensor& cosines, const at::Tensor& s
         at::autocast::is_autocast_enabled(at::kCPU) || details.heads < 1 || details.kv_heads < 1 ||
         details.heads % details.kv_heads != 0 || !w.q_weight.defined() || w.q_weight.dim() != 2 ||
         w.q_weight.size(0) % (2 * details.heads) != 0 || !w.gate_weight.defined() || w.gate_weight.dim() != 2 ||
-        !std::all_of(inputs.begin() + 1, inputs.end(),
-                     [&](const at::Tensor& one) { return is_ours(one); })) {
+        !std::all_of(inputs.begin() + 1, inputs.end(), [&](const at::Tensor& one) { return is_ours(one); })) {
         return false;
     }
     const std::int64_t width = x.size(2), q = w.q_weight.size(0), size = q / details.heads;
@@ -97,10 +96,11 @@ bool is_fast(const at::Tensor& x, const at::Tensor& cosines, const at::Tensor& s
     };
     const bool biased = has(w.q_bias, {q}) && has(w.k_bias, {kv}) && has(w.v_bias, {kv});
     const bool unbiased = !w.q_bias.defined() && !w.k_bias.defined() && !w.v_bias.defined();
-    return (biased || unbiased) && turns(cosines) && turns(sines) && inner >= 1 && has(w.attention_norm_scale, {width}) &&
-           has(w.mlp_norm_scale, {width}) && has(w.q_weight, {q, width}) && has(w.k_weight, {kv, width}) &&
-           has(w.v_weight, {kv, width}) && has(w.projection_weight, {width, q}) && has(w.gate_weight, {inner, width}) &&
-           has(w.expansion_weight, {inner, width}) && has(w.contraction_weight, {width, inner});
+    return (biased || unbiased) && turns(cosines) && turns(sines) && inner >= 1 &&
+           has(w.attention_norm_scale, {width}) && has(w.mlp_norm_scale, {width}) && has(w.q_weight, {q, width}) &&
+           has(w.k_weight, {kv, width}) && has(w.v_weight, {kv, width}) && has(w.projection_weight, {width, q}) &&
+           has(w.gate_weight, {inner, width}) && has(w.expansion_weight, {inner, width}) &&
+           has(w.contraction_weight, {width, inner});
 }
 
 at::Tensor rows_of_positions(const at::Tensor& one, const at::Tensor& x) {
@@ -130,8 +130,7 @@ at::Tensor llama_block_by_operators(const at::Tensor& x, const at::Tensor& cosin
     const at::Tensor q = rotated(linear(n, w.q_weight, w.q_bias), details.heads, cosines, sines);
     const at::Tensor k = rotated(linear(n, w.k_weight, w.k_bias), details.kv_heads, cosines, sines);
     const at::Tensor v = linear(n, w.v_weight, w.v_bias);
-    const at::Tensor attended =
-        attention(q, k, v, details.heads, details.kv_heads, /*causal=*/true, details.lengths);
+    const at::Tensor attended = attention(q, k, v, details.heads, details.kv_heads, /*causal=*/true, details.lengths);
     const at::Tensor middle = x + linear(attended, w.projection_weight, {});
     const at::Tensor normed = norm(middle, w.mlp_norm_scale);
     const at::Tensor gated = at::silu(linear(normed, w.gate_weight, {})) * linear(normed, w.expansion_weight, {});

@@ -9,17 +9,17 @@ namespace microbatch {
 /// The parameters of a block, as torch's modules keep them: a linear layer's weight is [outputs, inputs]. Biases are
 /// undefined where a layer has none.
 struct LlamaWeights {
-    at::Tensor attention_norm_scale;                              ///< [width]
-    at::Tensor q_weight, k_weight, v_weight;                      ///< [heads * size, width], [kv_heads * size, width]
-    at::Tensor projection_weight;                                 ///< [width, heads * size]
-    at::Tensor mlp_norm_scale;                                    ///< [width]
+    at::Tensor attention_norm_scale;                               ///< [width]
+    at::Tensor q_weight, k_weight, v_weight;                       ///< [heads * size, width], [kv_heads * size, width]
+    at::Tensor projection_weight;                                  ///< [width, heads * size]
+    at::Tensor mlp_norm_scale;                                     ///< [width]
     at::Tensor gate_weight, expansion_weight, contraction_weight;  ///< [inner, width], [inner, width], [width, inner]
     at::Tensor q_bias = {}, k_bias = {}, v_bias = {};              ///< [heads * size], [kv_heads * size]
 };
 
 struct LlamaDetails {
     std::int64_t heads = 1, kv_heads = 1;
-    double epsilon = 1e-6;     ///< of the norms
+    double epsilon = 1e-6;    ///< of the norms
     at::Tensor lengths = {};  ///< [samples], int64: the tokens from there on are padding; undefined: there is none
 };
 
@@ -38,8 +38,8 @@ struct LlamaDetails {
 ///           one by one: the same values up to rounding.
 /// Cost:     saves 2 widths, queries, keys, values, attention's result and 2 inner per token for backward. Weight
 ///           gradients as by InPlaceGradients.
-at::Tensor llama_block(const at::Tensor& x, const at::Tensor& cosines, const at::Tensor& sines, const LlamaWeights& weights,
-                       const LlamaDetails& details);
+at::Tensor llama_block(const at::Tensor& x, const at::Tensor& cosines, const at::Tensor& sines,
+                       const LlamaWeights& weights, const LlamaDetails& details);
 
 /// The same by torch's operators one by one: the reference for the fused version.
 at::Tensor llama_block_by_operators(const at::Tensor& x, const at::Tensor& cosines, const at::Tensor& sines,

@@ -32,6 +32,18 @@ def steps(folder):
     return [(one["loss"], one["gradient_norm"], one["learning_rate"]) for one in lines]
 
 
+def test_the_command_reports_on_a_run_from_python_and_does_not_resume_it(tmp_path):
+    model = torch.nn.Linear(2, 1)
+    mb.Trainer(model, [torch.ones(2)] * 8, lambda model, micro: (model(micro).square().sum(), len(micro)), batch=4,
+               run=tmp_path / "run", memory="1GiB", steps=3, progress=False).train()
+    (tmp_path / "run" / "report.html").unlink()
+    subprocess.run([COMMAND, "report", tmp_path / "run"], check=True, capture_output=True)
+    assert "run: Linear" in (tmp_path / "run" / "report.html").read_text()
+    resumed = subprocess.run([COMMAND, "train", "--run", tmp_path / "run", "--resume"], capture_output=True, text=True)
+    assert resumed.returncode == 5
+    assert "mb.Trainer(run=..., resume=True)" in resumed.stderr
+
+
 @pytest.mark.skipif(not os.path.exists(TEXT), reason="the package fortunes is not installed")
 def test_a_run_from_python_has_the_bits_of_the_command(tmp_path):
     train(tmp_path / "start", "--steps", "1", "--lr", "0")  # its weights are those that the command begins with

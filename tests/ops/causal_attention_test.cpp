@@ -140,7 +140,8 @@ TEST(Attention, OfSharedKeysAndOfPaddingEqualsTheFormula) {
                     theirs.push_back(ours.back().detach().to(at::kDouble).requires_grad_());
                 }
                 const at::Tensor out = attention(ours[0], ours[1], ours[2], 4, kv_heads, causal, lengths);
-                const at::Tensor expected = by_formula_of(theirs[0], theirs[1], theirs[2], 4, kv_heads, causal, lengths);
+                const at::Tensor expected =
+                    by_formula_of(theirs[0], theirs[1], theirs[2], 4, kv_heads, causal, lengths);
                 EXPECT_NE(out.grad_fn()->name().find("FusedAttention"), std::string::npos);
                 const at::Tensor gradient = at::randn_like(out);
                 out.backward(gradient);
@@ -157,20 +158,24 @@ TEST(Attention, OfSharedKeysAndOfPaddingEqualsTheFormula) {
 TEST(Attention, OfPaddingIsDifferentiableTwice) {
     at::manual_seed(7);
     const at::Tensor lengths = at::tensor({3, 7}, at::kLong);
-    const at::Tensor ours = at::randn({2, 7, 12}).requires_grad_(), theirs = ours.detach().to(at::kDouble).requires_grad_();
+    const at::Tensor ours = at::randn({2, 7, 12}).requires_grad_(),
+                     theirs = ours.detach().to(at::kDouble).requires_grad_();
     const auto second = [](const at::Tensor& x, const at::Tensor& out) {
         const auto first = torch::autograd::grad({(out * out).sum()}, {x}, {}, true, /*create_graph=*/true);
         return torch::autograd::grad({(first[0] * first[0]).sum()}, {x})[0];
     };
     const at::Tensor expected = second(theirs, by_formula_of(theirs, theirs, theirs, 3, 3, true, lengths));
-    EXPECT_LE((second(ours, attention(ours, ours, ours, 3, 3, true, lengths)).to(at::kDouble) - expected).abs().max().item<double>(),
+    EXPECT_LE((second(ours, attention(ours, ours, ours, 3, 3, true, lengths)).to(at::kDouble) - expected)
+                  .abs()
+                  .max()
+                  .item<double>(),
               1e-5 * expected.abs().max().item<double>());  // as above
 }
 
 TEST(Attention, RefusesLengthsThatAreNone) {
     const at::Tensor x = at::randn({2, 7, 12});
-    for (const at::Tensor& lengths : {at::tensor({0, 7}, at::kLong), at::tensor({3, 8}, at::kLong), at::tensor({3}, at::kLong),
-                                      at::tensor({3, 7}, at::kInt)}) {
+    for (const at::Tensor& lengths : {at::tensor({0, 7}, at::kLong), at::tensor({3, 8}, at::kLong),
+                                      at::tensor({3}, at::kLong), at::tensor({3, 7}, at::kInt)}) {
         expect_usage_error({"length"}, [&] { attention(x, x, x, 3, 3, true, lengths); });
     }
     expect_usage_error({"heads"}, [&] { attention(x, x, x, 3, 2, true); });

@@ -101,11 +101,12 @@ void expect_same_gradients(const LlamaCase& ours, const LlamaCase& theirs) {
 
 TEST(LlamaBlock, HasTheValueAndEveryGradientOfTorchsOperatorsInDouble) {
     at::manual_seed(1);
-    for (const Sizes& sizes : {Sizes{1, 1, 8, 2, 2, 4, 12, false}, Sizes{2, 5, 10, 4, 2, 6, 9, true},
-                               Sizes{3, 17, 16, 4, 1, 8, 40, false}, Sizes{2, 70, 36, 3, 3, 12, 50, true},
-                               Sizes{8, 64, 128, 4, 2, 32, 344, false}}) {
+    for (const Sizes& sizes :
+         {Sizes{1, 1, 8, 2, 2, 4, 12, false}, Sizes{2, 5, 10, 4, 2, 6, 9, true}, Sizes{3, 17, 16, 4, 1, 8, 40, false},
+          Sizes{2, 70, 36, 3, 3, 12, 50, true}, Sizes{8, 64, 128, 4, 2, 32, 344, false}}) {
         for (const bool padded : {false, true}) {
-            SCOPED_TRACE(std::to_string(sizes.samples) + " x " + std::to_string(sizes.tokens) + (padded ? ", padded" : ""));
+            SCOPED_TRACE(std::to_string(sizes.samples) + " x " + std::to_string(sizes.tokens) +
+                         (padded ? ", padded" : ""));
             const LlamaCase block(sizes, padded), exact = block.to(at::kDouble);
             const at::Tensor out = block.fused(), expected = exact.by_operators();
             ASSERT_TRUE(is_fast(out));
@@ -166,7 +167,8 @@ TEST(LlamaBlock, CanBeDifferentiatedTwice) {
 
 TEST(LlamaBlock, IsTheSameOnTwoThreads) {
     at::manual_seed(5);
-    const LlamaCase block({3, 50, 64, 4, 2, 16, 100, false}), other = block.to(at::kFloat), again = block.to(at::kFloat);
+    const LlamaCase block({3, 50, 64, 4, 2, 16, 100, false}), other = block.to(at::kFloat),
+                                                              again = block.to(at::kFloat);
     scalar_of(block.fused()).backward();
     at::set_num_threads(2);
     scalar_of(other.fused()).backward();

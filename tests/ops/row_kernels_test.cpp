@@ -301,7 +301,8 @@ TEST(RowKernels, TheGateAndItsGradientAreThoseOfTheFormula) {
         Floats y = rows.matrix(), again = rows.matrix(), grad_gate = rows.matrix(), grad_up = gradient;
         const std::int64_t count = rows.count * rows.width;
         table.gated(gate.data(), up.data(), y.data(), count);
-        table.gated_backward(gate.data(), up.data(), grad_up.data(), grad_gate.data(), grad_up.data(), again.data(), count);
+        table.gated_backward(gate.data(), up.data(), grad_up.data(), grad_gate.data(), grad_up.data(), again.data(),
+                             count);
         for (std::size_t i = 0; i < static_cast<std::size_t>(count); ++i) {
             const double x = gate[i], s = 1 / (1 + std::exp(-x));
             // A rounding or two of numbers up to about 10.
@@ -333,7 +334,8 @@ TEST(RowKernels, PositionsAreRotatedAndBackwardIsTheTranspose) {
             constexpr std::int64_t count = 3, heads = 2;
             const std::int64_t row = heads * size + 3;
             Rows rows(count, row);
-            const Floats before = rows.draw(count * row), cosines = rows.draw(count * size), sines = rows.draw(count * size);
+            const Floats before = rows.draw(count * row), cosines = rows.draw(count * size),
+                         sines = rows.draw(count * size);
             Floats forward = before, back = before;
             RotateRows of{.rows = count,
                           .heads = heads,
@@ -346,12 +348,17 @@ TEST(RowKernels, PositionsAreRotatedAndBackwardIsTheTranspose) {
             of.values = back.data();
             table->rotate_rows_backward(of);
             for (std::int64_t r = 0; r < count; ++r) {
-                for (std::int64_t i = heads * size; i < row; ++i) EXPECT_EQ(forward[rows.at(r, i)], before[rows.at(r, i)]);
+                for (std::int64_t i = heads * size; i < row; ++i)
+                    EXPECT_EQ(forward[rows.at(r, i)], before[rows.at(r, i)]);
                 for (std::int64_t i = 0; i < heads * size; ++i) {
                     const std::int64_t head = i / size * size, k = i % size, other = (k + size / 2) % size;
                     const auto x = [&](std::int64_t j) { return double(before[rows.at(r, head + j)]); };
-                    const auto c = [&](std::int64_t j) { return double(cosines[static_cast<std::size_t>(r * size + j)]); };
-                    const auto s = [&](std::int64_t j) { return double(sines[static_cast<std::size_t>(r * size + j)]); };
+                    const auto c = [&](std::int64_t j) {
+                        return double(cosines[static_cast<std::size_t>(r * size + j)]);
+                    };
+                    const auto s = [&](std::int64_t j) {
+                        return double(sines[static_cast<std::size_t>(r * size + j)]);
+                    };
                     const double sign = k < size / 2 ? -1 : 1;
                     // One rounding of products of numbers up to about 10.
                     EXPECT_NEAR(forward[rows.at(r, i)], x(k) * c(k) + sign * x(other) * s(k), 5e-6);

@@ -15,12 +15,14 @@
 #include "microbatch/optim/adamw.h"
 #include "microbatch/optim/sgd.h"
 #include "microbatch/optim/torch_optimizer.h"
+#include "support/errors.h"
 #include "support/gradients.h"
 #include "support/one_thread.h"
 
 namespace microbatch {
 namespace {
 
+using test::expect_usage_error;
 using test::same_bits;
 using Tensors = std::vector<at::Tensor>;
 
@@ -286,6 +288,61 @@ TEST_P(EveryDtype, AtLearningRateZeroOnlyTheStateMoves) {
         EXPECT_EQ(same_bits(mine[0].detach(), start[0]), step < 3);
     }
     expect_close(mine, theirs, bound(GetParam()));
+}
+
+TEST(Optimizers, SettingsChangedBetweenStepsAreThoseOfTorch) {
+    const Tensors start = random_tensors(at::kDouble, 1), gradients = random_tensors(at::kDouble, 2);
+    Tensors ours = copies(start), theirs = copies(start);
+    AdamW optimizer(group(ours, 0.1), {.learning_rate = 0.01});
+    torch::optim::AdamW reference(theirs, torch::optim::AdamWOptions(0.01).weight_decay(0.1));
+    auto& options = static_cast<torch::optim::AdamWOptions&>(reference.param_groups()[0].options());
+    for (int step = 0; step < steps; ++step) {
+        if (step == 20) {
+            optimizer.set_betas(0.8, 0.95);
+            options.betas({0.8, 0.95});
+        }
+        if (step == 30) {
+            optimizer.set_group(0, 0.5, 0.2);
+            options.lr(0.005).weight_decay(0.2);
+        }
+        for (Tensors* parameters : {&ours, &theirs}) set_gradients(*parameters, gradients);
+        optimizer.step();
+        reference.step();
+    }
+    expect_close(ours, theirs, bound(at::kDouble));
+}
+
+TEST(Optimizers, AMomentumChangedBetweenStepsIsThatOfTorch) {
+    const Tensors start = random_tensors(at::kDouble, 1), gradients = random_tensors(at::kDouble, 2);
+    Tensors ours = copies(start), theirs = copies(start);
+    Sgd optimizer(group(ours), {.learning_rate = 0.01, .momentum = 0.9});
+    torch::optim::SGD reference(theirs, torch::optim::SGDOptions(0.01).momentum(0.9));
+    for (int step = 0; step < steps; ++step) {
+        if (step == 20) {
+            optimizer.set_momentum(0.5);
+            static_cast<torch::optim::SGDOptions&>(reference.param_groups()[0].options()).momentum(0.5);
+        }
+        for (Tensors* parameters : {&ours, &theirs}) set_gradients(*parameters, gradients);
+        optimizer.step();
+        reference.step();
+    }
+    expect_close(ours, theirs, bound(at::kDouble));
+}
+
+TEST(Optimizers, ASettingOutOfRangeIsRefusedAndChangesNothing) {
+    Tensors tensors = copies(random_tensors(at::kDouble, 1));
+    AdamW adamw(group(tensors), {.learning_rate = 0.01});
+    Sgd sgd(group(tensors), {.learning_rate = 0.01}), heavy(group(tensors), {.learning_rate = 0.01, .momentum = 0.9});
+    const double nan = std::numeric_limits<double>::quiet_NaN();
+    for (const double bad : {-0.1, 1.0, nan}) {
+        expect_usage_error({"beta"}, [&] { adamw.set_betas(bad, 0.9); });
+        expect_usage_error({"momentum"}, [&] { heavy.set_momentum(bad); });
+    }
+    expect_usage_error({}, [&] { adamw.set_group(0, -1.0, 0.0); });
+    expect_usage_error({}, [&] { adamw.set_group(1, 1.0, 0.0); });
+    expect_usage_error({"momentum"}, [&] { sgd.set_momentum(0.9); });    // there is no buffer
+    expect_usage_error({"momentum"}, [&] { heavy.set_momentum(0.0); });  // there would be none
+    EXPECT_EQ(adamw.learning_rate(), 0.01);
 }
 
 }  // namespace

@@ -69,7 +69,8 @@ struct Heads3 {
     }
 
     /// Queries and keys, which lie side by side, for kernels().rotate_rows.
-    RotateRows rotation(RowRange rows, const at::Tensor& qkv, const at::Tensor& cosines, const at::Tensor& sines) const {
+    RotateRows rotation(RowRange rows, const at::Tensor& qkv, const at::Tensor& cosines,
+                        const at::Tensor& sines) const {
         return {.rows = rows.count(),
                 .heads = heads + kv_heads,
                 .size = size,
@@ -143,9 +144,10 @@ GatedGradients gated_mlp_backward(const Rows& rows, const LlamaWeights& w, const
 }
 
 /// From the gradient of queries, keys and values, still rotated, to that of the block's input.
-at::Tensor projections_backward(const Rows& rows, const at::Tensor& x, const at::Tensor& cosines, const at::Tensor& sines,
-                                const LlamaWeights& w, const LlamaDetails& details, const LlamaSaved& saved,
-                                const at::Tensor& grad_qkv, const at::Tensor& grad_middle, const GradientSink& sink) {
+at::Tensor projections_backward(const Rows& rows, const at::Tensor& x, const at::Tensor& cosines,
+                                const at::Tensor& sines, const LlamaWeights& w, const LlamaDetails& details,
+                                const LlamaSaved& saved, const at::Tensor& grad_qkv, const at::Tensor& grad_middle,
+                                const GradientSink& sink) {
     const Heads3 heads(w, details);
     const std::int64_t width = rows.width, all = heads.all();
     const RmsNorm norm(w.attention_norm_scale, details.epsilon, saved.statistics, 0);
@@ -164,9 +166,9 @@ at::Tensor projections_backward(const Rows& rows, const at::Tensor& x, const at:
     });
     const at::Tensor sums = grad_vectors.total(), matrix = grad_qkv.flatten(0, 1);
     std::int64_t first = 0;
-    for (const auto& [weight, bias, columns] :
-         {std::tuple{llama_q, llama_q_bias, heads.q()}, {llama_k, llama_k_bias, heads.kv()},
-          {llama_v, llama_v_bias, heads.kv()}}) {
+    for (const auto& [weight, bias, columns] : {std::tuple{llama_q, llama_q_bias, heads.q()},
+                                                {llama_k, llama_k_bias, heads.kv()},
+                                                {llama_v, llama_v_bias, heads.kv()}}) {
         sink(weight, matrix.narrow(1, first, columns), normed);
         if (w.q_bias.defined()) sink(bias, sums.narrow(0, first, columns), {});
         first += columns;
@@ -216,9 +218,9 @@ std::pair<at::Tensor, LlamaSaved> llama_forward(const at::Tensor& x, const at::T
     return {out, saved};
 }
 
-at::Tensor llama_backward(const at::Tensor& x, const at::Tensor& cosines, const at::Tensor& sines, const LlamaWeights& w,
-                          const LlamaDetails& details, const LlamaSaved& saved, const at::Tensor& gradient,
-                          const GradientSink& sink) {
+at::Tensor llama_backward(const at::Tensor& x, const at::Tensor& cosines, const at::Tensor& sines,
+                          const LlamaWeights& w, const LlamaDetails& details, const LlamaSaved& saved,
+                          const at::Tensor& gradient, const GradientSink& sink) {
     const Rows rows(x);
     auto [grad_middle, grad_attended] = gated_mlp_backward(rows, w, details, saved, gradient, sink);
     const Heads3 heads(w, details);

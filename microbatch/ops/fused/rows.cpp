@@ -11,7 +11,8 @@ void linear(RowRange rows, const Columns& x, const at::Tensor& weight, const Col
     gemm(rows.count(), outputs, inputs, {x.at(rows.begin), x.row}, matrix, y.at(rows.begin), y.row, add);
 }
 
-void linear_gradient(RowRange rows, const Columns& gradient, const at::Tensor& weight, const Columns& grad_x, bool add) {
+void linear_gradient(RowRange rows, const Columns& gradient, const at::Tensor& weight, const Columns& grad_x,
+                     bool add) {
     const std::int64_t outputs = weight.size(0), inputs = weight.size(1);
     const bool outputs_first = weight.is_contiguous();
     const MatrixView matrix{floats(weight), outputs_first ? inputs : outputs, /*transposed=*/!outputs_first};
@@ -23,7 +24,8 @@ void repeat_bias(RowRange rows, const at::Tensor& bias, const Columns& y) {
     for (std::int64_t row = rows.begin; row < rows.end; ++row) std::copy_n(floats(bias), bias.numel(), y.at(row));
 }
 
-void add_rows(RowRange rows, const at::Tensor& x, const at::Tensor& added, const at::Tensor& bias, const at::Tensor& sum) {
+void add_rows(RowRange rows, const at::Tensor& x, const at::Tensor& added, const at::Tensor& bias,
+              const at::Tensor& sum) {
     const std::int64_t width = bias.numel(), begin = rows.begin * width;
     kernels().add_rows({.rows = rows.count(),
                         .width = width,

@@ -61,7 +61,8 @@ void linear_gradient(RowRange rows, const Columns& gradient, const at::Tensor& w
 void repeat_bias(RowRange rows, const at::Tensor& bias, const Columns& y);
 
 /// sum = x + added + bias.
-void add_rows(RowRange rows, const at::Tensor& x, const at::Tensor& added, const at::Tensor& bias, const at::Tensor& sum);
+void add_rows(RowRange rows, const at::Tensor& x, const at::Tensor& added, const at::Tensor& bias,
+              const at::Tensor& sum);
 
 /// RowTotals of a few vectors over all rows: per thread in its own memory, then added in the order of the threads.
 class RowTotals {

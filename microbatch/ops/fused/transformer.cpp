@@ -93,7 +93,8 @@ MlpGradients mlp_backward(const Rows& rows, const TransformerWeights& w, const T
         grad_vectors.of(mine, [&](RowRange some, float* sums) {
             const std::int64_t begin = some.begin * inner;
             kernels().gelu_rows_backward(some.count(), inner, floats(saved.expanded) + begin,
-                                         mutable_floats(grad_expanded) + begin, mutable_floats(activated) + begin, sums);
+                                         mutable_floats(grad_expanded) + begin, mutable_floats(activated) + begin,
+                                         sums);
             sum_rows(some, gradient, width, sums + inner);
         });
         linear_gradient(mine, grad_expanded, w.expansion_weight, result.grad_middle);

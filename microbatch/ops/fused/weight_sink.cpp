@@ -26,14 +26,15 @@ bool add_to_leaf(const at::Tensor& leaf, const at::Tensor& left, const at::Tenso
 }  // namespace
 
 GradientSink weight_sink(const FusedBackward& of, variable_list& results, bool in_place, bool inputs_first) {
-    return [&of, &results, in_place, inputs_first](std::size_t weight, const at::Tensor& left, const at::Tensor& right) {
-        const std::size_t input = 1 + weight;
-        if (!of.needed[input]) return;
-        const bool swapped = inputs_first && right.defined();
-        const at::Tensor &first = swapped ? right : left, &second = swapped ? left : right;
-        if (in_place && add_to_leaf(of.inputs[input], first, second)) return;
-        results[input] = second.defined() ? gemm(first.t(), second) : first.clone();
-    };
+    return
+        [&of, &results, in_place, inputs_first](std::size_t weight, const at::Tensor& left, const at::Tensor& right) {
+            const std::size_t input = 1 + weight;
+            if (!of.needed[input]) return;
+            const bool swapped = inputs_first && right.defined();
+            const at::Tensor &first = swapped ? right : left, &second = swapped ? left : right;
+            if (in_place && add_to_leaf(of.inputs[input], first, second)) return;
+            results[input] = second.defined() ? gemm(first.t(), second) : first.clone();
+        };
 }
 
 }  // namespace microbatch

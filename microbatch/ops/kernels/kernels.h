@@ -8,18 +8,18 @@ namespace microbatch {
 /// One head of one sample, for attention. Rows are one token each, their numbers side by side.
 struct AttentionHead {
     std::int64_t tokens = 0;
-    std::int64_t keys = 0;                                ///< 1 to tokens: the first of them, which queries attend to
-    std::int64_t size = 0;                                ///< numbers per token in q, k, v and out
-    bool causal = true;                                   ///< a query attends to no later key
-    float scale = 1.0F;                                   ///< of q . k
-    std::int64_t row = 0, kv_row = 0, out_row = 0;        ///< floats from one token to the next
+    std::int64_t keys = 0;                                 ///< 1 to tokens: the first of them, which queries attend to
+    std::int64_t size = 0;                                 ///< numbers per token in q, k, v and out
+    bool causal = true;                                    ///< a query attends to no later key
+    float scale = 1.0F;                                    ///< of q . k
+    std::int64_t row = 0, kv_row = 0, out_row = 0;         ///< floats from one token to the next
     const float *q = nullptr, *k = nullptr, *v = nullptr;  ///< row, kv_row and kv_row apart
-    float* out = nullptr;                                 ///< out_row apart
-    float* log_sums = nullptr;                            ///< [tokens], log of the sum of e^score of a query
-    const float* gradient = nullptr;                      ///< of out, out_row apart; backward only
-    float* grad_q = nullptr;                              ///< row apart, overwritten by backward
-    float *grad_k = nullptr, *grad_v = nullptr;           ///< kv_row apart
-    bool add_to_keys = false;                             ///< backward adds to grad_k and grad_v
+    float* out = nullptr;                                  ///< out_row apart
+    float* log_sums = nullptr;                             ///< [tokens], log of the sum of e^score of a query
+    const float* gradient = nullptr;                       ///< of out, out_row apart; backward only
+    float* grad_q = nullptr;                               ///< row apart, overwritten by backward
+    float *grad_k = nullptr, *grad_v = nullptr;            ///< kv_row apart
+    bool add_to_keys = false;                              ///< backward adds to grad_k and grad_v
 };
 
 /// RMS norm: y = x inverse scale, row by row, inverse = 1 / sqrt(mean(x^2) + epsilon).
@@ -48,8 +48,8 @@ struct RmsNormRowsBackward {
 /// Rotary positions: in each of `heads` parts of a row, pairs of numbers half a part apart are rotated, in place.
 /// Forward: (a, b) becomes (a cos - b sin, b cos + a sin); backward is the transpose of that.
 struct RotateRows {
-    std::int64_t rows = 0, heads = 0, size = 0;  ///< size: numbers of a part, even
-    std::int64_t row = 0;                        ///< floats from one row to the next
+    std::int64_t rows = 0, heads = 0, size = 0;        ///< size: numbers of a part, even
+    std::int64_t row = 0;                              ///< floats from one row to the next
     const float *cosines = nullptr, *sines = nullptr;  ///< [rows, size]
     float* values = nullptr;
 };
