@@ -4,10 +4,12 @@ BUILT_FOR = "2.13"
 
 
 def require() -> None:
-    """Imports torch. Raises ImportError, naming the version that is needed, if torch is missing or has another version."""
+    """Imports torch. Raises ImportError, naming the version that is needed, if it is missing or has another version."""
     try:
         import torch
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise  # a broken installation: torch says what is wrong
         raise ImportError(f"microbatch needs torch {BUILT_FOR}: pip install torch=={BUILT_FOR}.0") from error
     found = ".".join(torch.__version__.split(".")[:2])
     if found != BUILT_FOR:

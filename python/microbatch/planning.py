@@ -52,7 +52,7 @@ class PlanReport:
         for one in self.candidates:
             mark = "chosen" if one == self.chosen else "" if one.fits else "too large"
             size = memory.format_size(one.peak_bytes) if one.peak_bytes else "-"
-            time = f"{1e3 * one.step_seconds:.1f} ms" if one.step_seconds else "-"
+            time = f"{1e3 * one.step_seconds:.1f} ms{'' if one.measured else ' predicted'}" if one.step_seconds else "-"
             rows.append((mark, str(one.plan.micro_batch), "yes" if one.plan.recompute else "no", size, time))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

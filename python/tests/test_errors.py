@@ -1,6 +1,8 @@
 """What is wrong is said in one clear sentence, before anything is changed."""
 
 import copy
+import os
+import pathlib
 import pickle
 import subprocess
 import sys
@@ -132,6 +134,19 @@ def test_another_torch_is_said_at_import():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
     assert "this build of microbatch needs torch 2.13, and torch 2.12.1 is installed" in done.stderr
+
+
+@pytest.mark.parametrize(("found", "said"), [
+    ("raise ModuleNotFoundError(name='torch')", "microbatch needs torch 2.13: pip install torch==2.13.0"),
+    ("raise ImportError('libtorch_cpu.so: file too short')", "ImportError: libtorch_cpu.so: file too short"),
+])
+def test_a_torch_that_is_missing_or_broken_is_told_apart(tmp_path, found, said):
+    (tmp_path / "torch.py").write_text(found)
+    package = pathlib.Path(mb.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", "import microbatch"], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{package}"})
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].endswith(said)
 
 
 @pytest.mark.parametrize(("loss", "words"), [
