@@ -48,7 +48,8 @@ class Accumulator:
     gradients that gather() leaves. loss: `loss(model, micro)` returns the SUM over the micro-batch and what it is averaged
     over (samples or target tokens); see mb.losses.
 
-    memory: the budget of all CPU tensors, such as "4GiB", from now on; None leaves the budget as it is.
+    memory: the budget of all CPU tensors, such as "4GiB", from now on, until memory.set_budget(None); None leaves the
+    budget as it is.
     micro_batch: samples per forward and backward; "auto" finds the fastest that fits, at the first step or in
     make_plan(). clip_norm: largest norm of the mean gradient that is applied. recompute: whether activations may be
     computed again in backward: "auto", "never", "always", or the class of the blocks. guard: a SpikeGuard. noise_every:
@@ -94,9 +95,17 @@ class Accumulator:
         if not isinstance(model, nn.Module):
             raise UsageError(f"the model is a {type(model).__name__}, not a torch.nn.Module")
         check_bound(bound, collate is not None, "collate")
+        if collate is not None and not callable(collate):
+            raise UsageError(f"collate is a {type(collate).__name__}; it is a function of a list of samples")
+        if isinstance(generators, torch.Generator):
+            generators = (generators,)
+        clip_norm = math.inf if clip_norm is None else clip_norm
         lever = lever_of(model, recompute)
         adapter = Adapter(model, lever, generators)
         driver = None if optimizer is None else driver_of(optimizer)
+        self._known = {id(one) for one in model.parameters()}
+        if driver is not None:
+            _refuse_other_parameters(driver, self._known)
         _set_memory(model, memory)
         self.model = model
         self.optimizer = optimizer
@@ -240,6 +249,7 @@ class Accumulator:
     def _prepared(self, batch: Any, loss: LossFunction | None, length: int | None) -> tuple[Any, Any]:
         source, function = self._sourced(batch, loss, length)
         _check_devices(self.model, source)
+        self._refuse_new_parameters()
         if self._verify:
             check_first_batch(self._adapter, source, function)
             self._verify = False
@@ -247,10 +257,22 @@ class Accumulator:
             self._make_plan(source, function, None)
         return source, function
 
+    def _refuse_new_parameters(self) -> None:
+        for name, one in self.model.named_parameters():
+            if id(one) not in self._known:
+                raise UsageError(
+                    f"the model has the parameter {name!r}, which it did not have when the Accumulator was made: make "
+                    "optimizer and Accumulator after the model is changed"
+                )
+
     def _make_plan(self, source: Any, function: Any, budget: int | str | None) -> PlanReport:
-        if budget is not None:
-            memory.set_budget(budget)
-        report = planning.report_of(self._measured_plan(source, function))
+        before = None if budget is None else (memory.set_budget(budget),)
+        try:
+            report = planning.report_of(self._measured_plan(source, function))
+        except BaseException:
+            if before is not None:
+                memory.set_budget(*before)
+            raise
         self._native.plan = planning.native(report.plan)
         self._planned = max(self._planned, source.size)
         self.last_plan = report
@@ -298,6 +320,15 @@ def _check_micro_batch(micro_batch: Any) -> None:
     if micro_batch == "auto" or (isinstance(micro_batch, int) and not isinstance(micro_batch, bool) and micro_batch > 0):
         return
     raise UsageError(f"micro_batch is {micro_batch!r}; it is a number of samples, at least 1, or 'auto'")
+
+
+def _refuse_other_parameters(driver: Any, known: set[int]) -> None:
+    for one in driver.parameters():
+        if id(one) not in known:
+            raise UsageError(
+                f"the optimizer updates a parameter of shape {list(one.shape)} that the model does not have: make the "
+                "optimizer after the model is changed"
+            )
 
 
 def check_bound(bound: Any, possible: bool, needs: str) -> None:

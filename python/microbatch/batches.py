@@ -184,6 +184,11 @@ def _rebuilt(value: Any, members: list[Any]) -> Any:
 
 def _length_of(batch: Any) -> int:
     """The length that all tensors of the batch have along dimension 0."""
+    if _looks_like_samples(batch):
+        raise UsageError(
+            f"the batch is a list of {len(batch)} tensors of the same shape, which look like samples: give collate=, or "
+            "length= if they are fields"
+        )
     lengths: dict[int, list[str]] = {}
     for name, leaf in _leaves(batch):
         if isinstance(leaf, Tensor) and leaf.dim() > 0:
@@ -200,6 +205,13 @@ def _length_of(batch: Any) -> int:
             "length=: fields of that length are cut, the others go into every micro-batch whole"
         )
     return next(iter(lengths))
+
+
+def _looks_like_samples(batch: Any) -> bool:
+    """More tensors of one shape than a batch has fields."""
+    if not isinstance(batch, list) or len(batch) <= 4 or not all(isinstance(one, Tensor) for one in batch):
+        return False
+    return len({one.shape for one in batch}) == 1
 
 
 def _checked(batch: Any, length: int) -> int:

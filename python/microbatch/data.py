@@ -39,6 +39,8 @@ class Data:
                 f"the data is a {type(dataset).__name__}; give a map-style dataset, with __len__ and __getitem__, as "
                 "torch.utils.data.Dataset has"
             )
+        if collate is not None and not callable(collate):
+            raise UsageError(f"collate_fn is a {type(collate).__name__}; it is a function of a list of samples")
         self.size = len(dataset)
         if self.size < 1:
             raise UsageError("the dataset is empty")
@@ -69,8 +71,9 @@ class Data:
         return micro, _fields(micro, len(indices))
 
     def close(self) -> None:
-        """Ends the worker processes."""
-        self._workers = None
+        """Ends the worker processes; the next batch starts them again."""
+        if self._workers is not None:
+            self._workers.close()
 
 
 def _lengths_of(dataset: Any, lengths: Any) -> Sequence[int] | None:
@@ -116,6 +119,13 @@ class _Workers:
         salt = zlib.crc32(struct.pack(f"<{len(indices)}q", *indices), self._seed & 0xFFFFFFFF)
         self._order = [(index, (salt << 20) ^ index) for index in indices]
         self._at, self._samples = 0, None
+
+    def close(self) -> None:
+        self._samples = None
+        # Left to the garbage collector, they are waited for at any later moment, for seconds.
+        if (iterator := self._loader._iterator) is not None:
+            self._loader._iterator = None
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
 
     def load(self, indices: list[int]) -> list[Any] | None:
         """None if these are no samples of the batch that begin() named."""

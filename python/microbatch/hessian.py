@@ -25,7 +25,7 @@ def curvature(
     batch: Any,
     loss: Callable[[Any, Any], Any],
     *,
-    micro_batch: int = 1,
+    micro_batch: int | None = None,
     length: int | None = None,
     collate: Callable[[list[Any]], Any] | None = None,
     most_products: int = 40,
@@ -34,13 +34,19 @@ def curvature(
 ) -> Curvature:
     """The largest eigenvalue of the Hessian of the batch's mean loss, by Lanczos, whatever the split.
 
-    The model must be in evaluation mode, and its loss twice differentiable: a fused attention without a second
-    derivative is not (`attn_implementation="eager"` for Hugging Face models). tolerance: relative to the eigenvalue.
-    Leaves parameters and gradients unchanged. Raises UsageError if the weight is 0 or a product is not finite.
+    The model is in evaluation mode meanwhile. Its loss must be twice differentiable: a fused attention without a second
+    derivative is not (`attn_implementation="eager"` for Hugging Face models). micro_batch: None takes the batch at once.
+    tolerance: relative to the eigenvalue. Leaves parameters, gradients and training mode unchanged. Raises UsageError if the weight is 0 or a product is not finite.
     Cost: one product costs about three gradients; four copies of the parameters.
     """
     source = batches.source_of(batch, length, collate, None)
-    found = _core.largest_curvature(
-        Adapter(model, None), source, lambda micro: loss(model, micro), micro_batch, most_products, tolerance, seed
-    )
+    adapter = Adapter(model, None)
+    flags, cut = adapter.training_flags(), micro_batch or max(1, source.size)
+    model.eval()
+    try:
+        found = _core.largest_curvature(
+            adapter, source, lambda micro: loss(model, micro), cut, most_products, tolerance, seed
+        )
+    finally:
+        adapter.set_training_flags(flags)
     return Curvature(found.largest_eigenvalue, found.residual, found.products, found.converged)

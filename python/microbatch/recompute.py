@@ -66,7 +66,10 @@ def lever_of(module: nn.Module, recompute: Any) -> Lever | None:
                 "recompute is 'always', and the model has no list of blocks (nn.ModuleList); name their class"
             )
         return lever
-    blocks = [one for one in module.modules() if isinstance(one, recompute)]
+    classes = recompute if isinstance(recompute, tuple) else (recompute,)
+    if not all(isinstance(one, type) and issubclass(one, nn.Module) for one in classes):
+        raise UsageError(f"recompute is {recompute!r}; it is 'auto', 'never', 'always', or the class of the blocks")
+    blocks = [one for one in module.modules() if isinstance(one, classes)]
     if not blocks:
         raise UsageError(f"recompute names {recompute!r}, and the model has no such module")
     return Blocks(blocks)

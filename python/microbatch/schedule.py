@@ -34,6 +34,13 @@ class Schedule:
         decay: int | str | None = None,
         power: float = 2.0,
     ) -> None:
+        for name, value in (("peak", peak), ("floor", floor), ("power", power)):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise UsageError(f"{name} is {value!r}; it is a number")
+        if decay is not None and shape != "wsd":
+            raise UsageError(f"decay is for the shape 'wsd', not for {shape!r}")
+        #: what the schedule counts: steps, samples or tokens
+        self.unit: str = next((_core.interval(interval(one))[1] for one in (length, warmup) if one is not None), "steps")
         self._text = f"{shape}, peak={peak:g}, length={length!r}, warmup={warmup!r}, floor={floor:g}"
         self._native: Any = _core.Schedule(
             shape, peak, floor, interval(warmup), interval(length), interval(decay), power
@@ -44,6 +51,9 @@ class Schedule:
 
         batch, batch_tokens: samples and tokens of that step.
         """
+        given = {"steps": steps, "samples": samples, "tokens": tokens}
+        if not given[self.unit] and any(given.values()):
+            raise UsageError(f"the schedule counts {self.unit}: give {self.unit}=")
         before = _core.Progress(steps, samples, tokens)
         return float(self._native.rate(before, _core.Progress(1, batch, batch_tokens)))
 
@@ -71,9 +81,15 @@ class ScheduleDriver:
         self._last = {"samples": 1, "tokens": 1}
         self._set()
 
-    def step(self, *, samples: int = 1, tokens: int = 1) -> None:
-        """After a batch of so many samples and tokens: sets the learning rate of the next one."""
-        self._last = {"samples": samples, "tokens": tokens}
+    def step(self, *, samples: int | None = None, tokens: int | None = None) -> None:
+        """After a batch of so many samples and tokens: sets the learning rate of the next one.
+
+        Raises UsageError if the schedule counts samples or tokens, and they are not given.
+        """
+        given = {"samples": samples, "tokens": tokens}
+        if given.get(self.schedule.unit, 0) is None:
+            raise UsageError(f"the schedule counts {self.schedule.unit}: call step({self.schedule.unit}=...)")
+        self._last = {unit: 1 if count is None else count for unit, count in given.items()}
         self._at = {"steps": self._at["steps"] + 1} | {unit: self._at[unit] + self._last[unit] for unit in self._last}
         self._set()
 

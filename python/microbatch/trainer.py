@@ -1,19 +1,22 @@
 """A whole training run in a folder: plan, steps, log, checkpoints, report, and a resume with the same bits."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import pathlib
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 
-from microbatch import _core, memory, planning
+from microbatch import _core, planning
 from microbatch.accumulator import Accumulator, LossFunction, check_bound
 from microbatch.data import Data
 from microbatch.errors import Error, Stopped, UsageError
 from microbatch.interrupts import watched
+from microbatch.memory import budget, format_size, parse_size
 from microbatch.optimizers import AdamW
 from microbatch.planning import Plan, PlanReport
 from microbatch.progress import Progress
@@ -55,8 +58,8 @@ class Trainer:
 
     run: the folder; metrics.jsonl, TensorBoard events, checkpoints, model.safetensors and report.html are written there.
     resume: continues a run that is there, with the same bits as if it had never stopped, and starts it otherwise.
-    steps, samples, tokens, epochs: how long; give one, or one epoch is made. memory: the budget of all CPU tensors;
-    None: four fifths of what is free. micro_batch, recompute, clip_norm, generators: as for an Accumulator.
+    steps, samples, tokens, epochs: how long; give one, or one epoch is made. memory: the budget of all CPU tensors
+    during train(); None: four fifths of what is free. micro_batch, recompute, clip_norm, generators: as for an Accumulator.
     lr, schedule, warmup, final_lr, decay: see Schedule; without lr, the optimizer's own. optimizer: mb.AdamW or another;
     None: mb.AdamW, without weight decay for vectors. guard: refuses spikes, and rolls a run that diverges back, at most
     `restores` times. noise_every: steps from one measure of the gradient's noise to the next. collate_fn: makes a list of
@@ -83,7 +86,7 @@ class Trainer:
         tokens: int | None = None,
         epochs: int | None = None,
         optimizer: Any = None,
-        schedule: str = "cosine",
+        schedule: str | None = "cosine",
         warmup: int | str = 0,
         final_lr: float = 0.0,
         decay: int | str | None = None,
@@ -106,9 +109,16 @@ class Trainer:
         verify: bool = True,
         progress: bool = True,
     ) -> None:
-        _require_count("batch", batch, 1)
-        for name, value in (("restores", restores), ("keep", keep), ("workers", workers)):
-            _require_count(name, value, 0)
+        _check_settings(batch, restores, noise_every, keep, workers, seed)
+        if not isinstance(run, str | pathlib.Path) or not str(run):
+            raise UsageError(f"run is {run!r}; it is the folder of the run")
+        if not isinstance(guard, bool):
+            raise UsageError("guard is True or False: the guard of a run is made by the Trainer")
+        if lr is not None and (isinstance(lr, bool) or not isinstance(lr, int | float)):
+            raise UsageError(f"lr is {lr!r}; it is a number")
+        if tokens is not None and tokens_per_sample == 1:
+            raise UsageError("tokens= needs tokens_per_sample=, the tokens that a sample counts as")
+        _core.interval(interval(checkpoint_every))  # refused before the folder is made
         self.model, self.loss, self.batch = model, loss, batch
         self.run, self.resume = pathlib.Path(run), resume
         check_bound(bound, lengths is not None, "lengths")
@@ -124,12 +134,11 @@ class Trainer:
         self.held_out = None if held_out is None else Data(held_out, collate_fn, tokens_per_sample=tokens_per_sample)
         self.length = _length(steps, samples, tokens, epochs, self.data.size)
         self.optimizer = _default_optimizer(model, lr) if optimizer is None else optimizer
-        self._memory = memory
+        self._memory = None if memory is None else parse_size(memory)
         self.accumulator = Accumulator(
             model,
             self.optimizer,
             loss,
-            memory=memory,
             micro_batch=micro_batch,
             recompute=recompute,
             clip_norm=clip_norm,
@@ -137,6 +146,7 @@ class Trainer:
         )
         self._micro_batch = None if micro_batch == "auto" else micro_batch
         peak = lr if lr is not None else float(self.optimizer.param_groups[0]["lr"])
+        schedule = schedule or "constant"
         self.schedule = self._schedule(schedule, peak, final_lr, warmup, decay)
         self._guard, self._restores, self._noise_every = guard, restores, noise_every
         self._checkpoint_every, self._keep, self._seed = interval(checkpoint_every), keep, seed
@@ -167,15 +177,21 @@ class Trainer:
         or BadData if the run in the folder is another one.
         """
         shown = Progress(self.length, self._progress)
-        folder = _core.RunFolder(str(self.run), self.resume)
         try:
-            return self._train_in(folder, shown, on_step)
+            folder = _core.RunFolder(str(self.run), self.resume)
+        except UsageError as error:
+            raise UsageError(str(error).replace("--resume", "resume=True")) from None
+        try:
+            with contextlib.nullcontext() if self._memory is None else budget(self._memory):
+                return self._train_in(folder, shown, on_step)
         finally:
             folder.close()  # whoever keeps the traceback does not keep the lock
             shown.close()
             self.data.close()
 
     def _train_in(self, folder: Any, shown: Progress, on_step: Callable[[dict[str, Any]], None] | None) -> Outcome:
+        if not self.model.training:
+            self.model.train()
         for warning in folder.warnings:
             shown.note(f"warning: {warning}")
         recorded = self._recorded(folder, shown) if folder.has_state else None
@@ -209,6 +225,8 @@ class Trainer:
         def in_unit(value: int | str) -> str:
             return str(_core.convert(interval(value), unit, self.batch, self.data.tokens_per_sample))
 
+        if decay is not None and shape != "wsd":
+            raise UsageError(f"decay is for the schedule 'wsd', not for {shape!r}")
         if shape == "wsd":
             decay = f"{max(1, count // 5)} {unit}" if decay is None else in_unit(decay)
         return _core.Schedule(shape, peak, floor, in_unit(warmup), self.length, decay or "", 2.0)
@@ -224,14 +242,15 @@ class Trainer:
         if changed and not folder.is_healthy():
             folder.use_healthy()  # this is the way out of a divergence
         for name, (was, now) in changed.items():
-            shown.note(f"resume: {name} was {was}, is {now}")
+            said = f"resume: {name} was {was}, is {now}"
+            shown.note(said) if self._progress else warnings.warn(said, stacklevel=4)
         before["same_budget"] = before.get("memory") == self._budget_text()
         if not before["same_budget"]:
             folder.forget_caps()
         return before
 
     def _budget_text(self) -> str:
-        return "auto" if self._memory is None else memory.format_size(memory.parse_size(self._memory))
+        return "auto" if self._memory is None else format_size(self._memory)
 
     def _make_plan(self, recorded: dict[str, Any] | None) -> Any:
         """Measures the plan, or that of the run to resume, if the budget is the same; returns the library's report."""
@@ -263,8 +282,8 @@ class Trainer:
         return (
             f"{self.run}: a batch of {self.batch} in micro-batches of {plan.micro_batch}"
             f"{' with recompute' if plan.recompute else ''}; predicted peak "
-            f"{memory.format_size(self.plan_report.chosen.peak_bytes)} of "
-            f"{memory.format_size(self.plan_report.budget_bytes)}; {self.length}{state}"
+            f"{format_size(self.plan_report.chosen.peak_bytes)} of "
+            f"{format_size(self.plan_report.budget_bytes)}; {self.length}{state}"
         )
 
     def _run_settings(self) -> dict[str, Any]:
@@ -386,10 +405,15 @@ def _recorded_in(folder: Any) -> dict[str, Any]:
 
 def _failure(outcome: Any) -> str:
     """What a run that diverged, or ended worse than it began, says of it; empty for any other."""
-    cure = "use a lower lr, a warmup or a smaller clip_norm"
+    cure = "start anew in another folder, with a lower lr, a warmup or a smaller clip_norm"
+    if outcome.refused >= outcome.progress.steps > 0 and outcome.last.weight == 0.0:
+        return "no step was applied: every batch has weight 0; what does the loss function return?"
     if outcome.diverged:
         if outcome.healthy_checkpoint is not None:
-            cure = f"resume from the healthy checkpoint of step {outcome.healthy_checkpoint} and {cure}"
+            cure = (
+                f"resume from the healthy checkpoint of step {outcome.healthy_checkpoint} (resume=True), or start anew in "
+                "another folder, with a lower lr, a warmup or a smaller clip_norm"
+            )
         return f"the run diverged at step {outcome.progress.steps}: {outcome.last.reason}; {cure}"
     if outcome.ended_worse:
         held_out = "" if outcome.held_out is None else f", {outcome.held_out:.4g} held out"
@@ -398,6 +422,13 @@ def _failure(outcome: Any) -> str:
             f"{outcome.last.loss:.4g} at the last{held_out}; {cure}"
         )
     return ""
+
+
+def _check_settings(batch: Any, restores: Any, noise_every: Any, keep: Any, workers: Any, seed: Any) -> None:
+    _require_count("batch", batch, 1)
+    _require_count("keep", keep, 1)
+    for name, value in (("restores", restores), ("noise_every", noise_every), ("workers", workers), ("seed", seed)):
+        _require_count(name, value, 0)
 
 
 def _require_count(name: str, value: Any, least: int) -> None:

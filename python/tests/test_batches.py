@@ -164,6 +164,13 @@ def test_a_bound_that_does_not_exist_or_needs_lengths_is_refused():
         mb.Accumulator(model, None, mb.losses.image_classification, bound="tokens")
 
 
+def test_a_list_of_samples_without_collate_is_not_taken_for_fields():
+    samples = [torch.zeros(12) for _ in range(16)]
+    with pytest.raises(mb.UsageError, match="a list of 16 tensors of the same shape, which look like samples: give collate="):
+        batches.Structure(samples)
+    assert batches.Structure(samples, length=12).size == 12
+
+
 def test_trimmed_padding_makes_the_same_gradient():
     import models
 

@@ -84,8 +84,23 @@ def test_gradients_that_somebody_left_are_refused_by_name():
 
 
 def test_an_optimizer_of_other_parameters_is_refused():
-    with pytest.raises(mb.UsageError, match="updates a parameter of shape"):
+    with pytest.raises(mb.UsageError, match=r"updates a parameter of shape \[1, 5\] .* after the model is changed"):
         mb.Accumulator(nn.Linear(2, 3), mb.SGD(nn.Linear(5, 1).parameters()), mb.losses.image_classification)
+
+
+def test_a_model_that_is_changed_afterwards_is_refused_by_name():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 3))
+    accumulator = mb.Accumulator(model, mb.SGD(model.parameters()), mb.losses.image_classification, micro_batch=2)
+    model[1] = nn.Linear(2, 3)
+    with pytest.raises(mb.UsageError, match="'1.weight', which it did not have"):
+        accumulator.step(BATCH)
+
+
+def test_a_plan_that_does_not_fit_leaves_the_budget_as_it_was():
+    accumulator = made()
+    with pytest.raises(mb.DoesNotFit):
+        mb.plan(accumulator, BATCH, memory="64B")
+    assert mb.memory.stats().budget_bytes is None
 
 
 @pytest.mark.parametrize(("model", "optimizer", "words"), [

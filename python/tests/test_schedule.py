@@ -47,6 +47,16 @@ def test_a_schedule_in_tokens_follows_the_tokens():
     assert scheduler.get_last_lr() == [0.75]
 
 
+def test_a_schedule_in_samples_wants_to_be_told_of_them():
+    schedule = mb.Schedule("linear", peak=1.0, length="1k samples")
+    scheduler = schedule.drive(optimizer(1.0))
+    with pytest.raises(mb.UsageError, match=r"counts samples: call step\(samples=...\)"):
+        scheduler.step()
+    with pytest.raises(mb.UsageError, match="counts samples: give samples="):
+        schedule.rate(steps=5)
+    assert schedule.rate(samples=500) == 0.5
+
+
 def test_its_state_goes_on():
     one, other = optimizer(1.0), optimizer(1.0)
     schedule = mb.Schedule("cosine", peak=1.0, length=10)
@@ -67,6 +77,8 @@ def test_its_state_goes_on():
     ({"shape": "cosine", "length": 10, "warmup": 11}, "warmup"),
     ({"shape": "cosine", "length": True}, "an interval is"),
     ({"shape": "wsd", "length": 10}, "decay"),
+    ({"shape": "cosine", "length": 10, "decay": 3}, "decay is for the shape 'wsd'"),
+    ({"shape": "cosine", "length": 10, "peak": "1e-3"}, "peak is '1e-3'"),
     ({"shape": "constant", "peak": math.nan}, "peak"),
 ])
 def test_a_schedule_that_makes_no_sense_is_refused(bad, said):

@@ -1,6 +1,7 @@
 """A run in a folder: what it writes, how it ends, and that a resume goes on with the same bits."""
 
 import json
+import multiprocessing
 import os
 import pathlib
 import signal
@@ -180,10 +181,25 @@ def test_a_run_that_diverges_is_stopped_and_says_what_to_do(tmp_path):
     assert "lower lr" in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_a_budget_that_nothing_fits_is_said_before_the_folder_is_made(tmp_path):
+def test_a_budget_that_nothing_fits_is_said_before_the_folder_is_made_and_does_not_stay(tmp_path):
     with pytest.raises(mb.DoesNotFit):
         trainer(tmp_path / "run", memory="1KiB").train()
     assert not (tmp_path / "run").exists()
+    assert mb.memory.stats().budget_bytes is None
+    trainer(tmp_path / "run", steps=1).train()
+    assert mb.memory.stats().budget_bytes is None
+
+
+def test_a_run_in_which_every_batch_has_weight_0_has_failed(tmp_path):
+    with pytest.raises(mb.Stopped, match="every batch has weight 0"):
+        trainer(tmp_path / "run", steps=2, verify=False, loss=lambda model, micro: (model(micro[0]).sum(), 0.0)).train()
+
+
+def test_a_model_in_evaluation_mode_is_trained_in_training_mode(tmp_path):
+    run = trainer(tmp_path / "run", steps=1)
+    run.model.eval()
+    run.train()
+    assert run.model.training
 
 
 def test_ragged_samples_are_taken_by_length(tmp_path):
@@ -233,6 +249,7 @@ def test_workers_change_no_bit_whether_the_run_is_ended_or_not(tmp_path, ended):
             run(tmp_path / "two", 2, stop)
     run(tmp_path / "two", 2)
     assert trained(tmp_path / "two") == trained(tmp_path / "one")
+    assert not multiprocessing.active_children()
 
 
 def test_out_of_memory_in_a_run_has_the_bits_of_the_smaller_plan(tmp_path):
@@ -290,7 +307,7 @@ def test_a_new_rate_is_taken_over_and_said(tmp_path, capsys):
 
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
     trainer(tmp_path / "run", steps=2).train()
-    with pytest.raises(mb.UsageError, match="resume"):
+    with pytest.raises(mb.UsageError, match="resume=True"):
         trainer(tmp_path / "run", steps=2).train()
 
 
@@ -315,10 +332,23 @@ def test_an_averaged_loss_is_found_before_the_first_step(tmp_path):
     ({"data": iter([1])}, "map-style dataset"),
     ({"lengths": [1, 2]}, "lengths has 2 entries for a dataset of 64"),
     ({"workers": -1}, "workers is -1"),
+    ({"keep": 0}, "keep is 0"),
+    ({"checkpoint_every": "5 min"}, "min"),
+    ({"noise_every": -1}, "noise_every is -1"),
+    ({"seed": -1}, "seed is -1"),
+    ({"lr": "1e-3"}, "lr is '1e-3'"),
+    ({"run": None}, "run is None"),
+    ({"run": ""}, "run is ''"),
+    ({"tokens": 100}, "tokens= needs tokens_per_sample="),
+    ({"decay": 3}, "decay is for the schedule 'wsd'"),
+    ({"guard": mb.SpikeGuard()}, "guard is True or False"),
+    ({"collate_fn": "x"}, "collate_fn is a str"),
 ])
 def test_bad_settings_are_refused_in_one_sentence(tmp_path, bad, said):
+    model, _, loss = models.mlp()
+    settings = {"batch": 16, "lr": 0.01, "run": tmp_path / "run", "memory": "1GiB", "progress": False} | bad
     with pytest.raises(mb.UsageError, match=said):
-        trainer(tmp_path / "run", **bad)
+        mb.Trainer(model, settings.pop("data", None) or pairs(), loss, **settings)
     assert not os.path.exists(tmp_path / "run")
 
 

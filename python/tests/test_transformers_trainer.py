@@ -515,3 +515,11 @@ def test_recomputing_changes_no_bit(tmp_path):
         runs.append(parameters(train("gpt2", tmp_path, model=with_dropout(), named=how, max_steps=2, **more)))
     for other in runs[1:]:
         assert all(torch.equal(one, other[name]) for name, one in runs[0].items())
+
+
+def test_a_mean_that_is_given_as_loss_is_refused_at_the_first_batch(tmp_path):
+    def mean(model, micro):
+        return model(**micro).loss, len(micro["labels"])
+
+    with pytest.raises(mb.UsageError, match="the loss is already averaged"):
+        train("bert_classifier", tmp_path, named={"loss": mean})
