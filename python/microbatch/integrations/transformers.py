@@ -95,10 +95,9 @@ class Trainer(transformers.Trainer):
             raise UsageError(f"loss is a {type(loss).__name__}; it is a function (model, micro) -> (sum, weight)")
         super().__init__(model, args, *more, **named)
         lever_of(self.model, recompute)  # refuses what the first step would
+        self._how: dict[str, Any] = {"memory": memory, "micro_batch": micro_batch, "recompute": recompute}
         # A loss of the user's is checked on the first batch: a mean would train with gradients that are too small.
-        self._how: dict[str, Any] = {
-            "memory": memory, "micro_batch": micro_batch, "recompute": recompute, "verify": loss is not None
-        }  # fmt: skip
+        self._how["verify"] = loss is not None and loss not in [known for _, known in _LOSSES]
         self._parts: list[Any] = []  # what the loader has delivered of the batch
         self._state: dict[str, Any] | None = None  # of the checkpoint, until there is an accumulator
         self._loss_is_checked = loss is not None
