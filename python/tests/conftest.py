@@ -9,6 +9,7 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
+torch.optim.SGD(torch.nn.Linear(1, 1).parameters())  # imports torch's compiler, with as many objects as torch has
 gc.freeze()  # torch's own objects: looking through them again takes most of the time of a collection
 torch.set_num_threads(1)  # the machine is shared, and two threads that wait for each other become many times slower
 
