@@ -21,7 +21,7 @@ help: ## this list
 	@echo "  An existing LibTorch is used if CMAKE_PREFIX_PATH or MICROBATCH_TORCH names one; otherwise torch is installed into .venv."
 	@echo "  preset=debug or preset=sanitize builds another preset, in its own folder below build/."
 
-demo: setup-demo configure ## install what is missing, build, train on real text and images within a memory budget, compare strategies
+demo: setup-demo configure ## install what is missing, build, train on real text and images within a memory budget, compare strategies, train in Python
 	@cmake --build $(build) --target microbatch_command $(if $(filter ON,$(python)),microbatch_python)
 	@scripts/demo.sh $(build)
 
@@ -29,7 +29,7 @@ build: setup-build configure ## install what is missing and build the command: b
 	@cmake --build $(build) --target microbatch_command
 	@echo "built: $(build)/microbatch"
 
-test: setup-test configure ## build and run the tests, C++ and command line
+test: setup-test configure ## build and run the tests: C++, command line and Python
 	@cmake --build $(build)
 	@ctest --preset $(preset) -j 2 -LE long
 

@@ -13,8 +13,8 @@ namespace microbatch {
 /// Source:   Vaswani et al. 2017, arXiv:1706.03762; memory by Dao et al. 2022, arXiv:2205.14135: the probabilities are
 ///           not saved but recomputed in backward.
 /// Shapes:   qkv [samples, tokens, 3 * heads * size]: queries of all heads, then keys, then values; lengths [samples],
-///           int64, 1 to tokens: the tokens of a sample from there on are padding, to which no token attends; undefined:
-///           there is none. Result [samples, tokens, heads * size].
+///           int64, 1 to tokens: from where a sample's tokens are padding, to which no token attends; undefined: no
+///           padding. Result [samples, tokens, heads * size].
 /// Errors:   ErrorKind::usage if qkv is not floating point of that shape, or the lengths are not what is said above.
 /// State:    saves qkv, the result and one number per token and head for backward. Differentiable twice.
 /// Numerics: sums in fp32; NaN in a token reaches every later token of its sample and head, and may reach the five

@@ -20,7 +20,7 @@ struct LlamaWeights {
 struct LlamaDetails {
     std::int64_t heads = 1, kv_heads = 1;
     double epsilon = 1e-6;    ///< of the norms
-    at::Tensor lengths = {};  ///< [samples], int64: the tokens from there on are padding; undefined: there is none
+    at::Tensor lengths = {};  ///< [samples], int64: from where the tokens are padding; undefined: no padding
 };
 
 /// A Llama block: causal attention with rotary positions, then a gated MLP, each applied to an RMS norm of the residual

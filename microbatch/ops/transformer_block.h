@@ -25,7 +25,7 @@ struct TransformerDropout {
 struct TransformerDetails {
     double epsilon = 1e-5;      ///< of the layer norms
     bool inputs_first = false;  ///< weights are [inputs, outputs], as `Conv1D` of Hugging Face has them
-    at::Tensor lengths = {};    ///< [samples], int64: the tokens from there on are padding; undefined: there is none
+    at::Tensor lengths = {};    ///< [samples], int64: from where the tokens are padding; undefined: no padding
 };
 
 /// A GPT-2 block: causal attention, then two linear layers with GELU between them, each applied to a layer norm of the

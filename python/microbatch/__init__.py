@@ -22,9 +22,10 @@ from microbatch.guard import SpikeGuard  # noqa: E402
 from microbatch.hessian import Curvature, curvature  # noqa: E402
 from microbatch.optimize import Optimized, optimize  # noqa: E402
 from microbatch.optimizers import SGD, AdamW  # noqa: E402
+from microbatch.outcome import Outcome  # noqa: E402
 from microbatch.planning import Candidate, Plan, PlanReport, plan  # noqa: E402
 from microbatch.schedule import Constants, Schedule, ScheduleDriver, scale_to_batch  # noqa: E402
-from microbatch.trainer import Outcome, Trainer  # noqa: E402
+from microbatch.trainer import Trainer  # noqa: E402
 from microbatch.verification import Cause, Difference, Verification, verify  # noqa: E402
 
 __version__ = "0.2.0"

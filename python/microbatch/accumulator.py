@@ -51,7 +51,7 @@ class Accumulator:
     memory: the budget of all CPU tensors, such as "4GiB", from now on, until memory.set_budget(None); None leaves the
     budget as it is.
     micro_batch: samples per forward and backward; "auto" finds the fastest that fits, at the first step or in
-    make_plan(). clip_norm: largest norm of the mean gradient that is applied. recompute: whether activations may be
+    make_plan(). clip_norm: largest norm of the mean gradient that is applied, None for any. recompute: whether activations may be
     computed again in backward: "auto", "never", "always", or the class of the blocks. guard: a SpikeGuard. noise_every:
     steps from one measure of the gradient's noise to the next, 0 for none. verify: checks a few samples of the first
     batch by mb.verify(): an averaged loss is a UsageError, whatever else depends on the split is a warning.
@@ -76,7 +76,7 @@ class Accumulator:
         *,
         memory: int | str | None = None,
         micro_batch: int | str = "auto",
-        clip_norm: float = math.inf,
+        clip_norm: float | None = math.inf,
         recompute: Any = "auto",
         guard: SpikeGuard | None = None,
         noise_every: int = 0,

@@ -57,7 +57,7 @@ def advise(accumulator: "Accumulator", batches: Iterable[Any], *, samples: int) 
         print(mb.advise(accumulator, itertools.islice(loader, 20), samples=len(dataset)))
 
     batches: whole batches, of the size that the accumulator is meant for. samples: of the whole data set.
-    Nothing is trained; the plan stays as it is, and is made from the first batch if there is none.
+    Nothing is trained, and the accumulator keeps its plan. The speeds are measured on the first batch.
     Raises UsageError if no batch could be split, or the noise hides the gradient: give more, or larger, batches.
     Source: McCandlish et al. 2018, equation 2.11. Language models can use batches several times as large (Merrill et al.
     2025). Cost: one gradient per batch.

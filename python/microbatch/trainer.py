@@ -1,7 +1,6 @@
 """A whole training run in a folder: plan, steps, log, checkpoints, report, and a resume with the same bits."""
 
 import contextlib
-import dataclasses
 import json
 import math
 import pathlib
@@ -18,34 +17,11 @@ from microbatch.errors import Error, Stopped, UsageError
 from microbatch.interrupts import watched
 from microbatch.memory import budget, format_size, parse_size
 from microbatch.optimizers import AdamW
-from microbatch.planning import Plan, PlanReport
+from microbatch.outcome import Outcome, failure_of, outcome_of
+from microbatch.planning import PlanReport
 from microbatch.progress import Progress
 from microbatch.schedule import interval
 from microbatch.verification import check_first_batch
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """The results of a run."""
-
-    run: str  #: its folder
-    steps: int
-    samples: int
-    tokens: int
-    first_loss: float
-    loss: float  #: of the last batch
-    held_out_loss: float | None
-    seconds: float  #: of training, over all processes of the run
-    step_seconds: float  #: the median
-    plan: Plan  #: with which full batches were run at the end
-    peak_bytes: int
-    predicted_peak_bytes: int
-    out_of_memory: int  #: how often a batch was begun again with a smaller plan
-    refused: int  #: steps that were not applied
-    restores: int  #: how often the run was rolled back
-    noise_batch: float | None  #: samples at which the noise is as large as the gradient
-    resumed_from: int | None  #: the step
-    overfits: bool  #: the held-out loss is above the first losses
 
 
 class Trainer:
@@ -243,7 +219,10 @@ class Trainer:
             folder.use_healthy()  # this is the way out of a divergence
         for name, (was, now) in changed.items():
             said = f"resume: {name} was {was}, is {now}"
-            shown.note(said) if self._progress else warnings.warn(said, stacklevel=4)
+            if self._progress:
+                shown.note(said)
+            else:
+                warnings.warn(said, stacklevel=4)
         before["same_budget"] = before.get("memory") == self._budget_text()
         if not before["same_budget"]:
             folder.forget_caps()
@@ -317,7 +296,7 @@ class Trainer:
             if self.held_out is not None:
                 outcome.held_out = self._held_out_loss()
             _core.judge_end(outcome, str(self.run))
-        failure = _failure(outcome)
+        failure = failure_of(outcome)
         banner = failure or ("Interrupted before its end." if outcome.interrupted else "")
         if outcome.progress.steps > 0:
             settings = [(name, str(value)) for name, value in self._recorded_settings.items()]
@@ -328,7 +307,7 @@ class Trainer:
             raise KeyboardInterrupt
         if failure:
             raise Stopped(failure)
-        return self._outcome(outcome)
+        return outcome_of(outcome, str(self.run))
 
     def _held_out_loss(self) -> float:
         flags = [(module, module.training) for module in self.model.modules()]
@@ -338,29 +317,6 @@ class Trainer:
         finally:
             for module, flag in flags:
                 module.training = flag
-
-    def _outcome(self, outcome: Any) -> Outcome:
-        at = outcome.progress
-        return Outcome(
-            run=str(self.run),
-            steps=at.steps,
-            samples=at.samples,
-            tokens=at.tokens,
-            first_loss=outcome.first_loss,
-            loss=outcome.last.loss,
-            held_out_loss=outcome.held_out,
-            seconds=outcome.seconds,
-            step_seconds=outcome.median_step_seconds,
-            plan=planning.from_native(outcome.plan),
-            peak_bytes=outcome.peak_bytes,
-            predicted_peak_bytes=outcome.predicted_peak_bytes,
-            out_of_memory=outcome.out_of_memory,
-            refused=outcome.refused,
-            restores=outcome.restores,
-            noise_batch=outcome.noise_batch,
-            resumed_from=outcome.resumed_from,
-            overfits=outcome.overfits,
-        )
 
 
 class _Longest:
@@ -401,27 +357,6 @@ def _recorded_in(folder: Any) -> dict[str, Any]:
     except Error:
         raise UsageError("the run in the folder was not started from Python: resume it with the command") from None
     return dict(found)
-
-
-def _failure(outcome: Any) -> str:
-    """What a run that diverged, or ended worse than it began, says of it; empty for any other."""
-    cure = "start anew in another folder, with a lower lr, a warmup or a smaller clip_norm"
-    if outcome.refused >= outcome.progress.steps > 0 and outcome.last.weight == 0.0:
-        return "no step was applied: every batch has weight 0; what does the loss function return?"
-    if outcome.diverged:
-        if outcome.healthy_checkpoint is not None:
-            cure = (
-                f"resume from the healthy checkpoint of step {outcome.healthy_checkpoint} (resume=True), or start anew in "
-                "another folder, with a lower lr, a warmup or a smaller clip_norm"
-            )
-        return f"the run diverged at step {outcome.progress.steps}: {outcome.last.reason}; {cure}"
-    if outcome.ended_worse:
-        held_out = "" if outcome.held_out is None else f", {outcome.held_out:.4g} held out"
-        return (
-            f"the run ended worse than it began: the loss was {outcome.first_loss:.4g} at the first step and "
-            f"{outcome.last.loss:.4g} at the last{held_out}; {cure}"
-        )
-    return ""
 
 
 def _check_settings(batch: Any, restores: Any, noise_every: Any, keep: Any, workers: Any, seed: Any) -> None:
