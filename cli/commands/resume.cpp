@@ -203,8 +203,7 @@ Changes reconcile(StateDict& state, const RunNotes& now, const Settings& setting
         if (StateReader(state).section("data").count("size") != dataset_size) begin_data_anew(state, dataset_size);
     }
     if (!found.another_cut.empty()) {
-        state.erase("caps/");
-        state.set("caps/caps", std::int64_t{0});
+        forget_caps(state);
     }
     const std::string misfit =
         misfit_of([&] { accumulator.optimizer().prepare(StateReader(state).section("optimizer")); });

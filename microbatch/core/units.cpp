@@ -182,6 +182,9 @@ std::int64_t parse_bytes(std::string_view input) {
         fail(size_wording, input, "unknown unit \"", quantity.suffix,
              "\"; the units are B, KiB, MiB, GiB, TiB, KB, MB, GB, TB");
     }
+    if (quantity.suffix.empty() && input.find('.') != std::string_view::npos) {
+        fail(size_wording, input, "a fraction needs a unit");
+    }
     const std::int64_t bytes = scaled(size_wording, input, quantity, unit->bytes).count;
     if (bytes == 0) fail(size_wording, input, "it must be above 0");
     return bytes;

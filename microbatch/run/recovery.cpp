@@ -56,6 +56,12 @@ Commit prepare_snapshot(Accumulator& accumulator, const StateReader& reader) {
     };
 }
 
+void forget_roll_backs(StateDict& run) {
+    if (!run.has("recovery/")) return;
+    run.set("recovery/times", std::int64_t{0});
+    run.set("recovery/rolled_back_at", std::int64_t{0});
+}
+
 Recovery::Recovery(Accumulator& accumulator, RecoveryOptions options)
     : accumulator_(&accumulator), options_(std::move(options)) {
     validate(options_);

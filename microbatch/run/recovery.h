@@ -26,6 +26,9 @@ StateDict training_snapshot(const Accumulator& accumulator);
 /// Validates a training_snapshot() for this job. Errors: ErrorKind::bad_data.
 Commit prepare_snapshot(Accumulator& accumulator, const StateReader& reader);
 
+/// Makes a saved run one that has not been rolled back: its limit on the learning rate is from other settings.
+void forget_roll_backs(StateDict& run);
+
 struct RecoveryOptions {
     std::int64_t most = 3;    ///< how often a run is rolled back; the next divergence ends it
     std::int64_t every = 32;  ///< steps between snapshots; the last two are kept

@@ -13,8 +13,10 @@
 #include <vector>
 
 #include "microbatch/core/error.h"
+#include "microbatch/core/str_cat.h"
 #include "microbatch/io/checkpoint_store.h"
 #include "microbatch/io/file_system.h"
+#include "microbatch/run/recovery.h"
 
 namespace microbatch {
 namespace {
@@ -131,7 +133,13 @@ bool RunFolder::find_state(bool healthy) {
 
 bool RunFolder::use_healthy() {
     const std::int64_t newest = manifest_of(*state_).progress.steps;
-    if (!find_state(/*healthy=*/true)) return false;
+    if (!find_state(/*healthy=*/true)) {
+        warnings_.push_back(
+            str_cat("no checkpoint is from before the divergence: the run continues with the weights of step ", newest,
+                    "; if the loss does not fall, start again in another folder"));
+        return false;
+    }
+    forget_roll_backs(*state_);
     passed_over_ = newest;
     return true;
 }

@@ -56,7 +56,8 @@ public:
     std::optional<StateDict>& state() { return state_; }
     const std::optional<StateDict>& state() const { return state_; }
 
-    /// Replaces the state by the newest healthy checkpoint. Returns false if no checkpoint is healthy.
+    /// For a run that diverged and continues with other settings: replaces the state by the newest healthy checkpoint,
+    /// none of whose roll-backs are used. Returns false, and adds a warning, if no checkpoint is healthy.
     bool use_healthy();
 
     /// The steps of the newer checkpoint that it replaced; empty if it replaced no checkpoint.

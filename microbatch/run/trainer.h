@@ -39,6 +39,8 @@ struct TrainerOptions {
     StopToken stop = {};
     /// What can free memory when it runs out, before snapshots are moved to files.
     Reclaimers reclaimers = {};
+    /// Of data that indices alone do not determine, such as a stream: part of the run's state, as `data/own/`. Borrowed.
+    Stateful* data_state = nullptr;
 };
 
 /// The report of a batch and the progress of the run.

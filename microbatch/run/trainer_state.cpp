@@ -102,6 +102,7 @@ void Trainer::save(const StateWriter& writer) const {
     data.put("epoch", at_.sampler.state().epoch);
     data.put("position", at_.sampler.state().position);
     data.put("healthy", is_healthy());
+    if (options_.data_state != nullptr) options_.data_state->save(data.section("own"));
     run.put("learning_rate", accumulator_.optimizer().learning_rate());
     run.put("own_rate", at_.own_rate);
     run.put("last_batch", at_.last_batch);
@@ -139,6 +140,7 @@ Commit Trainer::prepare(const StateReader& reader) {
     std::vector<Commit> commits{prepare_snapshot(accumulator_, reader),
                                 prepare_generators(accumulator_.model(), reader.section("rng")),
                                 accumulator_.caps().prepare(reader.section("caps"))};
+    if (options_.data_state != nullptr) commits.push_back(options_.data_state->prepare(data.section("own")));
     const std::int64_t steps = next.progress.steps;
     if (gate_ && reader.section("gate").exists()) {
         reader.section("gate").count("refused_in_a_row", 0, steps);

@@ -65,4 +65,9 @@ Commit MicroBatchCaps::prepare(const StateReader& reader) {
     return [this, caps = std::move(caps)] { caps_ = caps; };
 }
 
+void forget_caps(StateDict& run) {
+    run.erase("caps/");
+    run.set("caps/caps", std::int64_t{0});
+}
+
 }  // namespace microbatch

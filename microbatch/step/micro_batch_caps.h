@@ -40,4 +40,7 @@ private:
     std::vector<Cap> caps_;
 };
 
+/// Removes the caps from a saved run, such as one that goes on with another budget.
+void forget_caps(StateDict& run);
+
 }  // namespace microbatch

@@ -22,8 +22,8 @@ from microbatch.errors import UsageError
 class Structure:
     """A batch of tensors in a dict, tuple, list, dataclass, BatchEncoding, nested: micro-batches are views of it.
 
-    Tensors with the batch's length along dimension 0 are sliced, and so are arrays and lists of that length; whatever
-    else there is goes into every micro-batch as it is.
+    Tensors with the batch's length along dimension 0 are sliced, and so are arrays, lists and tuples of that length, but
+    for tuples of numbers; whatever else there is goes into every micro-batch as it is.
     """
 
     def __init__(self, batch: Any, length: int | None = None, trim_padding: str | None = None) -> None:
@@ -224,22 +224,32 @@ def _checked(batch: Any, length: int) -> int:
 
 def _taken(value: Any, length: int, take: Callable[[Any], Any]) -> Any:
     """The batch with `take(field)` in place of every field that has one entry for each sample."""
-    # A list of tensors is one field where it has one for each sample and they are no batches themselves.
-    per_sample = isinstance(value, list) and len(value) == length and not _is_batched(value, length)
+    per_sample = _has_one_each(value, length)
     members = None if per_sample else _members(value)
     if members is not None:
         return _rebuilt(value, [_taken(one, length, take) for _, one in members])
     shape = getattr(value, "shape", None)
     if shape is not None:
         return take(value) if len(shape) > 0 and shape[0] == length else value
-    return take(value) if isinstance(value, list) and len(value) == length else value
+    return take(value) if per_sample else value
+
+
+def _has_one_each(value: Any, length: int) -> bool:
+    """True for a list or a tuple with an entry for each sample, which is no list of fields."""
+    if isinstance(value, list):
+        return len(value) == length and not _is_batched(value, length)
+    if type(value) is not tuple or len(value) != length:
+        return False
+    # Numbers are a setting, such as a size: collating makes a tensor of those of samples.
+    is_setting = any(one is None or isinstance(one, int | float | complex) for one in value)
+    return not is_setting and not any(_is_sized(leaf) and len(leaf) == length for _, leaf in _leaves(value))
 
 
 def _doubled(field: Any) -> Any:
     if isinstance(field, Tensor):
         return torch.cat([field, field])
-    if isinstance(field, list):
-        return field + field
+    if isinstance(field, list | tuple):
+        return field * 2
     return field.repeat(2, axis=0)  # an array
 
 

@@ -1,18 +1,17 @@
 """Samples of a map-style dataset for a run: in the order that the run draws, loaded a micro-batch at a time."""
 
-import random
 import signal
 import struct
-import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from microbatch.batches import _fields
+from microbatch.batches import _fields, _fingerprint
 from microbatch.errors import UsageError
+from microbatch.generators import kept, seed_all
 
 
 class Data:
@@ -34,11 +33,7 @@ class Data:
         seed: int = 0,
         tokens_per_sample: int = 1,
     ) -> None:
-        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-            raise UsageError(
-                f"the data is a {type(dataset).__name__}; give a map-style dataset, with __len__ and __getitem__, as "
-                "torch.utils.data.Dataset has"
-            )
+        _require_map_style(dataset)
         if collate is not None and not callable(collate):
             raise UsageError(f"collate_fn is a {type(collate).__name__}; it is a function of a list of samples")
         self.size = len(dataset)
@@ -51,6 +46,23 @@ class Data:
         self._by_tokens = by_tokens
         self._dataset = dataset
         self._workers = _Workers(dataset, workers, seed) if workers > 0 else None
+
+    def examples(self, count: int) -> list[int]:
+        """Indices of so many samples, or of all there are."""
+        return list(range(min(count, self.size)))
+
+    def fingerprint(self) -> int | None:
+        """Of a few samples; None if they are not the same when they are loaded again."""
+        few = sorted({0, self.size // 2, self.size - 1})
+        found = set()
+        for _ in range(2):
+            with kept():
+                seed_all(0)
+                try:
+                    found.add(_fingerprint(self._load(few)))
+                except Exception:  # whatever is wrong with a sample, the run says it when it draws that one
+                    return None
+        return found.pop() if len(found) == 1 else None
 
     def length(self, index: int) -> int:
         """Of a sample; 1 of all if micro-batches are bounded by samples."""
@@ -67,13 +79,64 @@ class Data:
     def get(self, indices: list[int]) -> tuple[Any, list[torch.Tensor]]:
         """These samples as a micro-batch, and its tensors with one entry for each."""
         samples = self._workers.load(indices) if self._workers is not None else None
-        micro = self.collate([self._dataset[i] for i in indices] if samples is None else samples)
+        micro = self.collate(self._load(indices) if samples is None else samples)
         return micro, _fields(micro, len(indices))
+
+    def _load(self, indices: list[int]) -> list[Any]:
+        if callable(getattr(self._dataset, "__getitems__", None)):  # several at once, as torch's DataLoader asks for them
+            return list(self._dataset.__getitems__(indices))
+        return [self._dataset[i] for i in indices]
 
     def close(self) -> None:
         """Ends the worker processes; the next batch starts them again."""
         if self._workers is not None:
             self._workers.close()
+
+
+class Longest:
+    """A batch of copies of the sample that takes the most memory, for which a plan is made."""
+
+    def __init__(self, data: Any, size: int) -> None:
+        self.data, self.size = data, size
+
+    def as_many_as(self, begin: int, samples: int) -> int:
+        return samples
+
+    def fetch(self, begin: int, end: int) -> Any:
+        return self.data.get([self.data.longest_sample] * (end - begin))
+
+
+class Examples:
+    """A batch of a few samples of the data."""
+
+    def __init__(self, data: Any, size: int) -> None:
+        self.data, self.indices = data, data.examples(size)
+        self.size = len(self.indices)
+
+    def as_many_as(self, begin: int, samples: int) -> int:
+        return samples
+
+    def fetch(self, begin: int, end: int) -> Any:
+        return self.data.get(self.indices[begin:end])
+
+    def fetch_twice(self) -> Any:
+        return self.data.get(self.indices * 2)
+
+    def head(self, samples: int) -> "Examples":
+        return Examples(self.data, samples)
+
+
+def _require_map_style(dataset: Any) -> None:
+    if isinstance(dataset, Mapping):
+        raise UsageError(
+            f"the data is a {type(dataset).__name__} with the fields {', '.join(map(str, list(dataset)[:8]))}: give a "
+            "dataset of samples, such as a list of dicts, or torch.utils.data.TensorDataset(*data.values())"
+        )
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise UsageError(
+            f"the data is a {type(dataset).__name__}; give a map-style dataset, with __len__ and __getitem__, as "
+            "torch.utils.data.Dataset has"
+        )
 
 
 def _lengths_of(dataset: Any, lengths: Any) -> Sequence[int] | None:
@@ -169,10 +232,7 @@ class _Seeded(Dataset[Any]):
 
     def __getitem__(self, key: Key) -> Any:
         index, seed = key
-        random.seed(seed)
-        torch.manual_seed(seed)
-        if (numpy := sys.modules.get("numpy")) is not None:
-            numpy.random.seed(seed & 0xFFFFFFFF)
+        seed_all(seed)
         return self.dataset[index]
 
 

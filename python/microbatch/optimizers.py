@@ -198,6 +198,8 @@ def driver_of(optimizer: Any) -> Driver:
     """Raises UsageError if it is no optimizer."""
     if isinstance(optimizer, _OnePass):
         return OnePassDriver(optimizer)
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise UsageError("LBFGS evaluates the loss several times in a step: it cannot be driven by one gathered gradient")
     if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "step"):
         raise UsageError(
             f"the optimizer is a {type(optimizer).__name__}; it needs step() and param_groups, as torch.optim's have"

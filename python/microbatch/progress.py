@@ -2,6 +2,7 @@
 
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -45,7 +46,11 @@ class Progress:
             self._on_step(_values(outcome))
 
     def on_note(self, text: str) -> None:
-        self.note(text)
+        """A warning of the library."""
+        if self._shown:
+            self.note(text)
+        else:
+            warnings.warn(text, stacklevel=4)
 
     def note(self, text: str) -> None:
         if not self._shown:

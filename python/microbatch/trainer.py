@@ -1,7 +1,6 @@
 """A whole training run in a folder: plan, steps, log, checkpoints, report, and a resume with the same bits."""
 
 import contextlib
-import json
 import math
 import pathlib
 import warnings
@@ -10,17 +9,18 @@ from typing import Any
 
 from torch import nn
 
-from microbatch import _core, planning
+from microbatch import _core, planning, resume
 from microbatch.accumulator import Accumulator, LossFunction, check_bound
-from microbatch.data import Data
+from microbatch.data import Data, Examples, Longest
 from microbatch.errors import Error, Stopped, UsageError
 from microbatch.interrupts import watched
 from microbatch.memory import budget, format_size, parse_size
 from microbatch.optimizers import AdamW
 from microbatch.outcome import Outcome, failure_of, outcome_of
-from microbatch.planning import PlanReport
+from microbatch.planning import Plan, PlanReport
 from microbatch.progress import Progress
 from microbatch.schedule import interval
+from microbatch.stream import Stream, is_stream
 from microbatch.verification import check_first_batch
 
 
@@ -29,8 +29,10 @@ class Trainer:
 
         outcome = mb.Trainer(model, dataset, loss, batch=256, memory="4GiB", lr=3e-4, run="runs/x", resume=True).train()
 
-    model: any nn.Module. data: a map-style dataset, with __len__ and __getitem__. loss: `loss(model, micro)` returns the
-    sum over the micro-batch and what it is averaged over; see mb.losses. batch: samples per step.
+    model: any nn.Module. data: a map-style dataset, with __len__ and __getitem__, whose samples are drawn at random; or an
+    iterable of samples, used in its own order, a batch in memory at a time. One with state_dict() and load_state_dict()
+    is resumed by them, another one is read again up to where the run was; at its end it begins again. loss: `loss(model,
+    micro)` returns the sum over the micro-batch and what it is averaged over; see mb.losses. batch: samples per step.
 
     run: the folder; metrics.jsonl, TensorBoard events, checkpoints, model.safetensors and report.html are written there.
     resume: continues a run that is there, with the same bits as if it had never stopped, and starts it otherwise.
@@ -66,7 +68,7 @@ class Trainer:
         warmup: int | str = 0,
         final_lr: float = 0.0,
         decay: int | str | None = None,
-        clip_norm: float = 1.0,
+        clip_norm: float | None = 1.0,
         micro_batch: int | str = "auto",
         recompute: Any = "auto",
         guard: bool = True,
@@ -98,19 +100,17 @@ class Trainer:
         self.model, self.loss, self.batch = model, loss, batch
         self.run, self.resume = pathlib.Path(run), resume
         check_bound(bound, lengths is not None, "lengths")
-        self.data = Data(
-            data,
-            collate_fn,
-            lengths=lengths,
-            by_tokens=bound == "tokens",
-            workers=workers,
-            seed=seed,
-            tokens_per_sample=tokens_per_sample,
+        how: dict[str, Any] = {"lengths": lengths, "by_tokens": bound == "tokens", "workers": workers, "seed": seed}
+        self.data: Data | Stream = (
+            Stream(data, collate_fn, batch=batch, tokens_per_sample=tokens_per_sample, **how)
+            if is_stream(data)
+            else Data(data, collate_fn, tokens_per_sample=tokens_per_sample, **how)
         )
         self.held_out = None if held_out is None else Data(held_out, collate_fn, tokens_per_sample=tokens_per_sample)
-        self.length = _length(steps, samples, tokens, epochs, self.data.size)
+        self.length = _length(steps, samples, tokens, epochs, None if is_stream(data) else self.data.size)
         self.optimizer = _default_optimizer(model, lr) if optimizer is None else optimizer
         self._memory = None if memory is None else parse_size(memory)
+        clip_norm = math.inf if clip_norm is None else clip_norm
         self.accumulator = Accumulator(
             model,
             self.optimizer,
@@ -120,7 +120,7 @@ class Trainer:
             clip_norm=clip_norm,
             generators=generators,
         )
-        self._micro_batch = None if micro_batch == "auto" else micro_batch
+        self._micro_batch: Any = None if micro_batch == "auto" else micro_batch
         peak = lr if lr is not None else float(self.optimizer.param_groups[0]["lr"])
         schedule = schedule or "constant"
         self.schedule = self._schedule(schedule, peak, final_lr, warmup, decay)
@@ -139,8 +139,9 @@ class Trainer:
             "length": self.length,
             "clip": clip_norm if math.isfinite(clip_norm) else "inf",
             "seed": seed,
-            "data-samples": self.data.size,
+            "data-samples": "stream" if is_stream(data) else self.data.size,
             "guard": guard,
+            "loss": getattr(loss, "__qualname__", type(loss).__name__),
         }
 
     def train(self, on_step: Callable[[dict[str, Any]], None] | None = None) -> Outcome:
@@ -153,38 +154,48 @@ class Trainer:
         or BadData if the run in the folder is another one.
         """
         shown = Progress(self.length, self._progress)
+        settings = self._settings | {"data-crc32": self.data.fingerprint(), "memory": self._budget_text()}
         try:
             folder = _core.RunFolder(str(self.run), self.resume)
         except UsageError as error:
             raise UsageError(str(error).replace("--resume", "resume=True")) from None
         try:
             with contextlib.nullcontext() if self._memory is None else budget(self._memory):
-                return self._train_in(folder, shown, on_step)
+                return self._train_in(folder, settings, shown, on_step)
         finally:
             folder.close()  # whoever keeps the traceback does not keep the lock
             shown.close()
             self.data.close()
 
-    def _train_in(self, folder: Any, shown: Progress, on_step: Callable[[dict[str, Any]], None] | None) -> Outcome:
+    def _train_in(
+        self,
+        folder: Any,
+        settings: dict[str, Any],
+        shown: Progress,
+        on_step: Callable[[dict[str, Any]], None] | None,
+    ) -> Outcome:
         if not self.model.training:
             self.model.train()
+        if isinstance(self.data, Stream):
+            self.data.note = shown.note
+        recorded = self._take_up(folder, settings, shown) if folder.has_state else None
         for warning in folder.warnings:
-            shown.note(f"warning: {warning}")
-        recorded = self._recorded(folder, shown) if folder.has_state else None
+            shown.on_note(f"warning: {warning}")
         report = self._make_plan(recorded)
         folder.lock()
-        if recorded is None and self._verify:
+        if not folder.has_state and self._verify:
             self._check()
         shown.note(self._describe(folder))
-        run = _core.Run(
-            folder, self.accumulator._native, self.data, self._loss_of_micro, report, self._run_settings(), shown
-        )
+        plan = self.accumulator.plan
+        settings |= {"micro-batch": plan.micro_batch, "recompute": plan.recompute}
+        how = self._run_settings(settings)
+        run = _core.Run(folder, self.accumulator._native, self.data, self._loss_of_micro, report, how, shown)
         try:
             shown.begin(run.outcome, on_step)
             with watched(shown):
                 run.train()
             shown.close()
-            return self._conclude(run)
+            return self._conclude(run, settings)
         finally:
             made = run.outcome
             if made.progress.steps == 0 and not made.checkpointed and made.resumed_from is None:
@@ -207,50 +218,38 @@ class Trainer:
             decay = f"{max(1, count // 5)} {unit}" if decay is None else in_unit(decay)
         return _core.Schedule(shape, peak, floor, in_unit(warmup), self.length, decay or "", 2.0)
 
-    def _recorded(self, folder: Any, shown: Progress) -> dict[str, Any]:
-        """The settings of the run to resume; notes what has changed. Raises UsageError if it is another run."""
-        before = _recorded_in(folder)
-        changed = {name: (before.get(name), now) for name, now in self._settings.items() if before.get(name) != now}
-        fixed = [name for name in ("model", "batch", "optimizer", "seed", "data-samples") if name in changed]
-        if fixed:
-            said = "; ".join(f"{name} was {changed[name][0]}, is {changed[name][1]}" for name in fixed)
-            raise UsageError(f"the run in {self.run} is another one: {said}; restore these, or name another folder")
-        if changed and not folder.is_healthy():
-            folder.use_healthy()  # this is the way out of a divergence
-        for name, (was, now) in changed.items():
-            said = f"resume: {name} was {was}, is {now}"
+    def _take_up(self, folder: Any, settings: dict[str, Any], shown: Progress) -> Plan | None:
+        def note(said: str) -> None:
             if self._progress:
                 shown.note(said)
             else:
-                warnings.warn(said, stacklevel=4)
-        before["same_budget"] = before.get("memory") == self._budget_text()
-        if not before["same_budget"]:
-            folder.forget_caps()
-        return before
+                warnings.warn(said, stacklevel=6)
+
+        return resume.take_up(folder, str(self.run), settings, note)
 
     def _budget_text(self) -> str:
         return "auto" if self._memory is None else format_size(self._memory)
 
-    def _make_plan(self, recorded: dict[str, Any] | None) -> Any:
-        """Measures the plan, or that of the run to resume, if the budget is the same; returns the library's report."""
-        source = _Longest(self.data, self.batch)
+    def _make_plan(self, recorded: Plan | None) -> Any:
+        """Measures the plan, or the one that the run to resume has; returns the library's report."""
         micro_batch = self._micro_batch
         accumulator = self.accumulator
-        if micro_batch is None and recorded is not None and recorded["same_budget"]:
-            micro_batch = recorded["micro-batch"]
+        if micro_batch is None and recorded is not None:
+            micro_batch = recorded.micro_batch
             if accumulator._recompute == "auto":
-                accumulator._recompute = "always" if recorded["recompute"] else "never"
-        report = accumulator._measured_plan(source, self._loss_of_micro, micro_batch)  # type: ignore[arg-type]
+                accumulator._recompute = "always" if recorded.recompute else "never"
+        source: Any = Longest(self.data, self.batch)
+        report = accumulator._measured_plan(source, self._loss_of_micro, micro_batch)
         self.plan_report = planning.report_of(report)
         accumulator.plan = self.plan_report.plan
         return report
 
     def _check(self) -> None:
-        samples = min(8, self.data.size)
-        if samples < 2:
+        few = Examples(self.data, 8)
+        if few.size < 2:
             return
         try:
-            check_first_batch(self.accumulator._adapter, _Samples(self.data, samples), self._loss_of_micro)
+            check_first_batch(self.accumulator._adapter, few, self._loss_of_micro)
         except UsageError as error:
             raise UsageError(f"verify: {error}") from None
 
@@ -265,15 +264,7 @@ class Trainer:
             f"{format_size(self.plan_report.budget_bytes)}; {self.length}{state}"
         )
 
-    def _run_settings(self) -> dict[str, Any]:
-        assert self.plan_report is not None
-        plan = self.plan_report.plan
-        recorded = self._settings | {
-            "memory": self._budget_text(),
-            "micro-batch": plan.micro_batch,
-            "recompute": plan.recompute,
-        }
-        self._recorded_settings = recorded
+    def _run_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
         return {
             "batch": self.batch,
             "length": self.length,
@@ -285,11 +276,11 @@ class Trainer:
             "folder": str(self.run),
             "checkpoint_every": self._checkpoint_every,
             "keep": self._keep,
-            "config": "".join(f"{name} = {json.dumps(value)}\n" for name, value in recorded.items()),
-            "notes": {"python": json.dumps(recorded)},
+            "config": resume.config_of(settings),
+            "notes": resume.notes_of(settings),
         }
 
-    def _conclude(self, run: Any) -> Outcome:
+    def _conclude(self, run: Any, settings: dict[str, Any]) -> Outcome:
         """Measures the held-out loss, writes the report, and raises what the end of the run calls for."""
         outcome = run.outcome
         if run.done and outcome.progress.steps > 0 and not outcome.diverged:
@@ -299,8 +290,8 @@ class Trainer:
         failure = failure_of(outcome)
         banner = failure or ("Interrupted before its end." if outcome.interrupted else "")
         if outcome.progress.steps > 0:
-            settings = [(name, str(value)) for name, value in self._recorded_settings.items()]
-            _core.write_run_report(str(self.run), settings, banner, outcome.held_out)
+            shown = [(name, str(value)) for name, value in settings.items() if value is not None]
+            _core.write_run_report(str(self.run), shown, banner, outcome.held_out)
         if lost := run.flush():
             raise Error(f"{lost}; its last lines are lost")
         if outcome.interrupted:
@@ -319,46 +310,6 @@ class Trainer:
                 module.training = flag
 
 
-class _Longest:
-    """A batch of copies of the sample that takes the most memory, for which the plan is made."""
-
-    def __init__(self, data: Data, size: int) -> None:
-        self.data, self.size = data, size
-
-    def as_many_as(self, begin: int, samples: int) -> int:
-        return samples
-
-    def fetch(self, begin: int, end: int) -> Any:
-        return self.data.get([self.data.longest_sample] * (end - begin))
-
-
-class _Samples:
-    """The first samples of the data."""
-
-    def __init__(self, data: Data, size: int) -> None:
-        self.data, self.size = data, size
-
-    def as_many_as(self, begin: int, samples: int) -> int:
-        return samples
-
-    def fetch(self, begin: int, end: int) -> Any:
-        return self.data.get(list(range(begin, end)))
-
-    def fetch_twice(self) -> Any:
-        return self.data.get([*range(self.size), *range(self.size)])
-
-    def head(self, samples: int) -> "_Samples":
-        return _Samples(self.data, samples)
-
-
-def _recorded_in(folder: Any) -> dict[str, Any]:
-    try:
-        found = json.loads(folder.note("python"))
-    except Error:
-        raise UsageError("the run in the folder was not started from Python: resume it with the command") from None
-    return dict(found)
-
-
 def _check_settings(batch: Any, restores: Any, noise_every: Any, keep: Any, workers: Any, seed: Any) -> None:
     _require_count("batch", batch, 1)
     _require_count("keep", keep, 1)
@@ -371,14 +322,16 @@ def _require_count(name: str, value: Any, least: int) -> None:
         raise UsageError(f"{name} is {value!r}; it is a whole number, at least {least}")
 
 
-def _length(steps: int | None, samples: int | None, tokens: int | None, epochs: int | None, size: int) -> str:
+def _length(steps: int | None, samples: int | None, tokens: int | None, epochs: int | None, size: int | None) -> str:
     lengths = {"steps": steps, "samples": samples, "tokens": tokens, "epochs": epochs}
     given = [(unit, count) for unit, count in lengths.items() if count is not None] or [("epochs", 1)]
+    if size is None and given == [("epochs", given[0][1])]:
+        raise UsageError("the data is an iterable, whose length is not known: give steps=, samples= or tokens=")
     if len(given) > 1:
         raise UsageError(f"give one of {', '.join(unit for unit, _ in given)}: each says how long the run is")
     unit, count = given[0]
     _require_count(unit, count, 1)
-    return f"{count * size} samples" if unit == "epochs" else f"{count} {unit}"
+    return f"{count * (size or 1)} samples" if unit == "epochs" else f"{count} {unit}"
 
 
 def _default_optimizer(model: nn.Module, lr: float | None) -> AdamW:

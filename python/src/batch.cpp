@@ -6,6 +6,8 @@
 #include <utility>
 #include <vector>
 
+#include "python/src/state.h"
+
 namespace microbatch::python {
 namespace {
 
@@ -65,7 +67,8 @@ PythonDataset::PythonDataset(py::object data)
     : data_(std::move(data)),
       size_(data_.attr("size").cast<std::int64_t>()),
       tokens_per_sample_(data_.attr("tokens_per_sample").cast<std::int64_t>()),
-      longest_sample_(data_.attr("longest_sample").cast<std::int64_t>()) {}
+      longest_sample_(data_.attr("longest_sample").cast<std::int64_t>()),
+      has_state_(py::hasattr(data_, "save")) {}
 
 PythonDataset::~PythonDataset() {
     const py::gil_scoped_acquire gil;
@@ -88,6 +91,16 @@ Batch PythonDataset::get(std::span<const std::int64_t> indices) const {
     return keep(data_.attr("get")(std::vector<std::int64_t>(indices.begin(), indices.end())));
 }
 
+void PythonDataset::save(const StateWriter& writer) const {
+    const py::gil_scoped_acquire gil;
+    writer.merge(from_dict(data_.attr("save")()));
+}
+
+Commit PythonDataset::prepare(const StateReader& reader) {
+    const py::gil_scoped_acquire gil;
+    return commit_of(data_.attr("prepare")(to_dict(reader.copy())));
+}
+
 WeightedLoss weighted_loss(const py::object& result) {
     const bool is_pair = py::isinstance<py::tuple>(result) || py::isinstance<py::list>(result);
     if (!is_pair || py::len(result) != 2) {
@@ -101,6 +114,11 @@ WeightedLoss weighted_loss(const py::object& result) {
     if (!is_tensor(sum)) {
         throw py::type_error("the loss function returned a " + type_of(sum) +
                              " as the sum; return a tensor of one element that backward() can start from");
+    }
+    if (is_tensor(weight) && weight.cast<at::Tensor>().numel() != 1) {
+        throw py::type_error("the loss function returned a tensor of shape " +
+                             std::string(py::str(py::list(weight.attr("shape")))) +
+                             " as the weight; return a number or a tensor of one element");
     }
     try {
         return {sum.cast<at::Tensor>(), weight.attr("__float__")().cast<double>()};

@@ -4,6 +4,7 @@
 
 #include "microbatch/data/batch_source.h"
 #include "microbatch/data/dataset.h"
+#include "microbatch/state/stateful.h"
 #include "microbatch/step/loss.h"
 #include "python/src/bindings.h"
 
@@ -54,9 +55,10 @@ private:
 
 /// A dataset of Python, through microbatch.data: `size`, `tokens_per_sample`, `longest_sample`, `length(index)`,
 /// `arrange(indices)`, which returns them in the order to use, and `get(indices)`, which returns a micro-batch and its tensors.
+/// With a state of its own: also `save()`, which returns it as a dict, and `prepare(dict)`, which returns what applies it.
 ///
 /// Threads: called without the GIL; takes it for every call into Python.
-class PythonDataset final : public Dataset, public LastMicroBatch {
+class PythonDataset final : public Dataset, public LastMicroBatch, public Stateful {
 public:
     explicit PythonDataset(py::object data);
     ~PythonDataset() override;
@@ -68,9 +70,14 @@ public:
     void arrange(std::vector<std::int64_t>& batch) const override;
     Batch get(std::span<const std::int64_t> indices) const override;
 
+    bool has_state() const { return has_state_; }
+    void save(const StateWriter& writer) const override;
+    Commit prepare(const StateReader& reader) override;
+
 private:
     py::object data_;
     std::int64_t size_, tokens_per_sample_, longest_sample_;
+    bool has_state_;
 };
 
 /// The user's loss of what was fetched last: `loss(micro)` returns (sum, weight).

@@ -6,6 +6,7 @@
 
 #include "microbatch/optim/adamw.h"
 #include "microbatch/optim/sgd.h"
+#include "python/src/state.h"
 
 namespace microbatch::python {
 namespace {
@@ -106,15 +107,7 @@ Commit PythonOptimizer::prepare(const StateReader& reader) {
     const py::gil_scoped_acquire gil;
     py::dict values;
     for (const auto& [name, tensor] : reader.tensors()) values[py::str(name)] = tensor->get_own();
-    // A commit may be dropped without being called, and then without the GIL.
-    const std::shared_ptr<py::object> commit(new py::object(driver_.attr("prepare")(values)), [](py::object* held) {
-        const py::gil_scoped_acquire acquired;
-        delete held;
-    });
-    return [commit] {
-        const py::gil_scoped_acquire acquired;
-        (*commit)();
-    };
+    return commit_of(driver_.attr("prepare")(values));
 }
 
 void bind_optimizers(py::module_& module) {

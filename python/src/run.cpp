@@ -67,6 +67,7 @@ public:
         fit_to_plan(options, report);
         options.trainer.stop = [this] { return stops(); };
         options.observer = this;
+        if (dataset_.has_state()) options.trainer.data_state = &dataset_;
         const LossFunction function = loss_of(dataset_, loss_);
         const py::gil_scoped_release released;
         run_ = std::make_unique<Run>(folder.get(), accumulator.get(), dataset_, function, std::move(options));
@@ -141,11 +142,7 @@ void bind_folder(py::module_& module) {
                         const std::string& name) { return StateReader(self.state()).section("notes").word(name); })
         .def("steps", [](PythonFolder& self) { return manifest_of(self.state()).progress.steps; })
         .def("is_healthy", [](PythonFolder& self) { return manifest_of(self.state()).healthy; })
-        .def("forget_caps", [](PythonFolder& self) {
-            StateDict& state = self.get().state().value();
-            state.erase("caps/");
-            state.set("caps/caps", std::int64_t{0});
-        });
+        .def("forget_caps", [](PythonFolder& self) { forget_caps(self.get().state().value()); });
 }
 
 void bind_outcome(py::module_& module) {

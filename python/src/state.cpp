@@ -1,6 +1,8 @@
 #include "python/src/state.h"
 
+#include <memory>
 #include <string>
+#include <utility>
 
 namespace microbatch::python {
 
@@ -21,6 +23,17 @@ StateDict from_dict(const py::dict& values) {
         }
     }
     return state;
+}
+
+Commit commit_of(py::object function) {
+    const std::shared_ptr<py::object> held(new py::object(std::move(function)), [](py::object* dropped) {
+        const py::gil_scoped_acquire gil;
+        delete dropped;
+    });
+    return [held] {
+        const py::gil_scoped_acquire gil;
+        (*held)();
+    };
 }
 
 }  // namespace microbatch::python

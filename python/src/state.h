@@ -1,6 +1,6 @@
 #pragma once
 
-#include "microbatch/state/state_dict.h"
+#include "microbatch/state/stateful.h"
 #include "python/src/bindings.h"
 
 namespace microbatch::python {
@@ -10,5 +10,8 @@ py::dict to_dict(const StateDict& state);
 
 /// Errors: as a cast that does not fit.
 StateDict from_dict(const py::dict& values);
+
+/// The commit that calls a Python function. It may be dropped without the GIL.
+Commit commit_of(py::object function);
 
 }  // namespace microbatch::python

@@ -56,6 +56,22 @@ def test_lists_of_the_batchs_length_are_cut_and_the_rest_passes_through():
     assert (micro["scale"], micro["none"], micro["pair"]) == (2.0, None, (1, 2))
 
 
+def test_a_tuple_with_an_entry_for_each_sample_is_cut():
+    words = tuple("abcdef")
+    targets = tuple({"boxes": torch.zeros(i, 4)} for i in range(6))
+    micro = cut({"x": X, "words": words, "targets": targets, "size": (1, 2, 3, 4, 5, 6), "none": (None,) * 6}, length=6)
+    assert micro["words"] == ("b", "c", "d")
+    assert [len(one["boxes"]) for one in micro["targets"]] == [1, 2, 3]
+    assert (micro["size"], micro["none"]) == ((1, 2, 3, 4, 5, 6), (None,) * 6)
+
+
+@pytest.mark.parametrize("more", [torch.tensor(1.0), "a", X[:2].numpy(), ["a", "b"]])
+def test_a_tuple_of_two_fields_is_a_pair_even_where_the_batch_is_two(more):
+    x, other = cut((torch.zeros(2, 3), more), 0, 1, length=2)
+    assert x.shape == (1, 3)
+    assert other is more if isinstance(more, str) or not batches._is_sized(more) else len(other) == 1
+
+
 def test_a_list_of_two_tensors_is_a_pair_even_where_the_batch_is_two():
     x, y = cut([torch.zeros(2, 3), torch.ones(2)], 0, 1)
     assert (x.shape, y.shape) == ((1, 3), (1,))

@@ -28,6 +28,7 @@ BATCH = (torch.zeros(4, 2), torch.tensor([0, 1, 2, 0]))
     ({"micro_batch": True}, "micro_batch is True"),
     ({"memory": "4 gigs"}, "4 gigs"),
     ({"memory": -1}, "-1"),
+    ({"memory": "1.5"}, "a fraction needs a unit"),
     ({"memory": 2.5}, "a size is a number of bytes or text such as '4GiB', not 2.5"),
     ({"clip_norm": 0.0}, "clip_norm is 0; it must be above 0"),
     ({"recompute": "sometimes"}, "recompute is 'sometimes'"),
@@ -47,6 +48,7 @@ def test_a_setting_out_of_range_is_refused(how, words):
     (lambda model, micro: (model(micro[0]).sum(), 1, 2), "returned 3 values; return a pair"),
     (lambda model, micro: (1.0, 4), "returned a float as the sum"),
     (lambda model, micro: (model(micro[0]).sum(), "four"), "returned a str as the weight"),
+    (lambda model, micro: (model(micro[0]).sum(), torch.ones(4)), r"returned a tensor of shape \[4\] as the weight"),
 ])
 def test_a_loss_that_returns_something_else_is_refused(loss, words):
     with pytest.raises(TypeError, match=words):
@@ -105,6 +107,7 @@ def test_a_plan_that_does_not_fit_leaves_the_budget_as_it_was():
 
 @pytest.mark.parametrize(("model", "optimizer", "words"), [
     (lambda x: x, None, "the model is a function, not a torch.nn.Module"),
+    (nn.Linear(2, 3), torch.optim.LBFGS(nn.Linear(2, 3).parameters()), "LBFGS evaluates the loss several times in a step"),
     (nn.Linear(2, 3), "adamw", r"the optimizer is a str; it needs step\(\) and param_groups"),
 ])
 def test_what_is_no_model_or_optimizer_is_refused(model, optimizer, words):

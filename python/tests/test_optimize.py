@@ -374,6 +374,18 @@ def test_what_was_replaced_is_reported():
     assert "1 x GPT2LMHeadModel" in text
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
+def test_blocks_that_dropout_keeps_from_being_fused_are_reported(kind):
+    model = _wide(kind)
+    assert "dropout" not in str(mb.optimize(model))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.1
+        elif hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.1
+    assert "2 of these have dropout: while training they run the model's own code" in str(mb.optimize(model))
+
+
 def test_optimizing_twice_changes_nothing():
     model = _wide("llama")
     first, second = mb.optimize(model), mb.optimize(model)

@@ -63,6 +63,7 @@ TEST(Units, RefusesWhatIsNotASize) {
     expect_usage_error({"it is empty"}, [] { parse_bytes("  "); });
     expect_usage_error({"\"GiB\": it does not begin with a number"}, [] { parse_bytes("GiB"); });
     expect_usage_error({"it does not begin with a number"}, [] { parse_bytes("."); });
+    expect_usage_error({"\"1.5\": a fraction needs a unit"}, [] { parse_bytes("1.5"); });
     expect_usage_error({"\"nan\": it does not begin with a number"}, [] { parse_bytes("nan"); });
     expect_usage_error({"\"inf GiB\": it does not begin with a number"}, [] { parse_bytes("inf GiB"); });
     expect_usage_error({"\"-1GiB\": it is negative"}, [] { parse_bytes("-1GiB"); });

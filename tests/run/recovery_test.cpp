@@ -126,6 +126,23 @@ TEST(Recovery, TheRateThatDivergedIsNotGivenBack) {
     }
 }
 
+TEST(Recovery, ARunWhoseRollBacksAreForgottenHasItsRateAndAllOfThemAgain) {
+    Training first(recovering({.most = 1, .every = 10, .margin = 5, .warmup = 8}));
+    first.quiet(47);
+    first.damage();
+    ASSERT_TRUE(first.until_back().rolled_back_to);
+    first.quiet(40);
+    StateDict state = state_of(first.trainer);
+    state.own();
+    forget_roll_backs(state);
+    Training second(recovering({.most = 1, .every = 10, .margin = 5, .warmup = 8}));
+    second.optimizer.set_learning_rate(0.01);
+    load(second.trainer, StateReader(state));
+    EXPECT_FALSE(second.trainer.done());
+    second.damage();
+    EXPECT_FALSE(second.until_back().diverged);
+}
+
 TEST(Recovery, TheLimitIsByTheRateAtWhichTheRunWasLastCalm) {
     // The rate rises on, while steps are refused and with every step that is applied.
     TrainerOptions options = recovering({.every = 10, .margin = 5, .warmup = 1});

@@ -145,6 +145,51 @@ TEST(Run, KeepsAHealthyCheckpointThroughStepsThatAreAllRefused) {
     EXPECT_EQ(StateReader(*folder.state()).section("data").count("steps"), 4);
 }
 
+TEST(Run, WithoutAHealthyCheckpointThereIsAWarningThatTheWeightsAreThoseOfADivergence) {
+    const test::TempFolder temp;
+    RunOptions options = of_steps(6);
+    options.trainer.guard = SpikeGuardOptions{};
+    Process refused;
+    refused.loss_scale = std::numeric_limits<double>::quiet_NaN();
+    refused.train(temp.path() / "run", options);
+    RunFolder folder(temp.path() / "run", /*resume=*/true);
+    EXPECT_FALSE(folder.use_healthy());
+    ASSERT_EQ(folder.warnings().size(), 1U);
+    EXPECT_NE(folder.warnings()[0].find("no checkpoint is from before the divergence"), std::string::npos);
+}
+
+/// A place in data that is read in order, as Rows are not.
+struct Place final : Stateful {
+    std::int64_t at = 0;
+
+    void save(const StateWriter& writer) const override { writer.put("at", at); }
+    Commit prepare(const StateReader& reader) override {
+        return [this, next = reader.count("at")] { at = next; };
+    }
+};
+
+TEST(Run, KeepsTheStateOfDataThatIsNotDrawnByIndexAlone) {
+    const test::TempFolder temp;
+    Place place;
+    RunOptions options = of_steps(2);
+    options.trainer.data_state = &place;
+    place.at = 14;
+    Process().train(temp.path() / "run", options);
+    place.at = 0;
+    options.trainer.length = {4, Unit::steps};
+    Process().train(temp.path() / "run", options);
+    EXPECT_EQ(place.at, 14);
+}
+
+TEST(Run, WhoseDataHasAStateIsNotResumedFromACheckpointWithoutOne) {
+    const test::TempFolder temp;
+    Process().train(temp.path() / "run", of_steps(2));
+    Place place;
+    RunOptions options = of_steps(4);
+    options.trainer.data_state = &place;
+    EXPECT_THROW(Process().train(temp.path() / "run", options), Error);
+}
+
 TEST(Run, ReportsMissingLinesOfTheLog) {
     const test::TempFolder temp;
     Process().train(temp.path() / "run", of_steps(4));

@@ -1,0 +1,209 @@
+"""Data that is an iterable: drawn in its own order, and resumed where it was."""
+
+import random
+
+import models
+import pytest
+import torch
+from test_trainer import lines, pairs, trained, trainer
+from torch.utils.data import DataLoader, IterableDataset
+
+import microbatch as mb
+from microbatch.stream import Stream
+
+SAMPLES = pairs(40)
+
+
+class Plain(IterableDataset):
+    """Without a state of its own; shuffled through a buffer, by Python's generator, and noisy, by torch's."""
+
+    def __iter__(self):
+        buffer = []
+        for x, y in SAMPLES:
+            buffer.append((x + 0.1 * torch.randn(6), y))
+            if len(buffer) == 8:
+                yield buffer.pop(random.randrange(8))
+        random.shuffle(buffer)
+        yield from buffer
+
+
+class Own:
+    """With a state of its own, which it counts itself."""
+
+    def __init__(self):
+        self.at = 0
+        self.drawn = 0
+
+    def __iter__(self):
+        while self.at < len(SAMPLES):
+            x, y = SAMPLES[self.at]
+            self.at += 1
+            self.drawn += 1
+            yield x + 0.1 * torch.randn(6), y
+        self.at = 0
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+def generator():
+    while True:
+        yield from Plain()
+
+
+def run(folder, data, **how):
+    """As in a process of its own."""
+    random.seed(5)
+    torch.manual_seed(5)
+    return trainer(folder, data=data, **({"batch": 12, "micro_batch": 5, "steps": 9, "checkpoint_every": 2} | how))
+
+
+@pytest.mark.parametrize("data", [Plain, Own, generator])
+def test_a_run_that_stops_in_the_middle_of_a_batch_and_resumes_has_the_same_bits(tmp_path, data):
+    run(tmp_path / "whole", data()).train()
+    for stop in (1, 8, 14, 20):
+        calls = 0
+
+        def loss(model, micro, last=stop):
+            nonlocal calls
+            calls += 1
+            if calls == last + 10:  # those of the plan and of verify come first
+                raise LookupError
+            return models.mlp()[2](model, micro)
+
+        loss.__qualname__ = "loss"
+        try:
+            run(tmp_path / "cut", data(), resume=True, loss=loss).train()
+        except LookupError:
+            continue
+    run(tmp_path / "cut", data(), resume=True).train()
+    assert trained(tmp_path / "cut") == trained(tmp_path / "whole")
+    assert len(lines(tmp_path / "whole")) == 9
+
+
+def test_an_interrupted_batch_goes_on_with_its_own_samples(tmp_path):
+    run(tmp_path / "whole", Own()).train()
+    first = run(tmp_path / "cut", Own())
+    seen = 0
+
+    def loss(model, micro):
+        nonlocal seen
+        seen += 1
+        if seen == 3 * 4 + 2 + 10:
+            import os
+            import signal
+
+            os.kill(os.getpid(), signal.SIGINT)
+        return models.mlp()[2](model, micro)
+
+    first.loss = loss
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    run(tmp_path / "cut", Own(), resume=True).train()
+    assert trained(tmp_path / "cut") == trained(tmp_path / "whole")
+
+
+def test_a_state_of_its_own_is_used_and_nothing_read_twice(tmp_path):
+    run(tmp_path / "run", Own(), steps=6).train()
+    data = Own()
+    run(tmp_path / "run", data, steps=9, resume=True).train()
+    assert data.drawn <= (3 + 1 + 1) * 12  # three batches, the one that was done, and one for the plan
+
+
+def test_every_sample_is_used_once_an_epoch():
+    stream = Stream(range(10), batch=4)
+    numbers = []
+    for batch in range(5):
+        names = [100 * batch + i for i in range(4)]
+        assert stream.arrange(names) == names
+        assert stream.arrange(names) == names  # again, as after an interrupt
+        numbers += stream.get(names)[0].tolist()
+    assert numbers == [*range(10), *range(10)]
+
+
+def test_the_samples_of_a_batch_are_taken_by_length():
+    stream = Stream((torch.ones(n) for n in (1, 3, 2)), collate=lambda samples: [len(one) for one in samples],
+                    batch=3, lengths=len, by_tokens=True)
+    stream.arrange([7, 8, 9])
+    assert stream.get([7, 8, 9])[0] == [3, 2, 1]
+    assert [stream.length(name) for name in (7, 8, 9)] == [3, 2, 1]
+
+
+def test_out_of_memory_repeats_the_samples(tmp_path):
+    def train(name):
+        most = 12
+
+        def loss(model, micro):
+            if len(micro[0]) > most:
+                raise torch.OutOfMemoryError("out of memory")
+            return models.mlp()[2](model, micro)
+
+        def after(step):
+            nonlocal most
+            if step["step"] == 2 and name == "retried":
+                most = 3
+            elif step["step"] == 2:
+                one.accumulator.plan = mb.Plan(3)
+
+        one = run(tmp_path / name, Own(), micro_batch=6, loss=loss)
+        return one.train(after)
+
+    assert [train(name).out_of_memory for name in ("retried", "planned")] == [1, 0]
+    assert trained(tmp_path / "retried") == trained(tmp_path / "planned")
+
+
+@pytest.mark.parametrize(("data", "how", "said"), [
+    (Own(), {"steps": None}, "an iterable, whose length is not known: give steps="),
+    (Own(), {"workers": 2}, "workers= is for data that can be indexed"),
+    (Own(), {"lengths": [1, 2]}, "for an iterable it is a function of a sample"),
+    (DataLoader(SAMPLES, batch_size=4), {}, "a DataLoader, which makes batches: give its dataset"),
+])
+def test_what_an_iterable_cannot_have_is_refused(tmp_path, data, how, said):
+    with pytest.raises(mb.UsageError, match=said):
+        run(tmp_path / "run", data, **how)
+
+
+@pytest.mark.parametrize(("data", "said"), [
+    (iter(SAMPLES[:30]), "does not begin again: the run needs more than 30"),
+    (iter([]), "does not begin again"),
+])
+def test_an_iterator_that_ends_too_early_says_so(tmp_path, data, said):
+    with pytest.raises(mb.UsageError, match=said):
+        run(tmp_path / "run", data).train()
+
+
+def test_an_iterable_without_samples_says_so(tmp_path):
+    class Empty(IterableDataset):
+        def __iter__(self):
+            return iter(())
+
+    with pytest.raises(mb.UsageError, match="has no samples"):
+        run(tmp_path / "run", Empty()).train()
+
+
+def test_a_state_that_a_checkpoint_would_not_load_is_refused(tmp_path):
+    class Odd(Own):
+        def state_dict(self):
+            return {"at": self.at, "file": Own()}
+
+    with pytest.raises(mb.UsageError, match="holds more than numbers, text, tensors"):
+        run(tmp_path / "run", Odd()).train()
+
+
+def test_data_that_had_a_state_is_not_resumed_without(tmp_path):
+    run(tmp_path / "run", Own(), steps=2).train()
+    with pytest.raises(mb.BadData, match="has no load_state_dict"):
+        run(tmp_path / "run", Plain(), steps=4, resume=True).train()
+
+
+def test_the_generators_of_the_training_are_left_alone(tmp_path):
+    stream = Stream(Plain(), batch=4)
+    torch.manual_seed(7)
+    random.seed(7)
+    before = torch.get_rng_state(), random.getstate()
+    stream.arrange([1, 2, 3, 4])
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
