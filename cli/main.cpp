@@ -68,9 +68,9 @@ int parse_and_run(CLI::App& application, int count, char** arguments) {
 }
 
 /// Ends the process. Without the destructors of LibTorch's thousands of operators, which take a third of the time of a
-/// short command; a leak checker runs after them.
+/// short command; a sanitizer reports after them.
 int leave(int code) {
-#if !defined(__SANITIZE_ADDRESS__)
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
     std::fflush(nullptr);
     std::_Exit(code);
 #endif

@@ -58,6 +58,10 @@ Commit prepare_snapshot(Accumulator& accumulator, const StateReader& reader) {
 
 void forget_roll_backs(StateDict& run) {
     if (!run.has("recovery/")) return;
+    const StateReader reader(run);
+    if (reader.section("recovery").count("times") > 0) {
+        run.set("run/learning_rate", reader.section("run").positive("own_rate"));
+    }
     run.set("recovery/times", std::int64_t{0});
     run.set("recovery/rolled_back_at", std::int64_t{0});
 }

@@ -6,6 +6,7 @@ dimension 0, `as_many_as(begin, samples)`, how many samples from there on take t
 """
 
 import copy
+import ctypes
 import dataclasses
 import pickle
 import zlib
@@ -19,11 +20,14 @@ from microbatch import _core
 from microbatch.errors import UsageError
 
 
+MOST_FIELDS = 4  # of one shape; more tensors are samples
+
+
 class Structure:
     """A batch of tensors in a dict, tuple, list, dataclass, BatchEncoding, nested: micro-batches are views of it.
 
     Tensors with the batch's length along dimension 0 are sliced, and so are arrays, lists and tuples of that length, but
-    for tuples of numbers; whatever else there is goes into every micro-batch as it is.
+    for tuples of numbers or of a few tensors of one shape; whatever else there is goes into every micro-batch as it is.
     """
 
     def __init__(self, batch: Any, length: int | None = None, trim_padding: str | None = None) -> None:
@@ -209,7 +213,7 @@ def _length_of(batch: Any) -> int:
 
 def _looks_like_samples(batch: Any) -> bool:
     """More tensors of one shape than a batch has fields."""
-    if not isinstance(batch, list) or len(batch) <= 4 or not all(isinstance(one, Tensor) for one in batch):
+    if not isinstance(batch, list) or len(batch) <= MOST_FIELDS or not all(isinstance(one, Tensor) for one in batch):
         return False
     return len({one.shape for one in batch}) == 1
 
@@ -240,9 +244,15 @@ def _has_one_each(value: Any, length: int) -> bool:
         return len(value) == length and not _is_batched(value, length)
     if type(value) is not tuple or len(value) != length:
         return False
-    # Numbers are a setting, such as a size: collating makes a tensor of those of samples.
-    is_setting = any(one is None or isinstance(one, int | float | complex) for one in value)
-    return not is_setting and not any(_is_sized(leaf) and len(leaf) == length for _, leaf in _leaves(value))
+    if any(_is_setting(one) for one in value) or any(_is_sized(leaf) and len(leaf) == length for _, leaf in _leaves(value)):
+        return False
+    shapes = [tuple(one.shape) for one in value if hasattr(one, "shape")]
+    return len(shapes) < length or len(set(shapes)) > 1 or length > MOST_FIELDS  # else a pair, such as cosines and sines
+
+
+def _is_setting(one: Any) -> bool:
+    """Of a tuple such as a size. The numbers of samples are made a tensor when they are collated."""
+    return one is None or isinstance(one, int | float | complex) or callable(one) or getattr(one, "shape", None) == ()
 
 
 def _doubled(field: Any) -> Any:
@@ -301,7 +311,7 @@ def _fingerprint(batch: Any) -> int:
         if isinstance(leaf, Tensor):
             values = leaf.detach().cpu().contiguous().reshape(-1)
             crc = zlib.crc32(repr(tuple(leaf.shape)).encode(), crc)
-            crc = zlib.crc32(bytes(values.view(torch.uint8).untyped_storage()), crc) if values.numel() else crc
+            crc = zlib.crc32(ctypes.string_at(values.data_ptr(), values.nbytes), crc) if values.numel() else crc
         else:
             crc = zlib.crc32(pickle.dumps(leaf), crc)
     return crc

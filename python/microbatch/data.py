@@ -130,7 +130,7 @@ def _require_map_style(dataset: Any) -> None:
     if isinstance(dataset, Mapping):
         raise UsageError(
             f"the data is a {type(dataset).__name__} with the fields {', '.join(map(str, list(dataset)[:8]))}: give a "
-            "dataset of samples, such as a list of dicts, or torch.utils.data.TensorDataset(*data.values())"
+            "dataset of samples, such as one of its splits, a list of dicts, or torch.utils.data.TensorDataset(*data.values())"
         )
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise UsageError(

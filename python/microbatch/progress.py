@@ -50,7 +50,7 @@ class Progress:
         if self._shown:
             self.note(text)
         else:
-            warnings.warn(text, stacklevel=4)
+            warnings.warn(text.removeprefix("warning: "), stacklevel=4)
 
     def note(self, text: str) -> None:
         if not self._shown:

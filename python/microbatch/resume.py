@@ -8,6 +8,7 @@ from microbatch.errors import Error, UsageError
 from microbatch.planning import Plan
 
 FIXED = ("model", "batch", "optimizer", "seed", "data-samples")  # with another one of these it is another run
+NOT_SETTINGS = {"memory", "loss", "data-crc32"}  # no reason to leave the newest checkpoint
 NOTE = "python"  # in a checkpoint
 
 
@@ -29,20 +30,22 @@ def take_up(folder: Any, run: str, now: dict[str, Any], note: Callable[[str], No
     """
     before = _recorded_in(folder)
     changed = {name: (before[name], now[name]) for name in now if name in before and before[name] != now[name]}
+    if None in changed.get("data-crc32", ()):
+        del changed["data-crc32"]  # not known
     fixed = [name for name in FIXED if name in changed]
     if fixed:
         said = "; ".join(f"{name} was {changed[name][0]}, is {changed[name][1]}" for name in fixed)
         raise UsageError(f"the run in {run} is another one: {said}; restore these, or name another folder")
-    same_budget = "memory" not in changed
-    if set(changed) - {"memory"} and not folder.is_healthy():
+    if set(changed) - NOT_SETTINGS and not folder.is_healthy():
         folder.use_healthy()  # this is the way out of a divergence
+    same_budget = "memory" not in changed
     if not same_budget:
         folder.forget_caps()
     for name, (was, is_now) in changed.items():
-        if name != "data-crc32":
-            note(f"resume: {name} was {was}, is {is_now}")
-        elif was is not None and is_now is not None:
+        if name == "data-crc32":
             note("resume: the samples of the data are not those with which the run was started")
+        else:
+            note(f"resume: {name} was {was}, is {is_now}")
     return Plan(before["micro-batch"], before["recompute"]) if same_budget else None
 
 

@@ -2,8 +2,6 @@
 
 import copy
 import io
-import struct
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -29,8 +27,8 @@ class Stream:
 
     The library's indices are names here, for the samples of one batch: the same ones mean the same batch again, others
     the next one. An iterable with state_dict() and load_state_dict() is resumed by them; another one is read again from
-    its beginning, and the samples that the run has used are skipped. At its end it begins again. Every sample is drawn
-    with generators seeded by its number, so that shuffling and augmentation are repeated as they were.
+    its beginning, and the samples that the run has used are skipped. At its end it begins again. Before each sample,
+    the generators of Python, NumPy and torch are seeded by its number, so that shuffling and augmentation are repeated.
     """
 
     size = 1 << 62
@@ -48,7 +46,7 @@ class Stream:
         seed: int = 0,
         tokens_per_sample: int = 1,
     ) -> None:
-        _check(iterable, lengths, workers)
+        _check(iterable, collate, lengths, workers)
         self.tokens_per_sample = tokens_per_sample
         self.collate = collate or default_collate
         self.note: Callable[[str], None] = lambda text: None  #: is told of long work
@@ -57,13 +55,16 @@ class Stream:
         self._iterable = iterable
         self._batch_size, self._seed = batch, seed
         self._iterator: Iterator[Any] | None = None
+        self._was_begun = False  # by any iterator
+        self._is_lost = False  # the iterator is gone: _number is to be reached from the base
         self._epoch = self._number = 0  # passes over the data that are complete, samples that were drawn
         self._from_start = True  # of the data; the iterator has given nothing yet
         self._base: tuple[Any, int, int] = (None, 0, 0)  # a state, and the epoch and the number that belong to it
         self._ahead: list[Any] = []  # drawn, and of no batch yet
+        self._examples: list[Any] = []  # the same, by length
         self._batch: list[Any] = []
         self._places: dict[int, int] = {}  # in the batch, by index
-        self._resumed: tuple[int, int] | None = None  # a batch that a checkpoint knows: crc of its indices, its size
+        self._resumed: tuple[int, int] | None = None  # a batch that a checkpoint knows: its first index, its size
 
     def fingerprint(self) -> int | None:
         return None  # its first samples are gone when a run is resumed
@@ -82,10 +83,10 @@ class Stream:
             return indices
         self._batch, self._places = [], {}
         if self._resumed is not None:
-            known, samples = self._resumed
-            self._resumed = None
-            if _crc(indices) != known:
+            first, samples = self._resumed
+            if indices[0] != first:
                 self._take(samples)
+            self._resumed = None
         self._batch = self._by_length(self._take(len(indices)))
         self._places = {index: i for i, index in enumerate(indices)}
         return indices
@@ -96,20 +97,21 @@ class Stream:
         return micro, _fields(micro, len(indices))
 
     def close(self) -> None:
-        pass
+        """Lets go of the iterator, and so of its worker processes."""
+        self._lose()
 
     def save(self) -> dict[str, Any]:
-        """Where the data is: a state, and how many samples have been drawn since."""
+        """Where the data is: a state, how many samples come before the batch, and which batch that is."""
         state, epoch, number = self._base
-        start = self._number - len(self._ahead) - len(self._batch)
-        saved = {"epoch": epoch, "number": number, "start": start, "samples": len(self._batch)}
-        saved["batch"] = _crc(list(self._places))
+        first, samples = self._resumed or (next(iter(self._places), -1), len(self._batch))
+        saved = {"epoch": epoch, "number": number, "start": self._position - len(self._batch), "first": first}
+        saved["samples"] = samples
         return saved if state is None else saved | {"state": _packed(state)}
 
     def prepare(self, saved: dict[str, Any]) -> Callable[[], None]:
         try:
             base = (_unpacked(saved["state"]) if "state" in saved else None, saved["epoch"], saved["number"])
-            start, resumed = saved["start"], (saved["batch"], saved["samples"])
+            start, resumed = saved["start"], (saved["first"], saved["samples"])
         except KeyError as error:
             raise BadData(f"the state of the data lacks {error.args[0]}: the run was made with data of another kind") from None
         if base[0] is not None and not hasattr(self._iterable, "load_state_dict"):
@@ -122,40 +124,54 @@ class Stream:
 
         return apply
 
+    @property
+    def _position(self) -> int:
+        """The number of the next sample that is of no batch yet."""
+        return self._number - len(self._ahead)
+
     def _sample(self, index: int) -> Any:
         if index >= 0:
             return self._batch[self._places[index]]
         self._draw_ahead(self._batch_size)
-        return self._by_length(self._ahead)[-1 - index]
+        self._examples = self._examples or self._by_length(self._ahead)
+        return self._examples[-1 - index]
 
     def _by_length(self, samples: list[Any]) -> list[Any]:
         return samples if self._length_of is None else sorted(samples, key=self._length_of, reverse=True)
 
     def _take(self, count: int) -> list[Any]:
         self._draw_ahead(count)
-        taken, self._ahead = self._ahead[:count], self._ahead[count:]
+        taken, self._ahead, self._examples = self._ahead[:count], self._ahead[count:], []
         return taken
 
     def _draw_ahead(self, count: int) -> None:
+        if len(self._ahead) >= count:
+            return
+        self._examples = []
         with kept():
-            seed_all(self._seed + (self._number << 20))  # for state_dict(), which may begin to iterate
+            if self._is_lost:
+                self._restart(self._number)
+            seed_all(self._seed, self._number)  # for state_dict(), which may begin to iterate
             if not self._ahead:
                 self._remember()
-            try:
-                while len(self._ahead) < count:
-                    seed_all(self._seed + (self._number << 20))
-                    self._ahead.append(self._next())
-                    self._number += 1
-            except BaseException:
-                self._forget()  # an iterator that raised has ended
-                raise
+            while len(self._ahead) < count:
+                self._ahead.append(self._drawn())
+
+    def _drawn(self) -> Any:
+        seed_all(self._seed, self._number)
+        try:
+            sample = self._next()
+        except BaseException:
+            self._lose()  # an iterator that raised has ended
+            raise
+        self._number += 1
+        return sample
 
     def _next(self) -> Any:
         while True:
             if self._iterator is None:
-                if hasattr(self._iterable, "set_epoch"):
-                    self._iterable.set_epoch(self._epoch)
-                self._iterator = iter(self._iterable)
+                self._begin()
+            assert self._iterator is not None
             try:
                 sample = next(self._iterator)
             except StopIteration:
@@ -166,36 +182,65 @@ class Stream:
             self._from_start = False
             return sample
 
-    def _remember(self) -> None:
-        if hasattr(self._iterable, "state_dict") and hasattr(self._iterable, "load_state_dict"):
-            is_first = self._base[0] is None
-            self._base = (copy.deepcopy(self._iterable.state_dict()), self._epoch, self._number)
-            if is_first:
-                _packed(self._base[0])  # refused now rather than with the first checkpoint
+    def _begin(self) -> None:
+        if hasattr(self._iterable, "set_epoch"):
+            self._iterable.set_epoch(self._epoch)
+        iterator = iter(self._iterable)
+        if iterator is self._iterable and self._was_begun and self._base[0] is None:
+            raise UsageError(_no_second_time(self._iterable, f"the run needs more than {self._number}"))
+        self._iterator, self._was_begun = iterator, True
 
-    def _forget(self) -> None:
-        """Begins at the base again."""
+    def _remember(self) -> None:
+        """Makes the state of now the base, if there is one."""
+        if not (hasattr(self._iterable, "state_dict") and hasattr(self._iterable, "load_state_dict")):
+            return
+        state, _, number = self._base
+        if self._iterator is None and state is not None and number == self._number:
+            return  # just loaded: some say what was loaded only once they are iterated
+        found = self._iterable.state_dict()
+        if found is None:
+            return
+        if state is None:
+            _packed(found)  # refused now rather than with the first checkpoint
+        self._base = (copy.deepcopy(found), self._epoch, self._number)
+
+    def _lose(self) -> None:
+        """Drops the iterator; the next draw gets a new one, at the same sample."""
+        self._number = self._position
+        self._iterator, self._is_lost, self._ahead, self._examples = None, True, [], []
+
+    def _restart(self, number: int) -> None:
+        """Begins at the base, and skips up to a sample that comes after it."""
         state, self._epoch, self._number = self._base
-        self._iterator, self._from_start, self._ahead = None, state is None, []
-        self._batch, self._places = [], {}
+        self._iterator, self._from_start, self._is_lost = None, state is None, False
+        self._ahead, self._examples = [], []
         if state is not None:
             self._iterable.load_state_dict(copy.deepcopy(state))
+        self._skip(number - self._number)
 
     def _go_to(self, number: int) -> None:
-        """Goes to a sample that comes after the base."""
         # What was drawn for the plan is the beginning of the same data: an iterator cannot give it twice.
-        can_go_on = self._base == (None, 0, 0) and not self._batch and self._number - len(self._ahead) <= number
-        if not can_go_on:
-            self._forget()
-        missing = number - self._number + len(self._ahead)
-        if missing > MANY:
-            self.note(f"reads the {missing:,} samples again that the run has used: the data has no state_dict() of its own")
-        for _ in range(missing):
-            self._take(1)
+        can_go_on = self._base == (None, 0, 0) and not self._is_lost and not self._batch and self._position <= number
+        self._batch, self._places = [], {}
+        with kept():
+            if not can_go_on:
+                self._restart(number)
+            elif (missing := number - self._position) > 0:
+                dropped = min(missing, len(self._ahead))
+                self._ahead, self._examples = self._ahead[dropped:], []
+                self._skip(missing - dropped)
+
+    def _skip(self, samples: int) -> None:
+        if samples > MANY:
+            self.note(f"reads the {samples:,} samples again that the run has used: the data has no state_dict() of its own")
+        for _ in range(samples):
+            self._drawn()
 
 
-def _check(iterable: Any, lengths: Any, workers: int) -> None:
-    if isinstance(iterable, DataLoader) and iterable.batch_size is not None:
+def _check(iterable: Any, collate: Any, lengths: Any, workers: int) -> None:
+    if collate is not None and not callable(collate):
+        raise UsageError(f"collate_fn is a {type(collate).__name__}; it is a function of a list of samples")
+    if isinstance(iterable, DataLoader) and iterable.batch_sampler is not None:
         raise UsageError("the data is a DataLoader, which makes batches: give its dataset, and collate_fn= and workers=")
     if lengths is not None and not callable(lengths):
         raise UsageError(f"lengths is a {type(lengths).__name__}; for an iterable it is a function of a sample")
@@ -204,10 +249,6 @@ def _check(iterable: Any, lengths: Any, workers: int) -> None:
             "workers= is for data that can be indexed: an iterable loads its samples ahead by itself, as a "
             "DataLoader(..., batch_size=None, num_workers=...) does"
         )
-
-
-def _crc(indices: list[int]) -> int:
-    return zlib.crc32(struct.pack(f"<{len(indices)}q", *indices))
 
 
 def _no_second_time(iterable: Any, need: str) -> str:
@@ -220,6 +261,8 @@ def _no_second_time(iterable: Any, need: str) -> str:
 
 
 def _packed(state: Any) -> torch.Tensor:
+    if not isinstance(state, Mapping):
+        raise UsageError(f"state_dict() of the data returned a {type(state).__name__}, not a dict")
     file = io.BytesIO()
     torch.save(state, file)
     try:

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import time
 
 import pytest
 import torch
@@ -70,6 +71,23 @@ def test_a_tuple_of_two_fields_is_a_pair_even_where_the_batch_is_two(more):
     x, other = cut((torch.zeros(2, 3), more), 0, 1, length=2)
     assert x.shape == (1, 3)
     assert other is more if isinstance(more, str) or not batches._is_sized(more) else len(other) == 1
+
+
+@pytest.mark.parametrize("setting", [
+    (torch.ones(9, 4), torch.zeros(9, 4)),
+    (torch.tensor(0.5), torch.tensor(0.5)),
+    (X.numpy()[0, 0], X.numpy()[0, 1]),
+    (len, max),
+])
+def test_a_tuple_that_is_a_setting_is_whole_even_where_it_is_as_long_as_the_batch(setting):
+    assert cut({"x": torch.zeros(2, 3), "more": setting}, 0, 1, length=2)["more"] == setting
+
+
+def test_a_row_of_a_large_tensor_is_known_in_no_time():
+    large = torch.zeros(1 << 26)
+    started = time.monotonic()
+    assert batches._fingerprint([large[:3]]) == batches._fingerprint([torch.zeros(3)])
+    assert time.monotonic() - started < 1.0
 
 
 def test_a_list_of_two_tensors_is_a_pair_even_where_the_batch_is_two():

@@ -49,6 +49,27 @@ class Own:
         self.at = state["at"]
 
 
+class Late(Own):
+    """As the streams of `datasets`: what was loaded is a part of the state only once it is iterated."""
+
+    def __init__(self):
+        super().__init__()
+        self.loaded = None
+        self.state = {"at": 0}
+
+    def __iter__(self):
+        self.at, self.loaded = self.loaded or 0, None
+        for sample in super().__iter__():
+            self.state = {"at": self.at}
+            yield sample
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state):
+        self.loaded = state["at"]
+
+
 def generator():
     while True:
         yield from Plain()
@@ -61,7 +82,7 @@ def run(folder, data, **how):
     return trainer(folder, data=data, **({"batch": 12, "micro_batch": 5, "steps": 9, "checkpoint_every": 2} | how))
 
 
-@pytest.mark.parametrize("data", [Plain, Own, generator])
+@pytest.mark.parametrize("data", [Plain, Own, Late, generator])
 def test_a_run_that_stops_in_the_middle_of_a_batch_and_resumes_has_the_same_bits(tmp_path, data):
     run(tmp_path / "whole", data()).train()
     for stop in (1, 8, 14, 20):
@@ -82,6 +103,70 @@ def test_a_run_that_stops_in_the_middle_of_a_batch_and_resumes_has_the_same_bits
     run(tmp_path / "cut", data(), resume=True).train()
     assert trained(tmp_path / "cut") == trained(tmp_path / "whole")
     assert len(lines(tmp_path / "whole")) == 9
+
+
+class Failing:
+    """Whose connection fails once."""
+
+    def __init__(self, data, after):
+        self.data, self.after = data, after
+
+    def __iter__(self):
+        for i, sample in enumerate(self.data):
+            if i == self.after:
+                self.after = None
+                raise OSError("the connection failed")
+            yield sample
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_run_whose_data_fails_is_resumed_at_the_same_sample(tmp_path, again):
+    run(tmp_path / "whole", Plain()).train()
+    failing = run(tmp_path / "cut", Failing(Plain(), 30), checkpoint_every=100)
+    with pytest.raises(OSError, match="the connection failed"):
+        failing.train()
+    if again:
+        failing.resume = True
+        failing.train()
+    else:
+        run(tmp_path / "cut", Plain(), resume=True).train()
+    assert trained(tmp_path / "cut") == trained(tmp_path / "whole")
+
+
+def test_a_last_smaller_batch_that_was_interrupted_loses_no_sample_when_the_run_becomes_longer():
+    first = Stream(range(100), batch=4)
+    first.arrange([1, 2, 3, 4])
+    first.arrange([5, 6])  # the rest
+    second = Stream(range(100), batch=4)
+    second.prepare(first.save())()
+    again = Stream(range(100), batch=4)
+    again.prepare(second.save())()  # not begun, either
+    for stream in (second, again):
+        stream.arrange([5, 6, 7, 8])
+        assert stream.get([5, 6, 7, 8])[0].tolist() == [4, 5, 6, 7]
+
+
+def test_a_generator_cannot_be_resumed_by_the_trainer_that_has_read_it(tmp_path):
+    one = run(tmp_path / "run", generator(), steps=4, resume=True)
+    with pytest.raises(LookupError):
+        one.train(on_step=lambda step: [][step["step"]])
+    with pytest.raises(mb.UsageError, match="was read before, and does not begin again"):
+        one.train()
+
+
+def test_samples_far_apart_have_other_random_numbers():
+    def noise():
+        while True:
+            yield torch.randn(1), random.random()
+
+    stream = Stream(noise(), lambda samples: samples, batch=1)
+    stream._number = 1
+    values = set()
+    for number in (0, 1, 4096, 1 << 20, 1 << 32):
+        stream._number = number
+        stream.arrange([number])
+        values.add(tuple(map(float, stream.get([number])[0][0])))
+    assert len(values) == 5
 
 
 def test_an_interrupted_batch_goes_on_with_its_own_samples(tmp_path):
@@ -160,6 +245,8 @@ def test_out_of_memory_repeats_the_samples(tmp_path):
     (Own(), {"workers": 2}, "workers= is for data that can be indexed"),
     (Own(), {"lengths": [1, 2]}, "for an iterable it is a function of a sample"),
     (DataLoader(SAMPLES, batch_size=4), {}, "a DataLoader, which makes batches: give its dataset"),
+    (DataLoader(SAMPLES, batch_sampler=[[0, 1], [2, 3]]), {}, "a DataLoader, which makes batches: give its dataset"),
+    (Own(), {"collate_fn": 3}, "collate_fn is a int"),
 ])
 def test_what_an_iterable_cannot_have_is_refused(tmp_path, data, how, said):
     with pytest.raises(mb.UsageError, match=said):
@@ -184,13 +271,18 @@ def test_an_iterable_without_samples_says_so(tmp_path):
         run(tmp_path / "run", Empty()).train()
 
 
-def test_a_state_that_a_checkpoint_would_not_load_is_refused(tmp_path):
+@pytest.mark.parametrize(("state", "said"), [
+    ({"file": Own()}, "holds more than numbers, text, tensors"),
+    ([3], "returned a list, not a dict"),
+])
+def test_a_state_that_a_checkpoint_would_not_load_is_refused(tmp_path, state, said):
     class Odd(Own):
         def state_dict(self):
-            return {"at": self.at, "file": Own()}
+            return state
 
-    with pytest.raises(mb.UsageError, match="holds more than numbers, text, tensors"):
+    with pytest.raises(mb.UsageError, match=said):
         run(tmp_path / "run", Odd()).train()
+    assert not (tmp_path / "run").exists()
 
 
 def test_data_that_had_a_state_is_not_resumed_without(tmp_path):

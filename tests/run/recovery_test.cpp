@@ -136,9 +136,8 @@ TEST(Recovery, ARunWhoseRollBacksAreForgottenHasItsRateAndAllOfThemAgain) {
     state.own();
     forget_roll_backs(state);
     Training second(recovering({.most = 1, .every = 10, .margin = 5, .warmup = 8}));
-    second.optimizer.set_learning_rate(0.01);
     load(second.trainer, StateReader(state));
-    EXPECT_FALSE(second.trainer.done());
+    EXPECT_DOUBLE_EQ(second.step().step.learning_rate, 0.01);
     second.damage();
     EXPECT_FALSE(second.until_back().diverged);
 }

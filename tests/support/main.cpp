@@ -7,7 +7,7 @@
 int main(int count, char** words) {
     testing::InitGoogleTest(&count, words);
     const int code = RUN_ALL_TESTS();
-#if !defined(__SANITIZE_ADDRESS__)
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
     std::fflush(nullptr);
     std::_Exit(code);
 #endif
