@@ -43,6 +43,15 @@ class Accumulator:
 
         accumulator = mb.Accumulator(model, optimizer, loss, memory="4GiB")
         report = accumulator.step(batch)
+        print(report.loss, report.gradient_norm, report.plan)
+
+    Where the micro-batches are your own:
+
+        accumulator.begin()
+        for micro in micro_batches:
+            accumulator.add(*loss(model, micro))
+        accumulator.finish()
+        report = accumulator.apply()
 
     model: any nn.Module. optimizer: mb.AdamW, mb.SGD, any of torch.optim or alike; None if you step by yourself, with the
     gradients that gather() leaves. loss: `loss(model, micro)` returns the SUM over the micro-batch and what it is averaged

@@ -6,7 +6,12 @@ from microbatch import _core
 
 
 class SpikeGuard:
-    """Judges a batch by its loss and gradient norm before the update: `Accumulator(..., guard=mb.SpikeGuard())`.
+    """Judges a batch by its loss and gradient norm before the update.
+
+        accumulator = mb.Accumulator(model, optimizer, loss, guard=mb.SpikeGuard())
+        report = accumulator.step(batch)
+        if not report.applied:
+            print("refused:", report.reason)
 
     A batch is refused if its loss or norm is not finite, or more than `sigmas` spreads above the median of the last
     `window` applied steps, compared by their logarithm. More than `most_refused` refusals in a row, or a steady climb of

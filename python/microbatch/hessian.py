@@ -34,6 +34,9 @@ def curvature(
 ) -> Curvature:
     """The largest eigenvalue of the Hessian of the batch's mean loss, by Lanczos, whatever the split.
 
+        found = mb.curvature(model, batch, loss, micro_batch=2)
+        print(found.largest_eigenvalue, "+-", found.residual)
+
     The model is in evaluation mode meanwhile. Its loss must be twice differentiable: a fused attention without a second
     derivative is not (`attn_implementation="eager"` for Hugging Face models). micro_batch: None takes the batch at once.
     tolerance: relative to the eigenvalue. Leaves parameters, gradients and training mode unchanged. Raises UsageError if the weight is 0 or a product is not finite.

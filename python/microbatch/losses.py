@@ -1,6 +1,7 @@
 """Losses as the library wants them: the SUM over a micro-batch, and what it is averaged over.
 
     accumulator = mb.Accumulator(model, optimizer, mb.losses.causal_lm)
+    accumulator.step(batch)              # a mapping with input_ids, labels and what else the model takes
 
 Those for Hugging Face models compute sum and count themselves, from the logits, whatever the model's own `loss` divides
 by. Each takes (model, micro), where micro is a mapping of the model's arguments with `labels`, and returns (sum, weight).
@@ -98,7 +99,9 @@ def image_classification(model: Any, micro: Any) -> tuple[Tensor, int]:
 def from_mean(loss: Callable[[Any, Any], Tensor], weight: Callable[[Any], float | Tensor]) -> LossFunction:
     """A loss function from one that returns a mean: `loss(model, micro)` is the mean over `weight(micro)`.
 
-        from_mean(lambda model, micro: model(**micro).loss, weight=lambda micro: (micro["labels"] != -100).sum())
+        loss = mb.losses.from_mean(lambda model, micro: model(**micro).loss,
+                                   weight=lambda micro: (micro["labels"][:, 1:] != -100).sum())
+        accumulator = mb.Accumulator(model, optimizer, loss)
 
     A micro-batch of weight 0 counts for nothing: its loss, 0/0, is not looked at.
     """

@@ -5,7 +5,7 @@ parameters of a model that an Accumulator takes over. Sizes are bytes, or text s
 
     with mb.memory.budget("512MiB"):
         accumulator.step(batch)
-    print(mb.memory.peak())
+    print(mb.memory.format_size(mb.memory.peak()), mb.memory.stats())
 """
 
 import contextlib

@@ -55,6 +55,10 @@ class Optimized:
 def optimize(model: nn.Module) -> Optimized:
     """Replaces the forward of known Hugging Face modules by the library's fused operators; returns what undoes it.
 
+        optimized = mb.optimize(model)
+        print(optimized)                   # which modules run what
+        optimized.undo()
+
     Known are the blocks of GPT-2, Llama, Mistral and Qwen2, attention of BERT and RoBERTa, and GELU by the tanh formula.
     `mb.losses.causal_lm` and `masked_lm` then compute the model's head for labels that count, and no logits that nobody
     sees. The gradient is the same up to rounding, 1e-6 of its norm. While training, decoders make a cache of keys and

@@ -119,6 +119,9 @@ class _OnePass(torch.optim.Optimizer):
 class AdamW(_OnePass):
     """AdamW (Loshchilov and Hutter 2019) in one pass over parameter, gradient and moments.
 
+        optimizer = mb.AdamW(model.parameters(), lr=3e-4, weight_decay=0.1)
+        accumulator = mb.Accumulator(model, optimizer, loss)
+
     A torch.optim.Optimizer: parameter groups, learning-rate schedulers and state_dict work as usual. A step that runs
     out of memory changes nothing. `betas` and `eps` are one for all groups; `lr` and `weight_decay` are a group's own.
 
@@ -151,6 +154,9 @@ class AdamW(_OnePass):
 
 class SGD(_OnePass):
     """Stochastic gradient descent with momentum, in one pass, as torch.optim.SGD: the decay is added to the gradient.
+
+        optimizer = mb.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        accumulator = mb.Accumulator(model, optimizer, loss)
 
     decoupled_weight_decay: True shrinks the parameters instead (SGDW, Loshchilov and Hutter 2019). Memory: with momentum
     1 x the parameters, from the first step on. Raises UsageError if a setting is out of range.

@@ -60,7 +60,12 @@ class PlanReport:
 
 
 def plan(accumulator: "Accumulator", batch: Any, *, memory: int | str | None = None, length: int | None = None) -> PlanReport:
-    """Finds the fastest plan for batches like this one and gives it to the accumulator: see Accumulator.make_plan()."""
+    """Finds the fastest plan for batches like this one and gives it to the accumulator: see Accumulator.make_plan().
+
+        print(mb.plan(accumulator, batch, memory="2GiB"))
+
+    batch: the longest that there will be. Raises DoesNotFit if nothing fits.
+    """
     return accumulator.make_plan(batch, memory=memory, length=length)
 
 

@@ -68,6 +68,10 @@ class Schedule:
 class ScheduleDriver:
     """Drives any optimizer with `param_groups` by a Schedule; used like a scheduler of torch.
 
+        scheduler = mb.Schedule("linear", peak=1e-3, length="1M samples").drive(optimizer)
+        scheduler.step(samples=len(batch["input_ids"]))
+        print(scheduler.get_last_lr())
+
     A schedule in samples or tokens takes the size of the next batch to be that of the last one.
     """
 
@@ -133,6 +137,9 @@ def scale_to_batch(
     eps: float = 1e-8,
 ) -> Constants:
     """The constants for `batch` that correspond to those tuned for `reference_batch`.
+
+        constants = mb.scale_to_batch("sqrt", lr=3e-4, reference_batch=32, batch=128)
+        optimizer = mb.AdamW(model.parameters(), lr=constants.lr, betas=constants.betas, eps=constants.eps)
 
     rule: "linear" (SGD), "sqrt" (Adam), "adam-sde" (scales Adam's betas and eps too), "beta2-time" (keeps the half-life of
     the second moment) or "none". Raises UsageError where a rule is undefined, such as a batch too large for the betas.

@@ -43,6 +43,11 @@ _REDUCTIONS: dict[Any, str] = {torch.mean: "mean", torch.sum: "sum", sum: "sum",
 class MicrobatchStrategy(SingleDeviceStrategy):
     """Runs training_step on micro-batches, and leaves the mean gradient of the batch to the optimizer.
 
+        from microbatch.integrations.lightning import MicrobatchStrategy
+
+        trainer = lightning.Trainer(strategy=MicrobatchStrategy(memory="4GiB"), max_steps=2, logger=False)
+        trainer.fit(module, torch.utils.data.DataLoader(dataset, batch_size=8))
+
     weight: `weight(micro)` returns what training_step's mean loss is averaged over, such as the number of targets; None
     takes the number of samples. A check on the first batch refuses a weight that does not fit the loss.
     memory, micro_batch, recompute, trim_padding: as of mb.Accumulator. collate: for a DataLoader that delivers lists of

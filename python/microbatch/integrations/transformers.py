@@ -56,6 +56,11 @@ _LOSSES: list[tuple[str, LossFunction]] = [
 class Trainer(transformers.Trainer):
     """transformers.Trainer whose update is that of the whole batch, however it is cut.
 
+        from microbatch.integrations.transformers import Trainer
+
+        arguments = transformers.TrainingArguments(folder, per_device_train_batch_size=8, max_steps=2, use_cpu=True)
+        Trainer(model, arguments, train_dataset=dataset, memory="4GiB").train()
+
     The batch, the number of steps, callbacks, clipping, schedules, logs, evaluation and checkpoints are those of
     transformers.Trainer with the same arguments. Each micro-batch is collated by itself, from samples of similar
     length.
