@@ -244,10 +244,17 @@ def _has_one_each(value: Any, length: int) -> bool:
         return len(value) == length and not _is_batched(value, length)
     if type(value) is not tuple or len(value) != length:
         return False
-    if any(_is_setting(one) for one in value) or any(_is_sized(leaf) and len(leaf) == length for _, leaf in _leaves(value)):
+    if any(_is_setting(one) for one in value) or _is_of_fields(value, length):
         return False
     shapes = [tuple(one.shape) for one in value if hasattr(one, "shape")]
     return len(shapes) < length or len(set(shapes)) > 1 or length > MOST_FIELDS  # else a pair, such as cosines and sines
+
+
+def _is_of_fields(value: tuple[Any, ...], length: int) -> bool:
+    """True if a tensor in it has the batch's length, or all that is sized inside of it has."""
+    direct = [one for one in value if hasattr(one, "shape")]
+    sizes = [len(leaf) for _, leaf in _leaves(value) if _is_sized(leaf)]
+    return any(len(one) == length for one in direct) or (bool(sizes) and all(size == length for size in sizes))
 
 
 def _is_setting(one: Any) -> bool:
@@ -311,7 +318,8 @@ def _fingerprint(batch: Any) -> int:
         if isinstance(leaf, Tensor):
             values = leaf.detach().cpu().contiguous().reshape(-1)
             crc = zlib.crc32(repr(tuple(leaf.shape)).encode(), crc)
-            crc = zlib.crc32(ctypes.string_at(values.data_ptr(), values.nbytes), crc) if values.numel() else crc
+            if values.numel():
+                crc = zlib.crc32((ctypes.c_char * values.nbytes).from_address(values.data_ptr()), crc)
         else:
             crc = zlib.crc32(pickle.dumps(leaf), crc)
     return crc

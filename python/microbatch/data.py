@@ -148,6 +148,15 @@ def _lengths_of(dataset: Any, lengths: Any) -> Sequence[int] | None:
     return found
 
 
+def end_workers(iterator: Any, loader: Any) -> None:
+    """Of a DataLoader. Left to the garbage collector, they are waited for at any later moment, for seconds."""
+    for one in (iterator, getattr(loader, "_iterator", None) if isinstance(loader, DataLoader) else None):
+        if one is not None and hasattr(one, "_shutdown_workers"):
+            one._shutdown_workers()
+    if isinstance(loader, DataLoader):
+        loader._iterator = None
+
+
 Key = tuple[int, int]  # a sample's index, and a seed for its random augmentations
 
 
@@ -185,10 +194,7 @@ class _Workers:
 
     def close(self) -> None:
         self._samples = None
-        # Left to the garbage collector, they are waited for at any later moment, for seconds.
-        if (iterator := self._loader._iterator) is not None:
-            self._loader._iterator = None
-            iterator._shutdown_workers()  # type: ignore[attr-defined]
+        end_workers(None, self._loader)
 
     def load(self, indices: list[int]) -> list[Any] | None:
         """None if these are no samples of the batch that begin() named."""

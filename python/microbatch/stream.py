@@ -1,7 +1,9 @@
 """Samples of an iterable for a run: in its own order, a batch at a time, resumed where they were."""
 
 import copy
+import inspect
 import io
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -9,10 +11,13 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from microbatch.batches import _fields
+from microbatch.data import end_workers
 from microbatch.errors import BadData, UsageError
 from microbatch.generators import kept, seed_all
+from microbatch.interrupts import ignored_by_children
 
 MANY = 10_000  # samples to skip: worth a note
+ANEW = "give an object whose __iter__ begins anew, or make it anew for every train()"
 
 
 def is_stream(data: Any) -> bool:
@@ -70,8 +75,8 @@ class Stream:
         return None  # its first samples are gone when a run is resumed
 
     def examples(self, count: int) -> list[int]:
-        """Indices of samples that are ahead; no more than the batch has."""
-        return [-1 - i for i in range(min(count, self._batch_size))]
+        """Indices of samples that are ahead: no more than the batch has, but two."""
+        return [-1 - i for i in range(min(count, max(2, self._batch_size)))]
 
     def length(self, index: int) -> int:
         """Of a sample; 1 of all if micro-batches are bounded by samples."""
@@ -87,8 +92,10 @@ class Stream:
             if indices[0] != first:
                 self._take(samples)
             self._resumed = None
-        self._batch = self._by_length(self._take(len(indices)))
-        self._places = {index: i for i, index in enumerate(indices)}
+        self._draw_ahead(len(indices))
+        batch = self._by_length(self._ahead[: len(indices)])  # a function of the user's, which may raise
+        self._take(len(indices))
+        self._batch, self._places = batch, {index: i for i, index in enumerate(indices)}
         return indices
 
     def get(self, indices: list[int]) -> tuple[Any, list[torch.Tensor]]:
@@ -132,7 +139,7 @@ class Stream:
     def _sample(self, index: int) -> Any:
         if index >= 0:
             return self._batch[self._places[index]]
-        self._draw_ahead(self._batch_size)
+        self._draw_ahead(max(2, self._batch_size))
         self._examples = self._examples or self._by_length(self._ahead)
         return self._examples[-1 - index]
 
@@ -176,7 +183,7 @@ class Stream:
                 sample = next(self._iterator)
             except StopIteration:
                 if self._from_start:
-                    raise UsageError(_no_second_time(self._iterable, f"the run needs more than {self._number}")) from None
+                    raise UsageError(self._why_ended()) from None
                 self._epoch, self._iterator, self._from_start = self._epoch + 1, None, True
                 continue
             self._from_start = False
@@ -185,10 +192,19 @@ class Stream:
     def _begin(self) -> None:
         if hasattr(self._iterable, "set_epoch"):
             self._iterable.set_epoch(self._epoch)
-        iterator = iter(self._iterable)
-        if iterator is self._iterable and self._was_begun and self._base[0] is None:
-            raise UsageError(_no_second_time(self._iterable, f"the run needs more than {self._number}"))
+        with ignored_by_children():
+            iterator = iter(self._iterable)
+        # At the end of an epoch, a new one that gives nothing is noticed.
+        is_again = self._was_begun and iterator is self._iterable and self._epoch == 0 and self._base[0] is None
+        if is_again or (isinstance(iterator, types.GeneratorType) and _is_used(iterator) and self._epoch == 0):
+            raise UsageError(f"the data, a {type(iterator).__name__}, was read before: {ANEW}")
         self._iterator, self._was_begun = iterator, True
+
+    def _why_ended(self) -> str:
+        kind = type(self._iterable).__name__
+        if self._number == 0:
+            return f"the data, a {kind}, has no samples"
+        return f"the data, a {kind}, has ended after {self._number} samples, does not begin again, and the run needs more: {ANEW}"
 
     def _remember(self) -> None:
         """Makes the state of now the base, if there is one."""
@@ -197,7 +213,8 @@ class Stream:
         state, _, number = self._base
         if self._iterator is None and state is not None and number == self._number:
             return  # just loaded: some say what was loaded only once they are iterated
-        found = self._iterable.state_dict()
+        with ignored_by_children():
+            found = self._iterable.state_dict()
         if found is None:
             return
         if state is None:
@@ -207,6 +224,7 @@ class Stream:
     def _lose(self) -> None:
         """Drops the iterator; the next draw gets a new one, at the same sample."""
         self._number = self._position
+        end_workers(self._iterator, self._iterable)
         self._iterator, self._is_lost, self._ahead, self._examples = None, True, [], []
 
     def _restart(self, number: int) -> None:
@@ -214,9 +232,14 @@ class Stream:
         state, self._epoch, self._number = self._base
         self._iterator, self._from_start, self._is_lost = None, state is None, False
         self._ahead, self._examples = [], []
-        if state is not None:
-            self._iterable.load_state_dict(copy.deepcopy(state))
-        self._skip(number - self._number)
+        try:
+            if state is not None:
+                self._iterable.load_state_dict(copy.deepcopy(state))
+            self._skip(number - self._number)
+        except BaseException:
+            self._lose()
+            self._number = number  # where the next try goes
+            raise
 
     def _go_to(self, number: int) -> None:
         # What was drawn for the plan is the beginning of the same data: an iterator cannot give it twice.
@@ -232,7 +255,8 @@ class Stream:
 
     def _skip(self, samples: int) -> None:
         if samples > MANY:
-            self.note(f"reads the {samples:,} samples again that the run has used: the data has no state_dict() of its own")
+            why = ": the data has no state_dict() of its own" if self._base[0] is None else ""
+            self.note(f"reads the {samples:,} samples again that the run has used{why}")
         for _ in range(samples):
             self._drawn()
 
@@ -251,13 +275,8 @@ def _check(iterable: Any, collate: Any, lengths: Any, workers: int) -> None:
         )
 
 
-def _no_second_time(iterable: Any, need: str) -> str:
-    if iter(iterable) is iterable:
-        return (
-            f"the data, a {type(iterable).__name__}, has ended or was read before, and does not begin again: {need}; "
-            "give an object whose __iter__ begins anew"
-        )
-    return f"the data, a {type(iterable).__name__}, has no samples"
+def _is_used(generator: Any) -> bool:
+    return inspect.getgeneratorstate(generator) != inspect.GEN_CREATED
 
 
 def _packed(state: Any) -> torch.Tensor:

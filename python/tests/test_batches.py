@@ -66,6 +66,14 @@ def test_a_tuple_with_an_entry_for_each_sample_is_cut():
     assert (micro["size"], micro["none"]) == ((1, 2, 3, 4, 5, 6), (None,) * 6)
 
 
+def test_a_tuple_of_samples_is_cut_also_where_one_of_them_is_as_long_as_the_batch():
+    targets = tuple({"boxes": torch.zeros(i, 4)} for i in (4, 2, 5, 1))
+    words = (["a", "b", "c", "d"], ["e"], ["f", "g"], ["h"])
+    micro = cut({"x": torch.zeros(4, 3), "targets": targets, "words": words}, 0, 2, length=4)
+    assert [len(one["boxes"]) for one in micro["targets"]] == [4, 2]
+    assert micro["words"] == words[:2]
+
+
 @pytest.mark.parametrize("more", [torch.tensor(1.0), "a", X[:2].numpy(), ["a", "b"]])
 def test_a_tuple_of_two_fields_is_a_pair_even_where_the_batch_is_two(more):
     x, other = cut((torch.zeros(2, 3), more), 0, 1, length=2)

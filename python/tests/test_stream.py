@@ -1,6 +1,9 @@
 """Data that is an iterable: drawn in its own order, and resumed where it was."""
 
+import multiprocessing
+import os
 import random
+import signal
 
 import models
 import pytest
@@ -150,8 +153,93 @@ def test_a_generator_cannot_be_resumed_by_the_trainer_that_has_read_it(tmp_path)
     one = run(tmp_path / "run", generator(), steps=4, resume=True)
     with pytest.raises(LookupError):
         one.train(on_step=lambda step: [][step["step"]])
-    with pytest.raises(mb.UsageError, match="was read before, and does not begin again"):
+    with pytest.raises(mb.UsageError, match="was read before: give an object whose __iter__ begins anew"):
         one.train()
+
+
+def test_a_generator_that_another_trainer_has_read_is_refused(tmp_path):
+    data = generator()
+    with pytest.raises(LookupError):
+        run(tmp_path / "run", data).train(on_step=lambda step: [][step["step"]])
+    with pytest.raises(mb.UsageError, match="a generator, was read before"):
+        run(tmp_path / "run", data, resume=True).train()
+
+
+def test_an_iterable_that_begins_anew_and_returns_itself_has_epochs():
+    class Self:
+        def __iter__(self):
+            self.at = 0
+            return self
+
+        def __next__(self):
+            self.at += 1
+            if self.at > 6:
+                raise StopIteration
+            return self.at
+
+    stream = Stream(Self(), batch=4)
+    numbers = []
+    for batch in range(4):
+        stream.arrange([4 * batch + i for i in range(4)])
+        numbers += stream.get([4 * batch + i for i in range(4)])[0].tolist()
+    assert numbers == [1, 2, 3, 4, 5, 6] * 2 + [1, 2, 3, 4]
+
+
+def test_a_function_of_lengths_that_raises_loses_no_sample():
+    fails = False
+
+    def length_of(sample):
+        if fails and sample > 4:
+            raise ValueError("no length")
+        return 1
+
+    stream = Stream(range(100), batch=4, lengths=length_of)
+    stream.arrange([1, 2, 3, 4])
+    fails = True
+    with pytest.raises(ValueError, match="no length"):
+        stream.arrange([5, 6, 7, 8])
+    again = Stream(range(100), batch=4)
+    again.prepare(stream.save())()
+    again.arrange([5, 6, 7, 8])
+    assert again.get([5, 6, 7, 8])[0].tolist() == [4, 5, 6, 7]
+
+
+def test_a_restart_that_fails_is_tried_again_to_the_same_sample():
+    class Once:
+        fails = False
+
+        def __iter__(self):
+            for i in range(100):
+                if i == 5 and self.fails:
+                    self.fails = False
+                    raise OSError("the connection failed")
+                yield i
+
+    stream = Stream(data := Once(), batch=4)
+    for first in (0, 4, 8):
+        stream.arrange(list(range(first, first + 4)))
+    stream.close()
+    data.fails = True
+    with pytest.raises(OSError, match="the connection failed"):
+        stream.arrange([12, 13, 14, 15])
+    assert stream.save()["start"] == 12
+    stream.arrange([12, 13, 14, 15])
+    assert stream.get([12, 13, 14, 15])[0].tolist() == [12, 13, 14, 15]
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_the_workers_of_a_loader_end_with_the_training_and_do_not_hear_ctrl_c(persistent):
+    loader = DataLoader(list(range(100)), batch_size=None, num_workers=1, persistent_workers=persistent)
+    stream = Stream(loader, batch=4)
+    stream.arrange([1, 2, 3, 4])
+    workers = multiprocessing.active_children()
+    assert workers
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGINT)
+    stream.arrange([5, 6, 7, 8])
+    assert stream.get([5, 6, 7, 8])[0].tolist() == [4, 5, 6, 7]
+    stream.close()
+    assert not multiprocessing.active_children()
 
 
 def test_samples_far_apart_have_other_random_numbers():
@@ -160,7 +248,6 @@ def test_samples_far_apart_have_other_random_numbers():
             yield torch.randn(1), random.random()
 
     stream = Stream(noise(), lambda samples: samples, batch=1)
-    stream._number = 1
     values = set()
     for number in (0, 1, 4096, 1 << 20, 1 << 32):
         stream._number = number
@@ -178,9 +265,6 @@ def test_an_interrupted_batch_goes_on_with_its_own_samples(tmp_path):
         nonlocal seen
         seen += 1
         if seen == 3 * 4 + 2 + 10:
-            import os
-            import signal
-
             os.kill(os.getpid(), signal.SIGINT)
         return models.mlp()[2](model, micro)
 
@@ -254,8 +338,8 @@ def test_what_an_iterable_cannot_have_is_refused(tmp_path, data, how, said):
 
 
 @pytest.mark.parametrize(("data", "said"), [
-    (iter(SAMPLES[:30]), "does not begin again: the run needs more than 30"),
-    (iter([]), "does not begin again"),
+    (iter(SAMPLES[:30]), "has ended after 30 samples, does not begin again, and the run needs more"),
+    (iter([]), "a list_iterator, has no samples"),
 ])
 def test_an_iterator_that_ends_too_early_says_so(tmp_path, data, said):
     with pytest.raises(mb.UsageError, match=said):
