@@ -60,14 +60,15 @@ class Accumulator:
     memory: the budget of all CPU tensors, such as "4GiB", from now on, until memory.set_budget(None); None leaves the
     budget as it is.
     micro_batch: samples per forward and backward; "auto" finds the fastest that fits, at the first step or in
-    make_plan(). clip_norm: largest norm of the mean gradient that is applied, None for any. recompute: whether activations may be
-    computed again in backward: "auto", "never", "always", or the class of the blocks. guard: a SpikeGuard. noise_every:
-    steps from one measure of the gradient's noise to the next, 0 for none. verify: checks a few samples of the first
-    batch by mb.verify(): an averaged loss is a UsageError, whatever else depends on the split is a warning.
+    make_plan(). clip_norm: largest norm of the mean gradient that is applied, None for any. recompute: whether
+    activations may be computed again in backward: "auto", "never", "always", or the class of the blocks. guard: a
+    SpikeGuard. noise_every: steps from one measure of the gradient's noise to the next, 0 for none. verify: checks a few
+    samples of the first batch by mb.verify(): an averaged loss is a UsageError, whatever else depends on the split is a
+    warning.
     collate: batches are lists of samples, which this makes into a micro-batch, the longest first. bound: "samples", or
-    "tokens": micro-batches of shorter samples hold more of them, as many tokens as the first one. trim_padding: the name of the mask by
-    which trailing padding is cut off. generators: torch.Generators that the loss draws from, beside torch's default,
-    Python's and NumPy's.
+    "tokens": micro-batches of shorter samples hold more of them, as many tokens as the first one. trim_padding: the name
+    of the mask by which trailing padding is cut off. generators: torch.Generators that the loss draws from, beside
+    torch's default, Python's and NumPy's.
 
     Out of memory: a batch that runs out is undone (gradients, buffers, generators) and run again with half the
     micro-batch; the update has the same bits as with the smaller one from the start.

@@ -39,7 +39,8 @@ def curvature(
 
     The model is in evaluation mode meanwhile. Its loss must be twice differentiable: a fused attention without a second
     derivative is not (`attn_implementation="eager"` for Hugging Face models). micro_batch: None takes the batch at once.
-    tolerance: relative to the eigenvalue. Leaves parameters, gradients and training mode unchanged. Raises UsageError if the weight is 0 or a product is not finite.
+    tolerance: relative to the eigenvalue. Leaves parameters, gradients and training mode unchanged. Raises UsageError if
+    the weight is 0 or a product is not finite.
     Cost: one product costs about three gradients; four copies of the parameters.
     """
     source = batches.source_of(batch, length, collate, None)

@@ -36,7 +36,7 @@ def take_up(folder: Any, run: str, now: dict[str, Any], note: Callable[[str], No
     if fixed:
         said = "; ".join(f"{name} was {changed[name][0]}, is {changed[name][1]}" for name in fixed)
         raise UsageError(f"the run in {run} is another one: {said}; restore these, or name another folder")
-    if set(changed) - NOT_SETTINGS and not folder.is_healthy():
+    if changed.keys() - NOT_SETTINGS and not folder.is_healthy():
         folder.use_healthy()  # this is the way out of a divergence
     same_budget = "memory" not in changed
     if not same_budget:

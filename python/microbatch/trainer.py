@@ -36,14 +36,16 @@ class Trainer:
 
     run: the folder; metrics.jsonl, TensorBoard events, checkpoints, model.safetensors and report.html are written there.
     resume: continues a run that is there, with the same bits as if it had never stopped, and starts it otherwise.
-    steps, samples, tokens, epochs: how long; give one, or one epoch is made. An iterable needs steps, samples or tokens. memory: the budget of all CPU tensors
-    during train(); None: four fifths of what is free. micro_batch, recompute, clip_norm, generators: as for an Accumulator.
+    steps, samples, tokens, epochs: how long; give one, or one epoch is made. An iterable needs steps, samples or tokens.
+    memory: the budget of all CPU tensors during train(); None: four fifths of what is free. micro_batch, recompute,
+    clip_norm, generators: as for an Accumulator.
     lr, schedule, warmup, final_lr, decay: see Schedule; without lr, the optimizer's own. optimizer: mb.AdamW or another;
     None: mb.AdamW, without weight decay for vectors. guard: refuses spikes, and rolls a run that diverges back, at most
     `restores` times. noise_every: steps from one measure of the gradient's noise to the next. collate_fn: makes a list of
     samples into a micro-batch; torch's default_collate if None. lengths: of each sample, or a function of a sample; a
     batch is then taken by length, and with bound="tokens" micro-batches of shorter samples hold more of them. workers:
-    processes that load samples ahead. held_out: a dataset whose loss is measured at the end. verify: checks the first samples by mb.verify(). progress: shows it on the terminal or in the notebook.
+    processes that load samples ahead. held_out: a dataset whose loss is measured at the end. verify: checks the first
+    samples by mb.verify(). progress: shows it on the terminal or in the notebook; without it, warnings are Python's.
 
     Raises UsageError for settings out of range, or if the folder has a run and `resume` is false.
     """

@@ -8,7 +8,7 @@ import signal
 import models
 import pytest
 import torch
-from test_trainer import lines, pairs, trained, trainer
+from runs import lines, pairs, trained, trainer
 from torch.utils.data import DataLoader, IterableDataset
 
 import microbatch as mb
