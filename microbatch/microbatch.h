@@ -30,6 +30,7 @@
 #include "microbatch/ops/cross_entropy.h"
 #include "microbatch/ops/linear_cross_entropy.h"
 #include "microbatch/ops/residual_block.h"
+#include "microbatch/ops/rms_norm.h"
 #include "microbatch/ops/transformer_block.h"
 #include "microbatch/optim/adamw.h"
 #include "microbatch/optim/sgd.h"

@@ -4,7 +4,6 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/mm.h>
-#include <ATen/ops/rsqrt.h>
 #include <ATen/ops/silu.h>
 
 #include <algorithm>
@@ -17,6 +16,7 @@
 #include "microbatch/ops/causal_attention.h"
 #include "microbatch/ops/checks.h"
 #include "microbatch/ops/fused/llama.h"
+#include "microbatch/ops/rms_norm.h"
 
 namespace microbatch {
 
@@ -119,7 +119,7 @@ at::Tensor rotated(const at::Tensor& x, std::int64_t heads, const at::Tensor& co
 at::Tensor llama_block_by_operators(const at::Tensor& x, const at::Tensor& cosines, const at::Tensor& sines,
                                     const LlamaWeights& w, const LlamaDetails& details) {
     const auto norm = [&](const at::Tensor& rows, const at::Tensor& scale) {
-        return rows * at::rsqrt(rows.square().mean(-1, /*keepdim=*/true) + details.epsilon) * scale;
+        return rms_norm_by_operators(rows, scale, details.epsilon);
     };
     const auto linear = [&](const at::Tensor& rows, const at::Tensor& weight, const at::Tensor& bias) {
         const at::Tensor flat = rows.flatten(0, -2);

@@ -5,48 +5,12 @@
 
 #include <tuple>
 
+#include "microbatch/ops/fused/rms_norm_rows.h"
 #include "microbatch/ops/fused/rows.h"
 
 namespace microbatch {
 
 namespace {
-
-/// One of the two RMS norms: its parameter and saved statistics.
-struct RmsNorm {
-    const at::Tensor& scale;
-    double epsilon;
-    float* inverses;
-
-    RmsNorm(const at::Tensor& scale_, double epsilon_, const at::Tensor& statistics, std::int64_t number)
-        : scale(scale_), epsilon(epsilon_), inverses(mutable_floats(statistics) + number * statistics.size(1)) {}
-
-    void forward(RowRange rows, const at::Tensor& x, const at::Tensor& y) const {
-        const std::int64_t width = scale.numel(), begin = rows.begin * width;
-        kernels().rms_norm_rows({.rows = rows.count(),
-                                 .width = width,
-                                 .epsilon = static_cast<float>(epsilon),
-                                 .x = floats(x) + begin,
-                                 .scale = floats(scale),
-                                 .y = mutable_floats(y) + begin,
-                                 .inverses = inverses + rows.begin});
-    }
-
-    /// Replaces the gradient of y by that of x plus the residual's, and computes y again.
-    void backward(RowRange rows, const at::Tensor& x, const at::Tensor& gradient, const at::Tensor& residual,
-                  const at::Tensor& y, float* grad_scale) const {
-        const std::int64_t width = scale.numel(), begin = rows.begin * width;
-        kernels().rms_norm_rows_backward({.rows = rows.count(),
-                                          .width = width,
-                                          .x = floats(x) + begin,
-                                          .inverses = inverses + rows.begin,
-                                          .scale = floats(scale),
-                                          .gradient = floats(gradient) + begin,
-                                          .residual = floats(residual) + begin,
-                                          .grad_x = mutable_floats(gradient) + begin,
-                                          .y = mutable_floats(y) + begin,
-                                          .grad_scale = grad_scale});
-    }
-};
 
 /// Where queries, keys and values lie in a tensor of all of them.
 struct Heads3 {
@@ -131,7 +95,7 @@ GatedGradients gated_mlp_backward(const Rows& rows, const LlamaWeights& w, const
         linear_gradient(mine, grad_gate, w.gate_weight, result.grad_middle);
         linear_gradient(mine, grad_up, w.expansion_weight, result.grad_middle, /*add=*/true);
         grad_scale.of(mine, [&](RowRange some, float* sums) {
-            norm.backward(some, saved.middle, result.grad_middle, gradient, normed, sums);
+            norm.backward(some, saved.middle, {result.grad_middle, result.grad_middle, gradient, normed, sums});
         });
         linear_gradient(mine, result.grad_middle, w.projection_weight, result.grad_attended);
     });
@@ -161,7 +125,7 @@ at::Tensor projections_backward(const Rows& rows, const at::Tensor& x, const at:
         linear_gradient(mine, {grad_qkv, heads.q() + heads.kv(), heads.kv()}, w.v_weight, grad_x, /*add=*/true);
         grad_vectors.of(mine, [&](RowRange some, float* sums) {
             if (w.q_bias.defined()) sum_rows(some, grad_qkv, all, sums);
-            norm.backward(some, x, grad_x, grad_middle, normed, sums + all);
+            norm.backward(some, x, {grad_x, grad_x, grad_middle, normed, sums + all});
         });
     });
     const at::Tensor sums = grad_vectors.total(), matrix = grad_qkv.flatten(0, 1);

@@ -32,17 +32,17 @@ struct RmsNormRows {
     float* inverses = nullptr;  ///< [rows]
 };
 
-/// Its gradient, and y again.
+/// Its gradient, and optionally y again.
 struct RmsNormRowsBackward {
     std::int64_t rows = 0, width = 0;
     const float* x = nullptr;
     const float* inverses = nullptr;
     const float* scale = nullptr;
     const float* gradient = nullptr;  ///< of y
-    const float* residual = nullptr;  ///< the gradient of x that does not come through the norm
+    const float* residual = nullptr;  ///< the gradient of x that does not come through the norm, or nullptr
     float* grad_x = nullptr;          ///< the sum of both; may be gradient
-    float* y = nullptr;
-    float* grad_scale = nullptr;  ///< [width]; these rows' gradient is added
+    float* y = nullptr;               ///< or nullptr
+    float* grad_scale = nullptr;      ///< [width]; these rows' gradient is added
 };
 
 /// Rotary positions: in each of `heads` parts of a row, pairs of numbers half a part apart are rotated, in place.

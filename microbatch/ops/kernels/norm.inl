@@ -99,7 +99,7 @@ inline void rms_norm_row_backward(const RmsNormRowsBackward& norm, int64_t r) {
     for_each_vector(norm.width, [&](int64_t i, int64_t some) {
         const Vector normed = load_some(norm.x + row + i, some) * inverse;
         const Vector scale = load_some(norm.scale + i, some), gradient = load_some(norm.gradient + row + i, some);
-        store_some(norm.y + row + i, normed * scale, some);
+        if (norm.y != nullptr) store_some(norm.y + row + i, normed * scale, some);
         store_some(norm.grad_scale + i, load_some(norm.grad_scale + i, some) + gradient * normed, some);
         product += gradient * scale * normed;
     });
@@ -107,8 +107,9 @@ inline void rms_norm_row_backward(const RmsNormRowsBackward& norm, int64_t r) {
     for_each_vector(norm.width, [&](int64_t i, int64_t some) {
         const Vector normed = load_some(norm.x + row + i, some) * inverse;
         const Vector scaled = load_some(norm.gradient + row + i, some) * load_some(norm.scale + i, some);
-        store_some(norm.grad_x + row + i,
-                   load_some(norm.residual + row + i, some) + inverse * (scaled - normed * mean_product), some);
+        Vector grad_x = inverse * (scaled - normed * mean_product);
+        if (norm.residual != nullptr) grad_x = load_some(norm.residual + row + i, some) + grad_x;
+        store_some(norm.grad_x + row + i, grad_x, some);
     });
 }
 
