@@ -34,8 +34,8 @@ struct FusedRmsNorm {
     FusedResult forward(const variable_list& inputs) const {
         const at::Tensor &x = inputs[0], &scale = inputs[1];
         at::Tensor y = at::empty_like(x);
-        const at::Tensor statistics = at::empty({1, x.numel() / x.size(-1)}, x.options());
-        const RmsNorm norm(scale, epsilon, statistics, 0);
+        const at::Tensor statistics = at::empty({x.numel() / x.size(-1)}, x.options());
+        const RmsNorm norm{scale, epsilon, mutable_floats(statistics)};
         for_rows(x, [&](RowRange mine) { norm.forward(mine, x, y); });
         return {y, {statistics}};
     }
@@ -43,7 +43,7 @@ struct FusedRmsNorm {
     variable_list backward(const FusedBackward& of) const {
         const at::Tensor &x = of.inputs[0], &scale = of.inputs[1];
         const at::Tensor gradient = of.gradient.contiguous();
-        const RmsNorm norm(scale, epsilon, of.saved[0], 0);
+        const RmsNorm norm{scale, epsilon, mutable_floats(of.saved[0])};
         at::Tensor grad_x = at::empty_like(x);
         RowTotals grad_scale(scale.numel());
         for_rows(x, [&](RowRange mine) {

@@ -14,23 +14,46 @@
 #include "microbatch/ops/checks.h"
 #include "microbatch/ops/fused/transformer.h"
 #include "microbatch/ops/gelu.h"
+#include "microbatch/ops/rms_norm.h"
 #include "microbatch/runtime/gemm.h"
 
 namespace microbatch {
 
 namespace {
 
-/// The inputs of FusedBlock: x, and the weights in their order.
+/// The inputs of FusedBlock: x, and the weights in their order, with the shifts, if there are any, last.
 variable_list inputs_of(const at::Tensor& x, const TransformerWeights& w) {
-    variable_list inputs{w.attention_norm_scale, w.attention_norm_shift, w.qkv_weight,         w.qkv_bias,
-                         w.projection_weight,    w.projection_bias,      w.mlp_norm_scale,     w.mlp_norm_shift,
-                         w.expansion_weight,     w.expansion_bias,       w.contraction_weight, w.contraction_bias};
-    inputs.insert(inputs.begin(), x);
+    variable_list inputs{x,
+                         w.attention_norm_scale,
+                         w.qkv_weight,
+                         w.qkv_bias,
+                         w.projection_weight,
+                         w.projection_bias,
+                         w.mlp_norm_scale,
+                         w.expansion_weight,
+                         w.expansion_bias,
+                         w.contraction_weight,
+                         w.contraction_bias};
+    if (w.attention_norm_shift.defined()) {
+        inputs.insert(inputs.end(), {w.attention_norm_shift, w.mlp_norm_shift});
+    }
     return inputs;
 }
 
 TransformerWeights weights_of(const variable_list& v) {
-    return {v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11], v[12]};
+    const bool shifted = v.size() > 11;
+    return {.attention_norm_scale = v[1],
+            .attention_norm_shift = shifted ? v[11] : at::Tensor(),
+            .qkv_weight = v[2],
+            .qkv_bias = v[3],
+            .projection_weight = v[4],
+            .projection_bias = v[5],
+            .mlp_norm_scale = v[6],
+            .mlp_norm_shift = shifted ? v[12] : at::Tensor(),
+            .expansion_weight = v[7],
+            .expansion_bias = v[8],
+            .contraction_weight = v[9],
+            .contraction_bias = v[10]};
 }
 
 /// The same with every weight as [outputs, inputs].
@@ -82,7 +105,8 @@ private:
 bool is_fast(const at::Tensor& x, const TransformerWeights& w, std::int64_t heads, TransformerDropout dropout,
              bool inputs_first) {
     if (dropout.attention != 0.0 || dropout.mlp != 0.0 || !is_fp32_on_cpu(x) || x.dim() != 3 || x.numel() == 0 ||
-        operators_are_watched() || at::autocast::is_autocast_enabled(at::kCPU)) {
+        operators_are_watched() || at::autocast::is_autocast_enabled(at::kCPU) ||
+        w.attention_norm_shift.defined() != w.mlp_norm_shift.defined()) {
         return false;
     }
     const variable_list inputs = inputs_of(x, w);
@@ -96,7 +120,7 @@ bool is_fast(const at::Tensor& x, const TransformerWeights& w, std::int64_t head
         return weight.sizes() == at::IntArrayRef{rows, columns} && bias.sizes() == at::IntArrayRef{out};
     };
     const auto is_norm = [&](const at::Tensor& scale, const at::Tensor& shift) {
-        return scale.sizes() == at::IntArrayRef{width} && shift.sizes() == at::IntArrayRef{width};
+        return scale.sizes() == at::IntArrayRef{width} && (!shift.defined() || shift.sizes() == at::IntArrayRef{width});
     };
     return heads >= 1 && width % heads == 0 && inner >= 1 && is_norm(w.attention_norm_scale, w.attention_norm_shift) &&
            is_norm(w.mlp_norm_scale, w.mlp_norm_shift) && is_linear(w.qkv_weight, w.qkv_bias, width, 3 * width) &&
@@ -110,7 +134,8 @@ bool is_fast(const at::Tensor& x, const TransformerWeights& w, std::int64_t head
 at::Tensor transformer_block_by_operators(const at::Tensor& x, const TransformerWeights& w, std::int64_t heads,
                                           TransformerDropout dropout, const TransformerDetails& details) {
     const auto norm = [&](const at::Tensor& rows, const at::Tensor& scale, const at::Tensor& shift) {
-        return at::layer_norm(rows, rows.size(-1), scale, shift, details.epsilon);
+        return shift.defined() ? at::layer_norm(rows, rows.size(-1), scale, shift, details.epsilon)
+                               : rms_norm_by_operators(rows, scale, details.epsilon);
     };
     // Rows of numbers: torch adds the bias inside the product for 2-D inputs only.
     const auto linear = [&](const at::Tensor& rows, const at::Tensor& weight, const at::Tensor& bias) {

@@ -6,9 +6,10 @@
 
 namespace microbatch {
 
-/// The parameters of a block, as torch's modules keep them: a linear layer's weight is [outputs, inputs].
+/// The parameters of a block, as torch's modules keep them: a linear layer's weight is [outputs, inputs]. The norms are
+/// RMS norms where the shifts are undefined.
 struct TransformerWeights {
-    at::Tensor attention_norm_scale, attention_norm_shift;  ///< [width]
+    at::Tensor attention_norm_scale, attention_norm_shift;  ///< [width], both shifts or none
     at::Tensor qkv_weight, qkv_bias;                        ///< [3 width, width]: queries, keys, values
     at::Tensor projection_weight, projection_bias;          ///< [width, width]
     at::Tensor mlp_norm_scale, mlp_norm_shift;              ///< [width]
@@ -23,16 +24,16 @@ struct TransformerDropout {
 
 /// How a block is written down, where that differs from torch's modules and from GPT-2.
 struct TransformerDetails {
-    double epsilon = 1e-5;      ///< of the layer norms
+    double epsilon = 1e-5;      ///< of the norms
     bool inputs_first = false;  ///< weights are [inputs, outputs], as `Conv1D` of Hugging Face has them
     at::Tensor lengths = {};    ///< [samples], int64: from where the tokens are padding; undefined: no padding
 };
 
-/// A GPT-2 block: causal attention, then two linear layers with GELU between them, each applied to a layer norm of the
+/// A GPT-2 block: causal attention, then two linear layers with GELU between them, each applied to a norm of the
 /// residual stream and added to it.
 ///
 /// Formula:  m = x + dropout(P(attention(QKV(norm(x))))), result = m + dropout(C(gelu(E(norm(m))))).
-/// Source:   Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
+/// Source:   Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; RMS norm as in rms_norm.
 /// Shapes:   x [samples, tokens, width] -> the same.
 /// Errors:   torch's own; ErrorKind::usage as causal_attention.
 /// State:    differentiable twice. x and all weights must be unchanged when backward runs. Dropout draws from torch's

@@ -162,6 +162,49 @@ TEST(TransformerBlock, OfPaddingIsThatOfTheOperatorsInDouble) {
     EXPECT_THROW(transformer_block(x, block(), 2, {}, {.lengths = at::tensor({4, 1, 10}, at::kLong)}), Error);
 }
 
+/// The same block with RMS norms.
+TransformerWeights without_shifts(const Block& block) {
+    TransformerWeights weights = block();
+    weights.attention_norm_shift = weights.mlp_norm_shift = at::Tensor();
+    return weights;
+}
+
+TEST(TransformerBlock, WithoutShiftsHasRmsNormsInAndOutsideAScope) {
+    at::manual_seed(16);
+    for (const bool in_scope : {false, true}) {
+        const Block block(20, 30, 2), exact = block.to(at::kDouble);
+        const at::Tensor x = some_input(3, 19, 20), x64 = x.detach().to(at::kDouble).requires_grad_();
+        for (int pass = 0; pass < 2; ++pass) {  // the second one adds
+            std::optional<InPlaceGradients> scope;
+            if (in_scope) scope.emplace();
+            const at::Tensor out = transformer_block(x, without_shifts(block), 2);
+            const at::Tensor expected = transformer_block_by_operators(x64, without_shifts(exact), 2);
+            ASSERT_TRUE(is_fast(out));
+            EXPECT_LE(relative_difference(out, expected), tolerance);
+            EXPECT_GT(relative_difference(out, transformer_block(x, block(), 2)), 0.01);
+            scalar_of(out).backward();
+            scalar_of(expected).backward();
+        }
+        EXPECT_LE(relative_difference(x.grad(), x64.grad()), tolerance);
+        for (std::size_t i = 0; i < block.weights.size(); ++i) {
+            const bool is_shift = i == 1 || i == 7;
+            ASSERT_EQ(block.weights[i].grad().defined(), !is_shift) << names[i];
+            if (is_shift) continue;
+            EXPECT_LE(relative_difference(block.weights[i].grad(), exact.weights[i].grad()), tolerance) << names[i];
+        }
+    }
+}
+
+TEST(TransformerBlock, UsesTorchsOperatorsForALayerNormBesideAnRmsNorm) {
+    at::manual_seed(17);
+    const Block block(16, 64, 2);
+    TransformerWeights weights = block();
+    weights.mlp_norm_shift = at::Tensor();
+    const at::Tensor x = some_input(2, 9, 16), out = transformer_block(x, weights, 2);
+    EXPECT_FALSE(is_fast(out));
+    EXPECT_TRUE(same_bits(out, transformer_block_by_operators(x, weights, 2)));
+}
+
 TEST(TransformerBlock, HasTheSameValuesOnTwoThreads) {
     at::manual_seed(2);
     const Block block(64, 256, 4);

@@ -12,6 +12,14 @@ namespace microbatch {
 
 namespace {
 
+RmsNorm attention_norm(const LlamaWeights& w, const LlamaDetails& details, const LlamaSaved& saved) {
+    return {w.attention_norm_scale, details.epsilon, mutable_floats(saved.statistics)};
+}
+
+RmsNorm mlp_norm(const LlamaWeights& w, const LlamaDetails& details, const LlamaSaved& saved) {
+    return {w.mlp_norm_scale, details.epsilon, mutable_floats(saved.statistics) + saved.statistics.size(1)};
+}
+
 /// Where queries, keys and values lie in a tensor of all of them.
 struct Heads3 {
     std::int64_t heads, kv_heads, size;
@@ -81,7 +89,7 @@ struct GatedGradients {
 GatedGradients gated_mlp_backward(const Rows& rows, const LlamaWeights& w, const LlamaDetails& details,
                                   const LlamaSaved& saved, const at::Tensor& gradient, const GradientSink& sink) {
     const std::int64_t width = rows.width, inner = saved.gate.size(1);
-    const RmsNorm norm(w.mlp_norm_scale, details.epsilon, saved.statistics, 1);
+    const RmsNorm norm = mlp_norm(w, details, saved);
     GatedGradients result{at::empty_like(saved.middle), at::empty_like(saved.attended.out)};
     const at::Tensor grad_gate = rows.matrix(inner), grad_up = rows.matrix(inner), product = rows.matrix(inner);
     const at::Tensor normed = rows.matrix(width);
@@ -114,7 +122,7 @@ at::Tensor projections_backward(const Rows& rows, const at::Tensor& x, const at:
                                 const GradientSink& sink) {
     const Heads3 heads(w, details);
     const std::int64_t width = rows.width, all = heads.all();
-    const RmsNorm norm(w.attention_norm_scale, details.epsilon, saved.statistics, 0);
+    const RmsNorm norm = attention_norm(w, details, saved);
     at::Tensor grad_x = at::empty_like(x);
     const at::Tensor normed = rows.matrix(width);
     RowTotals grad_vectors(all + width);
@@ -155,8 +163,7 @@ std::pair<at::Tensor, LlamaSaved> llama_forward(const at::Tensor& x, const at::T
                      .gate = rows.matrix(inner),
                      .up = rows.matrix(inner),
                      .statistics = at::empty({2, rows.count}, x.options())};
-    const RmsNorm first(w.attention_norm_scale, details.epsilon, saved.statistics, 0);
-    const RmsNorm second(w.mlp_norm_scale, details.epsilon, saved.statistics, 1);
+    const RmsNorm first = attention_norm(w, details, saved), second = mlp_norm(w, details, saved);
     const at::Tensor& normed = out;  // until `out` holds the result
     rows.in_threads([&](RowRange mine) {
         first.forward(mine, x, normed);

@@ -17,14 +17,11 @@ struct RmsNormGradients {
     float* grad_scale = nullptr;
 };
 
-/// RMS norm of ranges of rows. The inverse root mean squares stand in a row of `statistics`, [.., rows].
+/// RMS norm of ranges of rows.
 struct RmsNorm {
     const at::Tensor& scale;
     double epsilon;
-    float* inverses;
-
-    RmsNorm(const at::Tensor& scale_, double epsilon_, const at::Tensor& statistics, std::int64_t row)
-        : scale(scale_), epsilon(epsilon_), inverses(mutable_floats(statistics) + row * statistics.size(1)) {}
+    float* inverses;  ///< [rows]: inverse root mean squares, which forward writes
 
     void forward(RowRange rows, const at::Tensor& x, const at::Tensor& y) const;
     void backward(RowRange rows, const at::Tensor& x, const RmsNormGradients& of) const;

@@ -3,13 +3,14 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
+#include "microbatch/ops/fused/rms_norm_rows.h"
 #include "microbatch/ops/fused/rows.h"
 
 namespace microbatch {
 
 namespace {
 
-/// One of the two layer norms: its parameters and saved statistics.
+/// One of the two norms, a layer norm or, without a shift, an RMS norm: its parameters and saved statistics.
 struct Norm {
     const at::Tensor& scale;
     const at::Tensor& shift;
@@ -25,7 +26,10 @@ struct Norm {
           means(mutable_floats(statistics) + 2 * number * statistics.size(1)),
           inverses(means + statistics.size(1)) {}
 
+    RmsNorm rms() const { return {scale, epsilon, inverses}; }
+
     void forward(RowRange rows, const at::Tensor& x, const at::Tensor& y) const {
+        if (!shift.defined()) return rms().forward(rows, x, y);
         const std::int64_t width = scale.numel(), begin = rows.begin * width;
         kernels().norm_rows({.rows = rows.count(),
                              .width = width,
@@ -42,6 +46,11 @@ struct Norm {
     void backward(RowRange rows, const at::Tensor& x, const at::Tensor& gradient, const at::Tensor& residual,
                   const at::Tensor& y, float* grad_scale, float* grad_shift, float* grad_x_sums) const {
         const std::int64_t width = scale.numel(), begin = rows.begin * width;
+        if (!shift.defined()) {
+            rms().backward(rows, x, {gradient, gradient, residual, y, grad_scale});
+            sum_rows(rows, gradient, width, grad_x_sums);
+            return;
+        }
         kernels().norm_rows_backward({.rows = rows.count(),
                                       .width = width,
                                       .x = floats(x) + begin,
@@ -59,20 +68,20 @@ struct Norm {
     }
 };
 
-/// Positions in TransformerWeights.
+/// Positions in the block's weights: the shifts, which RMS norms lack, are the last.
 enum Place : std::size_t {
     attention_norm_scale,
-    attention_norm_shift,
     qkv_weight,
     qkv_bias,
     projection_weight,
     projection_bias,
     mlp_norm_scale,
-    mlp_norm_shift,
     expansion_weight,
     expansion_bias,
     contraction_weight,
-    contraction_bias
+    contraction_bias,
+    attention_norm_shift,
+    mlp_norm_shift
 };
 
 /// From the block's result back to attention: the gradients of the residual stream in between and of attention's
@@ -111,7 +120,7 @@ MlpGradients mlp_backward(const Rows& rows, const TransformerWeights& w, const T
     sink(expansion_weight, grad_expanded, normed);
     sink(expansion_bias, sums.narrow(0, 0, inner), {});
     sink(mlp_norm_scale, vector(1), {});
-    sink(mlp_norm_shift, vector(2), {});
+    if (w.mlp_norm_shift.defined()) sink(mlp_norm_shift, vector(2), {});
     sink(projection_weight, result.grad_middle.view({rows.count, width}), saved.attended.out.view({rows.count, width}));
     sink(projection_bias, vector(3), {});
     return result;
@@ -138,7 +147,7 @@ at::Tensor qkv_backward(const Rows& rows, const at::Tensor& x, const Transformer
     sink(qkv_weight, grad_qkv.view({rows.count, 3 * width}), normed);
     sink(qkv_bias, sums.narrow(0, 0, 3 * width), {});
     sink(attention_norm_scale, sums.narrow(0, 3 * width, width), {});
-    sink(attention_norm_shift, sums.narrow(0, 4 * width, width), {});
+    if (w.attention_norm_shift.defined()) sink(attention_norm_shift, sums.narrow(0, 4 * width, width), {});
     return grad_x;
 }
 

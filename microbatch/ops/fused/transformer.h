@@ -26,7 +26,7 @@ std::pair<at::Tensor, TransformerSaved> transformer_forward(const at::Tensor& x,
                                                             std::int64_t heads, const TransformerDetails& details);
 
 /// The gradient of x, from the result's. The weights' gradients go to the sink as soon as each is known, so that few
-/// are held at a time.
+/// are held at a time; they are numbered in the order of TransformerWeights, with the shifts last.
 at::Tensor transformer_backward(const at::Tensor& x, const TransformerWeights& weights, std::int64_t heads,
                                 const TransformerDetails& details, const TransformerSaved& saved,
                                 const at::Tensor& gradient, const GradientSink& sink);
