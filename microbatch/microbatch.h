@@ -25,6 +25,7 @@
 #include "microbatch/memory/meter.h"
 #include "microbatch/model/model.h"
 #include "microbatch/models/gpt.h"
+#include "microbatch/models/llama.h"
 #include "microbatch/models/mlp.h"
 #include "microbatch/models/resnet.h"
 #include "microbatch/ops/cross_entropy.h"

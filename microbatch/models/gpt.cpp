@@ -1,14 +1,11 @@
 #include "microbatch/models/gpt.h"
 
-#include <torch/nn/init.h>
 #include <torch/nn/modules/container/modulelist.h>
-#include <torch/nn/modules/linear.h>
-
-#include <cmath>
 
 #include "microbatch/autograd/recompute.h"
 #include "microbatch/core/error.h"
 #include "microbatch/models/checks.h"
+#include "microbatch/models/language_layers.h"
 #include "microbatch/ops/transformer_block.h"
 
 namespace microbatch {
@@ -16,29 +13,12 @@ namespace microbatch {
 namespace {
 
 using torch::nn::Dropout;
-using torch::nn::Embedding;
-using torch::nn::LayerNorm;
-using torch::nn::LayerNormOptions;
 using torch::nn::Linear;
 
-constexpr double init_deviation = 0.02;
+constexpr double epsilon = 1e-5;  // of the norms
 
-Linear make_linear(std::int64_t inputs, std::int64_t outputs, double deviation) {
-    Linear linear(inputs, outputs);
-    torch::nn::init::normal_(linear->weight, 0, deviation);
-    torch::nn::init::zeros_(linear->bias);
-    return linear;
-}
-
-Embedding make_embedding(std::int64_t rows, std::int64_t width) {
-    Embedding embedding(rows, width);
-    torch::nn::init::normal_(embedding->weight, 0, init_deviation);
-    return embedding;
-}
-
-/// Each block adds to the residual stream twice; this keeps the sum's variance independent of the depth.
-Linear make_projection(std::int64_t inputs, const GptConfig& config) {
-    return make_linear(inputs, config.width, init_deviation / std::sqrt(2.0 * static_cast<double>(config.layers)));
+std::shared_ptr<LanguageNorm> make_norm(const GptConfig& config) {
+    return std::make_shared<LanguageNorm>(config.width, config.norm == GptNorm::layer, epsilon);
 }
 
 /// Attention or the MLP of a block: a linear layer, and the projection back into the residual stream. transformer_block()
@@ -46,8 +26,9 @@ Linear make_projection(std::int64_t inputs, const GptConfig& config) {
 class Sublayer : public torch::nn::Module {
 public:
     Sublayer(const GptConfig& config, const char* name, std::int64_t outputs, std::int64_t projected)
-        : linear(register_module(name, make_linear(config.width, outputs, init_deviation))),
-          projection(register_module("projection", make_projection(projected, config))),
+        : linear(register_module(name, make_linear(config.width, outputs, init_deviation, /*biased=*/true))),
+          projection(register_module("projection", make_linear(projected, config.width,
+                                                               projection_deviation(config.layers), /*biased=*/true))),
           dropout(register_module("dropout", Dropout(config.dropout))) {}
 
     Linear linear;
@@ -74,8 +55,9 @@ void require_valid(const GptConfig& config) {
 template <class Number>
 Number parameters_as(const GptConfig& config) {
     const auto width = static_cast<Number>(config.width);
-    const Number block = 12 * width * width + 13 * width;  // 4 linear layers with biases, 2 layer norms
-    const auto rows = static_cast<Number>(config.vocabulary + config.length + 2);  // 2: the last layer norm
+    const Number norm = config.norm == GptNorm::layer ? 2 : 1;         // vectors of its parameters
+    const Number block = 12 * width * width + (9 + 2 * norm) * width;  // 4 linear layers with biases, 2 norms
+    const Number rows = static_cast<Number>(config.vocabulary + config.length) + norm;
     return static_cast<Number>(config.layers) * block + rows * width;
 }
 
@@ -85,10 +67,10 @@ class GptBlock : public torch::nn::Module {
 public:
     explicit GptBlock(const GptConfig& config)
         : heads_(config.heads),
-          attention_norm_(register_module("attention_norm", LayerNorm(LayerNormOptions({config.width})))),
+          attention_norm_(register_module("attention_norm", make_norm(config))),
           attention_(
               register_module("attention", std::make_shared<Sublayer>(config, "qkv", 3 * config.width, config.width))),
-          mlp_norm_(register_module("mlp_norm", LayerNorm(LayerNormOptions({config.width})))),
+          mlp_norm_(register_module("mlp_norm", make_norm(config))),
           mlp_(register_module("mlp",
                                std::make_shared<Sublayer>(config, "expansion", 4 * config.width, 4 * config.width))) {}
 
@@ -98,16 +80,26 @@ public:
             {attention_norm_->weight, attention_norm_->bias, attention_->linear->weight, attention_->linear->bias,
              attention_->projection->weight, attention_->projection->bias, mlp_norm_->weight, mlp_norm_->bias,
              mlp_->linear->weight, mlp_->linear->bias, mlp_->projection->weight, mlp_->projection->bias},
-            heads_, {share_of(attention_->dropout), share_of(mlp_->dropout)});
+            heads_, {share_of(attention_->dropout), share_of(mlp_->dropout)}, {.epsilon = epsilon});
     }
 
 private:
     std::int64_t heads_;
-    LayerNorm attention_norm_;
+    std::shared_ptr<LanguageNorm> attention_norm_;
     std::shared_ptr<Sublayer> attention_;
-    LayerNorm mlp_norm_;
+    std::shared_ptr<LanguageNorm> mlp_norm_;
     std::shared_ptr<Sublayer> mlp_;
 };
+
+std::string_view to_string(GptNorm norm) {
+    return norm == GptNorm::layer ? "layer" : "rms";
+}
+
+GptNorm parse_gpt_norm(std::string_view name) {
+    if (name == "layer") return GptNorm::layer;
+    if (name == "rms") return GptNorm::rms;
+    throw Error(ErrorKind::usage, "\"", name, "\" is not a norm of a gpt; choose layer or rms");
+}
 
 GptConfig gpt_preset(std::string_view name) {
     if (name == "gpt-tiny") return {};
@@ -134,16 +126,12 @@ GptImpl::GptImpl(const GptConfig& config) : config_(config) {
         blocks_.push_back(std::make_shared<GptBlock>(config));
         blocks->push_back(blocks_.back());
     }
-    norm_ = register_module("norm", LayerNorm(LayerNormOptions({config.width})));
+    norm_ = register_module("norm", make_norm(config));
 }
 
 at::Tensor GptImpl::hidden(const at::Tensor& tokens) {
-    require_that(tokens.dim() == 2 && tokens.scalar_type() == at::kLong, "gpt: the tokens are ", tokens.scalar_type(),
-                 " of shape ", tokens.sizes(), "; give int64 of shape [samples, tokens]");
-    const std::int64_t length = tokens.size(1);
-    require_that(length >= 1 && length <= config_.length, "gpt: a sample has ", length,
-                 " tokens, but the model accepts 1 to ", config_.length, "; shorten the samples or set length");
-    at::Tensor x = token_embedding_->forward(tokens) + position_embedding_->weight.narrow(0, 0, length);
+    require_tokens("gpt", tokens, config_.length);
+    at::Tensor x = token_embedding_->forward(tokens) + position_embedding_->weight.narrow(0, 0, tokens.size(1));
     x = dropout_->forward(x);
     for (const auto& block : blocks_) {
         const auto run = [block](const at::Tensor& input) { return block->forward(input); };

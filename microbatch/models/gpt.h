@@ -3,7 +3,6 @@
 #include <torch/nn/module.h>
 #include <torch/nn/modules/dropout.h>
 #include <torch/nn/modules/embedding.h>
-#include <torch/nn/modules/normalization.h>
 #include <torch/nn/pimpl.h>
 
 #include <cstdint>
@@ -15,6 +14,15 @@
 
 namespace microbatch {
 
+/// The norm before attention, before the MLP and before the head: see rms_norm for the second one.
+enum class GptNorm { layer, rms };
+
+/// "layer" or "rms".
+std::string_view to_string(GptNorm norm);
+
+/// Parses the name. Errors: ErrorKind::usage, listing the names, for any other text.
+GptNorm parse_gpt_norm(std::string_view name);
+
 /// Sizes of a `Gpt`.
 struct GptConfig {
     std::int64_t layers = 4;
@@ -23,6 +31,7 @@ struct GptConfig {
     std::int64_t length = 64;       ///< tokens per sample, at most
     std::int64_t vocabulary = 256;  ///< tokens are 0 to vocabulary - 1
     double dropout = 0;             ///< share set to 0 in the embeddings and in the outputs of attention and MLP
+    GptNorm norm = GptNorm::layer;
 };
 
 /// The named sizes: gpt-tiny (0.8M parameters), gpt-small (10.8M), gpt2 (124M).
@@ -34,6 +43,7 @@ GptConfig gpt_preset(std::string_view name);
 std::int64_t count_parameters(const GptConfig& config);
 
 class GptBlock;
+class LanguageNorm;
 
 /// A causal language model like GPT-2: learned positions, pre-norm blocks of attention and MLP, and a head whose weight
 /// is the token embedding: one parameter, "token_embedding.weight".
@@ -76,7 +86,7 @@ private:
     torch::nn::Embedding position_embedding_ = nullptr;
     torch::nn::Dropout dropout_ = nullptr;
     std::vector<std::shared_ptr<GptBlock>> blocks_;
-    torch::nn::LayerNorm norm_ = nullptr;
+    std::shared_ptr<LanguageNorm> norm_;
 };
 TORCH_MODULE(Gpt);
 

@@ -15,6 +15,8 @@ using microbatch::ErrorKind;
 using microbatch::Gpt;
 using microbatch::gpt_preset;
 using microbatch::GptConfig;
+using microbatch::GptNorm;
+using microbatch::parse_gpt_norm;
 using microbatch::test::count_numbers;
 using microbatch::test::error_message;
 using microbatch::test::expect_usage_error;
@@ -32,8 +34,9 @@ TEST(GptConfig, CountsTheParametersOfItsPresets) {
 }
 
 TEST(GptConfig, CountsTheParametersThatItHas) {
-    for (const GptConfig& config : {toy, gpt_preset("gpt-tiny"), GptConfig{1, 3, 15, 1, 2, 0.5},
-                                    GptConfig{1, 1, 1, 1, 1}, GptConfig{5, 2, 6, 33, 7}}) {
+    for (const GptConfig& config :
+         {toy, gpt_preset("gpt-tiny"), GptConfig{1, 3, 15, 1, 2, 0.5}, GptConfig{1, 1, 1, 1, 1},
+          GptConfig{5, 2, 6, 33, 7}, GptConfig{2, 2, 6, 5, 7, 0, GptNorm::rms}}) {
         EXPECT_EQ(count_parameters(config), count_numbers(*Gpt(config)));
     }
 }
@@ -47,6 +50,18 @@ TEST(GptConfig, HasTheSizesOfItsPresets) {
     EXPECT_EQ(gpt_preset("gpt-tiny").heads, 4);
     EXPECT_EQ(gpt_preset("gpt-tiny").dropout, 0);
     expect_usage_error({"\"gpt3\"; choose gpt-tiny, gpt-small or gpt2"}, [] { gpt_preset("gpt3"); });
+}
+
+TEST(GptConfig, HasNoShiftsInRmsNorms) {
+    GptConfig config = toy;
+    config.norm = parse_gpt_norm("rms");
+    const auto parameters = Gpt(config)->named_parameters();
+    for (const char* norm : {"blocks.0.attention_norm", "blocks.1.mlp_norm", "norm"}) {
+        EXPECT_TRUE(parameters.contains(std::string(norm) + ".weight")) << norm;
+        EXPECT_FALSE(parameters.contains(std::string(norm) + ".bias")) << norm;
+    }
+    EXPECT_EQ(to_string(parse_gpt_norm("layer")), "layer");
+    expect_usage_error({"\"group\" is not a norm of a gpt; choose layer or rms"}, [] { parse_gpt_norm("group"); });
 }
 
 TEST(GptConfig, NamesItsParametersByPlace) {

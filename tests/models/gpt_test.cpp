@@ -1,6 +1,7 @@
 #include "microbatch/models/gpt.h"
 
 #include <gtest/gtest.h>
+#include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/function.h>
 
 #include <cmath>
@@ -11,10 +12,12 @@
 #include "microbatch/ops/cross_entropy.h"
 #include "models/modules.h"
 #include "support/errors.h"
+#include "support/gradients.h"
 #include "support/one_thread.h"
 
 using microbatch::Gpt;
 using microbatch::GptConfig;
+using microbatch::GptNorm;
 
 namespace {
 
@@ -43,6 +46,7 @@ at::Tensor loss_on_tokens(Gpt& model, const at::Tensor& tokens) {
 at::Tensor reference(Gpt& model, const GptConfig& config, const at::Tensor& tokens) {
     const auto p = model->named_parameters();
     const auto norm = [&](const at::Tensor& x, const std::string& name) {
+        if (config.norm == GptNorm::rms) return x / (x.square().mean(-1, true) + 1e-5).sqrt() * p[name + ".weight"];
         const at::Tensor centred = x - x.mean(-1, true);
         return centred / (centred.square().mean(-1, true) + 1e-5).sqrt() * p[name + ".weight"] + p[name + ".bias"];
     };
@@ -112,15 +116,35 @@ TEST(Gpt, GivesScoresForEveryTokenOfTheVocabulary) {
     EXPECT_EQ(model->forward(at::zeros({1, 1}, at::kLong)).sizes(), at::IntArrayRef({1, 1, 11}));
 }
 
-TEST(Gpt, IsTheNetworkOfThePaper) {
-    Gpt model = make_double(toy);
-    // Every parameter random and large: weights of 0.02 and biases of 0 would hide errors.
-    for (auto& parameter : model->parameters()) parameter.data().add_(at::randn_like(parameter) * 0.5);
-    const at::Tensor tokens = random_tokens(toy, 3);
-    for (const std::int64_t length : {1, 4, 6}) {
-        const at::Tensor part = tokens.narrow(1, 0, length);
-        // fp64, sums in another order through two layers.
-        EXPECT_TRUE(at::allclose(model->forward(part), reference(model, toy, part), 1e-11, 1e-11)) << length;
+TEST(Gpt, IsTheNetworkOfThePaperWithEitherNorm) {
+    for (const GptNorm norm : {GptNorm::layer, GptNorm::rms}) {
+        GptConfig config = toy;
+        config.norm = norm;
+        Gpt model = make_double(config);
+        // Every parameter random and large: weights of 0.02 and biases of 0 would hide errors.
+        for (auto& parameter : model->parameters()) parameter.data().add_(at::randn_like(parameter) * 0.5);
+        const at::Tensor tokens = random_tokens(config, 3);
+        for (const std::int64_t length : {1, 4, 6}) {
+            const at::Tensor part = tokens.narrow(1, 0, length);
+            // fp64, sums in another order through two layers.
+            EXPECT_TRUE(at::allclose(model->forward(part), reference(model, config, part), 1e-11, 1e-11)) << length;
+        }
+    }
+}
+
+TEST(Gpt, WithRmsNormsIsInFp32ThatOfDouble) {
+    GptConfig config = toy;
+    config.norm = GptNorm::rms;
+    Gpt model = make(config), exact = make_double(config);
+    const at::Tensor tokens = random_tokens(config, 3);
+    const auto gradients = [&](Gpt& of) {
+        return torch::autograd::grad({loss_on_tokens(of, tokens)}, of->parameters());
+    };
+    EXPECT_TRUE(has_node(model->forward(tokens), "FusedBlock") && has_node(model->forward(tokens), "FusedRmsNorm"));
+    const auto ours = gradients(model), expected = gradients(exact);
+    for (std::size_t i = 0; i < ours.size(); ++i) {
+        // fp32 through two blocks of four products each; the key's bias has a gradient of 0 but for rounding.
+        EXPECT_LE(microbatch::test::relative_difference(ours[i], expected[i]), 2e-5) << i;
     }
 }
 
