@@ -15,6 +15,7 @@
 #include "microbatch/memory/budget_allocator.h"
 #include "microbatch/memory/machine.h"
 #include "microbatch/models/gpt.h"
+#include "microbatch/models/llama.h"
 #include "microbatch/models/mlp.h"
 #include "microbatch/models/resnet.h"
 #include "microbatch/ops/cross_entropy.h"
@@ -30,6 +31,23 @@ bool is_gpt(const std::string& model) {
     return model.starts_with("gpt");
 }
 
+bool is_llama(const std::string& model) {
+    return model.starts_with("llama");
+}
+
+bool reads_tokens(const std::string& model) {
+    return is_gpt(model) || is_llama(model);
+}
+
+std::int64_t sample_length(const std::string& model, const Settings& settings) {
+    return settings.length.value_or(is_llama(model) ? llama_preset(model).length : gpt_preset(model).length);
+}
+
+// Token files may hold fewer tokens than the preset's vocabulary; text needs exactly 256.
+std::int64_t vocabulary_of(std::int64_t presets, std::int64_t datas) {
+    return presets > 256 ? std::max(presets, datas) : datas;
+}
+
 GptConfig gpt_config(const std::string& model, const Settings& settings, std::int64_t vocabulary) {
     GptConfig config = gpt_preset(model);
     config.layers = settings.layers.value_or(config.layers);
@@ -37,8 +55,20 @@ GptConfig gpt_config(const std::string& model, const Settings& settings, std::in
     config.width = settings.width.value_or(config.width);
     config.length = settings.length.value_or(config.length);
     config.dropout = settings.dropout.value_or(0.0);
-    // Token files may hold fewer tokens than the preset's vocabulary; text needs exactly 256.
-    config.vocabulary = model == "gpt2" ? std::max(config.vocabulary, vocabulary) : vocabulary;
+    config.vocabulary = vocabulary_of(config.vocabulary, vocabulary);
+    if (!settings.norm.empty()) config.norm = read_flag("--norm", [&] { return parse_gpt_norm(settings.norm); });
+    return config;
+}
+
+LlamaConfig llama_config(const std::string& model, const Settings& settings, std::int64_t vocabulary) {
+    LlamaConfig config = llama_preset(model);
+    config.layers = settings.layers.value_or(config.layers);
+    config.heads = settings.heads.value_or(config.heads);
+    config.kv_heads = settings.kv_heads.value_or(config.kv_heads);
+    config.width = settings.width.value_or(config.width);
+    config.inner = settings.inner.value_or(config.inner);
+    config.length = settings.length.value_or(config.length);
+    config.vocabulary = vocabulary_of(config.vocabulary, vocabulary);
     return config;
 }
 
@@ -47,7 +77,8 @@ ResNetConfig resnet_config(const JobPlan& plan) {
     config.classes = plan.data.classes;
     config.width = plan.settings.width.value_or(config.width);
     config.blocks = plan.settings.layers.value_or(config.blocks);
-    if (!plan.settings.norm.empty()) config.norm = parse_image_norm(plan.settings.norm);
+    const std::string& norm = plan.settings.norm;
+    if (!norm.empty()) config.norm = read_flag("--norm", [&] { return parse_image_norm(norm); });
     return config;
 }
 
@@ -62,9 +93,10 @@ MlpConfig mlp_config(const JobPlan& plan) {
 
 void require_match(const std::string& model, const OpenedData& data, const std::string& path) {
     const bool images = data.kind == DataKind::images;
-    if (images == !is_gpt(model)) return;
+    if (images == !reads_tokens(model)) return;
     refuse("--model {} trains on {}, but {} holds {}: choose --model {}", model, images ? "text or tokens" : "images",
-           path, images ? "images" : "text or tokens", images ? "resnet or mlp" : "gpt-tiny, gpt-small or gpt2");
+           path, images ? "images" : "text or tokens",
+           images ? "resnet or mlp" : one_of(find_option("heads")->traits.only_with.values));
 }
 
 template <class Holder>
@@ -75,10 +107,10 @@ void use_model(Job& job, Holder model, LossFunction loss) {
 }
 
 // If the vocabulary is much larger than the width, the logits take most of the memory: compute them in chunks.
-void use_gpt(Job& job, const GptConfig& config) {
+template <class Holder>
+void use_language_model(Job& job, Holder model) {
     constexpr std::int64_t wide = 4096;
-    Gpt model(config);
-    const bool chunked = config.vocabulary >= wide;
+    const bool chunked = model->head_weight().size(0) >= wide;
     use_model(job, model, [model, chunked](const Batch& micro) mutable -> WeightedLoss {
         const at::Tensor &tokens = micro.fields[0], &targets = micro.fields[1];
         const at::Tensor sum = chunked ? linear_cross_entropy_sum(model->hidden(tokens), model->head_weight(), targets)
@@ -119,6 +151,15 @@ void resolve_sizes(JobPlan& plan) {
         settings.heads = config.heads;
         settings.width = config.width;
         settings.length = config.length;
+        settings.norm = to_string(config.norm);
+    } else if (is_llama(plan.model)) {
+        const LlamaConfig config = llama_config(plan.model, settings, plan.data.classes);
+        settings.layers = config.layers;
+        settings.heads = config.heads;
+        settings.kv_heads = config.kv_heads;
+        settings.width = config.width;
+        settings.inner = inner_width(config);
+        settings.length = config.length;
     } else if (plan.model == "resnet") {
         const ResNetConfig config = resnet_config(plan);
         settings.layers = config.blocks;
@@ -143,6 +184,13 @@ std::string describe_model(const JobPlan& plan) {
                            short_count(count_parameters(config)), config.layers, config.heads, config.width,
                            config.length);
     }
+    if (is_llama(plan.model)) {
+        const LlamaConfig config = llama_config(plan.model, plan.settings, plan.data.classes);
+        return fmt::format(
+            "{}, {} parameters: {} layers, {} heads, {} of keys and values, width {}, {} tokens per sample", plan.model,
+            short_count(count_parameters(config)), config.layers, config.heads, config.kv_heads, config.width,
+            config.length);
+    }
     std::int64_t count = 0;
     for (const Parameter& parameter : make_job(plan).parameters) count += parameter.tensor.numel();
     return fmt::format("{}, {} parameters", plan.model, short_count(count));
@@ -163,7 +211,7 @@ Recompute recompute_of(const JobPlan& plan, const Job& job) {
     if (plan.settings.recompute == "never") return Recompute::never;
     if (plan.settings.recompute == "auto") return Recompute::automatic;
     if (job.accumulator->model().offers_checkpointing()) return Recompute::always;
-    refuse("--recompute always: {} has no blocks to recompute; gpt and resnet do", plan.model);
+    refuse("--recompute always: {} has no blocks to recompute; gpt, llama and resnet do", plan.model);
 }
 
 // The memory available for measuring a job that does not fit.
@@ -195,9 +243,8 @@ JobPlan open_job(const Settings& settings, Interval length) {
     JobPlan plan;
     plan.settings = settings;
     plan.model = settings.model;
-    const bool needs_length = plan.model.empty() || is_gpt(plan.model);
-    const std::int64_t tokens =
-        needs_length ? gpt_config(plan.model.empty() ? "gpt-tiny" : plan.model, settings, 256).length : 1;
+    const std::string text_model = plan.model.empty() ? "gpt-tiny" : plan.model;
+    const std::int64_t tokens = reads_tokens(text_model) ? sample_length(text_model, settings) : 1;
     plan.data = open_data(settings.data, tokens);
     if (plan.model.empty()) {
         plan.model = plan.data.kind == DataKind::images ? "resnet" : "gpt-tiny";
@@ -221,7 +268,9 @@ Job make_job(const JobPlan& plan) {
     at::manual_seed(plan.settings.seed);
     Job job;
     if (is_gpt(plan.model)) {
-        use_gpt(job, gpt_config(plan.model, plan.settings, plan.data.classes));
+        use_language_model(job, Gpt(gpt_config(plan.model, plan.settings, plan.data.classes)));
+    } else if (is_llama(plan.model)) {
+        use_language_model(job, Llama(llama_config(plan.model, plan.settings, plan.data.classes)));
     } else if (plan.model == "resnet") {
         use_classifier(job, ResNet(resnet_config(plan)));
     } else {

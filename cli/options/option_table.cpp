@@ -22,6 +22,11 @@ std::string by_optimizer(double OptimizerDefaults::*value) {
     return fmt::format("{} for adamw, {} for sgd", adamw_defaults.*value, sgd_defaults.*value);
 }
 
+std::vector<std::string> joined(std::vector<std::string> all, const std::vector<std::string>& more) {
+    all.insert(all.end(), more.begin(), more.end());
+    return all;
+}
+
 class Table {
 public:
     // What the options that follow have in common.
@@ -45,10 +50,16 @@ private:
 
 void add_model(Table& table) {
     const std::vector<std::string> gpts{"gpt-tiny", "gpt-small", "gpt2"};
+    const std::vector<std::string> llamas{"llama-1m", "llama-15m", "llama-110m"};
+    const std::vector<std::string> texts = joined(gpts, llamas);
     const Option::Traits size{.fallback = "the model's", .range = at_least_1, .reset_by = {"model"}};
-    Option::Traits of_gpt = size;
-    of_gpt.only_with = {"model", gpts};
-    Option::Traits dropout = of_gpt;
+    Option::Traits of_text = size, of_llama = size, dropout = size;
+    of_text.only_with = {"model", texts};
+    of_llama.only_with = {"model", llamas};
+    dropout.only_with = {"model", gpts};
+    Option::Traits inner = of_llama;
+    inner.fallback = "8/3 of the width, rounded up to a multiple of 32";
+    inner.reset_by = {"model", "width"};
     dropout.fallback = std::string(1, '0');
     dropout.range = below_1;
     table.begin("What is trained", command::any_job, another_run);
@@ -56,20 +67,24 @@ void add_model(Table& table) {
               "A text file or a folder of text (each byte is a token), a .bin file of uint16 tokens, or a folder with "
               "IDX images and labels (.gz or not)",
               {.at_resume = ignored});  // its content is compared
-    table.add("model", &S::model, "NAME",
-              "gpt-tiny (0.8M parameters), gpt-small (10.8M), gpt2 (124M), resnet or mlp. The output head of a gpt is "
-              "its token embedding (tied weights)",
-              {.fallback = "resnet for images, gpt-tiny for text and tokens",
-               .choices = {gpts[0], gpts[1], gpts[2], "resnet", "mlp"}});
-    table.add("layers", &S::layers, "N", "Blocks of a gpt, hidden layers of an mlp, blocks per stage of a resnet",
-              size);
-    table.add("heads", &S::heads, "N", "Attention heads of a gpt", of_gpt);
+    table.add(
+        "model", &S::model, "NAME",
+        "gpt-tiny (0.8M parameters), gpt-small (10.8M), gpt2 (124M), llama-1m (1.0M), llama-15m (14.7M), "
+        "llama-110m (113M), resnet or mlp. The output head of a gpt or llama is its token embedding (tied weights)",
+        {.fallback = "resnet for images, gpt-tiny for text and tokens", .choices = joined(texts, {"resnet", "mlp"})});
+    table.add("layers", &S::layers, "N",
+              "Blocks of a gpt or llama, hidden layers of an mlp, blocks per stage of a resnet", size);
+    table.add("heads", &S::heads, "N", "Attention heads of a gpt or llama", of_text);
+    table.add("kv-heads", &S::kv_heads, "N", "Heads of keys and values of a llama, each shared by several heads",
+              of_llama);
     table.add("width", &S::width, "N", "Width of the model", size);
-    table.add("length", &S::length, "N", "Tokens per sample of a gpt", of_gpt);
-    table.add("norm", &S::norm, "NAME", "Normalization of a resnet: batch or group",
-              {.fallback = "batch",
-               .choices = {"batch", "group"},
-               .only_with = {"model", {"resnet"}},
+    table.add("inner", &S::inner, "N", "Width inside the MLP of a llama", inner);
+    table.add("length", &S::length, "N", "Tokens per sample of a gpt or llama", of_text);
+    table.add("norm", &S::norm, "NAME", "Normalization: layer or rms of a gpt, batch or group of a resnet",
+              {.fallback = "layer for a gpt, batch for a resnet",
+               .choices = {"layer", "rms", "batch", "group"},
+               .only_with = {"model", joined(gpts, {"resnet"})},
+               .unrecorded = "layer",  // runs of a gpt; a resnet has always recorded its own
                .reset_by = {"model"}});
     table.add("dropout", &S::dropout, "P", "Dropout of a gpt", dropout);
 }

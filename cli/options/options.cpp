@@ -63,6 +63,11 @@ std::string canonical(const Option& option, const std::string& text) {
     }
 }
 
+const std::string& recorded(const Option* option, const Values& values, const std::string& name) {
+    const bool has_default = option != nullptr && !option->traits.unrecorded.empty();
+    return has_default && !values.contains(name) ? option->traits.unrecorded : value_in(values, name);
+}
+
 }  // namespace
 
 const Option* find_option(std::string_view name, unsigned commands) {
@@ -153,8 +158,8 @@ Differences differences(const Values& was, const Values& is) {
     all.insert(is.begin(), is.end());
     Differences found;
     for (const auto& [name, ignored] : all) {
-        const std::string &old = value_in(was, name), &now = value_in(is, name);
         const Option* option = find_option(name);
+        const std::string &old = recorded(option, was, name), &now = recorded(option, is, name);
         const AtResume kind = option == nullptr ? AtResume::noted : *option->traits.at_resume;
         if (old == now || kind == AtResume::ignored || kind == AtResume::not_recorded) continue;
         auto& list = kind == AtResume::another_run   ? found.another_run

@@ -48,6 +48,7 @@ struct Option {
         Range range = {};                        ///< for numbers
         std::vector<std::string> choices = {};   ///< for texts; for an optional number, the word for no value
         OnlyWith only_with = {};
+        std::string unrecorded = {};             ///< its value in a config.toml from before the option, if it matters
         std::vector<const char*> reset_by = {};  ///< if one of these changes, the recorded value loses its meaning
         unsigned commands = 0;                   ///< 0: as its group
     };

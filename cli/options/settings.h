@@ -14,9 +14,9 @@ namespace microbatch::cli {
 
 /// The values of the options. A field has the name of its option; its initializer is the default, which --help shows.
 struct Settings {
-    std::string data, model;                                   ///< empty model: chosen by the data
-    std::optional<std::int64_t> layers, heads, width, length;  ///< empty: the model's own
-    std::string norm;
+    std::string data, model;                                                    ///< empty model: chosen by the data
+    std::optional<std::int64_t> layers, heads, kv_heads, width, inner, length;  ///< empty: the model's own
+    std::string norm;                                                           ///< empty: the model's own
     std::optional<double> dropout;
 
     std::int64_t batch = 64;

@@ -51,7 +51,7 @@ void require_valid(const LlamaConfig& config) {
     require_that(config.width % config.heads == 0, "llama: width ", config.width, " is not a multiple of heads ",
                  config.heads);
     require_that(config.heads % config.kv_heads == 0, "llama: heads ", config.heads, " is not a multiple of kv_heads ",
-                 config.kv_heads);
+                 config.kv_heads, "; give kv_heads that divide heads");
     require_that(head_size(config) % 2 == 0, "llama: a head has ", head_size(config), " numbers (width ", config.width,
                  " / heads ", config.heads, "), which must be even: rotary positions rotate pairs of them");
 }

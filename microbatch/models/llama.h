@@ -43,15 +43,16 @@ class LanguageNorm;
 /// A causal language model like Llama: rotary positions, pre-norm blocks of grouped-query attention and a gated MLP
 /// (SwiGLU), RMS norms, no biases, and a head whose weight is the token embedding.
 ///
-/// Parameters have the names of Hugging Face's LlamaForCausalLM, which loads them with tie_word_embeddings, rms_norm_eps
-/// 1e-6 and rope_theta 10000.
+/// Parameters have the names of Hugging Face's LlamaForCausalLM, which loads them with tie_word_embeddings,
+/// rms_norm_eps 1e-6 and rope_theta 10000.
 ///
 /// Errors: ErrorKind::usage if a size is below 1, width is not a multiple of heads, heads not a multiple of kv_heads, a
 ///         head has an odd number of numbers, or the number of parameters exceeds 64 bits.
 /// State:  parameters from torch's default generator (at::manual_seed): normal with deviation 0.02, divided by sqrt(2
 ///         layers) for the linear layers that end in the residual stream, as in a `Gpt`.
 /// Source: Touvron et al. 2023, arXiv:2302.13971, section 2.2; Ainslie et al. 2023, arXiv:2305.13245, for grouped
-///         queries; Radford et al. 2019, section 2.3, for the initial weights. Deviation: the head shares the embedding.
+///         queries; Radford et al. 2019, section 2.3, for the initial weights. Deviation: the head shares the
+///         embedding.
 /// Numerics: rotary angles in fp32, as in Hugging Face's model.
 class LlamaImpl : public torch::nn::Module, public Recomputable {
 public:

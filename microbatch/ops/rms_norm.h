@@ -13,10 +13,10 @@ namespace microbatch {
 /// Errors:   ErrorKind::usage if scale is not [width].
 /// State:    differentiable twice. x and scale must be unchanged when backward runs.
 /// Numerics: sums over a row in fp32; in fp64 for fp64. bf16 and fp16 are widened for the norm and rounded before they
-///           are multiplied by scale, as transformers does. Gradients of scale are summed in fp32, 32 rows at a time. NaN
-///           stays NaN.
-/// Cost:     one operation in fp32 on the CPU without autocast, torch's operators one by one otherwise; saves one number
-///           a row for backward.
+///           are multiplied by scale, as transformers does. Gradients of scale are summed in fp32, 32 rows at a time.
+///           NaN stays NaN.
+/// Cost:     one operation in fp32 on the CPU without autocast, torch's operators one by one otherwise; saves one
+///           number a row for backward.
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& scale, double epsilon = 1e-6);
 
 /// The same by torch's operators one by one: the reference for the fused version.

@@ -153,7 +153,7 @@ def test_a_wrong_interval_is_refused(refused):
 # Names and contradictions
 
 def test_unknown_names_are_refused_with_those_that_exist(refused):
-    refused(2, "--model gpt3", "gpt-tiny", "gpt-small", "gpt2", "resnet", "mlp", model="gpt3")
+    refused(2, "--model gpt3", "gpt-tiny", "gpt-small", "gpt2", "llama-1m", "llama-15m", "resnet", "mlp", model="gpt3")
     refused(2, "--schedule", "cosin", "constant", "linear", "cosine", "wsd", "polynomial", schedule="cosin")
     refused(2, "--optimizer", "adam", "adamw", "sgd", optimizer="adam")
     refused(2, "--norm", "grop", "batch", "group", job="images", norm="grop")

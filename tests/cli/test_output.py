@@ -19,8 +19,8 @@ import pytest
 from conftest import COMMAND, FILES, OF_COMMAND, ROOT, TEXT, Result, ended, lines_of, words_of
 from gate import HANG, wait_until
 
-JOB = ["data", "model", "layers", "heads", "width", "length", "norm", "dropout", "batch", "micro-batch",
-       "recompute", "memory",
+JOB = ["data", "model", "layers", "heads", "kv-heads", "width", "inner", "length", "norm", "dropout", "batch",
+       "micro-batch", "recompute", "memory",
        "optimizer", "lr", "lr-rule", "reference-batch", "clip", "weight-decay", "momentum", "nesterov", "schedule",
        "warmup", "final-lr", "decay", "power", "seed", "threads", "config", "json", "help"]
 LENGTH = ["steps", "samples", "tokens"]
@@ -84,8 +84,9 @@ def test_every_key_that_a_run_records_is_an_option(run):
     assert set(tomllib.loads((run.folder / "run" / "config.toml").read_text())) <= set(FLAGS["train"])
 
 
-def test_help_says_that_the_head_of_a_gpt_is_its_embedding(run):
-    assert "tied weights" in run("train", "--help").ok().stdout
+def test_help_says_that_the_head_of_a_gpt_and_of_a_llama_is_its_embedding(run):
+    text = " ".join(run("train", "--help").ok().stdout.split())
+    assert "The output head of a gpt or llama is its token embedding (tied weights)" in text
 
 
 def test_help_says_how_long_a_run_is_by_default(run):
