@@ -1,10 +1,10 @@
 // One process, one measurement, one line of JSON; `bench/speed` runs them all and makes the tables.
 //   speed_case steps     MODEL BATCH MICRO_BATCH STEPS THREADS [recompute]   as the peers of bench/peers
 //   speed_case plan      MODEL BATCH               what is chosen with plenty of memory
-//   speed_case product   MODEL MICRO_BATCH         the matrix products of a micro-batch alone, for a gpt
+//   speed_case product   MODEL MICRO_BATCH         the matrix products of a micro-batch alone, for a gpt or llama
 //   speed_case optimizer MODEL                     AdamW's step against a copy of memory
 //   speed_case scaling   MODEL MICRO_BATCH ROUNDS  batches of 1 to 64 micro-batches, interleaved
-// MODEL is gpt-tiny, gpt-small, gpt2 or resnet (group norm).
+// MODEL is a name of the command's models; resnet has group norm.
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 #include <fmt/format.h>
@@ -26,6 +26,7 @@
 #include "microbatch/data/token_windows.h"
 #include "microbatch/memory/budget_allocator.h"
 #include "microbatch/models/gpt.h"
+#include "microbatch/models/llama.h"
 #include "microbatch/models/resnet.h"
 #include "microbatch/ops/cross_entropy.h"
 #include "microbatch/ops/linear_cross_entropy.h"
@@ -50,7 +51,8 @@ struct Job {
 };
 
 // As many tokens of GPT-2's vocabulary as a short run needs: what they say does not change what a step takes.
-std::unique_ptr<Dataset> random_tokens(const GptConfig& config) {
+template <class Config>
+std::unique_ptr<Dataset> random_tokens(const Config& config) {
     auto tokens = std::make_shared<std::vector<std::uint16_t>>(std::size_t{1} << 18);
     std::mt19937 generator(1);
     std::uniform_int_distribution<int> token(0, static_cast<int>(config.vocabulary) - 1);
@@ -58,9 +60,13 @@ std::unique_ptr<Dataset> random_tokens(const GptConfig& config) {
     return std::make_unique<TokenWindows>(Tokens{std::span<const std::uint16_t>(*tokens), tokens}, config.length);
 }
 
-void use_gpt(Job& job, const std::string& name) {
-    const GptConfig config = gpt_preset(name);
-    Gpt model(config);
+bool is_llama(const std::string& name) {
+    return name.starts_with("llama");
+}
+
+template <class Holder, class Config>
+void use_language_model(Job& job, const Config& config) {
+    Holder model(config);
     job.model = model.ptr();
     job.loss = [model, wide = config.vocabulary >= 4096](const Batch& micro) mutable -> WeightedLoss {
         const at::Tensor &tokens = micro.fields[0], &targets = micro.fields[1];
@@ -84,7 +90,13 @@ void use_resnet(Job& job) {
 Job make_job(const std::string& name) {
     at::manual_seed(1);
     Job job;
-    name == "resnet" ? use_resnet(job) : use_gpt(job, name);
+    if (name == "resnet") {
+        use_resnet(job);
+    } else if (is_llama(name)) {
+        use_language_model<Llama>(job, llama_preset(name));
+    } else {
+        use_language_model<Gpt>(job, gpt_preset(name));
+    }
     job.parameters = parameters_of(*job.model);
     job.optimizer = std::make_unique<AdamW>(split_by_decay(job.parameters, 0.1),
                                             AdamWOptions{.learning_rate = name == "gpt2" ? 3e-4 : 1e-3});
@@ -190,9 +202,23 @@ std::vector<Product> products_of(const GptConfig& config, std::int64_t samples) 
     return products;
 }
 
+std::vector<Product> products_of(const LlamaConfig& config, std::int64_t samples) {
+    const std::int64_t rows = samples * config.length, width = config.width, size = width / config.heads;
+    const auto layers = static_cast<double>(config.layers);
+    std::vector<Product> products;
+    add_linear(products, rows, width, width, 2 * layers);                   // queries, projection
+    add_linear(products, rows, width, config.kv_heads * size, 2 * layers);  // keys, values
+    add_attention(products, samples * config.heads, config.length, size, layers);
+    add_linear(products, rows, width, inner_width(config), 2 * layers);
+    add_linear(products, rows, inner_width(config), width, layers);
+    add_linear(products, rows, width, config.vocabulary, 1);
+    return products;
+}
+
 // They take turns, so that each finds the caches as another one left them, as in a step. The first turn does not count.
 Json measure_product(const std::string& model, std::int64_t micro_batch) {
-    std::vector<Product> products = products_of(gpt_preset(model), micro_batch);
+    std::vector<Product> products =
+        is_llama(model) ? products_of(llama_preset(model), micro_batch) : products_of(gpt_preset(model), micro_batch);
     for (Product& product : products) product.run();
     double spent = 0.0;
     for (int turn = 0; turn < 5 || spent < 2.0; ++turn) {

@@ -30,6 +30,7 @@
 #include "microbatch/models/resnet.h"
 #include "microbatch/ops/cross_entropy.h"
 #include "microbatch/ops/linear_cross_entropy.h"
+#include "microbatch/ops/llama_block.h"
 #include "microbatch/ops/residual_block.h"
 #include "microbatch/ops/rms_norm.h"
 #include "microbatch/ops/transformer_block.h"

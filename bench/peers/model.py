@@ -1,4 +1,7 @@
-"""The models of microbatch/models in PyTorch: the same structure, parameters and initial distribution."""
+"""The models of microbatch/models in PyTorch: the same structure, parameters and initial distribution.
+
+The llama is that of Hugging Face's transformers.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +47,23 @@ class Gpt(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))
+
+
+class Llama(nn.Module):
+    def __init__(self, layers=9, heads=6, kv_heads=3, width=384, inner=1024, length=256, vocabulary=256):
+        super().__init__()
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        self.model = LlamaForCausalLM(LlamaConfig(
+            vocab_size=vocabulary, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+            hidden_size=width, intermediate_size=inner, max_position_embeddings=length, tie_word_embeddings=True,
+            initializer_range=0.02))
+        for name, parameter in self.named_parameters():
+            if "o_proj" in name or "down_proj" in name:
+                nn.init.normal_(parameter, std=0.02 / (2 * layers) ** 0.5)
+
+    def forward(self, tokens):
+        return self.model(input_ids=tokens, use_cache=False).logits
 
 
 def convolution(inputs, outputs, kernel, stride):

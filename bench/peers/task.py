@@ -12,12 +12,13 @@ import time
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from model import Gpt, ResNet
+from model import Gpt, Llama, ResNet
 
-GPTS = {
+LANGUAGE_MODELS = {
     "gpt-tiny": dict(layers=4, heads=4, width=128, length=64, vocabulary=256),
     "gpt-small": dict(layers=6, heads=6, width=384, length=256, vocabulary=256),
     "gpt2": dict(layers=12, heads=12, width=768, length=1024, vocabulary=50257),
+    "llama-15m": dict(layers=9, heads=6, kv_heads=3, width=384, inner=1024, length=256, vocabulary=256),
 }
 WEIGHT_DECAY, CLIP_NORM, WARM_UP = 0.1, 1.0, 1
 
@@ -68,16 +69,18 @@ class Task:
         torch.manual_seed(1)
 
     def model(self):
-        model = ResNet() if self.name == "resnet" else Gpt(**GPTS[self.name])
+        kind = Llama if self.name.startswith("llama") else Gpt
+        model = ResNet() if self.name == "resnet" else kind(**LANGUAGE_MODELS[self.name])
         self.parameters = sum(p.numel() for p in model.parameters())
         return model
 
     def dataset(self):
         if self.name == "resnet":
             return fashion_mnist()
+        sizes = LANGUAGE_MODELS[self.name]
         if self.name == "gpt2":
-            return Windows(torch.randint(GPTS["gpt2"]["vocabulary"], (1 << 18,)), GPTS["gpt2"]["length"])
-        return Windows(read_text("/usr/share/games/fortunes"), GPTS[self.name]["length"])
+            return Windows(torch.randint(sizes["vocabulary"], (1 << 18,)), sizes["length"])
+        return Windows(read_text("/usr/share/games/fortunes"), sizes["length"])
 
     def loader(self):
         return DataLoader(self.dataset(), batch_size=self.micro_batch, shuffle=True, drop_last=True)
