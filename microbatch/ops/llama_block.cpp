@@ -111,7 +111,8 @@ at::Tensor rotated(const at::Tensor& x, std::int64_t heads, const at::Tensor& co
     const at::Tensor apart = x.view({x.size(0), x.size(1), heads, x.size(2) / heads});
     const std::int64_t half = apart.size(3) / 2;
     const at::Tensor turned = at::cat({apart.narrow(3, half, half).neg(), apart.narrow(3, 0, half)}, 3);
-    return (apart * cosines.unsqueeze(2) + turned * sines.unsqueeze(2)).flatten(2);
+    const at::Tensor sum = apart * cosines.unsqueeze(2) + turned * sines.unsqueeze(2);
+    return sum.to(x.scalar_type()).flatten(2);  // under autocast, the cosines have a wider type
 }
 
 }  // namespace

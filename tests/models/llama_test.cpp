@@ -1,5 +1,6 @@
 #include "microbatch/models/llama.h"
 
+#include <ATen/autocast_mode.h>
 #include <gtest/gtest.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/function.h>
@@ -177,6 +178,20 @@ TEST(Llama, UsesTheFusedBlockAndNorm) {
     EXPECT_NE(norm->name().find("FusedRmsNorm"), std::string::npos) << norm->name();
     const std::string block = norm->next_edge(0).function->name();
     EXPECT_NE(block.find("FusedLlama"), std::string::npos) << block;
+}
+
+TEST(Llama, RunsUnderAutocast) {
+    Llama model = make(toy);
+    const at::Tensor tokens = random_tokens(toy, 2), exact = model->forward(tokens);
+    at::autocast::set_autocast_enabled(at::kCPU, true);
+    at::autocast::set_autocast_dtype(at::kCPU, at::kBFloat16);
+    const at::Tensor logits = model->forward(tokens);
+    at::autocast::clear_cache();
+    at::autocast::set_autocast_enabled(at::kCPU, false);
+    EXPECT_EQ(logits.scalar_type(), at::kBFloat16);
+    EXPECT_LE(relative_difference(logits, exact), 0.05);  // a dozen roundings to 8 bits
+    logits.sum().backward();
+    for (const at::Tensor& parameter : model->parameters()) EXPECT_TRUE(parameter.grad().isfinite().all().item<bool>());
 }
 
 TEST(Llama, RecomputesToTheSameBits) {
