@@ -44,8 +44,8 @@ std::int64_t sample_length(const std::string& model, const Settings& settings) {
 }
 
 // Token files may hold fewer tokens than the preset's vocabulary; text needs exactly 256.
-std::int64_t vocabulary_of(std::int64_t presets, std::int64_t datas) {
-    return presets > 256 ? std::max(presets, datas) : datas;
+std::int64_t vocabulary_of(std::int64_t of_preset, std::int64_t of_data) {
+    return of_preset > 256 ? std::max(of_preset, of_data) : of_data;
 }
 
 GptConfig gpt_config(const std::string& model, const Settings& settings, std::int64_t vocabulary) {
