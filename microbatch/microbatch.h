@@ -42,5 +42,6 @@
 #include "microbatch/run/run_folder.h"
 #include "microbatch/run/trainer.h"
 #include "microbatch/step/accumulator.h"
+#include "microbatch/step/batch_norm_plan.h"
 #include "microbatch/step/probe.h"
 #include "microbatch/step/step_gate.h"

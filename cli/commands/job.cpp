@@ -48,6 +48,11 @@ std::int64_t vocabulary_of(std::int64_t of_preset, std::int64_t of_data) {
     return of_preset > 256 ? std::max(of_preset, of_data) : of_data;
 }
 
+// The policies that leave no BatchNorm.
+bool replaces_batch_norm(const std::string& policy) {
+    return policy == "group" || policy == "rms";
+}
+
 GptConfig gpt_config(const std::string& model, const Settings& settings, std::int64_t vocabulary) {
     GptConfig config = gpt_preset(model);
     config.layers = settings.layers.value_or(config.layers);
@@ -79,6 +84,8 @@ ResNetConfig resnet_config(const JobPlan& plan) {
     config.blocks = plan.settings.layers.value_or(config.blocks);
     const std::string& norm = plan.settings.norm;
     if (!norm.empty()) config.norm = read_flag("--norm", [&] { return parse_image_norm(norm); });
+    const std::string& policy = plan.settings.batch_norm;
+    if (config.norm == ImageNorm::batch && replaces_batch_norm(policy)) config.norm = parse_image_norm(policy);
     return config;
 }
 
@@ -229,10 +236,23 @@ void require_room_for_numbers(std::int64_t batch, std::int64_t budget_bytes) {
                                                      batch, format_bytes(budget_bytes)));
 }
 
+std::optional<BatchNorm> batch_norm_of(const JobPlan& plan) {
+    const std::string& name = plan.settings.batch_norm;
+    const std::string& norm = plan.settings.norm;
+    const bool replaced = plan.model == "resnet" && replaces_batch_norm(name) && norm == name;
+    if (name == "auto" || replaced) return std::nullopt;
+    if (plan.model != "resnet" || norm != "batch") {
+        refuse("--batch-norm {}: the model, {}, has no BatchNorm layer; leave the flag out", name,
+               plan.model == "resnet" ? fmt::format("resnet with --norm {}", norm) : plan.model);
+    }
+    return parse_batch_norm(name);
+}
+
 PlanReport make_report(const JobPlan& plan, const Job& job, const PlannerOptions& options) {
     require_room_for_numbers(plan.batch, options.budget_bytes);
     const Dataset& data = *plan.data.train;
-    const PlanReport report = plan_batch(*job.accumulator, DatasetBatch::longest(data, plan.batch), job.loss, options);
+    const PlanReport report = plan_batch_norm(*job.accumulator, DatasetBatch::longest(data, plan.batch), job.loss,
+                                              options, batch_norm_of(plan));
     if (interrupted()) throw Interrupted();
     return report;
 }
@@ -328,6 +348,13 @@ PlanReport plan_native(const JobPlan& plan, const Job& job, std::int64_t budget_
                         .most_steps = 0.0,
                         .least_seconds = 0.0,
                         .on_trial = {}});
+}
+
+std::optional<std::string> replaced_norms(const JobPlan& plan) {
+    const std::string& policy = plan.settings.batch_norm;
+    if (plan.model != "resnet" || !replaces_batch_norm(policy)) return std::nullopt;
+    return fmt::format("every BatchNorm is replaced by {}, with its affine weights: --norm {}",
+                       policy == "group" ? "GroupNorm (8 groups)" : "RMSNorm over the channels", policy);
 }
 
 std::string describe_cut(const Candidate& candidate) {

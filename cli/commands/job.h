@@ -9,7 +9,7 @@
 #include "microbatch/data/open.h"
 #include "microbatch/run/trainer.h"
 #include "microbatch/step/accumulator.h"
-#include "microbatch/step/probe.h"
+#include "microbatch/step/batch_norm_plan.h"
 
 namespace torch::nn {
 class Module;
@@ -61,6 +61,9 @@ PlanReport plan_job(const JobPlan& plan, const Job& job, std::int64_t budget_byt
 
 /// Like plan_job(), with only the trials needed to predict the peak of the whole batch in one piece.
 PlanReport plan_native(const JobPlan& plan, const Job& job, std::int64_t budget_bytes);
+
+/// Which layers --batch-norm has replaced, in one line; nullopt if none.
+std::optional<std::string> replaced_norms(const JobPlan& plan);
 
 /// "in 4 micro-batches of 16, with recompute".
 std::string describe_cut(const Candidate& candidate);

@@ -72,6 +72,8 @@ void print_report(const JobPlan& plan, const PlanReport& report) {
     if (report.chosen) {
         const Candidate& chosen = report.choice();
         print(stdout, "\nchosen  {}: {}\n", describe_cut(chosen), report.why);
+        if (!report.batch_norm.empty()) print(stdout, "norm    BatchNorm {}\n", report.batch_norm);
+        if (const auto layers = replaced_norms(plan)) print(stdout, "norm    {}\n", *layers);
         print_bytes("predicted peak by phase", phases_of(chosen.measured ? *chosen.measured : *chosen.predicted));
         print_bytes("predicted peak by part", named(parts_of(report, chosen)));
     }
@@ -106,18 +108,21 @@ nlohmann::ordered_json to_json(const PlanReport& report, const Candidate& candid
 
 void print_json(const JobPlan& plan, const PlanReport& report) {
     const Candidate* chosen = report.chosen ? &report.choice() : nullptr;
-    nlohmann::ordered_json document{{"model", plan.model},
-                                    {"batch", report.batch},
-                                    {"budget_bytes", report.budget_bytes},
-                                    {"fits", chosen != nullptr},
-                                    {"micro_batch", chosen ? json_value(chosen->plan.micro_batch) : nullptr},
-                                    {"micro_batches", chosen ? json_value(chosen->micro_batches) : nullptr},
-                                    {"recompute", chosen ? json_value(chosen->plan.recompute) : nullptr},
-                                    {"why", report.why},
-                                    {"affine", report.affine},
-                                    {"worst_relative_error", report.worst_relative_error},
-                                    {"update_seconds", report.update_seconds},
-                                    {"measuring_seconds", report.spent_seconds}};
+    nlohmann::ordered_json document{
+        {"model", plan.model},
+        {"batch", report.batch},
+        {"budget_bytes", report.budget_bytes},
+        {"fits", chosen != nullptr},
+        {"micro_batch", chosen ? json_value(chosen->plan.micro_batch) : nullptr},
+        {"micro_batches", chosen ? json_value(chosen->micro_batches) : nullptr},
+        {"recompute", chosen ? json_value(chosen->plan.recompute) : nullptr},
+        {"batch_norm",
+         report.batch_norm.empty() || chosen == nullptr ? nullptr : json_value(to_string(chosen->plan.batch_norm))},
+        {"why", report.why},
+        {"affine", report.affine},
+        {"worst_relative_error", report.worst_relative_error},
+        {"update_seconds", report.update_seconds},
+        {"measuring_seconds", report.spent_seconds}};
     for (const Candidate& candidate : report.candidates) document["candidates"].push_back(to_json(report, candidate));
     print(stdout, "{}\n", document.dump(2));
 }

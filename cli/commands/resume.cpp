@@ -65,7 +65,7 @@ void keep_cut(Settings& settings, const Values& was, const Values& given) {
     const auto budget = was.find("memory");
     const bool same_budget =
         budget != was.end() && !settings.memory.empty() && memory_budget_of(settings) == parse_bytes(budget->second);
-    for (const char* name : {"micro-batch", "recompute"}) {
+    for (const char* name : {"micro-batch", "recompute", "batch-norm"}) {
         if (given.contains(name) && given.at(name) != "auto") continue;
         read(*find_option(name), same_budget && was.contains(name) ? was.at(name) : "auto", settings);
     }

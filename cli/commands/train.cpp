@@ -65,7 +65,10 @@ std::optional<Verification> verify_two(const JobPlan& plan, const Job& job, std:
     if (plan.data.train->size() < 2 * micro_batch) return std::nullopt;
     std::vector<std::int64_t> samples(static_cast<std::size_t>(2 * micro_batch));
     std::iota(samples.begin(), samples.end(), 0);
-    return unless_oom([&] { return verify(*job.model, plan.data.train->get(samples), job.loss, micro_batch); });
+    return unless_oom([&] {
+        return verify(*job.model, plan.data.train->get(samples), job.loss, micro_batch,
+                      job.accumulator->plan().batch_norm);
+    });
 }
 
 // On the fewest samples that can be split: more would only delay the run.

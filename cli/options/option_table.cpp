@@ -80,7 +80,7 @@ void add_model(Table& table) {
     table.add("width", &S::width, "N", "Width of the model", size);
     table.add("inner", &S::inner, "N", "Width inside the MLP of a llama", inner);
     table.add("length", &S::length, "N", "Tokens per sample of a gpt or llama", of_text);
-    table.add("norm", &S::norm, "NAME", "Normalization: layer or rms of a gpt, batch or group of a resnet",
+    table.add("norm", &S::norm, "NAME", "Normalization: layer or rms of a gpt, batch, group or rms of a resnet",
               {.fallback = "layer for a gpt, batch for a resnet",
                .choices = {"layer", "rms", "batch", "group"},
                .only_with = {"model", joined(gpts, {"resnet"})},
@@ -101,6 +101,14 @@ void add_batch(Table& table) {
         "Activation checkpointing: auto, never or always. Recomputes the activations of blocks in the backward pass "
         "instead of storing them: slower, needs less memory, gives the same gradients",
         {.choices = {"auto", "never", "always"}, .reset_by = {"batch", "batch-schedule"}});
+    table.add("batch-norm", &S::batch_norm, "NAME",
+              "What BatchNorm layers do while a batch is cut. exact: normalise by the whole batch. deferred: by the "
+              "micro-batch, and move the running statistics once a step, by those of the batch. frozen: by the running "
+              "statistics, which stay. naive: by the micro-batch, and move them with each. group, rms: replace the "
+              "layers. auto: exact if it fits and takes at most twice the time of the batch at once (a given "
+              "--micro-batch may take longer), else deferred",
+              {.choices = {"auto", "exact", "deferred", "frozen", "naive", "group", "rms"},
+               .reset_by = {"batch", "batch-schedule"}});
     table.add("memory", &S::memory, "SIZE", "Budget for all tensors of the process, such as 400MiB or 2GiB",
               {.fallback = "four fifths of the free memory"});
     table.add(

@@ -190,6 +190,7 @@ Settings resolved(Settings settings, const Plan& cut, Interval length, std::int6
     settings.data = std::filesystem::absolute(settings.data).string();
     settings.micro_batch = cut.micro_batch;
     settings.recompute = cut.recompute ? "always" : "never";
+    if (settings.norm == "batch") settings.batch_norm = to_string(cut.batch_norm);
     settings.memory = fmt::format("{}B", budget_bytes);
     settings.steps = settings.samples = settings.tokens = std::nullopt;
     auto& count = length.unit == Unit::steps     ? settings.steps

@@ -23,6 +23,7 @@ struct Settings {
     std::string batch_schedule;               ///< empty: the batch is constant
     std::optional<std::int64_t> micro_batch;  ///< empty: auto
     std::string recompute = "auto";
+    std::string batch_norm = "auto";
     std::string memory;  ///< empty: four fifths of the free memory
 
     std::string optimizer = "adamw";

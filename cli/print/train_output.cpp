@@ -82,6 +82,8 @@ void print_header(std::FILE* out, const JobPlan& plan, const PlanReport& report,
                                                        : fmt::format("{} samples per step at first, {} at most",
                                                                      plan.settings.batch, plan.batch);
     print(out, "batch     {}, {} ({})\n", batch, describe_cut(chosen), report.why);
+    if (!report.batch_norm.empty()) print(out, "norm      BatchNorm {}\n", report.batch_norm);
+    if (const auto layers = replaced_norms(plan)) print(out, "norm      {}\n", *layers);
     print(out, "memory    budget {}, predicted peak {}: {}\n", format_bytes(report.budget_bytes),
           format_bytes(chosen.peak_bytes()), describe_parts(parts_of(report, chosen)));
     print(out, "optimizer {}, learning rate {:g}, schedule {}, {}, clip {:g}\n", plan.settings.optimizer,
@@ -180,6 +182,7 @@ void print_json(const JobPlan& plan, const PlanReport& report, const Outcome& ou
         {"lr_rule", to_string(rate_rule_of(plan.settings))},
         {"micro_batch", outcome.plan.micro_batch},
         {"recompute", outcome.plan.recompute},
+        {"batch_norm", report.batch_norm.empty() ? nullptr : json_value(to_string(outcome.plan.batch_norm))},
         {"steps", outcome.last.progress.steps},
         {"samples", outcome.last.progress.samples},
         {"tokens", outcome.last.progress.tokens},

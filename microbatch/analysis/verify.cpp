@@ -33,12 +33,12 @@ double relative(double difference, double scale) {
 
 class Verifier {
 public:
-    Verifier(const AnyModel& model, const BatchSource& batch, const LossFunction& loss, std::int64_t micro_batch)
-        : model_(*model.get()), batch_(batch), loss_(loss), cut_(micro_batch), gatherer_(model), before_(model_) {}
+    Verifier(const AnyModel& model, const BatchSource& batch, const LossFunction& loss, const Plan& cut)
+        : model_(*model.get()), batch_(batch), loss_(loss), cut_(cut), gatherer_(model), before_(model_) {}
 
     Verification run() {
         result_.tolerance = tolerance();
-        const Gradients whole = gradients(batch_.size());
+        const Gradients whole = gradients(at_once());
         const bool moves_buffers = buffers_changed();
         const Gradients cut = gradients(cut_);
         result_.loss_difference =
@@ -67,10 +67,10 @@ private:
     }
 
     // Every call starts with the same generators and buffers, unless the draws are to differ.
-    Gradients gradients(std::int64_t micro_batch, bool same_draws = true) {
+    Gradients gradients(const Plan& plan, bool same_draws = true) {
         restore_forward_state(model_, before_.before(), /*generators=*/same_draws);
         if (evaluate_) evaluate();
-        const auto gathered = std::get<Gathered>(gatherer_.gather(batch_, loss_, {.plan = {micro_batch}}));
+        const auto gathered = std::get<Gathered>(gatherer_.gather(batch_, loss_, {.plan = plan}));
         const auto clear = c10::make_scope_exit([this] { gatherer_.clear(); });
         require_that(gathered.weight != 0.0, "the batch to verify has weight 0: there is no gradient to compare");
         Gradients result{gathered.loss(), gathered.weight, gathered.gradient_norm, {}};
@@ -80,6 +80,8 @@ private:
         }
         return result;
     }
+
+    Plan at_once() const { return {.micro_batch = batch_.size(), .batch_norm = cut_.batch_norm}; }
 
     bool buffers_changed() const {
         const StateReader before = StateReader(before_.before()).section("model");
@@ -118,13 +120,13 @@ private:
 
     // Draws again: in evaluation mode, dropout is off, but noise that the loss function adds is not.
     bool is_random(const Gradients& whole) {
-        return !compare(whole, gradients(batch_.size(), /*same_draws=*/false)).empty();
+        return !compare(whole, gradients(at_once(), /*same_draws=*/false)).empty();
     }
 
     void diagnose(const Gradients& whole, bool moves_buffers) {
         const bool random = is_random(whole);
         evaluate_ = true;
-        const Gradients evaluated = gradients(batch_.size());
+        const Gradients evaluated = gradients(at_once());
         if (random && is_random(evaluated)) {
             if (is_averaged()) result_.causes.push_back(Cause::averaged_loss);
         } else if (!compare(evaluated, gradients(cut_)).empty()) {
@@ -158,7 +160,7 @@ private:
     Model& model_;
     const BatchSource& batch_;
     const LossFunction& loss_;
-    std::int64_t cut_;
+    Plan cut_;
     Gatherer gatherer_;
     ForwardStateScope before_;
     bool evaluate_ = false;
@@ -173,8 +175,8 @@ std::string_view describe(Cause cause) {
             return "the loss is already averaged: return the sum over the micro-batch, and as weight the number of "
                    "samples or target tokens";
         case Cause::batch_statistics:
-            return "a layer normalises over the micro-batch (BatchNorm), so its update depends on the micro-batch; "
-                   "GroupNorm and LayerNorm do not";
+            return "a layer normalises over the micro-batch (BatchNorm), so its update depends on the micro-batch: the "
+                   "BatchNorm policy exact normalises over the whole batch; GroupNorm and LayerNorm need no policy";
         case Cause::randomness:
             return "the forward pass draws random numbers (dropout): another split draws other numbers, without bias";
         case Cause::coupled_samples:
@@ -188,16 +190,17 @@ std::string_view describe(Cause cause) {
     return "unknown cause: does the loss function keep state between calls?";
 }
 
-Verification verify(const AnyModel& model, const BatchSource& batch, const LossFunction& loss,
-                    std::int64_t micro_batch) {
+Verification verify(const AnyModel& model, const BatchSource& batch, const LossFunction& loss, std::int64_t micro_batch,
+                    BatchNorm batch_norm) {
     require_that(micro_batch >= 1 && micro_batch < batch.size(),
                  "verify needs a micro-batch of at least 1 and below the batch of ", batch.size(), " samples, not ",
                  micro_batch);
-    return Verifier(model, batch, loss, micro_batch).run();
+    return Verifier(model, batch, loss, {.micro_batch = micro_batch, .batch_norm = batch_norm}).run();
 }
 
-Verification verify(const AnyModel& model, const Batch& batch, const LossFunction& loss, std::int64_t micro_batch) {
-    return verify(model, TensorBatch(batch), loss, micro_batch);
+Verification verify(const AnyModel& model, const Batch& batch, const LossFunction& loss, std::int64_t micro_batch,
+                    BatchNorm batch_norm) {
+    return verify(model, TensorBatch(batch), loss, micro_batch, batch_norm);
 }
 
 }  // namespace microbatch

@@ -41,6 +41,8 @@ struct Verification {
 /// Compares the gradients of the whole `batch` with those of the same batch split into micro-batches of `micro_batch`
 /// samples, on the user's own model, and reports which parameters differ and why.
 ///
+/// With a BatchNorm policy, the split batch follows it: exact then agrees with the whole batch.
+///
 /// Any split reveals an averaged loss: with equal micro-batches, a mean of means does not show in the gradients, but
 /// its weights do not add up. A dependence on other properties (such as the longest sample) shows if they differ within
 /// the batch.
@@ -54,8 +56,9 @@ struct Verification {
 ///            torch's generators are restored.
 /// Cost:      at most ten passes over the batch; three copies of the gradients.
 /// Threads:   no other thread may use the model meanwhile.
-Verification verify(const AnyModel& model, const BatchSource& batch, const LossFunction& loss,
-                    std::int64_t micro_batch);
-Verification verify(const AnyModel& model, const Batch& batch, const LossFunction& loss, std::int64_t micro_batch);
+Verification verify(const AnyModel& model, const BatchSource& batch, const LossFunction& loss, std::int64_t micro_batch,
+                    BatchNorm batch_norm = BatchNorm::naive);
+Verification verify(const AnyModel& model, const Batch& batch, const LossFunction& loss, std::int64_t micro_batch,
+                    BatchNorm batch_norm = BatchNorm::naive);
 
 }  // namespace microbatch

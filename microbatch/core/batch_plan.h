@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "microbatch/core/batch_norm.h"
 #include "microbatch/core/error.h"
 
 namespace microbatch {
@@ -14,8 +15,10 @@ inline constexpr std::int64_t whole_batch = std::numeric_limits<std::int64_t>::m
 struct Plan {
     /// Samples per forward and backward, at least 1.
     std::int64_t micro_batch = whole_batch;
-    /// Backward recomputes the activations inside the model's blocks instead of storing them.
+    /// Backward recomputes the activations inside the model's blocks instead of storing them; with exact BatchNorm, more
+    /// of the values between the layers than needed.
     bool recompute = false;
+    BatchNorm batch_norm = BatchNorm::naive;
 
     bool operator==(const Plan&) const = default;
 };

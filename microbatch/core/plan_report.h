@@ -56,6 +56,7 @@ struct PlanReport {
     std::optional<std::size_t> chosen = {};  ///< none: nothing fits
     bool given = false;                      ///< the micro-batch was given: no other was considered
     std::string why = {};                    ///< one line: why the chosen one, or why none
+    std::string batch_norm = {};             ///< one line: what BatchNorm layers do, and why; empty without such layers
     MemoryParts fixed = {};                  ///< what does not depend on the micro-batch; activations 0
     double worst_relative_error = 0.0;       ///< largest |predicted - measured| / measured of the peaks
     bool affine = true;                      ///< false: the model allocates differently at different sizes

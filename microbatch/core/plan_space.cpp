@@ -24,6 +24,10 @@ double step_of(std::int64_t batch, std::int64_t size, const Seconds& micro_batch
 
 }  // namespace
 
+Plan PlanSpace::plan(const Mode& mode, std::int64_t size) const {
+    return {.micro_batch = size, .recompute = mode.recompute, .batch_norm = options.batch_norm};
+}
+
 bool PlanSpace::allowed(const Mode& mode) const {
     if (mode.recompute) return options.offers_recompute && options.recompute != Recompute::never;
     return options.recompute != Recompute::always;
@@ -64,6 +68,7 @@ std::int64_t PlanSpace::later_state() const {
 }
 
 std::optional<PhasePeaks> PlanSpace::predict(const Mode& mode, std::int64_t size) const {
+    if (runs_alone(size) && !mode.trials.contains(size)) return std::nullopt;
     const auto peaks = mode.trials.peaks(size);
     if (!peaks || update_failed) return std::nullopt;
     PhasePeaks result{.first_micro_batch = sum(peaks->first, later_state()),
@@ -133,13 +138,13 @@ std::set<std::int64_t> PlanSpace::sizes(const Mode& mode) const {
     // Once a size has failed, the predictions are off: do not try the limit of another mode.
     const std::int64_t largest = mode.trials.any_cut_failed() ? 0 : largest_that_fits(mode);
     if (largest > 0) result.insert(evened(largest));
-    result.insert(options.batch);
+    if (!runs_alone(options.batch)) result.insert(options.batch);
     return result;
 }
 
 Candidate PlanSpace::candidate(const Mode& mode, std::int64_t size) const {
     const double seconds = mode.trials.empty() ? 0.0 : step_seconds(mode, size);
-    Candidate result{.plan = {.micro_batch = size, .recompute = mode.recompute},
+    Candidate result{.plan = plan(mode, size),
                      .micro_batches = micro_batch_count(options.batch, size),
                      .step_seconds = std::isfinite(seconds) ? seconds : 0.0,
                      .time_measured = mode.trials.contains(size),

@@ -30,8 +30,11 @@ struct PlanSpace {
     std::optional<UpdateTrial> update = {};
     bool update_failed = false;  ///< it does not fit even beyond the budget: peaks are unknown
 
+    Plan plan(const Mode& mode, std::int64_t size) const;
     /// Whether the options allow such plans.
     bool allowed(const Mode& mode) const;
+    /// True for a size that no other tells anything about: the whole batch, where all smaller micro-batches run together.
+    bool runs_alone(std::int64_t size) const { return options.batch_norm == BatchNorm::exact && size == options.batch; }
     /// Twice the size, but at most the batch.
     std::int64_t doubled(std::int64_t size) const;
     /// True if the optimizer's step does not fit, and so no plan does.

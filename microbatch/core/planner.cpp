@@ -132,7 +132,7 @@ private:
     }
 
     void time_again(const Target& one) {
-        const Plan plan{.micro_batch = one.size, .recompute = one.mode->recompute};
+        const Plan plan = known_.plan(*one.mode, one.size);
         if (options_.on_trial) options_.on_trial(plan);
         const bool cut = one.size < options_.batch;
         const double seconds = time_or(rehearsal_.seconds_again(plan, cut, options_.budget_bytes), infinity);
@@ -245,7 +245,7 @@ private:
     }
 
     bool run_trial(Mode& mode, std::int64_t size, std::int64_t allowed_bytes) {
-        const Plan plan{.micro_batch = size, .recompute = mode.recompute};
+        const Plan plan = known_.plan(mode, size);
         if (options_.on_trial) options_.on_trial(plan);
         std::optional<MicroBatchTrial> trial = rehearse(plan, allowed_bytes);
         if (!trial) return false;

@@ -48,7 +48,8 @@ struct PlannerOptions {
     std::int64_t budget_bytes = 0;  ///< of all that is live, parameters included
     /// Length of the run. In a run of a single step no optimizer state exists while the micro-batches run.
     std::int64_t steps = 2;
-    bool offers_recompute = false;  ///< the model supports it
+    BatchNorm batch_norm = BatchNorm::naive;  ///< of every plan
+    bool offers_recompute = false;            ///< the model supports it
     Recompute recompute = Recompute::automatic;
     std::optional<std::int64_t> micro_batch = {};  ///< the only micro-batch to consider
     std::int64_t most_bytes =

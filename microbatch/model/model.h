@@ -45,9 +45,13 @@ public:
     /// false.
     virtual void set_checkpointing(bool) {}
 
-    /// Adds the gradients of a micro-batch's loss to .grad: loss.backward(). A model of another language turns what its
-    /// code throws on the way into a C++ exception.
-    virtual void backward(const at::Tensor& loss) const;
+    /// Runs backward from these tensors with these gradients, which adds to .grad; `again` keeps the graph. A model of
+    /// another language turns what its code throws on the way into a C++ exception.
+    virtual void backward(const std::vector<at::Tensor>& roots, const std::vector<at::Tensor>& gradients,
+                          bool again) const;
+
+    /// Adds the gradients of a micro-batch's loss to .grad: loss.backward().
+    void backward(const at::Tensor& loss) const { backward({loss}, {at::Tensor()}, /*again=*/false); }
 };
 
 /// A torch::nn::Module, borrowed: it must outlive the result. Its blocks are checkpointed if it is a Recomputable.

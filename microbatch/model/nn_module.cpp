@@ -1,3 +1,4 @@
+#include <torch/csrc/autograd/autograd.h>
 #include <torch/nn/module.h>
 
 #include "microbatch/model/model.h"
@@ -63,8 +64,9 @@ private:
 
 }  // namespace
 
-void Model::backward(const at::Tensor& loss) const {
-    loss.backward();
+void Model::backward(const std::vector<at::Tensor>& roots, const std::vector<at::Tensor>& gradients, bool again) const {
+    if (roots.size() == 1) return roots[0].backward(gradients[0], again);
+    torch::autograd::backward(roots, gradients, again);
 }
 
 std::shared_ptr<Model> make_model(torch::nn::Module& module) {

@@ -27,6 +27,23 @@ constexpr int stages = 3;
 
 }  // namespace
 
+/// RMS norm over the channels of every pixel, with the affine weights of a batch norm.
+class ChannelRmsNorm : public torch::nn::Module {
+public:
+    explicit ChannelRmsNorm(std::int64_t channels)
+        : weight_(register_parameter("weight", at::ones({channels}))),
+          bias_(register_parameter("bias", at::zeros({channels}))) {}
+
+    at::Tensor forward(const at::Tensor& x) {
+        constexpr double epsilon = 1e-5;
+        const at::Tensor scale = (x.square().mean(1, /*keepdim=*/true) + epsilon).rsqrt();
+        return x * scale * weight_.view({-1, 1, 1}) + bias_.view({-1, 1, 1});
+    }
+
+private:
+    at::Tensor weight_, bias_;
+};
+
 /// A convolution that preserves the image size (divided by its stride), followed by a norm.
 class NormedConvolution {
 public:
@@ -39,9 +56,12 @@ public:
         if (norm == ImageNorm::batch) {
             batch_norm_ = torch::nn::BatchNorm2d(options.out_channels());
             layers->push_back("norm" + number, batch_norm_);
-        } else {
+        } else if (norm == ImageNorm::group) {
             group_norm_ = torch::nn::GroupNorm(norm_groups, options.out_channels());
             layers->push_back("norm" + number, group_norm_);
+        } else {
+            rms_norm_ = std::make_shared<ChannelRmsNorm>(options.out_channels());
+            layers->push_back("norm" + number, rms_norm_);
         }
     }
 
@@ -51,7 +71,7 @@ public:
             return microbatch::group_norm(y, norm_groups, group_norm_->weight, group_norm_->bias,
                                           group_norm_->options.eps(), tail);
         }
-        at::Tensor normed = batch_norm_->forward(y);
+        at::Tensor normed = rms_norm_ ? rms_norm_->forward(y) : batch_norm_->forward(y);
         if (tail.added.defined()) normed = normed + tail.added;
         return tail.relu ? at::relu(normed) : normed;
     }
@@ -63,6 +83,7 @@ private:
     torch::nn::Conv2d convolution_;
     torch::nn::BatchNorm2d batch_norm_ = nullptr;
     torch::nn::GroupNorm group_norm_ = nullptr;
+    std::shared_ptr<ChannelRmsNorm> rms_norm_;
 };
 
 namespace {
@@ -137,13 +158,15 @@ void require_valid(const ResNetConfig& config) {
 }  // namespace
 
 std::string_view to_string(ImageNorm norm) {
-    return norm == ImageNorm::batch ? "batch" : "group";
+    if (norm == ImageNorm::batch) return "batch";
+    return norm == ImageNorm::group ? "group" : "rms";
 }
 
 ImageNorm parse_image_norm(std::string_view name) {
     if (name == "batch") return ImageNorm::batch;
     if (name == "group") return ImageNorm::group;
-    throw Error(ErrorKind::usage, "unknown image norm \"", name, "\"; choose batch or group");
+    if (name == "rms") return ImageNorm::rms;
+    throw Error(ErrorKind::usage, "unknown image norm \"", name, "\"; choose batch, group or rms");
 }
 
 ResNetImpl::ResNetImpl(const ResNetConfig& config) : config_(config) {

@@ -14,10 +14,10 @@
 namespace microbatch {
 
 /// The normalization after the convolutions. With batch norm, the result for a sample depends on its micro-batch, so
-/// the update depends on how the batch is split; with group norm, it does not.
-enum class ImageNorm { batch, group };
+/// the update depends on how the batch is split (see BatchNorm); with group norm and RMS norm, it does not.
+enum class ImageNorm { batch, group, rms };
 
-/// "batch" or "group".
+/// "batch", "group" or "rms".
 std::string_view to_string(ImageNorm norm);
 
 /// Parses the name. Errors: ErrorKind::usage, listing the names, for any other text.

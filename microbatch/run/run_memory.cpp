@@ -46,7 +46,8 @@ Plan plan_with_noise(const PlanReport& report) {
     if (best != nullptr) return best->plan;
     const Plan& chosen = report.choice().plan;
     return {.micro_batch = std::max<std::int64_t>(1, std::min(chosen.micro_batch, report.batch / 4)),
-            .recompute = chosen.recompute};
+            .recompute = chosen.recompute,
+            .batch_norm = chosen.batch_norm};
 }
 
 // The model's buffers are small in comparison.

@@ -32,6 +32,7 @@ void save_partial(const PartialBatch& partial, const Parameters& parameters, dou
         writer.section("gradient").put(names.at(view.parameter.unsafeGetTensorImpl()), view.sum);
     }
     writer.section("before").merge(partial.before);
+    writer.section("batch_norm").merge(partial.batch_norm);
 }
 
 // Without its tensors.
@@ -61,6 +62,8 @@ void load_partial(const StateReader& reader, const Parameters& parameters, Parti
     }
     partial.before = reader.section("before").copy();
     partial.before.own();
+    partial.batch_norm = reader.section("batch_norm").copy();
+    partial.batch_norm.own();
 }
 
 // Reports an invalid value with the message of the check that found it.

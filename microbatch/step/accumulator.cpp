@@ -30,6 +30,7 @@ Reclaimer once() {
 /// A batch that runs, possibly several times.
 struct Accumulator::Attempt {
     Plan plan = {};
+    std::int64_t samples = 0;
     bool measure_noise = false;
     MicroBatchCaps caps = {};
     std::optional<PartialBatch> partial = {};
@@ -51,11 +52,11 @@ Accumulator::Accumulator(const AnyModel& model, Optimizer& optimizer, Accumulato
 
 void Accumulator::set_plan(const Plan& plan) {
     require_that(plan.micro_batch >= 1, "the micro-batch is ", plan.micro_batch, "; it must be at least 1");
-    require_that(!plan.recompute || model_->offers_checkpointing(),
+    require_that(!plan.recompute || offers_recompute(plan.batch_norm),
                  "the plan uses recompute, but the accumulator has no model that supports it");
     options_.plan = plan;
     caps_.clear();
-    model_->set_checkpointing(plan.recompute);
+    ActivationCheckpointing::set(*model_, plan);
     // Cached blocks of another plan's sizes would only take memory.
     release_cached_memory();
 }
@@ -171,7 +172,10 @@ std::variant<Gathered, PartialBatch> Accumulator::gather_batch(const BatchSource
 
 Accumulator::Attempt Accumulator::first_attempt(const BatchSource& batch, StepOptions& options) const {
     const std::int64_t samples = batch.size();
-    Attempt attempt{.plan = options_.plan, .caps = caps_, .partial = std::exchange(options.partial, std::nullopt)};
+    Attempt attempt{.plan = options_.plan,
+                    .samples = samples,
+                    .caps = caps_,
+                    .partial = std::exchange(options.partial, std::nullopt)};
     attempt.plan.micro_batch =
         std::clamp<std::int64_t>(attempt.plan.micro_batch, 1, std::max<std::int64_t>(samples, 1));
     // A single micro-batch does not show noise.
@@ -230,9 +234,13 @@ std::variant<Gathered, PartialBatch> Accumulator::try_gather(const BatchSource& 
 // For samples of the shape at which memory ran out, and larger ones.
 bool Accumulator::make_plan_smaller(Attempt& attempt) const {
     Plan plan = attempt.plan_of_shape;
-    if (plan.micro_batch > 1) {
+    const bool may_recompute = !plan.recompute && offers_recompute(plan.batch_norm);
+    // A smaller micro-batch hardly helps an exact batch: the values between its layers are the whole batch's.
+    if (may_recompute && plan.batch_norm == BatchNorm::exact && plan.micro_batch < attempt.samples) {
+        plan.recompute = true;
+    } else if (plan.micro_batch > 1) {
         plan.micro_batch /= 2;
-    } else if (!plan.recompute && model_->offers_checkpointing()) {
+    } else if (may_recompute) {
         plan.recompute = true;
     } else {
         return false;
@@ -249,15 +257,31 @@ void Accumulator::drop_gathered() {
 void Accumulator::undo() {
     if (before_) restore_forward_state(*model_, *before_, /*generators=*/true);
     before_.reset();
-    model_->set_checkpointing(options_.plan.recompute);
+    ActivationCheckpointing::set(*model_, options_.plan);
 }
 
 void Accumulator::begin(bool measure_noise) {
+    Plan plan = options_.plan;
+    plan.micro_batch = 0;  // the caller's
+    open(measure_noise, plan);
+}
+
+void Accumulator::open(bool measure_noise, const Plan& plan) {
     refuse_unknown_parameters();
     throttle_.poll();
-    gatherer_.begin(measure_noise, {.micro_batch = 0, .recompute = options_.plan.recompute});
+    gatherer_.begin(measure_noise, plan);
     before_.reset();
     out_of_memory_ = 0;
+}
+
+void Accumulator::begin_trial(const Plan& plan) {
+    open(/*measure_noise=*/false, plan);
+}
+
+void Accumulator::gather_trial(const BatchSource& batch, const LossFunction& loss, const Plan& plan,
+                               PieceObserver on_piece) {
+    throttle_.poll();
+    gathered_ = std::get<Gathered>(gatherer_.gather(batch, loss, {.plan = plan, .on_piece = std::move(on_piece)}));
 }
 
 void Accumulator::add(const WeightedLoss& loss) {

@@ -125,9 +125,21 @@ public:
     /// next batch. With weight 0, there are no gradients. Errors: ErrorKind::usage if nothing is gathered.
     StepReport hand_over();
 
+    /// begin() with another plan, for planning.
+    void begin_trial(const Plan& plan);
+
+    /// gather() with another plan, once, for planning: if it runs out of memory, that error passes. `on_piece` as in
+    /// GatherOptions.
+    void gather_trial(const BatchSource& batch, const LossFunction& loss, const Plan& plan, PieceObserver on_piece);
+
     /// Uses memory and time like apply(), but leaves parameters and optimizer unchanged; the gathered batch is lost.
     /// The optimizer keeps the state of the dry run until end_dry_run(). Errors: as apply().
     void dry_run_apply();
+
+    /// True if a plan with this policy may have recompute.
+    bool offers_recompute(BatchNorm policy) const {
+        return policy == BatchNorm::exact || model_->offers_checkpointing();
+    }
 
     /// Sets the plan for later batches, and forgets the caps learned from out-of-memory errors.
     /// Errors: ErrorKind::usage if the micro-batch is below 1, or recompute is requested of a model that does not
@@ -156,6 +168,7 @@ private:
     std::variant<Gathered, PartialBatch> try_gather(const BatchSource& batch, const LossFunction& loss,
                                                     const StopToken& stop, Attempt& attempt);
     bool make_plan_smaller(Attempt& attempt) const;
+    void open(bool measure_noise, const Plan& plan);
     void drop_gathered();
     void undo();
     double divisor() const;

@@ -33,6 +33,7 @@ struct PartialBatch {
     bool measure_noise = false;
     std::int64_t out_of_memory = 0;  ///< attempts so far that ran out of memory
     StateDict before = {};           ///< the model's forward_state() before the batch
+    StateDict batch_norm = {};       ///< the statistics so far: see BatchNormLayers::save()
 };
 
 }  // namespace microbatch

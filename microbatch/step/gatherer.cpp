@@ -13,6 +13,7 @@
 
 #include "microbatch/core/error.h"
 #include "microbatch/optim/clipping.h"
+#include "microbatch/step/exact_batch.h"
 
 namespace microbatch {
 
@@ -37,6 +38,8 @@ std::variant<Gathered, PartialBatch> Gatherer::gather(const BatchSource& source,
     const std::int64_t samples = source.size();
     require_that(samples != 0, "the batch is empty: give it at least one sample");
     micro_batch_count(samples, options.plan.micro_batch);  // refuses an invalid plan
+    const bool cut = options.plan.micro_batch < samples || (options.caps != nullptr && !options.caps->empty());
+    if (cut && options.plan.batch_norm == BatchNorm::exact) return gather_exactly(source, loss, options);
     std::int64_t done = 0;
     if (partial) {
         done = partial->samples;
@@ -57,9 +60,7 @@ Gathered Gatherer::gather(const Batch& batch, const Plan& plan, const LossFuncti
     return std::get<Gathered>(gather(TensorBatch(batch), loss, {.plan = plan, .measure_noise = measure_noise}));
 }
 
-// Loads, runs and adds the micro-batch that begins there; returns where it ends.
-std::int64_t Gatherer::add_next(const BatchSource& source, std::int64_t begin, const LossFunction& loss,
-                                const GatherOptions& options) {
+Gatherer::Next Gatherer::load_next(const BatchSource& source, std::int64_t begin, const GatherOptions& options) {
     Plan plan = options.plan;
     const auto next = [&] { return next_cut(source.size() - begin, source.as_many_as(begin, plan.micro_batch)); };
     const auto fetch = [&] { return source.fetch({begin, begin + next()}); };
@@ -77,14 +78,49 @@ std::int64_t Gatherer::add_next(const BatchSource& source, std::int64_t begin, c
     gathered_.plan.micro_batch = std::min(gathered_.plan.micro_batch, plan.micro_batch);
     gathered_.plan.recompute = gathered_.plan.recompute || plan.recompute;
     const std::int64_t end = begin + micro.size();
-    const WeightedLoss sum = loss_of(loss, micro);
-    micro = {};  // freed before the backward pass, which does not need it, as in a trial of the planner
+    return {std::move(micro), end};
+}
+
+// Runs and adds the micro-batch that begins there; returns where it ends.
+std::int64_t Gatherer::add_next(const BatchSource& source, std::int64_t begin, const LossFunction& loss,
+                                const GatherOptions& options) {
+    Next next = load_next(source, begin, options);
+    const WeightedLoss sum = loss_of(loss, next.batch);
+    next.batch = {};  // freed before the backward pass, which does not need it, as in a trial of the planner
     add(sum);
-    return end;
+    return next.end;
+}
+
+// All micro-batches at once, layer by layer.
+Gathered Gatherer::gather_exactly(const BatchSource& source, const LossFunction& loss, const GatherOptions& options) {
+    begin(/*measure_noise=*/false, options.plan);
+    auto clear_on_error = c10::make_scope_exit([this] { clear(); });
+    if (!keep_plans_) keep_plans_ = learn_keep_plans(model_, loss, load_next(source, 0, options).batch);
+    Next next = load_next(source, 0, options);
+    ExactBatch batch(model_, *keep_plans_, gathered_.plan, options.on_piece);
+    batch.add(loss, std::move(next.batch), next.end == source.size());
+    while (next.end < source.size()) {
+        next = load_next(source, next.end, options);
+        batch.add(loss, std::move(next.batch), next.end == source.size());
+    }
+    const std::vector<WeightedLoss> losses = batch.finish_forward();
+    refuse_changed_gradients();
+    for (const WeightedLoss& one : losses) count(one);
+    if (gathered_.weight > 0.0) batch.backward(precision_->loss_scale());
+    refuse_sparse_gradients();
+    for (const WeightedLoss& one : losses) {
+        if (one.weight != 0.0) count_sum(one.sum);
+    }
+    mark_gradients();
+    clear_on_error.release();
+    // The model may have changed since it was learned: the next batch keeps what this one shows.
+    if (batch.fingerprint() != keep_plans_->all.fingerprint) keep_plans_ = keep_plans_of(batch.program());
+    return finish();
 }
 
 void Gatherer::enter(const Plan& plan) {
     for (const auto& scope : scopes_) scope->enter(plan);
+    if (layers_) layers_->begin_forward();
 }
 
 void Gatherer::refuse_stale_gradients() {
@@ -131,6 +167,9 @@ void Gatherer::begin(bool measure_noise, const Plan& plan) {
     refuse_stale_gradients();
     clear();
     gathered_ = {.plan = plan};
+    if (plan.batch_norm == BatchNorm::deferred || plan.batch_norm == BatchNorm::frozen) {
+        layers_ = std::make_unique<BatchNormLayers>(plan.batch_norm, model_->buffers());
+    }
     enter(plan);
     if (measure_noise) norms_.emplace();
     mark_gradients();
@@ -147,6 +186,23 @@ void Gatherer::add(const WeightedLoss& loss) {
 }
 
 void Gatherer::add_checked(const WeightedLoss& loss) {
+    require_that(gathered_.plan.batch_norm != BatchNorm::exact || gathered_.micro_batches == 0,
+                 "exact BatchNorm needs all micro-batches of a batch at once: pass the whole batch to step() or "
+                 "gather(), or choose the policy deferred");
+    count(loss);
+    if (layers_) layers_->end_forward();
+    const auto next_forward = c10::make_scope_exit([this] {
+        if (layers_) layers_->begin_forward();
+    });
+    if (loss.weight == 0.0) return;
+    const double scale = precision_->loss_scale();
+    model_->backward(scale == 1.0 ? loss.sum : loss.sum * scale);
+    refuse_sparse_gradients();
+    if (norms_) gathered_.parts.add({loss.weight, norms_->added(parameters_) / (loss.weight * loss.weight)});
+    count_sum(loss.sum);
+}
+
+void Gatherer::count(const WeightedLoss& loss) {
     validate(loss);
     ++gathered_.micro_batches;
     if (loss.weight == 0.0) return;
@@ -156,11 +212,10 @@ void Gatherer::add_checked(const WeightedLoss& loss) {
     gathered_.weight += loss.weight;
     require_that(std::isfinite(gathered_.weight),
                  "the sum of the weights of the batch exceeds the range of a double; scale them down");
-    const double scale = precision_->loss_scale();
-    model_->backward(scale == 1.0 ? loss.sum : loss.sum * scale);
-    refuse_sparse_gradients();
-    if (norms_) gathered_.parts.add({loss.weight, norms_->added(parameters_) / (loss.weight * loss.weight)});
-    const at::Tensor value = loss.sum.detach().to(at::kDouble).reshape({});
+}
+
+void Gatherer::count_sum(const at::Tensor& sum) {
+    const at::Tensor value = sum.detach().to(at::kDouble).reshape({});
     loss_sum_ = loss_sum_.defined() ? loss_sum_.add(value) : value;
 }
 
@@ -170,6 +225,8 @@ Gathered Gatherer::finish() {
     auto clear_on_error = c10::make_scope_exit([this] { clear(); });
     refuse_changed_gradients();
     measure();
+    if (layers_) layers_->finish();
+    layers_.reset();
     clear_on_error.release();
     for (const auto& scope : scopes_) scope->leave();
     state_ = State::gathered;
@@ -211,6 +268,7 @@ PartialBatch Gatherer::leave(const BatchSource& source, std::int64_t samples, bo
                          .measure_noise = measure_noise};
     if (loss_sum_.defined()) partial.so_far.loss_sum = loss_sum_.item<double>();
     partial.so_far.sums = gradients_in(tensors_of(parameters_));
+    if (layers_) layers_->save(StateWriter(partial.batch_norm));
     clear();
     return partial;
 }
@@ -230,6 +288,7 @@ void Gatherer::require_partial(const BatchSource& source, const PartialBatch& pa
 void Gatherer::resume(const BatchSource& source, PartialBatch& partial, const Plan& plan) {
     require_partial(source, partial);
     begin(partial.measure_noise, plan);
+    if (layers_) layers_->load(StateReader(partial.batch_norm));
     auto clear_on_error = c10::make_scope_exit([this] { clear(); });
     for (const GradientView& view : partial.so_far.sums) {
         // A copy, so the partial batch does not change.
@@ -248,6 +307,7 @@ void Gatherer::clear() {
     for (const Parameter& parameter : parameters_) parameter.tensor.mutable_grad() = at::Tensor();
     loss_sum_ = at::Tensor();
     norms_.reset();
+    layers_.reset();
     for (const auto& scope : scopes_) scope->leave();
     state_ = State::idle;
 }

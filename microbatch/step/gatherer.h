@@ -8,8 +8,11 @@
 #include <variant>
 #include <vector>
 
+#include "microbatch/autograd/batch_norm_layers.h"
+#include "microbatch/core/keep.h"
 #include "microbatch/data/batch_source.h"
 #include "microbatch/model/model.h"
+#include "microbatch/step/exact_batch.h"
 #include "microbatch/step/gathered.h"
 #include "microbatch/step/loss.h"
 #include "microbatch/step/micro_batch_caps.h"
@@ -30,6 +33,7 @@ struct GatherOptions {
     const MicroBatchCaps* caps = nullptr;  ///< smaller plans that samples of some shapes need
     /// Called with the shape of a micro-batch before its loss is computed.
     std::function<void(const SampleShape&, const Plan&)> on_micro_batch = {};
+    PieceObserver on_piece = {};  ///< of a batch with exact BatchNorm
 };
 
 /// Sums the gradients of one batch, micro-batch by micro-batch, in the parameters' .grad.
@@ -52,7 +56,8 @@ public:
     void track(const Parameters& parameters);
 
     /// begin(), add() for every micro-batch, finish(); or returns a PartialBatch if it was stopped, with the gradients
-    /// moved out of .grad. With `partial`, resumes that batch.
+    /// moved out of .grad. With `partial`, resumes that batch. With exact BatchNorm, a batch that is cut is not
+    /// stopped, and its noise is not measured: no micro-batch has a gradient of its own.
     /// Errors: as those; ErrorKind::usage if the batch is empty, the micro-batch is below 1, or `partial` belongs to
     ///         another batch or to other parameters.
     std::variant<Gathered, PartialBatch> gather(const BatchSource& source, const LossFunction& loss,
@@ -73,8 +78,9 @@ public:
     /// Adds the gradients of one micro-batch: runs backward from the sum, then frees the graph. A micro-batch of weight
     /// 0 adds nothing and its loss is ignored, so a 0/0 in it is harmless.
     /// Errors: ErrorKind::usage if no batch is open, the loss is not valid (see validate) or depends on nothing that
-    ///         requires a gradient, a gradient is sparse, the sum of the weights is not finite, or other code changed a
-    ///         .grad in the meantime.
+    ///         requires a gradient, a gradient is sparse, the sum of the weights is not finite, other code changed a
+    ///         .grad in the meantime, or it is the second micro-batch of a plan with exact BatchNorm, which needs all of
+    ///         them at once.
     void add(const WeightedLoss& loss);
 
     /// Closes the batch and returns what was gathered. With weight 0, there are no gradients.
@@ -108,8 +114,17 @@ private:
     void refuse_sparse_gradients() const;
     void mark_gradients();
     void add_checked(const WeightedLoss& loss);
+    /// A micro-batch that is ready to run.
+    struct Next {
+        Batch batch;
+        std::int64_t end = 0;
+    };
+    Next load_next(const BatchSource& source, std::int64_t begin, const GatherOptions& options);
     std::int64_t add_next(const BatchSource& source, std::int64_t begin, const LossFunction& loss,
                           const GatherOptions& options);
+    Gathered gather_exactly(const BatchSource& source, const LossFunction& loss, const GatherOptions& options);
+    void count(const WeightedLoss& loss);
+    void count_sum(const at::Tensor& sum);
     void resume(const BatchSource& source, PartialBatch& partial, const Plan& plan);
     PartialBatch leave(const BatchSource& source, std::int64_t samples, bool measure_noise);
     void enter(const Plan& plan);
@@ -119,6 +134,8 @@ private:
     Parameters parameters_;
     std::shared_ptr<Precision> precision_;
     MicroBatchScopes scopes_;
+    std::unique_ptr<BatchNormLayers> layers_;       // while a batch is open, if their policy needs it
+    std::optional<KeepPlans> keep_plans_;           // for exact batches, once learned
     std::optional<MicroBatchGradientNorms> norms_;  // while a batch is open, if they are measured
     State state_ = State::idle;
     std::vector<Mark> marks_;  // one per parameter

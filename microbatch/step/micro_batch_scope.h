@@ -36,12 +36,16 @@ private:
     std::optional<InPlaceGradients> sums_;
 };
 
-/// The model recomputes its activations if the plan says so.
+/// The model recomputes its activations if the plan says so. With exact BatchNorm, the batch does that itself.
 class ActivationCheckpointing final : public MicroBatchScope {
 public:
     explicit ActivationCheckpointing(std::shared_ptr<Model> model) : model_(std::move(model)) {}
 
-    void enter(const Plan& plan) override { model_->set_checkpointing(plan.recompute); }
+    void enter(const Plan& plan) override { set(*model_, plan); }
+
+    static void set(Model& model, const Plan& plan) {
+        model.set_checkpointing(plan.recompute && plan.batch_norm != BatchNorm::exact);
+    }
 
 private:
     std::shared_ptr<Model> model_;

@@ -55,6 +55,20 @@ at::Device device_of(const Accumulator& accumulator) {
     return device;
 }
 
+/// The first samples of a batch.
+class FrontOf final : public BatchSource {
+public:
+    FrontOf(const BatchSource& batch, std::int64_t samples) : batch_(batch), samples_(samples) {}
+
+    std::int64_t size() const override { return samples_; }
+    Batch fetch(Slice slice) const override { return batch_.fetch(slice); }
+    std::uint32_t fingerprint() const override { return batch_.fingerprint(); }
+
+private:
+    const BatchSource& batch_;
+    std::int64_t samples_;
+};
+
 // The job, restored after every trial.
 class LiveJob final : public Rehearsal {
 public:
@@ -71,7 +85,7 @@ public:
     ~LiveJob() override {
         accumulator_.discard({});
         accumulator_.optimizer().end_dry_run();
-        accumulator_.model().set_checkpointing(accumulator_.plan().recompute);
+        ActivationCheckpointing::set(accumulator_.model(), accumulator_.plan());
         meter_.release_cached();
     }
 
@@ -79,8 +93,10 @@ public:
 
     std::optional<MicroBatchTrial> micro_batch(const Plan& plan, bool cut, std::int64_t allowed_bytes) override {
         const auto started = Clock::now();
+        // Of a batch that is open, the update's trial takes the gradients.
+        const bool keep = !runs_exactly(plan, cut);
         const auto trial = attempt(
-            allowed_bytes, [&] { return run(plan, cut); }, /*keep=*/true);
+            allowed_bytes, [&] { return run(plan, cut); }, keep);
         if (!trial) return std::nullopt;
         last_ = plan;
         last_seconds_ = trial->seconds;
@@ -152,6 +168,7 @@ private:
     }
 
     MicroBatchTrial run(const Plan& plan, bool cut) {
+        if (runs_exactly(plan, cut)) return run_exactly(plan);
         MicroBatchTrial trial;
         std::vector<double> seconds;
         begin(plan);
@@ -177,7 +194,51 @@ private:
         return trial;
     }
 
+    static bool runs_exactly(const Plan& plan, bool cut) { return cut && plan.batch_norm == BatchNorm::exact; }
+
+    // Its micro-batches cannot run alone. At every point of the work, memory grows by the same amount with each of them,
+    // and so does the time: two short batches tell what the whole one takes.
+    MicroBatchTrial run_exactly(const Plan& plan) {
+        const std::int64_t count = micro_batch_count(samples_, plan.micro_batch);
+        const ExactRun shorter = run_exactly(plan, 2);
+        const ExactRun longer = count > 2 ? run_exactly(plan, 3) : shorter;
+        MicroBatchTrial trial;
+        trial.seconds = shorter.seconds / 2.0;
+        if (count > 2) trial.seconds = std::min(trial.seconds, longer.seconds / 3.0);
+        for (std::size_t i = 0; i < shorter.profile.size(); ++i) {
+            const std::int64_t more = count > 2 ? longer.profile[i] - shorter.profile[i] : 0;
+            trial.first.push_back(shorter.profile[i] + std::max<std::int64_t>(more, 0) * (count - 2));
+        }
+        trial.later = trial.first;
+        return trial;
+    }
+
+    struct ExactRun {
+        MemoryProfile profile;  // the peaks of the first micro-batch's piece and of all others, segment by segment
+        double seconds = 0.0;
+    };
+    ExactRun run_exactly(const Plan& plan, std::int64_t count) {
+        discard();
+        ExactRun result;
+        const FrontOf front(batch_, std::min(count * plan.micro_batch, samples_));
+        const auto on_piece = [&](bool first, bool last) {
+            if (!first && !last)
+                return;  // the last one's peak is that of all after the first: it may have fewer samples
+            result.profile.push_back(peak());
+            meter_.reset_peak();
+        };
+        meter_.reset_peak();
+        const LossFunction loss = [this](const Batch& micro) { return counted(loss_(micro)); };
+        result.seconds = seconds_of([&] { accumulator_.gather_trial(front, loss, plan, on_piece); });
+        return result;
+    }
+
     double warm_seconds(const Plan& plan, bool cut) {
+        if (runs_exactly(plan, cut)) {
+            const double count =
+                static_cast<double>(std::min<std::int64_t>(3, micro_batch_count(samples_, plan.micro_batch)));
+            return run_exactly(plan, static_cast<std::int64_t>(count)).seconds / count;
+        }
         begin(plan);
         if (cut) add(plan.micro_batch, 0);
         return seconds_of([&] { add(plan.micro_batch, cut ? 1 : 0); });
@@ -190,17 +251,19 @@ private:
 
     void begin(const Plan& plan) {
         discard();
-        accumulator_.begin();
-        accumulator_.model().set_checkpointing(plan.recompute);
+        accumulator_.begin_trial(plan);
     }
 
     // The micro-batch of this size and index, starting again at the front when the batch ends.
     void add(std::int64_t size, std::int64_t number) {
         const std::int64_t begin = (number % (samples_ / size)) * size;
-        WeightedLoss loss = loss_of(loss_, batch_.fetch({begin, begin + size}));
-        // Samples of weight 0 have no backward pass; others of their shape have.
+        accumulator_.add(counted(loss_of(loss_, batch_.fetch({begin, begin + size}))));
+    }
+
+    // Samples of weight 0 have no backward pass; others of their shape have.
+    static WeightedLoss counted(WeightedLoss loss) {
         if (loss.weight == 0.0 && loss.sum.defined() && loss.sum.requires_grad()) loss.weight = 1.0;
-        accumulator_.add(loss);
+        return loss;
     }
 
     template <class Work>
@@ -279,7 +342,7 @@ PlanReport plan_batch(Accumulator& accumulator, const BatchSource& batch, const 
     accumulator.require_idle();
     options.batch = batch.size();
     require_that(options.batch >= 1, "the batch for planning is empty: give it at least one sample");
-    options.offers_recompute = accumulator.model().offers_checkpointing();
+    options.offers_recompute = accumulator.offers_recompute(options.batch_norm);
     LiveJob job(accumulator, batch, loss);
     if (options.budget_bytes == 0) options.budget_bytes = job.budget();
     return make_plan(options, job);

@@ -17,6 +17,7 @@ _torch_version.require()
 from microbatch import integrations, losses, memory  # noqa: E402
 from microbatch.accumulator import Accumulator, StepReport  # noqa: E402
 from microbatch.advice import BatchAdvice, BatchCost, advise  # noqa: E402
+from microbatch.batch_norm import ChannelRMSNorm, Replaced, replace_batch_norm  # noqa: E402
 from microbatch.errors import BadData, DoesNotFit, Error, NotWritten, Stopped, UsageError  # noqa: E402
 from microbatch.guard import SpikeGuard  # noqa: E402
 from microbatch.hessian import Curvature, curvature  # noqa: E402
@@ -39,6 +40,7 @@ __all__ = [
     "BatchCost",
     "Candidate",
     "Cause",
+    "ChannelRMSNorm",
     "Constants",
     "Curvature",
     "Difference",
@@ -49,6 +51,7 @@ __all__ = [
     "Optimized",
     "Plan",
     "PlanReport",
+    "Replaced",
     "Schedule",
     "ScheduleDriver",
     "SpikeGuard",
@@ -64,6 +67,7 @@ __all__ = [
     "memory",
     "optimize",
     "plan",
+    "replace_batch_norm",
     "scale_to_batch",
     "verify",
 ]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from microbatch import _core, batches, memory, planning
+from microbatch.batch_norm import REPLACING, batch_norms, replace_batch_norm, require_policy
 from microbatch.errors import UsageError
 from microbatch.guard import SpikeGuard
 from microbatch.model import Adapter, own_memory
@@ -16,6 +17,8 @@ from microbatch.optimizers import driver_of
 from microbatch.planning import Plan, PlanReport
 from microbatch.recompute import lever_of
 from microbatch.verification import check_first_batch
+
+_WHOLE = 2**62  # samples: no batch is larger
 
 LossFunction = Callable[[Any, Any], tuple[Tensor, float | Tensor]]
 
@@ -61,8 +64,13 @@ class Accumulator:
     budget as it is.
     micro_batch: samples per forward and backward; "auto" finds the fastest that fits, at the first step or in
     make_plan(). clip_norm: largest norm of the mean gradient that is applied, None for any. recompute: whether
-    activations may be computed again in backward: "auto", "never", "always", or the class of the blocks. guard: a
-    SpikeGuard. noise_every: steps from one measure of the gradient's noise to the next, 0 for none. verify: checks a few
+    activations may be computed again in backward: "auto", "never", "always", or the class of the blocks.
+    batch_norm: what BatchNorm layers do while a batch is cut. "exact": they normalise by the whole batch, forward and
+    backward. "deferred": by the micro-batch, and their running statistics move once a step, by those of the batch.
+    "frozen": by the running statistics, which stay. "naive": as torch. "group", "rms": see replace_batch_norm(). "auto":
+    exact if it fits and takes at most twice the time of the batch at once, else deferred; the plan says which. Micro-
+    batches that you add yourself cannot be exact.
+    guard: a SpikeGuard. noise_every: steps from one measure of the gradient's noise to the next, 0 for none. verify: checks a few
     samples of the first batch by mb.verify(): an averaged loss is a UsageError, whatever else depends on the split is a
     warning.
     collate: batches are lists of samples, which this makes into a micro-batch, the longest first. bound: "samples", or
@@ -88,6 +96,7 @@ class Accumulator:
         micro_batch: int | str = "auto",
         clip_norm: float | None = math.inf,
         recompute: Any = "auto",
+        batch_norm: str = "auto",
         guard: SpikeGuard | None = None,
         noise_every: int = 0,
         verify: bool = False,
@@ -110,6 +119,9 @@ class Accumulator:
         if isinstance(generators, torch.Generator):
             generators = (generators,)
         clip_norm = math.inf if clip_norm is None else clip_norm
+        require_policy(batch_norm, model)
+        #: what batch_norm="group" or "rms" changed
+        self.replaced = replace_batch_norm(model, batch_norm) if batch_norm in REPLACING else None
         lever = lever_of(model, recompute)
         adapter = Adapter(model, lever, generators)
         driver = None if optimizer is None else driver_of(optimizer)
@@ -129,20 +141,29 @@ class Accumulator:
         self._verify = verify
         self._recompute = recompute if recompute in ("never", "always") else "auto"
         self._native: Any = _core.Accumulator(adapter, driver, float(clip_norm), sum_in_product)
-        self._auto = micro_batch == "auto"
+        self._policy = "naive" if self.replaced or not batch_norms(model) else batch_norm
+        self._given = None if micro_batch == "auto" else micro_batch
+        self._auto = self._given is None or self._policy == "auto"
         self._planned = 0  # samples of the largest batch that a plan was made for
         self._steps = 0
         self.last_plan: PlanReport | None = None  #: of the last make_plan()
-        if micro_batch != "auto":
-            self.plan = Plan(micro_batch, self._recompute == "always")  # type: ignore[arg-type]
+        if self._given is not None or self._policy != "naive":
+            # Until there is a plan; "auto" may turn out to be exact then.
+            policy = "deferred" if self._policy == "auto" else self._policy
+            start = Plan(self._given or _WHOLE, self._recompute == "always", policy)  # type: ignore[arg-type]
+            self._native.plan = planning.native(start)
 
     @property
     def plan(self) -> Plan:
-        """How batches are run. Setting it forgets what was learned from running out of memory."""
+        """How batches are run. Setting it forgets what was learned from running out of memory; a plan that names no
+        BatchNorm policy has the Accumulator's ("auto": deferred, unless a plan was made).
+        """
         return planning.from_native(self._native.plan)
 
     @plan.setter
     def plan(self, plan: Plan) -> None:
+        if plan.batch_norm == "naive" and self._policy != "naive":
+            plan = dataclasses.replace(plan, batch_norm=self.plan.batch_norm)
         self._native.plan = planning.native(plan)
         self._auto = False
 
@@ -177,6 +198,8 @@ class Accumulator:
     def begin(self) -> None:
         """Opens a batch whose micro-batches you cut by yourself: `add()` each, then `finish()` and `apply()`."""
         memory.reset_peak()
+        if self._policy == "auto" and self.plan.batch_norm == "exact":
+            self._native.plan = planning.native(dataclasses.replace(self.plan, batch_norm="deferred"))
         self._native.begin(self._measures_noise())
 
     def add(self, loss_sum: Tensor, weight: float | Tensor) -> None:
@@ -221,7 +244,7 @@ class Accumulator:
         """The plan, and what was learned from running out of memory and from past steps: to go on with."""
         plan = self.plan
         return {
-            "plan": {"micro_batch": plan.micro_batch, "recompute": plan.recompute},
+            "plan": dataclasses.asdict(plan),
             "caps": self._native.caps(),
             "steps": self._steps,
             "planned": self._planned,
@@ -260,11 +283,11 @@ class Accumulator:
         source, function = self._sourced(batch, loss, length)
         _check_devices(self.model, source)
         self._refuse_new_parameters()
-        if self._verify:
-            check_first_batch(self._adapter, source, function)
-            self._verify = False
         if self._auto and source.size > self._planned:
             self._make_plan(source, function, None)
+        if self._verify:
+            check_first_batch(self._adapter, source, function, self.plan.batch_norm)
+            self._verify = False
         return source, function
 
     def _refuse_new_parameters(self) -> None:
@@ -294,8 +317,10 @@ class Accumulator:
         limit = memory.stats().budget_bytes
         options.budget_bytes = limit if limit is not None else memory.available() // 5 * 4
         options.recompute = getattr(_core.Recompute, self._recompute)
-        options.micro_batch = micro_batch
-        return self._native.plan_batch(source, function, options, None)
+        given = micro_batch or self._given
+        options.micro_batch = min(given, source.size) if isinstance(given, int) else None
+        policy = None if self._policy == "auto" else planning.native_policy(self._policy)
+        return self._native.plan_batch(source, function, options, policy, None)
 
     def _measured_noise(self, batch: Any) -> tuple[Any, Any]:
         """The noise of a batch, None if it was not split, and the report on it; nothing is updated."""

@@ -5,7 +5,7 @@ import typing
 from typing import Any
 
 from microbatch import _core, memory
-from microbatch.errors import DoesNotFit
+from microbatch.errors import DoesNotFit, UsageError
 
 if typing.TYPE_CHECKING:
     from microbatch.accumulator import Accumulator
@@ -17,6 +17,7 @@ class Plan:
 
     micro_batch: int  #: samples per forward and backward
     recompute: bool = False  #: activations of the model's blocks are computed again in backward
+    batch_norm: str = "naive"  #: what BatchNorm layers do: "naive", "deferred", "frozen" or "exact"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,7 @@ class PlanReport:
     chosen: Candidate
     candidates: tuple[Candidate, ...]
     why: str
+    batch_norm: str  #: what BatchNorm layers do, and why; empty if the model has none
     update_seconds: float  #: one optimizer step
     spent_seconds: float  #: on measuring
 
@@ -56,6 +58,8 @@ class PlanReport:
             rows.append((mark, str(one.plan.micro_batch), "yes" if one.plan.recompute else "no", size, time))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        if self.batch_norm:
+            lines.append(f"BatchNorm {self.batch_norm}")
         return "\n".join([f"batch {self.batch}, budget {memory.format_size(self.budget_bytes)}: {self.why}", *lines])
 
 
@@ -70,11 +74,19 @@ def plan(accumulator: "Accumulator", batch: Any, *, memory: int | str | None = N
 
 
 def native(plan: Plan) -> Any:
-    return _core.Plan(plan.micro_batch, plan.recompute)
+    return _core.Plan(plan.micro_batch, plan.recompute, native_policy(plan.batch_norm))
 
 
 def from_native(plan: Any) -> Plan:
-    return Plan(plan.micro_batch, plan.recompute)
+    return Plan(plan.micro_batch, plan.recompute, plan.batch_norm.name)
+
+
+def native_policy(name: str) -> Any:
+    """Raises UsageError for a name that a plan cannot have."""
+    try:
+        return _core.BatchNorm.__members__[name]
+    except KeyError:
+        raise UsageError(f"the plan's batch_norm is {name!r}; it is 'naive', 'deferred', 'frozen' or 'exact'") from None
 
 
 def report_of(report: Any) -> PlanReport:
@@ -89,6 +101,7 @@ def report_of(report: Any) -> PlanReport:
         chosen,
         tuple(candidates),
         report.why,
+        report.batch_norm,
         report.update_seconds,
         report.spent_seconds,
     )

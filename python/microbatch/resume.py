@@ -46,7 +46,9 @@ def take_up(folder: Any, run: str, now: dict[str, Any], note: Callable[[str], No
             note("resume: the samples of the data are not those with which the run was started")
         else:
             note(f"resume: {name} was {was}, is {is_now}")
-    return Plan(before["micro-batch"], before["recompute"]) if same_budget else None
+    if not same_budget:
+        return None
+    return Plan(before["micro-batch"], before["recompute"], before.get("batch-norm", "naive"))
 
 
 def _recorded_in(folder: Any) -> dict[str, Any]:

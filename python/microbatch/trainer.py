@@ -38,7 +38,7 @@ class Trainer:
     resume: continues a run that is there, with the same bits as if it had never stopped, and starts it otherwise.
     steps, samples, tokens, epochs: how long; give one, or one epoch is made. An iterable needs steps, samples or tokens.
     memory: the budget of all CPU tensors during train(); None: four fifths of what is free. micro_batch, recompute,
-    clip_norm, generators: as for an Accumulator.
+    batch_norm, clip_norm, generators: as for an Accumulator.
     lr, schedule, warmup, final_lr, decay: see Schedule; without lr, the optimizer's own. optimizer: mb.AdamW or another;
     None: mb.AdamW, without weight decay for vectors. guard: refuses spikes, and rolls a run that diverges back, at most
     `restores` times. noise_every: steps from one measure of the gradient's noise to the next. collate_fn: makes a list of
@@ -73,6 +73,7 @@ class Trainer:
         clip_norm: float | None = 1.0,
         micro_batch: int | str = "auto",
         recompute: Any = "auto",
+        batch_norm: str = "auto",
         guard: bool = True,
         restores: int = 3,
         noise_every: int = 20,
@@ -119,6 +120,7 @@ class Trainer:
             loss,
             micro_batch=micro_batch,
             recompute=recompute,
+            batch_norm=batch_norm,
             clip_norm=clip_norm,
             generators=generators,
         )
@@ -193,7 +195,7 @@ class Trainer:
             self._check()
         shown.note(self._describe(folder))
         plan = self.accumulator.plan
-        settings |= {"micro-batch": plan.micro_batch, "recompute": plan.recompute}
+        settings |= {"micro-batch": plan.micro_batch, "recompute": plan.recompute, "batch-norm": plan.batch_norm}
         how = self._run_settings(settings)
         run = _core.Run(folder, self.accumulator._native, self.data, self._loss_of_micro, report, how, shown)
         try:
@@ -244,6 +246,8 @@ class Trainer:
             micro_batch = recorded.micro_batch
             if accumulator._recompute == "auto":
                 accumulator._recompute = "always" if recorded.recompute else "never"
+            if accumulator._policy == "auto":
+                accumulator._policy = recorded.batch_norm
         source: Any = Longest(self.data, self.batch)
         report = accumulator._measured_plan(source, self._loss_of_micro, micro_batch)
         self.plan_report = planning.report_of(report)
@@ -255,7 +259,7 @@ class Trainer:
         if few.size < 2:
             return
         try:
-            check_first_batch(self.accumulator._adapter, few, self._loss_of_micro)
+            check_first_batch(self.accumulator._adapter, few, self._loss_of_micro, self.accumulator.plan.batch_norm)
         except UsageError as error:
             raise UsageError(f"verify: {error}") from None
 
@@ -268,6 +272,8 @@ class Trainer:
             f"{' with recompute' if plan.recompute else ''}; predicted peak "
             f"{format_size(self.plan_report.chosen.peak_bytes)} of "
             f"{format_size(self.plan_report.budget_bytes)}; {self.length}{state}"
+            + (f"\nBatchNorm {self.plan_report.batch_norm}" if self.plan_report.batch_norm else "")
+            + (f"\n{self.accumulator.replaced}" if self.accumulator.replaced else "")
         )
 
     def _run_settings(self, settings: dict[str, Any]) -> dict[str, Any]:

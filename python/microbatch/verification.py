@@ -11,6 +11,7 @@ from torch import nn
 from microbatch import _core, batches
 from microbatch.errors import UsageError
 from microbatch.model import Adapter
+from microbatch.planning import native_policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,7 @@ def verify(
     collate: Callable[[list[Any]], Any] | None = None,
     trim_padding: str | None = None,
     generators: Sequence[torch.Generator] = (),
+    batch_norm: str = "naive",
 ) -> Verification:
     """Compares the gradients of the whole batch with those of the same batch in micro-batches, on your own model.
 
@@ -73,7 +75,8 @@ def verify(
     Finds a loss that is already averaged, layers that normalise over the micro-batch (BatchNorm), random numbers
     (dropout), and losses that mix samples (in-batch negatives, the balance of experts). A few samples are enough.
 
-    micro_batch: samples in each; None: half of the batch. The other arguments are those of an Accumulator.
+    micro_batch: samples in each; None: half of the batch. batch_norm: the policy by which the split batch runs; "exact"
+    agrees with the whole one. The other arguments are those of an Accumulator.
     Leaves no trace: gradients are cleared; buffers, training mode and generators are restored.
     Raises UsageError unless 1 <= micro_batch < the batch, or if the batch has weight 0, and whatever the loss raises.
     Cost: at most ten passes over the batch, and three copies of the gradients.
@@ -81,13 +84,15 @@ def verify(
     if not isinstance(model, nn.Module):
         raise UsageError(f"the model is a {type(model).__name__}, not a torch.nn.Module")
     source = batches.source_of(batch, length, collate, trim_padding)
-    return verify_source(Adapter(model, None, generators), source, lambda micro: loss(model, micro), micro_batch)
+    return verify_source(Adapter(model, None, generators), source, lambda micro: loss(model, micro), micro_batch, batch_norm)
 
 
-def verify_source(adapter: Adapter, source: Any, loss: Callable[[Any], Any], micro_batch: int | None) -> Verification:
+def verify_source(
+    adapter: Adapter, source: Any, loss: Callable[[Any], Any], micro_batch: int | None, batch_norm: str
+) -> Verification:
     if micro_batch is None:
         micro_batch = max(1, source.size // 2)
-    found = _core.verify(adapter, source, loss, micro_batch)
+    found = _core.verify(adapter, source, loss, micro_batch, native_policy(batch_norm))
     return Verification(
         samples=source.size,
         micro_batch=micro_batch,
@@ -98,7 +103,7 @@ def verify_source(adapter: Adapter, source: Any, loss: Callable[[Any], Any], mic
     )
 
 
-def check_first_batch(adapter: Adapter, source: Any, loss: Callable[[Any], Any]) -> None:
+def check_first_batch(adapter: Adapter, source: Any, loss: Callable[[Any], Any], batch_norm: str) -> None:
     """Raises UsageError if the loss is averaged, and warns of anything else but random numbers.
 
     On up to 8 samples, or as many as memory allows.
@@ -106,7 +111,7 @@ def check_first_batch(adapter: Adapter, source: Any, loss: Callable[[Any], Any])
     samples = min(8, source.size)
     while samples >= 2:
         try:
-            found = verify_source(adapter, source.head(samples), loss, None)
+            found = verify_source(adapter, source.head(samples), loss, None, batch_norm)
         except torch.OutOfMemoryError:
             samples //= 2
             continue

@@ -3,7 +3,7 @@
 #include <string>
 #include <utility>
 
-#include "microbatch/step/probe.h"
+#include "microbatch/step/batch_norm_plan.h"
 #include "python/src/batch.h"
 #include "python/src/optimizer.h"
 #include "python/src/state.h"
@@ -75,7 +75,7 @@ void PythonAccumulator::gather(const py::object& source, const py::object& loss,
 }
 
 PlanReport PythonAccumulator::plan(const py::object& source, const py::object& loss, PlannerOptions how,
-                                   const py::object& on_trial) {
+                                   std::optional<BatchNorm> batch_norm, const py::object& on_trial) {
     const PythonBatch batch(source);
     const LossFunction function = loss_of(batch, loss);
     how.on_trial = [&on_trial](const Plan& plan) {
@@ -84,7 +84,7 @@ PlanReport PythonAccumulator::plan(const py::object& source, const py::object& l
         if (!on_trial.is_none()) on_trial(plan);
     };
     const py::gil_scoped_release released;
-    return plan_batch(*accumulator_, batch, function, how);
+    return plan_batch_norm(*accumulator_, batch, function, how, batch_norm);
 }
 
 void PythonAccumulator::add(const py::object& sum, const py::object& weight) {
@@ -129,7 +129,7 @@ void bind_accumulator(py::module_& module) {
              py::arg("gate"))
         .def("gather", &PythonAccumulator::gather, py::arg("batch"), py::arg("loss"), py::arg("measure_noise"))
         .def("plan_batch", &PythonAccumulator::plan, py::arg("batch"), py::arg("loss"), py::arg("options"),
-             py::arg("on_trial"))
+             py::arg("batch_norm"), py::arg("on_trial"))
         .def("add", &PythonAccumulator::add, py::arg("sum"), py::arg("weight"))
         .def(
             "begin", [](PythonAccumulator& self, bool measure_noise) { self.get().begin(measure_noise); },

@@ -24,7 +24,8 @@ public:
 
     StepReport step(const py::object& source, const py::object& loss, bool measure_noise, SpikeGate* gate);
     void gather(const py::object& source, const py::object& loss, bool measure_noise);
-    PlanReport plan(const py::object& source, const py::object& loss, PlannerOptions how, const py::object& on_trial);
+    PlanReport plan(const py::object& source, const py::object& loss, PlannerOptions how,
+                    std::optional<BatchNorm> batch_norm, const py::object& on_trial);
     void add(const py::object& sum, const py::object& weight);
 
     Accumulator& get() { return *accumulator_; }

@@ -28,13 +28,13 @@ std::string name_of(Cause cause) {
     return "unknown";
 }
 
-Verification verify_python(py::object model, const py::object& source, const py::object& loss,
-                           std::int64_t micro_batch) {
+Verification verify_python(py::object model, const py::object& source, const py::object& loss, std::int64_t micro_batch,
+                           BatchNorm batch_norm) {
     const auto adapted = std::make_shared<PythonModel>(std::move(model));
     const PythonBatch batch(source);
     const LossFunction function = loss_of(batch, loss);
     const py::gil_scoped_release released;
-    return verify(adapted, batch, function, micro_batch);
+    return verify(adapted, batch, function, micro_batch, batch_norm);
 }
 
 Curvature curvature_python(py::object model, const py::object& source, const py::object& loss, std::int64_t micro_batch,
@@ -87,7 +87,8 @@ void bind_analysis(py::module_& module) {
             for (const Cause cause : self.causes) causes.append(py::make_tuple(name_of(cause), describe(cause)));
             return causes;
         });
-    module.def("verify", &verify_python, py::arg("model"), py::arg("batch"), py::arg("loss"), py::arg("micro_batch"));
+    module.def("verify", &verify_python, py::arg("model"), py::arg("batch"), py::arg("loss"), py::arg("micro_batch"),
+               py::arg("batch_norm"));
     py::class_<Curvature>(module, "Curvature")
         .def_readonly("largest_eigenvalue", &Curvature::largest_eigenvalue)
         .def_readonly("residual", &Curvature::residual)

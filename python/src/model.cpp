@@ -51,9 +51,10 @@ void PythonModel::set_checkpointing(bool on) {
     checkpoints_ = on;
 }
 
-void PythonModel::backward(const at::Tensor& loss) const {
+void PythonModel::backward(const std::vector<at::Tensor>& roots, const std::vector<at::Tensor>& gradients,
+                           bool again) const {
     try {
-        loss.backward();
+        Model::backward(roots, gradients, again);
     } catch (python_error& error) {
         const py::gil_scoped_acquire gil;
         if (PyErr_Occurred() == nullptr) error.restore();

@@ -24,7 +24,8 @@ public:
 
     /// What Python code raises inside backward comes out as py::error_already_set, and no longer stands in the
     /// interpreter, where the next call would take it for its own.
-    void backward(const at::Tensor& loss) const override;
+    void backward(const std::vector<at::Tensor>& roots, const std::vector<at::Tensor>& gradients,
+                  bool again) const override;
 
 private:
     NamedTensors tensors(const char* method) const;

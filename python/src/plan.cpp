@@ -9,13 +9,19 @@
 namespace microbatch::python {
 
 void bind_plan(py::module_& module) {
+    py::enum_<BatchNorm>(module, "BatchNorm")
+        .value("naive", BatchNorm::naive)
+        .value("deferred", BatchNorm::deferred)
+        .value("frozen", BatchNorm::frozen)
+        .value("exact", BatchNorm::exact);
     py::class_<Plan>(module, "Plan")
-        .def(py::init([](std::int64_t micro_batch, bool recompute) {
-                 return Plan{.micro_batch = micro_batch, .recompute = recompute};
+        .def(py::init([](std::int64_t micro_batch, bool recompute, BatchNorm batch_norm) {
+                 return Plan{.micro_batch = micro_batch, .recompute = recompute, .batch_norm = batch_norm};
              }),
-             py::arg("micro_batch"), py::arg("recompute") = false)
+             py::arg("micro_batch"), py::arg("recompute"), py::arg("batch_norm"))
         .def_readonly("micro_batch", &Plan::micro_batch)
         .def_readonly("recompute", &Plan::recompute)
+        .def_readonly("batch_norm", &Plan::batch_norm)
         .def(py::self == py::self);
     py::enum_<Recompute>(module, "Recompute")
         .value("auto", Recompute::automatic)
@@ -38,6 +44,7 @@ void bind_plan(py::module_& module) {
         .def_readonly("budget_bytes", &PlanReport::budget_bytes)
         .def_readonly("candidates", &PlanReport::candidates)
         .def_readonly("why", &PlanReport::why)
+        .def_readonly("batch_norm", &PlanReport::batch_norm)
         .def_readonly("update_seconds", &PlanReport::update_seconds)
         .def_readonly("spent_seconds", &PlanReport::spent_seconds)
         .def_property_readonly("fits", [](const PlanReport& self) { return self.chosen.has_value(); })

@@ -13,8 +13,8 @@ from conftest import ROOT
 
 import microbatch as mb
 
-PLAIN = [mb.Accumulator, mb.AdamW, mb.SGD, mb.Schedule, mb.ScheduleDriver, mb.SpikeGuard, mb.Trainer, mb.advise, mb.curvature,
-         mb.optimize, mb.plan, mb.scale_to_batch, mb.verify, mb.losses, mb.losses.from_mean, mb.memory, mb]
+PLAIN = [mb.Accumulator, mb.AdamW, mb.ChannelRMSNorm, mb.SGD, mb.Schedule, mb.ScheduleDriver, mb.SpikeGuard, mb.Trainer, mb.advise, mb.curvature,
+         mb.optimize, mb.plan, mb.replace_batch_norm, mb.scale_to_batch, mb.verify, mb.losses, mb.losses.from_mean, mb.memory, mb]
 
 
 def examples(text):

@@ -69,7 +69,7 @@ def job(kind=Net, make_optimizer=lambda p: mb.AdamW(p, lr=0.01), **how):
     random.seed(3)
     model = kind()
     batch = (torch.randn(8, 8), torch.arange(8) % 3)
-    return mb.Accumulator(model, make_optimizer(model.parameters()), loss, **({"micro_batch": 8} | how)), batch
+    return mb.Accumulator(model, make_optimizer(model.parameters()), loss, **({"micro_batch": 8, "batch_norm": "deferred"} | how)), batch
 
 
 def state(accumulator):

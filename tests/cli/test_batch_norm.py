@@ -1,4 +1,4 @@
-"""Images so small that BatchNorm has a single value per channel in a micro-batch of one sample."""
+"""BatchNorm policies, and images so small that BatchNorm has a single value per channel in a micro-batch of one sample."""
 
 import random
 import struct
@@ -33,7 +33,7 @@ def test_the_plan_begins_at_the_smallest_micro_batch_that_can_be_trained_on(tiny
 
 def test_it_trains_and_is_verified_in_twos(tiny):
     result = tiny("train", batch=32).ok()
-    assert "verify    warning: the gradient depends on how the batch is split" in result.stdout and "BatchNorm" in result.stdout
+    assert "same gradients" in result.stdout and "BatchNorm exact" in result.stdout
     assert set(result.column("applied")) == {True}
 
 
@@ -64,3 +64,41 @@ def test_memory_too_small_names_what_two_samples_need(tiny, memory):
 def test_strategies_are_compared(tiny):
     document = tiny("compare", batch=16, samples=64, seeds=1, json=True).ok().document
     assert all(each["ran"] and each["micro_batch"] >= 2 for each in document["strategies"])
+
+
+POLICIES = ["exact", "deferred", "frozen", "naive"]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_policy_is_followed_named_and_recorded(tiny, policy):
+    result = tiny("train", batch=16, micro_batch=4, batch_norm=policy, json=True).ok()
+    assert result.document["batch_norm"] == policy
+    assert f'batch-norm = "{policy}"' in (result.folder / "config.toml").read_text()
+    plan = tiny("plan", batch=16, micro_batch=4, batch_norm=policy).ok()
+    assert f"norm    BatchNorm {policy}: " in plan.stdout
+
+
+def test_an_exact_batch_does_not_depend_on_the_cut(tiny):
+    losses = [tiny("train", batch=16, batch_norm="exact", micro_batch=cut, run=f"cut-{cut}").ok().column("loss")
+              for cut in (4, 6, 16)]
+    # Rounding of fp32 sums, amplified by a few steps on tiny images.
+    assert losses[0] == pytest.approx(losses[2], rel=1e-3) and losses[1] == pytest.approx(losses[2], rel=1e-3)
+
+
+@pytest.mark.parametrize("policy, what", [("group", "GroupNorm (8 groups)"), ("rms", "RMSNorm over the channels")])
+def test_layers_are_replaced_and_it_says_so(tiny, policy, what):
+    result = tiny("train", batch=16, micro_batch=4, batch_norm=policy).ok()
+    assert f"norm      every BatchNorm is replaced by {what}" in result.stdout and "same gradients" in result.stdout
+    assert f'norm = "{policy}"' in (result.folder / "config.toml").read_text()
+    again = tiny("train", batch=16, steps=8, resume=True).ok()
+    assert again.column("step")[-1] == 8
+
+
+@pytest.mark.parametrize("flags, words", [
+    ({"model": "mlp", "batch_norm": "exact"}, ["--batch-norm exact", "mlp", "no BatchNorm layer"]),
+    ({"norm": "group", "batch_norm": "deferred"}, ["--batch-norm deferred", "--norm group", "no BatchNorm layer"]),
+    ({"batch_norm": "exat"}, ["--batch-norm exat", "auto, exact, deferred"])])
+def test_a_policy_that_cannot_be_is_refused_in_one_line(tiny, flags, words):
+    result = tiny("plan", batch=16, **flags)
+    assert result.returncode == 2 and all(word in result.stderr for word in words), result.stderr
+    assert result.stderr.count("\n") == 1

@@ -46,7 +46,7 @@ TEST(ResNet, HasTheParametersOfThePaper) {
 }
 
 TEST(ResNet, AcceptsImagesOfAnySize) {
-    for (const ImageNorm norm : {ImageNorm::batch, ImageNorm::group}) {
+    for (const ImageNorm norm : {ImageNorm::batch, ImageNorm::group, ImageNorm::rms}) {
         ResNet model(small(norm));
         for (const auto& [height, width] : {std::pair{28, 28}, {32, 32}, {33, 17}, {7, 5}, {1, 1}}) {
             const at::Tensor scores = model->forward(at::randn({2, 2, height, width}));
@@ -114,7 +114,7 @@ TEST(ResNet, IsTheSameForTheSameSeed) {
 }
 
 TEST(ResNet, LearnsAFixedBatch) {
-    for (const ImageNorm norm : {ImageNorm::batch, ImageNorm::group}) {
+    for (const ImageNorm norm : {ImageNorm::batch, ImageNorm::group, ImageNorm::rms}) {
         SCOPED_TRACE(to_string(norm));
         at::manual_seed(1);
         ResNet model(small(norm));
@@ -141,7 +141,7 @@ TEST(ResNet, HasTheSameBitsWhenItRecomputes) {
         for (const at::Tensor& buffer : model->buffers()) all.push_back(buffer);
         return all;
     };
-    for (const ImageNorm norm : {ImageNorm::batch, ImageNorm::group}) {
+    for (const ImageNorm norm : {ImageNorm::batch, ImageNorm::group, ImageNorm::rms}) {
         const auto plain = train(norm, false), recomputed = train(norm, true);
         for (std::size_t i = 0; i < plain.size(); ++i) {
             EXPECT_TRUE(at::equal(recomputed[i], plain[i])) << to_string(norm) << ' ' << i;
@@ -167,9 +167,9 @@ TEST(ResNet, RefusesImagesOfAnotherShape) {
 }
 
 TEST(ImageNorm, GoesToTextAndBack) {
-    for (const ImageNorm norm : {ImageNorm::batch, ImageNorm::group}) {
+    for (const ImageNorm norm : {ImageNorm::batch, ImageNorm::group, ImageNorm::rms}) {
         EXPECT_EQ(microbatch::parse_image_norm(microbatch::to_string(norm)), norm);
     }
     EXPECT_EQ(microbatch::to_string(ImageNorm::group), "group");
-    expect_usage_error({"\"Batch\"; choose batch or group"}, [] { microbatch::parse_image_norm("Batch"); });
+    expect_usage_error({"\"Batch\"; choose batch, group or rms"}, [] { microbatch::parse_image_norm("Batch"); });
 }

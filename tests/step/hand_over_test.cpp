@@ -82,8 +82,9 @@ struct Foreign : std::runtime_error {
 struct Failing : Model {
     explicit Failing(Parameters all) : all_(std::move(all)) {}
     Parameters parameters() const override { return all_; }
-    void backward(const at::Tensor& loss) const override {
-        loss.backward();
+    void backward(const std::vector<at::Tensor>& roots, const std::vector<at::Tensor>& gradients,
+                  bool again) const override {
+        Model::backward(roots, gradients, again);
         if (--calls == 0) throw Foreign("in backward");
     }
     mutable int calls = 0;
