@@ -68,6 +68,6 @@ def test_a_run_from_before_the_option_resumes_with_layer_norms(run, resume):  # 
     assert_same(resume("--norm", "layer").ok(), reference)
 
 
-@pytest.mark.parametrize("job, norm, choices", [("text", "batch", "layer or rms"), ("images", "rms", "batch or group")])
+@pytest.mark.parametrize("job, norm, choices", [("text", "batch", "layer or rms"), ("images", "layer", "batch, group or rms")])
 def test_a_norm_of_another_model_is_refused(run, job, norm, choices):
     getattr(run, job)("train", norm=norm).refused(2, "--norm: ", f'"{norm}"', choices)

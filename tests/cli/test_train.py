@@ -161,14 +161,16 @@ def test_weights_have_as_many_numbers_as_the_model(run):
     assert sum(len(numbers) for _, numbers in weights.values()) == 784 * 16 + 16 + 16 * 10 + 10
 
 
-def test_batch_norm_is_warned_about_and_group_norm_is_not(run):
-    for norm, warned in (("batch", True), ("group", False)):
-        output = run.images("train", norm=norm, micro_batch=4, run=norm).ok().stdout
+def test_batch_norm_by_micro_batches_is_warned_about_and_group_norm_is_not(run):
+    for norm, policy, warned in (("batch", "naive", True), ("batch", "deferred", True), ("group", "auto", False)):
+        output = run.images("train", norm=norm, batch_norm=policy, micro_batch=4, run=norm + policy).ok().stdout
         assert "verify" in output and ("warning" in output) == ("BatchNorm" in output) == warned
 
 
 def test_batch_norm_is_warned_about_where_it_is_worst(run):
-    assert "warning" in run.images("train", norm="batch", micro_batch=1).ok().stdout
+    assert "warning" in run.images("train", norm="batch", batch_norm="naive", micro_batch=1).ok().stdout
+    exact = run.images("train", norm="batch", batch_norm="exact", micro_batch=1, run="exact").ok().stdout
+    assert "same gradients" in exact and "warning" not in exact
 
 
 def test_batch_norm_is_the_default_of_a_resnet(run):
