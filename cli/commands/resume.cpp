@@ -67,7 +67,11 @@ void keep_cut(Settings& settings, const Values& was, const Values& given) {
         budget != was.end() && !settings.memory.empty() && memory_budget_of(settings) == parse_bytes(budget->second);
     for (const char* name : {"micro-batch", "recompute", "batch-norm"}) {
         if (given.contains(name) && given.at(name) != "auto") continue;
-        read(*find_option(name), same_budget && was.contains(name) ? was.at(name) : "auto", settings);
+        // Another norm has no use for the policy of the last one.
+        const bool other_norm =
+            std::string_view(name) == "batch-norm" && (given.contains("norm") || given.contains("model"));
+        const bool keeps = same_budget && was.contains(name) && !other_norm;
+        read(*find_option(name), keeps ? was.at(name) : "auto", settings);
     }
 }
 
