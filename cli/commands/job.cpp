@@ -53,12 +53,18 @@ bool replaces_batch_norm(const std::string& policy) {
     return policy == "group" || policy == "rms";
 }
 
-GptConfig gpt_config(const std::string& model, const Settings& settings, std::int64_t vocabulary) {
-    GptConfig config = gpt_preset(model);
+// The sizes that every model of text has.
+template <class Config>
+void apply_sizes(const Settings& settings, Config& config) {
     config.layers = settings.layers.value_or(config.layers);
     config.heads = settings.heads.value_or(config.heads);
     config.width = settings.width.value_or(config.width);
     config.length = settings.length.value_or(config.length);
+}
+
+GptConfig gpt_config(const std::string& model, const Settings& settings, std::int64_t vocabulary) {
+    GptConfig config = gpt_preset(model);
+    apply_sizes(settings, config);
     config.dropout = settings.dropout.value_or(0.0);
     config.vocabulary = vocabulary_of(config.vocabulary, vocabulary);
     if (!settings.norm.empty()) config.norm = read_flag("--norm", [&] { return parse_gpt_norm(settings.norm); });
@@ -67,12 +73,9 @@ GptConfig gpt_config(const std::string& model, const Settings& settings, std::in
 
 LlamaConfig llama_config(const std::string& model, const Settings& settings, std::int64_t vocabulary) {
     LlamaConfig config = llama_preset(model);
-    config.layers = settings.layers.value_or(config.layers);
-    config.heads = settings.heads.value_or(config.heads);
+    apply_sizes(settings, config);
     config.kv_heads = settings.kv_heads.value_or(config.kv_heads);
-    config.width = settings.width.value_or(config.width);
     config.inner = settings.inner.value_or(config.inner);
-    config.length = settings.length.value_or(config.length);
     config.vocabulary = vocabulary_of(config.vocabulary, vocabulary);
     return config;
 }

@@ -5,12 +5,14 @@
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <mutex>
 #include <optional>
 #include <string_view>
 #include <unordered_map>
 #include <vector>
 
+#include "microbatch/autograd/buffers.h"
 #include "microbatch/core/error.h"
 
 namespace microbatch {
@@ -69,12 +71,6 @@ at::Tensor batch_norm(const at::Tensor& x, const std::optional<at::Tensor>& weig
     return at::native::batch_norm(x, weight, bias, mean, variance, training, momentum, epsilon, cudnn);
 }
 
-void write(const at::Tensor& buffer, const at::Tensor& value) {
-    const at::NoGradGuard no_grad;
-    // variable_data has its own version counter: a graph that saved the buffer sees no change.
-    buffer.variable_data().copy_(value);
-}
-
 // Not before somebody needs it: a program that only loads the library has torch's own operator.
 void override_operator() {
     [[maybe_unused]] static const auto libraries = [] {
@@ -93,6 +89,10 @@ void override_operator() {
 
 bool counts_batches(const NamedTensor& buffer) {
     return is_named(buffer.name, count_name);
+}
+
+bool has_batch_norm(const NamedTensors& buffers) {
+    return std::ranges::any_of(buffers, [](const NamedTensor& one) { return is_named(one.name, mean_name); });
 }
 
 BatchNormLayers::BatchNormLayers(BatchNorm policy, const NamedTensors& buffers) : policy_(policy) {
@@ -119,7 +119,7 @@ BatchNormLayers::~BatchNormLayers() {
 }
 
 void BatchNormLayers::begin_forward() {
-    for (const Count& count : counts_) write(count.buffer, count.before);
+    for (const Count& count : counts_) overwrite_buffer(count.buffer, count.before);
     for (auto& [key, layer] : layers_) layer.next = 0;
     counting_ = true;
 }
@@ -141,7 +141,7 @@ at::Tensor BatchNormLayers::run(const at::Tensor& x, const std::optional<at::Ten
                                           epsilon, cudnn);
     if (!counting_) return y;
     const at::NoGradGuard no_grad;
-    const double count = static_cast<double>(x.numel()) / static_cast<double>(x.size(1));
+    const double count = values_per_channel(x);
     Layer& layer = layers_.at(mean.unsafeGetTensorImpl());
     if (layer.next == layer.calls.size()) layer.calls.emplace_back();
     Collected& all = layer.calls[layer.next++];
@@ -153,7 +153,8 @@ at::Tensor BatchNormLayers::run(const at::Tensor& x, const std::optional<at::Ten
 void BatchNormLayers::finish() {
     counting_ = false;
     for (const Count& count : counts_) {
-        write(count.buffer, policy_ == BatchNorm::deferred && count.after.defined() ? count.after : count.before);
+        overwrite_buffer(count.buffer,
+                         policy_ == BatchNorm::deferred && count.after.defined() ? count.after : count.before);
     }
     for (const auto& [key, layer] : layers_) {
         for (const Collected& all : layer.calls) {

@@ -12,6 +12,9 @@
 
 namespace microbatch {
 
+/// True if these buffers are those of a model with BatchNorm layers that keep running statistics.
+bool has_batch_norm(const NamedTensors& buffers);
+
 /// True for the buffer in which a BatchNorm counts its batches.
 bool counts_batches(const NamedTensor& buffer);
 

@@ -3,16 +3,21 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/batch_norm_update_stats.h>
 
+#include "microbatch/autograd/buffers.h"
+
 namespace microbatch {
 namespace {
 
 void move(const at::Tensor& running, const at::Tensor& to, double momentum) {
     if (!running.defined()) return;
-    // variable_data has its own version counter: a graph that saved the buffer sees no change.
-    running.variable_data().copy_(running.to(at::kDouble) * (1.0 - momentum) + to * momentum);
+    overwrite_buffer(running, running.to(at::kDouble) * (1.0 - momentum) + to * momentum);
 }
 
 }  // namespace
+
+double values_per_channel(const at::Tensor& activation) {
+    return static_cast<double>(activation.numel()) / static_cast<double>(activation.size(1));
+}
 
 at::Tensor Moments::variance() const {
     return m2 / count;
@@ -23,7 +28,7 @@ Moments moments_of(const at::Tensor& activation) {
     const bool half = activation.element_size() < 4;  // torch would round the statistics to the same type
     const at::Tensor x = half ? activation.detach().to(at::kFloat) : activation.detach();
     const auto [mean, variance] = at::batch_norm_update_stats(x, {}, {}, /*momentum=*/0.0);
-    const double count = static_cast<double>(activation.numel()) / static_cast<double>(activation.size(1));
+    const double count = values_per_channel(activation);
     return {count, mean.to(at::kDouble), variance.to(at::kDouble) * count};
 }
 

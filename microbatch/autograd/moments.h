@@ -17,6 +17,9 @@ struct Moments {
     at::Tensor variance() const;
 };
 
+/// Of an activation [samples, channels, ...].
+double values_per_channel(const at::Tensor& activation);
+
 /// Of an activation [samples, channels, ...], in one pass over it. Requires: at least one value per channel.
 Moments moments_of(const at::Tensor& activation);
 

@@ -9,18 +9,6 @@ namespace {
 
 constexpr auto recording_key = c10::DispatchKey::TESTING_ONLY_GenericMode;
 
-void set_autocast_types(const std::vector<std::pair<at::DeviceType, at::ScalarType>>& types) {
-    for (const auto& [device, type] : types) at::autocast::set_autocast_dtype(device, type);
-}
-
-std::vector<std::pair<at::DeviceType, at::ScalarType>> autocast_types() {
-    std::vector<std::pair<at::DeviceType, at::ScalarType>> types;
-    for (const at::DeviceType device : at::autocast::_AUTOCAST_SUPPORTED_DEVICES) {
-        types.emplace_back(device, at::autocast::get_autocast_dtype(device));
-    }
-    return types;
-}
-
 bool is_list_of_optionals(const at::IValue& value) {
     if (!value.isList()) return false;
     const auto type = value.toListRef().empty() ? nullptr : value.toList().elementType();
@@ -29,10 +17,7 @@ bool is_list_of_optionals(const at::IValue& value) {
 
 }  // namespace
 
-OperatorModes::OperatorModes()
-    : keys_(c10::impl::tls_local_dispatch_key_set()),
-      grad_(at::GradMode::is_enabled()),
-      autocast_types_(autocast_types()) {
+OperatorModes::OperatorModes() : keys_(c10::impl::tls_local_dispatch_key_set()), grad_(at::GradMode::is_enabled()) {
     keys_.included_ = keys_.included_.remove(recording_key);
 }
 
@@ -43,13 +28,13 @@ bool OperatorModes::autocasts() const {
 void OperatorModes::call(const c10::OperatorHandle& op, torch::jit::Stack& stack, bool graph) const {
     const c10::impl::ForceDispatchKeyGuard keys(keys_);
     const at::AutoGradMode grad(graph && grad_);
-    const auto before = autocast_types();
+    const AutocastTypes before;
     const bool cache = at::autocast::is_autocast_cache_enabled();
     const auto put_back = c10::make_scope_exit([&] {
-        set_autocast_types(before);
+        before.establish();
         at::autocast::set_autocast_cache_enabled(cache);
     });
-    set_autocast_types(autocast_types_);
+    autocast_.establish();
     // A cached weight would have the graph, or the lack of one, of another call.
     at::autocast::set_autocast_cache_enabled(false);
     op.callBoxed(&stack);

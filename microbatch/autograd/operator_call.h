@@ -5,9 +5,9 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <functional>
-#include <optional>
-#include <utility>
 #include <vector>
+
+#include "microbatch/runtime/autocast_types.h"
 
 namespace microbatch {
 
@@ -25,7 +25,7 @@ public:
 private:
     c10::impl::LocalDispatchKeySet keys_;
     bool grad_;
-    std::vector<std::pair<at::DeviceType, at::ScalarType>> autocast_types_;
+    AutocastTypes autocast_;
 };
 
 /// The arguments of an operator, without their tensors.

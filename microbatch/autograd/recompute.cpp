@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "microbatch/autograd/buffers.h"
 #include "microbatch/core/error.h"
 #include "microbatch/runtime/generators.h"
 
@@ -74,9 +75,7 @@ BufferValues copies_of(const std::vector<at::Tensor>& buffers) {
 }
 
 void write(const BufferValues& values) {
-    const at::NoGradGuard no_grad;
-    // variable_data has its own version counter: a graph that saved the buffer sees no change.
-    for (const auto& [buffer, value] : values) buffer.variable_data().copy_(value);
+    for (const auto& [buffer, value] : values) overwrite_buffer(buffer, value);
 }
 
 /// Marks the input: backward stores the gradient that arrives at the mark in `arrived`, unchanged. A leaf would copy it

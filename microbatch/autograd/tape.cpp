@@ -1,34 +1,27 @@
 #include "microbatch/autograd/tape.h"
 
-#include <ATen/Context.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/native_batch_norm.h>
 #include <ATen/ops/native_batch_norm_backward.h>
 
 #include <algorithm>
-#include <mutex>
 #include <utility>
 
 #include "microbatch/autograd/tape_replay.h"
 #include "microbatch/autograd/tape_state.h"
 #include "microbatch/core/error.h"
+#include "microbatch/runtime/generators.h"
 
 namespace microbatch {
 
 GeneratorStates states_of(const std::vector<at::Generator>& generators) {
     GeneratorStates states;
-    for (at::Generator generator : generators) {
-        const std::lock_guard lock(generator.mutex());
-        states.emplace_back(generator, generator.get_state());
-    }
+    for (const at::Generator& generator : generators) states.emplace_back(generator, generator_state(generator));
     return states;
 }
 
 void establish(const GeneratorStates& states) {
-    for (auto [generator, state] : states) {
-        const std::lock_guard lock(generator.mutex());
-        generator.set_state(state);
-    }
+    for (const auto& [generator, state] : states) set_generator_state(generator, state);
 }
 
 [[noreturn]] void refuse_exact(const std::string& name, const char* why) {
@@ -42,37 +35,37 @@ void TapeState::add_gradient(std::int32_t number, const at::Tensor& more) {
     sum = sum.defined() ? sum + more : more;
 }
 
+std::vector<std::int32_t> TapeState::with_gradient(std::int32_t begin, std::int32_t end) {
+    std::vector<std::int32_t> found;
+    for (std::int32_t i = begin; i < end; ++i) {
+        const auto add = [&](std::int32_t number) {
+            if (number >= 0 && gradient(number).defined()) found.push_back(number);
+        };
+        for (const std::int32_t number : entry(i).outputs) add(number);
+        for (const auto& [before, after] : entry(i).rewritten) add(after);
+    }
+    return found;
+}
+
 // Operators only, from a barrier (or a function) to the next.
 void TapeState::differentiate_piece(std::int32_t begin, std::int32_t end, const BackwardFunction& backward) {
-    std::vector<std::int32_t> wanted;
-    for (std::int32_t i = begin; i < end; ++i) {
-        const auto want = [&](std::int32_t number) {
-            if (number >= 0 && gradient(number).defined()) wanted.push_back(number);
-        };
-        for (const std::int32_t number : entry(i).outputs) want(number);
-        for (const auto& [before, after] : entry(i).rewritten) want(after);
-    }
+    const std::vector<std::int32_t> wanted = with_gradient(begin, end);
     if (wanted.empty()) return;
     Replay replay(*this, /*graph=*/true);
     replay.plan(wanted, begin, end);
     const std::vector<at::Tensor> given = values_again(*this, replay.given());
     std::vector<std::pair<std::int32_t, at::Tensor>> leaves;
+    at::Tensor barrier_input;
     for (std::size_t i = 0; i < given.size(); ++i) {
         const std::int32_t number = replay.given()[i];
-        at::Tensor leaf = given[i].detach();
-        if (value(number).requires_grad) {
-            leaf.requires_grad_(true);
-            leaves.emplace_back(number, leaf);
-        }
+        const bool requires_grad = value(number).requires_grad;
+        const at::Tensor leaf = given[i].detach().requires_grad_(requires_grad);
+        if (requires_grad) leaves.emplace_back(number, leaf);
         replay.give(number, leaf);
-    }
-    at::Tensor barrier_input;
-    if (entry(begin).is_barrier) {
-        const TapeInput& x = entry(begin).inputs[0];
-        if (x.value >= 0 && value(x.value).requires_grad && replay[x.value].defined()) {
-            barrier_input = replay[x.value].detach().requires_grad_(true);
-            replay.give_barrier_input(barrier_input);
-        }
+        if (!requires_grad || !entry(begin).is_barrier || entry(begin).inputs[0].value != number) continue;
+        // A leaf of its own: the correction is for what comes through BatchNorm alone.
+        barrier_input = given[i].detach().requires_grad_();
+        replay.give_barrier_input(barrier_input);
     }
     replay.run();
     std::vector<at::Tensor> roots, root_gradients;
@@ -84,11 +77,12 @@ void TapeState::differentiate_piece(std::int32_t begin, std::int32_t end, const 
     }
     if (roots.empty()) return;
     backward(roots, root_gradients, /*again=*/false);
-    for (auto& [number, leaf] : leaves) add_gradient(number, leaf.grad());
-    if (barrier_input.defined()) {
-        const auto barrier = std::find(barriers.begin(), barriers.end(), begin) - barriers.begin();
-        barrier_gradients[static_cast<std::size_t>(barrier)] = barrier_input.grad();
-    }
+    for (const auto& [number, leaf] : leaves) add_gradient(number, leaf.grad());
+    if (barrier_input.defined()) barrier_gradients[barrier_at(begin)] = barrier_input.grad();
+}
+
+std::size_t TapeState::barrier_at(std::int32_t entry) const {
+    return static_cast<std::size_t>(std::ranges::lower_bound(barriers, entry) - barriers.begin());
 }
 
 void TapeState::differentiate_function(TapeEntry& function, const BackwardFunction& backward) {
@@ -113,7 +107,7 @@ void TapeState::differentiate_function(TapeEntry& function, const BackwardFuncti
 
 void TapeState::compute_kept(std::int32_t segment) {
     const auto place = static_cast<std::size_t>(segment);
-    if (keep == nullptr || keep->fingerprint != fingerprint || place >= keep->before.size()) return;
+    if (keep->fingerprint != fingerprint) return;
     const std::vector<std::int32_t>& wanted = keep->before[place];
     const std::vector<at::Tensor> tensors = values_again(*this, wanted);
     for (std::size_t i = 0; i < wanted.size(); ++i) value(wanted[i]).kept = tensors[i];
@@ -137,9 +131,7 @@ void BatchNormSums::add(const BatchNormSums& other) {
 }
 
 Tape::Tape(const std::vector<at::Device>& devices) : state_(std::make_unique<TapeState>()) {
-    for (const at::Device& device : devices) {
-        state_->generators.push_back(at::globalContext().defaultGenerator(device));
-    }
+    for (const at::Device& device : devices) state_->generators.push_back(default_generator(device));
 }
 Tape::~Tape() = default;
 
@@ -190,23 +182,21 @@ BatchNormSums Tape::differentiate(std::int32_t segment, const BackwardFunction& 
         end = i;
     }
     if (begin < end) state.differentiate_piece(begin, end, backward);
-    BatchNormSums sums;
-    if (segment > 0) {
-        const auto place = static_cast<std::size_t>(segment - 1);
-        const at::Tensor& gradient = state.barrier_gradients[place];
-        if (gradient.defined()) {
-            const at::NoGradGuard no_grad;
-            const at::Tensor x = values_again(state, {state.entry(begin).inputs[0].value})[0];
-            const BatchStatistics& batch = *state.statistics[place];
-            // Its gradients of the affine parameters are these sums.
-            const auto [none, product, sum] =
-                at::native_batch_norm_backward(gradient, x, {}, batch.mean, batch.variance, {}, {}, /*train=*/false,
-                                               batch.epsilon, {false, true, true});
-            sums = {sum.to(at::kDouble), product.to(at::kDouble)};
-        }
-    }
+    const BatchNormSums sums = segment > 0 ? state.sums_of(static_cast<std::size_t>(segment - 1)) : BatchNormSums();
     state.release(begin, /*pinned=*/true);
     return sums;
+}
+
+BatchNormSums TapeState::sums_of(std::size_t barrier) {
+    const at::Tensor& arrived = barrier_gradients[barrier];
+    if (!arrived.defined()) return {};
+    const at::NoGradGuard no_grad;
+    const at::Tensor x = values_again(*this, {entry(barriers[barrier]).inputs[0].value})[0];
+    const BatchStatistics& batch = *statistics[barrier];
+    // They are the gradients that BatchNorm computes of its affine parameters.
+    const auto [none, product, sum] = at::native_batch_norm_backward(
+        arrived, x, {}, batch.mean, batch.variance, {}, {}, /*train=*/false, batch.epsilon, {false, true, true});
+    return {sum.to(at::kDouble), product.to(at::kDouble)};
 }
 
 void Tape::finish_barrier(std::int32_t j, const BatchNormSums& whole) {

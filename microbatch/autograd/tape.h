@@ -46,12 +46,12 @@ using BackwardFunction =
 
 /// What a tape asks of its surroundings while it records.
 struct TapeHooks {
-    /// Runs an operator; the default runs it here.
-    std::function<void(const std::function<void()>&)> execute = [](const auto& work) { work(); };
+    /// Runs an operator.
+    std::function<void(const std::function<void()>&)> execute = {};
     /// Waits for the statistics of the whole batch. They must live as long as the tape.
     std::function<const BatchStatistics&(const BatchNormCall&)> statistics = {};
     /// True for a buffer that counts batches, which no value depends on: in-place changes are not recorded.
-    std::function<bool(const at::Tensor&)> is_count = [](const at::Tensor&) { return false; };
+    std::function<bool(const at::Tensor&)> is_count = {};
     bool moves_counts = true;  ///< false: and they do not take place
 };
 
@@ -79,7 +79,7 @@ public:
 
     /// Runs `forward`, recording the operators of this thread; `keep`, which must live as long as the tape, says which
     /// of their results are kept. The result is what is differentiated; it may be undefined.
-    void record(const std::function<at::Tensor()>& forward, TapeHooks hooks, const Keep* keep = nullptr);
+    void record(const std::function<at::Tensor()>& forward, TapeHooks hooks, const Keep& keep);
 
     /// The recorded operators. Requires: record() has returned.
     Program program() const;

@@ -13,7 +13,6 @@
 
 #include "microbatch/autograd/tape_state.h"
 #include "microbatch/core/error.h"
-#include "microbatch/runtime/generators.h"
 
 namespace microbatch {
 
@@ -53,8 +52,6 @@ TapeState*& recording() {
     return state;
 }
 
-}  // namespace
-
 /// The function with its own gradient that returned the tensor, or nullptr. Does not ask torch, which would make a new
 /// node for a view that was changed.
 Node* node_of(const at::Tensor& tensor) {
@@ -68,30 +65,46 @@ void mark_as_seen(const at::Tensor& tensor) {
     if (meta != nullptr && meta->has_bw_view()) meta->set_attr_version(static_cast<std::uint32_t>(tensor._version()));
 }
 
-/// Sees every operator of a thread that records.
-struct TapeRecorder {
-    static void on_operator(const c10::OperatorHandle& op, Stack* stack) {
-        const c10::impl::ExcludeDispatchKeyGuard once(c10::DispatchKey::TESTING_ONLY_GenericMode);
-        TapeState* state = recording();
-        if (state == nullptr) return op.callBoxed(stack);
-        try {
-            state->record(op, *stack);
-        } catch (const Error&) {
-            state->refusal = std::current_exception();
-            throw;
-        }
+void on_operator(const c10::OperatorHandle& op, Stack* stack) {
+    const c10::impl::ExcludeDispatchKeyGuard once(c10::DispatchKey::TESTING_ONLY_GenericMode);
+    TapeState* state = recording();
+    if (state == nullptr) return op.callBoxed(stack);
+    try {
+        state->record(op, *stack);
+    } catch (const Error&) {
+        state->refusal = std::current_exception();
+        throw;
     }
+}
 
-    // Not before somebody needs it, and for good, because threads may record at the same time.
-    static void install() {
-        [[maybe_unused]] static const auto* const library = [] {
-            auto* made = new torch::Library(torch::Library::IMPL, "_", c10::DispatchKey::TESTING_ONLY_GenericMode,
-                                            __FILE__, __LINE__);
-            made->fallback(torch::CppFunction::makeFromBoxedFunction<&TapeRecorder::on_operator>());
-            return made;
-        }();
+// Not before somebody needs it, and for good, because threads may record at the same time.
+void watch_operators() {
+    [[maybe_unused]] static const auto* const library = [] {
+        auto* made = new torch::Library(torch::Library::IMPL, "_", c10::DispatchKey::TESTING_ONLY_GenericMode, __FILE__,
+                                        __LINE__);
+        made->fallback(torch::CppFunction::makeFromBoxedFunction<&on_operator>());
+        return made;
+    }();
+}
+
+// What torch's batch_norm calls. A model that calls it by itself cannot wait for the batch.
+bool is_batch_norm_kernel(const std::string& name) {
+    static const std::set<std::string, std::less<>> kernels{"aten::native_batch_norm", "aten::cudnn_batch_norm",
+                                                            "aten::miopen_batch_norm", "aten::_native_batch_norm_legit",
+                                                            "aten::_batch_norm_with_update"};
+    return kernels.contains(name);
+}
+
+// Whether a call of such a kernel normalises by the batch.
+bool trains(const c10::OperatorHandle& op, const Stack& stack) {
+    const auto& arguments = op.schema().arguments();
+    for (std::size_t i = 0; i < arguments.size(); ++i) {
+        if (arguments[i].name() == "training") return torch::jit::peek(stack, i, arguments.size()).toBool();
     }
-};
+    return true;
+}
+
+}  // namespace
 
 // True if it changes a count of batches; it has then run, if it is to.
 bool TapeState::move_count(const c10::OperatorHandle& op, Stack& stack) const {
@@ -112,18 +125,11 @@ bool TapeState::move_count(const c10::OperatorHandle& op, Stack& stack) const {
 
 // True if it is a BatchNorm in training mode; its arguments are then those of one with the batch's statistics.
 bool TapeState::wait_for_statistics(const c10::OperatorHandle& op, Stack& stack) {
-    static const std::set<std::string, std::less<>> kernels{"aten::native_batch_norm",
-                                                            "aten::cudnn_batch_norm",
-                                                            "aten::miopen_batch_norm",
-                                                            "aten::_native_batch_norm_legit",
-                                                            "aten::_native_batch_norm_legit_no_training",
-                                                            "aten::_batch_norm_with_update"};
     const std::string& name = op.schema().name();
-    if (name != "aten::batch_norm") {
-        if (kernels.contains(name))
-            refuse_exact(name, "is called directly: only torch's batch_norm can wait for the batch");
-        return false;
+    if (is_batch_norm_kernel(name) && trains(op, stack)) {
+        refuse_exact(name, "is called directly: only torch's batch_norm can wait for the batch");
     }
+    if (name != "aten::batch_norm") return false;
     // input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled
     const auto argument = [&](std::size_t i) -> at::IValue& { return torch::jit::peek(stack, i, 9); };
     if (!argument(5).toBool()) return false;
@@ -247,7 +253,7 @@ std::int32_t TapeState::add_value(const at::Tensor& tensor, std::int32_t made_by
 
 bool TapeState::keeps(std::int32_t number) const {
     const auto place = static_cast<std::size_t>(number);
-    return keep != nullptr && place < keep->forward.size() && keep->forward[place];
+    return place < keep->forward.size() && keep->forward[place];
 }
 
 std::int32_t TapeState::output_of(const at::Tensor& tensor, std::int32_t index, const TapeEntry& call) {
@@ -317,10 +323,10 @@ void TapeState::after_change(TapeEntry& call, std::int32_t index) {
     });
 }
 
-void Tape::record(const std::function<at::Tensor()>& forward, TapeHooks hooks, const Keep* keep) {
-    TapeRecorder::install();
+void Tape::record(const std::function<at::Tensor()>& forward, TapeHooks hooks, const Keep& keep) {
+    watch_operators();
     state_->hooks = std::move(hooks);
-    state_->keep = keep;
+    state_->keep = &keep;
     const auto end = c10::make_scope_exit([this] {
         recording() = nullptr;
         state_->hooks = {};

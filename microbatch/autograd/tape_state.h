@@ -108,8 +108,11 @@ struct TapeState {
     TapeEntry& entry(std::int32_t number) { return entries[static_cast<std::size_t>(number)]; }
     at::Tensor& gradient(std::int32_t number) { return gradients[static_cast<std::size_t>(number)]; }
     void add_gradient(std::int32_t number, const at::Tensor& more);
+    std::vector<std::int32_t> with_gradient(std::int32_t begin, std::int32_t end);
     void differentiate_piece(std::int32_t begin, std::int32_t end, const BackwardFunction& backward);
     void differentiate_function(TapeEntry& function, const BackwardFunction& backward);
+    std::size_t barrier_at(std::int32_t entry) const;
+    BatchNormSums sums_of(std::size_t barrier);
     void compute_kept(std::int32_t segment);
     void release(std::int32_t from, bool pinned);
 };

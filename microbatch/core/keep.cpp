@@ -89,7 +89,7 @@ void mark(Keep& keep, const Values& values) {
     for (const std::int32_t value : values) keep.forward[static_cast<std::size_t>(value)] = true;
 }
 
-/// Chooses the places. Place i lies before barrier i; number 0 is the begin of the program, where nothing is alive yet.
+/// Chooses the places. Place i lies before barrier i; number 0 is the start of the program, where nothing is alive yet.
 class Choice {
 public:
     explicit Choice(const Program& program) : layout_(program), barriers_(layout_.barriers()) {
@@ -99,7 +99,7 @@ public:
         measure_spans();
     }
 
-    /// The numbers of the chosen places, in order, the begin first.
+    /// What the chosen places take, in bytes, and their numbers, in order, the start first.
     std::pair<std::int64_t, std::vector<std::int32_t>> least() const {
         std::vector<std::int32_t> best;
         std::int64_t best_bytes = std::numeric_limits<std::int64_t>::max();
@@ -126,8 +126,8 @@ public:
     }
 
 private:
-    // spans_[a][b]: the bytes inside if place a is chosen and the next one lies after barrier b. The barriers in
-    // between begin at the place's own, which it lies before; the begin lies before the first.
+    // spans_[a][b]: the bytes inside if place a is chosen and the next one lies after barrier b. The barriers between
+    // them begin with the one that the place lies before; the start lies before the first.
     void measure_spans() {
         spans_.resize(places_.size());
         for (std::int32_t a = 0; a <= barriers_; ++a) {
@@ -152,7 +152,7 @@ private:
         return some;
     }
 
-    // The places with the fewest bytes whose spans stay within the limit: a shortest path. Empty if there is none.
+    // A shortest path: the choice that keeps the fewest bytes while no span exceeds the limit. Empty if there is none.
     std::pair<std::int64_t, std::vector<std::int32_t>> within(std::int64_t most) const {
         constexpr std::int64_t unknown = std::numeric_limits<std::int64_t>::max();
         const auto count = static_cast<std::size_t>(barriers_) + 1;

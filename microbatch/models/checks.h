@@ -16,4 +16,10 @@ inline void require_size(std::string_view model, std::string_view name, std::int
     require_that(value >= 1 && value <= largest, model, ": ", name, " is ", value, "; give 1 to ", largest);
 }
 
+/// Checks an estimate of a model's parameters. Errors: ErrorKind::usage if 64 bits cannot count them.
+inline void require_countable(std::string_view model, double parameters, std::int64_t layers, std::int64_t width) {
+    require_that(parameters <= 0x1p62, model, ": ", parameters, " parameters are too many; layers ", layers,
+                 " or width ", width, " is too large");
+}
+
 }  // namespace microbatch

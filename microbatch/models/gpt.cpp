@@ -110,9 +110,7 @@ GptConfig gpt_preset(std::string_view name) {
 
 std::int64_t count_parameters(const GptConfig& config) {
     require_valid(config);
-    const double estimate = parameters_as<double>(config);
-    require_that(estimate <= 0x1p62, "gpt: ", estimate, " parameters are too many; layers ", config.layers,
-                 " or width ", config.width, " is too large");
+    require_countable("gpt", parameters_as<double>(config), config.layers, config.width);
     return parameters_as<std::int64_t>(config);
 }
 

@@ -128,9 +128,7 @@ std::int64_t inner_width(const LlamaConfig& config) {
 
 std::int64_t count_parameters(const LlamaConfig& config) {
     require_valid(config);
-    const double estimate = parameters_as<double>(config);
-    require_that(estimate <= 0x1p62, "llama: ", estimate, " parameters are too many; layers ", config.layers,
-                 " or width ", config.width, " is too large");
+    require_countable("llama", parameters_as<double>(config), config.layers, config.width);
     return parameters_as<std::int64_t>(config);
 }
 

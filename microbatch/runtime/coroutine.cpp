@@ -1,34 +1,14 @@
 #include "microbatch/runtime/coroutine.h"
 
 #include <ATen/ThreadLocalState.h>
-#include <ATen/autocast_mode.h>
 
 #include <semaphore>
 #include <thread>
 #include <utility>
-#include <vector>
+
+#include "microbatch/runtime/autocast_types.h"
 
 namespace microbatch {
-namespace {
-
-/// The types that autocast converts to, which torch does not count as thread-local state.
-class AutocastTypes {
-public:
-    AutocastTypes() {
-        for (const at::DeviceType device : at::autocast::_AUTOCAST_SUPPORTED_DEVICES) {
-            types_.emplace_back(device, at::autocast::get_autocast_dtype(device));
-        }
-    }
-
-    void establish() const {
-        for (const auto& [device, type] : types_) at::autocast::set_autocast_dtype(device, type);
-    }
-
-private:
-    std::vector<std::pair<at::DeviceType, at::ScalarType>> types_;
-};
-
-}  // namespace
 
 struct Coroutine::Shared {
     std::function<void()> function;

@@ -1,7 +1,6 @@
 #include "microbatch/runtime/generators.h"
 
 #include <ATen/Context.h>
-#include <ATen/core/Generator.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -37,16 +36,26 @@ std::vector<at::Device> generator_devices(const std::vector<at::Tensor>& tensors
     return devices;
 }
 
-at::Tensor generator_state(at::Device device) {
-    at::Generator generator = at::globalContext().defaultGenerator(device);
+at::Generator default_generator(at::Device device) {
+    return at::globalContext().defaultGenerator(device);
+}
+
+at::Tensor generator_state(at::Generator generator) {
     const std::lock_guard lock(generator.mutex());
     return generator.get_state();
 }
 
-void set_generator_state(at::Device device, const at::Tensor& state) {
-    at::Generator generator = at::globalContext().defaultGenerator(device);
+at::Tensor generator_state(at::Device device) {
+    return generator_state(default_generator(device));
+}
+
+void set_generator_state(at::Generator generator, const at::Tensor& state) {
     const std::lock_guard lock(generator.mutex());
     generator.set_state(state);
+}
+
+void set_generator_state(at::Device device, const at::Tensor& state) {
+    set_generator_state(default_generator(device), state);
 }
 
 bool is_generator_state(at::Device device, const at::Tensor& state) {

@@ -279,7 +279,7 @@ void Accumulator::begin_trial(const Plan& plan) {
 }
 
 void Accumulator::gather_trial(const BatchSource& batch, const LossFunction& loss, const Plan& plan,
-                               PieceObserver on_piece) {
+                               std::function<void(bool first, bool last)> on_piece) {
     throttle_.poll();
     gathered_ = std::get<Gathered>(gatherer_.gather(batch, loss, {.plan = plan, .on_piece = std::move(on_piece)}));
 }

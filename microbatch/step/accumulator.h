@@ -130,7 +130,8 @@ public:
 
     /// gather() with another plan, once, for planning: if it runs out of memory, that error passes. `on_piece` as in
     /// GatherOptions.
-    void gather_trial(const BatchSource& batch, const LossFunction& loss, const Plan& plan, PieceObserver on_piece);
+    void gather_trial(const BatchSource& batch, const LossFunction& loss, const Plan& plan,
+                      std::function<void(bool first, bool last)> on_piece);
 
     /// Uses memory and time like apply(), but leaves parameters and optimizer unchanged; the gathered batch is lost.
     /// The optimizer keeps the state of the dry run until end_dry_run(). Errors: as apply().

@@ -6,6 +6,7 @@
 #include <string_view>
 #include <utility>
 
+#include "microbatch/autograd/batch_norm_layers.h"
 #include "microbatch/core/error.h"
 
 namespace microbatch {
@@ -146,15 +147,9 @@ private:
 
 }  // namespace
 
-bool has_batch_norm(const Model& model) {
-    return std::ranges::any_of(model.buffers(), counts_batches) ||
-           std::ranges::any_of(model.buffers(),
-                               [](const NamedTensor& one) { return one.name.ends_with("running_mean"); });
-}
-
 PlanReport plan_batch_norm(Accumulator& accumulator, const BatchSource& batch, const LossFunction& loss,
                            PlannerOptions options, std::optional<BatchNorm> policy) {
-    if (!has_batch_norm(accumulator.model())) {
+    if (!has_batch_norm(accumulator.model().buffers())) {
         require_that(!policy || policy == BatchNorm::naive, "the BatchNorm policy is ",
                      to_string(policy.value_or(BatchNorm::naive)),
                      ", but the model has no BatchNorm layer: leave the policy out");

@@ -6,9 +6,6 @@
 
 namespace microbatch {
 
-/// True if the model has BatchNorm layers that keep running statistics.
-bool has_batch_norm(const Model& model);
-
 /// plan_batch() with a BatchNorm policy, or with the best one: exact, if it fits and its step takes at most twice the
 /// time of the batch at once, else deferred. With a given micro-batch, the time does not count, so that the same settings
 /// give the same update. PlanReport::batch_norm says which and why. With exact, the batch at once is a candidate too: it

@@ -12,6 +12,7 @@
 #include "microbatch/autograd/moments.h"
 #include "microbatch/core/error.h"
 #include "microbatch/model/forward_state.h"
+#include "microbatch/runtime/coroutine.h"
 #include "microbatch/runtime/generators.h"
 
 namespace microbatch {
@@ -70,7 +71,7 @@ void ExactBatch::add(const LossFunction& loss, Batch micro, bool is_last) {
                 micro = {};
                 return one.loss.sum;
             },
-            std::move(hooks), &keep_);
+            std::move(hooks), keep_);
     });
     complete_ = is_last;
     advance(one);

@@ -10,13 +10,11 @@
 #include "microbatch/core/batch_plan.h"
 #include "microbatch/data/batch.h"
 #include "microbatch/model/model.h"
-#include "microbatch/runtime/coroutine.h"
 #include "microbatch/step/loss.h"
 
 namespace microbatch {
 
-/// Called after each piece of work of an exact batch: one micro-batch between two BatchNorms, forward or backward. Says
-/// whether it was the first micro-batch's, and the last one's.
+/// See GatherOptions::on_piece.
 using PieceObserver = std::function<void(bool first, bool last)>;
 
 /// A batch in which every BatchNorm normalises by the whole batch, forward and backward, although it is cut.

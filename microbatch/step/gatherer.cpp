@@ -11,6 +11,7 @@
 #include <limits>
 #include <utility>
 
+#include "microbatch/autograd/batch_norm_layers.h"
 #include "microbatch/core/error.h"
 #include "microbatch/optim/clipping.h"
 #include "microbatch/step/exact_batch.h"
@@ -23,6 +24,9 @@ Gatherer::Gatherer(const AnyModel& model, bool sum_in_product, std::shared_ptr<P
     if (model_->offers_checkpointing()) scopes_.push_back(std::make_shared<ActivationCheckpointing>(model_));
     track(model_->parameters());
 }
+
+Gatherer::Gatherer(Gatherer&&) noexcept = default;
+Gatherer::~Gatherer() = default;
 
 void Gatherer::track(const Parameters& parameters) {
     require_that(state_ == State::idle, "parameters cannot be added while a batch is gathered");

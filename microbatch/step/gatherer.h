@@ -8,11 +8,9 @@
 #include <variant>
 #include <vector>
 
-#include "microbatch/autograd/batch_norm_layers.h"
 #include "microbatch/core/keep.h"
 #include "microbatch/data/batch_source.h"
 #include "microbatch/model/model.h"
-#include "microbatch/step/exact_batch.h"
 #include "microbatch/step/gathered.h"
 #include "microbatch/step/loss.h"
 #include "microbatch/step/micro_batch_caps.h"
@@ -21,6 +19,8 @@
 #include "microbatch/step/precision.h"
 
 namespace microbatch {
+
+class BatchNormLayers;
 
 /// Called between micro-batches: true interrupts the batch.
 using StopToken = std::function<bool()>;
@@ -33,7 +33,9 @@ struct GatherOptions {
     const MicroBatchCaps* caps = nullptr;  ///< smaller plans that samples of some shapes need
     /// Called with the shape of a micro-batch before its loss is computed.
     std::function<void(const SampleShape&, const Plan&)> on_micro_batch = {};
-    PieceObserver on_piece = {};  ///< of a batch with exact BatchNorm
+    /// Of a batch with exact BatchNorm: called after each piece of work, which is one micro-batch between two layers,
+    /// forward or backward. Says whether it was the first micro-batch's, and the last one's.
+    std::function<void(bool first, bool last)> on_piece = {};
 };
 
 /// Sums the gradients of one batch, micro-batch by micro-batch, in the parameters' .grad.
@@ -50,6 +52,8 @@ public:
     /// Errors: ErrorKind::usage if the precision does not support a parameter.
     explicit Gatherer(const AnyModel& model, bool sum_in_product = true,
                       std::shared_ptr<Precision> precision = std::make_shared<FullPrecision>());
+    Gatherer(Gatherer&&) noexcept;
+    ~Gatherer();
 
     /// Covers more parameters, such as a head added to the model; known ones are ignored.
     /// Errors: ErrorKind::usage as in the constructor, or if a batch is open.

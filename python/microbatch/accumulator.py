@@ -68,11 +68,11 @@ class Accumulator:
     batch_norm: what BatchNorm layers do while a batch is cut. "exact": they normalise by the whole batch, forward and
     backward. "deferred": by the micro-batch, and their running statistics move once a step, by those of the batch.
     "frozen": by the running statistics, which stay. "naive": as torch. "group", "rms": see replace_batch_norm(). "auto":
-    exact if it fits and takes at most twice the time of the batch at once, else deferred; the plan says which. Micro-
-    batches that you add yourself cannot be exact.
-    guard: a SpikeGuard. noise_every: steps from one measure of the gradient's noise to the next, 0 for none. verify: checks a few
-    samples of the first batch by mb.verify(): an averaged loss is a UsageError, whatever else depends on the split is a
-    warning.
+    exact if it fits and takes at most twice the time of the batch at once, else deferred; the plan says which. With a
+    given micro_batch, time does not count. Micro-batches that you add yourself cannot be exact.
+    guard: a SpikeGuard. noise_every: steps from one measure of the gradient's noise to the next, 0 for none. verify:
+    checks a few samples of the first batch by mb.verify(): an averaged loss is a UsageError, whatever else depends on the
+    split is a warning.
     collate: batches are lists of samples, which this makes into a micro-batch, the longest first. bound: "samples", or
     "tokens": micro-batches of shorter samples hold more of them, as many tokens as the first one. trim_padding: the name
     of the mask by which trailing padding is cut off. generators: torch.Generators that the loss draws from, beside
@@ -120,8 +120,6 @@ class Accumulator:
             generators = (generators,)
         clip_norm = math.inf if clip_norm is None else clip_norm
         require_policy(batch_norm, model)
-        #: what batch_norm="group" or "rms" changed
-        self.replaced = replace_batch_norm(model, batch_norm) if batch_norm in REPLACING else None
         lever = lever_of(model, recompute)
         adapter = Adapter(model, lever, generators)
         driver = None if optimizer is None else driver_of(optimizer)
@@ -129,6 +127,8 @@ class Accumulator:
         if driver is not None:
             _refuse_other_parameters(driver, self._known)
         _set_memory(model, memory)
+        #: what batch_norm="group" or "rms" changed, once nothing is refused any more
+        self.replaced = replace_batch_norm(model, batch_norm) if batch_norm in REPLACING else None
         self.model = model
         self.optimizer = optimizer
         self.loss = loss

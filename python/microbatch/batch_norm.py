@@ -30,10 +30,10 @@ class ChannelRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = x * (x.square().mean(1, keepdim=True) + self.eps).rsqrt()
+        if self.weight is None or self.bias is None:
+            return y
         shape = (-1, *(1 for _ in range(x.dim() - 2)))
-        if self.weight is not None:
-            y = y * self.weight.view(shape)
-        return y if self.bias is None else y + self.bias.view(shape)
+        return y * self.weight.view(shape) + self.bias.view(shape)
 
     def extra_repr(self) -> str:
         return f"{self.channels}, eps={self.eps}, affine={self.weight is not None}"

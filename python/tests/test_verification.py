@@ -78,10 +78,18 @@ def test_the_accumulator_refuses_an_averaged_loss_at_its_first_step():
 
 def test_the_accumulator_warns_of_batch_norm_once():
     model, batch, loss = models.convnet()
-    accumulator = mb.Accumulator(model, mb.SGD(model.parameters()), loss, micro_batch=4, verify=True)
+    accumulator = mb.Accumulator(
+        model, mb.SGD(model.parameters()), loss, micro_batch=4, verify=True, batch_norm="naive")
     with pytest.warns(UserWarning, match="normalises over the micro-batch"):
         assert accumulator.step(batch).applied
     assert accumulator.step(batch).applied  # a warning would be an error
+
+
+def test_the_accumulator_says_nothing_of_exact_batch_norm(recwarn):
+    model, batch, loss = models.convnet()
+    accumulator = mb.Accumulator(model, mb.SGD(model.parameters()), loss, micro_batch=4, verify=True)
+    assert accumulator.step(batch).applied and accumulator.plan.batch_norm == "exact"
+    assert not recwarn
 
 
 def test_the_accumulator_says_nothing_of_a_right_loss(recwarn):

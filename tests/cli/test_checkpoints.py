@@ -167,8 +167,8 @@ def test_an_interrupted_run_has_a_checkpoint_of_its_last_state(run, sent):
 
 def test_a_run_that_ended_inside_a_batch_has_the_weights_and_buffers_of_its_last_step(run, gate):
     stop_in_a_batch(run, gate, signal.SIGTERM, after_steps=1, micro_batches=3, data=run.data.images, **IMAGES | {
-        "norm": "batch", "batch": None, "batch_schedule": "4 at 0, 100 at 4 samples", "micro_batch": 1, "heads": None,
-        "length": None, "steps": 100})
+        "norm": "batch", "batch_norm": "naive", "batch": None, "batch_schedule": "4 at 0, 100 at 4 samples",
+        "micro_batch": 1, "heads": None, "length": None, "steps": 100})
     (checkpoint,) = checkpoints_of(run.folder / "run")
     assert checkpoint.name == "step-00000001-3"
     final, stored, opened = (tensors_of(file) for file in (

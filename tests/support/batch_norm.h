@@ -163,4 +163,34 @@ inline torch::nn::Conv2d conv2d(std::int64_t inputs, std::int64_t outputs, std::
     return torch::nn::Conv2d(torch::nn::Conv2dOptions(inputs, outputs, kernel).padding(kernel / 2));
 }
 
+/// Seven samples of three channels of five.
+inline Batch signals() {
+    return normed_batch({7, 3, 5});
+}
+
+/// A convolution, a norm and another one, with a function before, between or after.
+struct Chain {
+    explicit Chain(torch::nn::Module& module)
+        : first(add(module, "first", conv1d(3, 4))),
+          second(add(module, "second", conv1d(4, 4))),
+          third(add(module, "third", conv1d(4, 2))),
+          a(add(module, "a", torch::nn::BatchNorm1d(4))),
+          b(add(module, "b", torch::nn::BatchNorm1d(4))) {}
+
+    torch::nn::Conv1d first, second, third;
+    torch::nn::BatchNorm1d a, b;
+};
+
+/// A convolution, a norm and tanh.
+struct ConvNorm {
+    ConvNorm(torch::nn::Module& module, const std::string& name, std::int64_t inputs, std::int64_t outputs)
+        : conv(add(module, name + "_conv", conv1d(inputs, outputs))),
+          norm(add(module, name + "_norm", torch::nn::BatchNorm1d(outputs))) {}
+
+    at::Tensor operator()(const at::Tensor& x) { return at::tanh(norm->forward(conv->forward(x))); }
+
+    torch::nn::Conv1d conv;
+    torch::nn::BatchNorm1d norm;
+};
+
 }  // namespace microbatch::test
