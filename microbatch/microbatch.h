@@ -41,6 +41,7 @@
 #include "microbatch/run/run.h"
 #include "microbatch/run/run_folder.h"
 #include "microbatch/run/trainer.h"
+#include "microbatch/runtime/device.h"
 #include "microbatch/step/accumulator.h"
 #include "microbatch/step/batch_norm_plan.h"
 #include "microbatch/step/probe.h"

@@ -83,8 +83,8 @@ public:
         for_each_micro_batch(batch_, micro_batch_, [&](const Batch& micro) {
             const WeightedLoss loss = loss_(micro);
             validate(loss);
-            if (loss.weight == 0.0) return;
-            weight += loss.weight;
+            if (loss.weight.is_known_zero()) return;
+            weight += loss.weight.value();
             add_product(loss.sum, vector, sums);
         });
         if (weight == 0.0) refuse_weight();
@@ -126,7 +126,7 @@ struct Ritz {
 
 Ritz largest_ritz(const std::vector<double>& diagonal, const std::vector<double>& beside) {
     const auto size = static_cast<std::int64_t>(diagonal.size());
-    const at::Tensor matrix = at::zeros({size, size}, at::kDouble);
+    const at::Tensor matrix = at::zeros({size, size}, at::TensorOptions(at::kCPU).dtype(at::kDouble));
     auto entries = matrix.accessor<double, 2>();
     for (std::int64_t i = 0; i < size; ++i) {
         entries[i][i] = diagonal[static_cast<std::size_t>(i)];
@@ -189,9 +189,9 @@ double mean_loss_of(const BatchSource& batch, std::int64_t micro_batch, const Lo
     for_each_micro_batch(batch, micro_batch, [&](const Batch& micro) {
         const WeightedLoss one = loss(micro);
         validate(one);
-        if (one.weight == 0.0) return;
+        if (one.weight.is_known_zero()) return;
         sum += one.sum.item<double>();
-        weight += one.weight;
+        weight += one.weight.value();
     });
     if (weight == 0.0) refuse_weight();
     return sum / weight;

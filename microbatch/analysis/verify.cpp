@@ -152,7 +152,7 @@ private:
         before_.restore();
         evaluate();
         const WeightedLoss loss = loss_(fetch());
-        return {loss.sum.template item<double>(), loss.weight};
+        return {loss.sum.template item<double>(), loss.weight.value()};
     }
 
     void evaluate() { model_.set_training_flags(std::vector<std::int64_t>(model_.training_flags().size(), 0)); }

@@ -77,8 +77,8 @@ Batch ImageDataset::get(std::span<const std::int64_t> indices) const {
     const auto count = static_cast<std::int64_t>(indices.size());
     const std::int64_t height = data_->images.shape[1];
     const std::int64_t width = data_->images.shape[2];
-    const at::Tensor images = at::empty({count, 1, height, width}, at::kFloat);
-    const at::Tensor labels = at::empty({count}, at::kLong);
+    const at::Tensor images = at::empty({count, 1, height, width}, at::TensorOptions(at::kCPU).dtype(at::kFloat));
+    const at::Tensor labels = at::empty({count}, at::TensorOptions(at::kCPU).dtype(at::kLong));
     auto* pixel = images.mutable_data_ptr<float>();
     auto* label = labels.mutable_data_ptr<std::int64_t>();
     for (const std::int64_t index : indices) {

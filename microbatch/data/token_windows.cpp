@@ -28,8 +28,9 @@ std::int64_t TokenWindows::size() const {
 
 Batch TokenWindows::get(std::span<const std::int64_t> indices) const {
     const auto count = static_cast<std::int64_t>(indices.size());
-    const at::Tensor inputs = at::empty({count, length_}, at::kLong);
-    const at::Tensor targets = at::empty({count, length_}, at::kLong);
+    const auto host = at::TensorOptions().dtype(at::kLong).device(at::kCPU);
+    const at::Tensor inputs = at::empty({count, length_}, host);
+    const at::Tensor targets = at::empty({count, length_}, host);
     auto* input = inputs.mutable_data_ptr<std::int64_t>();
     auto* target = targets.mutable_data_ptr<std::int64_t>();
     const auto length = static_cast<std::size_t>(length_);

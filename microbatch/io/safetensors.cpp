@@ -86,8 +86,8 @@ std::string_view bytes_of(const at::Tensor& contiguous) {
 
 at::Tensor read_tensor(const InputFile& file, std::uint64_t data, const SafetensorsEntry& entry) {
     const at::NoGradGuard no_grad;
-    const at::Tensor tensor =
-        at::empty_strided(entry.shape, row_major_strides(entry.shape), at::TensorOptions(type_of(entry.dtype)));
+    const at::Tensor tensor = at::empty_strided(entry.shape, row_major_strides(entry.shape),
+                                                at::TensorOptions(at::kCPU).dtype(type_of(entry.dtype)));
     file.read(data + entry.begin,
               std::as_writable_bytes(std::span(static_cast<char*>(tensor.mutable_data_ptr()), tensor.nbytes())));
     if (entry.strides == tensor.strides()) return tensor;

@@ -11,6 +11,9 @@ struct MemoryUse {
     std::int64_t live_bytes = 0;
     std::int64_t peak_bytes = 0;
     std::int64_t cached_bytes = 0;  ///< freed blocks kept for reuse; not in live_bytes
+    /// The most that a device's allocator had taken from it, its rounding and what lay between tensors included. 0 on
+    /// the CPU, where freed blocks go back before the budget is exceeded.
+    std::int64_t peak_reserved_bytes = 0;
 };
 
 inline constexpr std::int64_t no_budget = std::numeric_limits<std::int64_t>::max();

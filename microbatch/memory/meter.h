@@ -3,6 +3,8 @@
 #include <c10/core/Device.h>
 
 #include <cstdint>
+#include <functional>
+#include <string>
 
 #include "microbatch/memory/budget_allocator.h"
 
@@ -21,22 +23,45 @@ public:
     /// Returns cached blocks to the system.
     virtual void release_cached() = 0;
 
+    /// Bytes that this process can still take: what is free, and what is cached.
+    virtual std::int64_t available() const = 0;
+
     /// In bytes; if it was never set, no_budget on the CPU and the memory of any other device, if known.
     virtual std::int64_t budget() const = 0;
+
+    /// False if it was never set, or set to no_budget.
+    virtual bool has_budget() const = 0;
 
     /// Errors: ErrorKind::usage if `bytes` is not above 0.
     virtual void set_budget(std::int64_t bytes) = 0;
 
-    /// True if an allocation beyond the budget throws. False if only the device's own limit throws; the caller must
-    /// then compare the budget with use().
+    /// True if an allocation beyond the budget throws: on the CPU, and on a device whose allocator took it as its limit
+    /// (see set_device_limiter()). False if only the device's memory is a limit; the caller must then compare the budget
+    /// with use().
     virtual bool enforces() const = 0;
 
     virtual at::Device device() const = 0;
 };
 
+/// Makes a budget of a device, in bytes, the limit of its allocator; no_budget lifts it. Returns false if the allocator
+/// has no such limit.
+using DeviceLimiter = std::function<bool(at::Device device, std::int64_t bytes)>;
+
+/// What later budgets of devices go through, from now on; none at first. torch has no function for it in C++ that does
+/// without the headers of a device (2.11 to 2.14): Python's package sets one, by set_per_process_memory_fraction().
+void set_device_limiter(DeviceLimiter limiter);
+
+/// The device's own budget is compared to its memory here, so that a budget beyond it is refused when it is stated.
+/// Errors: ErrorKind::usage, naming both, if the device has less.
+void require_budget_fits(const Meter& meter, std::int64_t bytes);
+
+/// Why an allocation may fail although its size is free: ", and 3 GiB of the 10 GiB that the device has reserved are in
+/// pieces between tensors (...)". Empty if less than a tenth is.
+std::string fragmentation_of(const Meter& meter);
+
 /// The meter of a device: one per device, for the lifetime of the process. The CPU's meter installs the budget
 /// allocator. A device without an index is the first of its kind.
-/// Errors: ErrorKind::usage, naming the device, if its allocator keeps no statistics.
+/// Errors: ErrorKind::usage, naming the device, if it does not exist or its allocator keeps no statistics.
 /// Threads: any.
 Meter& meter_of(at::Device device);
 

@@ -22,4 +22,8 @@ std::vector<at::Tensor> tensors_of(const Parameters& parameters) {
     return tensors;
 }
 
+at::Device device_of(const Parameters& parameters) {
+    return parameters.empty() ? at::Device(at::kCPU) : parameters.front().tensor.device();
+}
+
 }  // namespace microbatch

@@ -14,6 +14,9 @@ Parameters without_repeats(const Parameters& parameters);
 /// The tensors alone.
 std::vector<at::Tensor> tensors_of(const Parameters& parameters);
 
+/// The device of the first one; the CPU if there are none.
+at::Device device_of(const Parameters& parameters);
+
 /// Every parameter of a torch::nn::Module (or its holder), each tensor once, including frozen ones.
 template <class Module>
 Parameters parameters_of(const Module& module) {

@@ -22,9 +22,9 @@ at::Tensor cross_entropy_sum(const at::Tensor& logits, const at::Tensor& targets
     return at::nll_loss(log_probabilities, targets.reshape({-1}), {}, at::Reduction::Sum, ignored);
 }
 
-double count_targets(const at::Tensor& targets, std::int64_t ignored) {
+at::Tensor count_targets(const at::Tensor& targets, std::int64_t ignored) {
     require_targets(targets);
-    return static_cast<double>(targets.ne(ignored).count_nonzero().item<std::int64_t>());
+    return targets.ne(ignored).count_nonzero();
 }
 
 }  // namespace microbatch

@@ -17,8 +17,8 @@ namespace microbatch {
 at::Tensor cross_entropy_sum(const at::Tensor& logits, const at::Tensor& targets, std::int64_t ignored = -100);
 
 /// The number of targets that differ from `ignored`: the weight for `cross_entropy_sum`.
+/// Shapes: int64 without dimensions, on the device of the targets.
 /// Errors: ErrorKind::usage if the tensor is undefined or not int64.
-/// Cost:   waits for the device that holds the targets.
-double count_targets(const at::Tensor& targets, std::int64_t ignored = -100);
+at::Tensor count_targets(const at::Tensor& targets, std::int64_t ignored = -100);
 
 }  // namespace microbatch

@@ -1,6 +1,8 @@
 #include "microbatch/optim/clipping.h"
 
-#include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/_foreach_norm.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/stack.h>
 
 #include <algorithm>
 #include <cmath>
@@ -29,24 +31,17 @@ bool in_one_pass(const at::Tensor& tensor) {
            (tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble);
 }
 
-// torch converts a whole tensor of another type to fp64 before it sums.
-double by_torch(const at::Tensor& tensor) {
-    const double norm = at::linalg_vector_norm(tensor, 2, std::nullopt, false, at::kDouble).item<double>();
-    return norm * norm;
+// On the CPU, torch converts a whole tensor of another type to fp64 before it sums.
+at::Tensor sum_of_squares_by_torch(const std::vector<at::Tensor>& tensors) {
+    return at::stack(at::_foreach_norm(tensors, 2, at::kDouble)).square().sum();
 }
 
-}  // namespace
-
-double joint_norm(const std::vector<at::Tensor>& tensors) {
+double sum_of_squares_in_one_pass(const std::vector<at::Tensor>& tensors) {
     constexpr std::int64_t length = 1 << 16, grain = 1 << 15;
     std::vector<Stretch> stretches;
     std::int64_t elements = 0;
     double all = 0.0;
     for (const at::Tensor& tensor : tensors) {
-        if (!in_one_pass(tensor)) {
-            all += by_torch(tensor);
-            continue;
-        }
         elements += tensor.numel();
         for (std::int64_t begin = 0; begin < tensor.numel(); begin += length) {
             stretches.push_back({&tensor, begin, std::min(begin + length, tensor.numel())});
@@ -58,7 +53,33 @@ double joint_norm(const std::vector<at::Tensor>& tensors) {
         for (std::int64_t i = begin; i < end; ++i) sums[i] = stretches[i].sum_of_squares();
     });
     for (const double each : sums) all += each;
-    return std::sqrt(all);
+    return all;
+}
+
+}  // namespace
+
+at::Tensor joint_sum_of_squares(const std::vector<at::Tensor>& tensors) {
+    std::vector<at::Tensor> ours;
+    std::vector<std::vector<at::Tensor>> others;  // by device
+    for (const at::Tensor& tensor : tensors) {
+        if (in_one_pass(tensor)) {
+            ours.push_back(tensor);
+            continue;
+        }
+        const auto same = [&](const auto& group) { return group.front().device() == tensor.device(); };
+        const auto group = std::find_if(others.begin(), others.end(), same);
+        (group != others.end() ? *group : others.emplace_back()).push_back(tensor);
+    }
+    at::Tensor all = at::scalar_tensor(sum_of_squares_in_one_pass(ours), at::kDouble);
+    for (const auto& group : others) {
+        const at::Tensor sum = sum_of_squares_by_torch(group);
+        all = others.size() == 1 ? sum + all : all + sum.cpu();
+    }
+    return all;
+}
+
+double joint_norm(const std::vector<at::Tensor>& tensors) {
+    return std::sqrt(joint_sum_of_squares(tensors).item<double>());
 }
 
 double clip_coefficient(double norm, double limit) {

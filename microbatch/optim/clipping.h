@@ -6,9 +6,13 @@
 
 namespace microbatch {
 
+/// The square of joint_norm(): fp64 without dimensions, on the device of the tensors; on the CPU if they are on several.
+/// Does not wait for the device, unless there are several. Cost: as joint_norm().
+at::Tensor joint_sum_of_squares(const std::vector<at::Tensor>& tensors);
+
 /// Euclidean norm over all the tensors together, with squares summed in fp64; NaN or infinity if any element is, or if
 /// the sum overflows fp64 (a norm above 1e154). 0 for no tensors. The bits do not depend on the number of threads.
-/// Cost: for dense float32 and float64 on the CPU, one pass at memory bandwidth and no tensor memory; for other types,
+/// Waits for the device once. Cost: for dense float32 and float64 on the CPU, one pass at memory bandwidth and no tensor memory; for other types,
 ///       an fp64 copy of one tensor at a time.
 double joint_norm(const std::vector<at::Tensor>& tensors);
 

@@ -236,11 +236,11 @@ void FusedOptimizer::update_all(Buckets& buckets) const {
     for (Bucket& bucket : buckets) {
         if (updates_in_one_pass(bucket.parameters.front())) {
             update(bucket);
-            // As torch's own operators do, so that a graph that has saved the parameter notices the change.
-            for (const at::Tensor& parameter : bucket.parameters) parameter.unsafeGetTensorImpl()->bump_version();
         } else {
             update_by_torch(bucket);
         }
+        // So that a graph that has saved a parameter notices the change. Torch's fused operators do not tell it.
+        for (const at::Tensor& parameter : bucket.parameters) parameter.unsafeGetTensorImpl()->bump_version();
     }
 }
 

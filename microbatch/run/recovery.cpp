@@ -95,7 +95,7 @@ Recovery::Point Recovery::make_point(std::int64_t steps, const SpikeGate& gate) 
     Point point{steps, training_snapshot(*accumulator_)};
     gate.save(StateWriter(point.state, "gate/"));
     if (point.state.bytes() <= options_.memory_bytes / most_points) {
-        point.state.own();
+        point.state.own_on_host();
     } else if (!options_.folder.empty()) {
         point.state = moved_to_file(point.state, new_file());
     } else {
@@ -217,7 +217,7 @@ Commit Recovery::prepare(const StateReader& reader) {
 void Recovery::take_over(Point point) {
     const auto in_memory = [&] {
         if (!options_.folder.empty() && point.state.bytes() > options_.memory_bytes / most_points) return false;
-        return unless_oom([&] { point.state.own(); }).has_value();
+        return unless_oom([&] { point.state.own_on_host(); }).has_value();
     };
     try {
         if (!in_memory()) {

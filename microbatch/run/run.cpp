@@ -8,7 +8,7 @@
 #include "microbatch/core/str_cat.h"
 #include "microbatch/io/file_system.h"
 #include "microbatch/io/safetensors.h"
-#include "microbatch/memory/budget_allocator.h"
+#include "microbatch/memory/meter.h"
 
 namespace microbatch {
 namespace {
@@ -149,7 +149,8 @@ const Outcome& Run::train() {
 
 // Runs one step and writes all its records. False if it was interrupted in the middle of its batch.
 bool Run::step() {
-    reset_peak_memory();
+    Meter& meter = meter_of(device_of(accumulator_.parameters()));
+    meter.reset_peak();
     const std::int64_t copy_bytes = checkpoints_ ? checkpoints_->memory_bytes() : 0;
     const TrainerReport report = trainer_.step();
     if (report.paused) {
@@ -158,8 +159,8 @@ bool Run::step() {
     }
     outcome_.last = report;
     applied_ = applied_ || report.step.applied;
-    const StepMeasures measures =
-        options_.measures ? options_.measures(report, copy_bytes) : StepMeasures{.peak_bytes = memory_use().peak_bytes};
+    StepMeasures measures = options_.measures ? options_.measures(report, copy_bytes) : StepMeasures{};
+    measures.peak_bytes = meter.use().peak_bytes;
     outcome_.add(measures.peak_bytes, measures.predicted_peak_bytes, options_.planned_batch);
     const StepRecord record = record_of(report, measures);
     const std::string log_failure = log_.write(record);

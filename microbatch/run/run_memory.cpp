@@ -1,15 +1,12 @@
 #include "microbatch/run/run_memory.h"
 
 #include <algorithm>
-
-#include "microbatch/memory/budget_allocator.h"
-
 namespace microbatch {
 namespace {
 
 // A prediction is logged only with steps of the same plan, and the predicted time only with full batches.
 StepMeasures measures_of(const PlanReport& report, const TrainerReport& step, std::int64_t copy_bytes) {
-    StepMeasures measures{.peak_bytes = memory_use().peak_bytes};
+    StepMeasures measures;
     const Candidate& chosen = report.choice();
     if (step.step.plan != chosen.plan) return measures;
     measures.predicted_peak_bytes = predicted_peak(report, chosen,

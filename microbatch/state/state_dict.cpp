@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "microbatch/core/error.h"
+#include "microbatch/runtime/device.h"
 
 namespace microbatch {
 namespace {
@@ -78,6 +79,18 @@ void StateDict::own(std::string_view section) {
     Tensors owned = tensors_;
     const auto [begin, end] = range_of(owned, section);
     for (auto one = begin; one != end; ++one) one->second = StoredTensor(one->second.get_own());
+    tensors_ = std::move(owned);
+}
+
+void StateDict::own_on_host() {
+    Tensors owned = tensors_;
+    std::vector<at::Device> devices;
+    for (auto& [name, one] : owned) {
+        const at::Device from = one.is_resident() ? one.shape().device() : at::Device(at::kCPU);
+        if (std::find(devices.begin(), devices.end(), from) == devices.end()) devices.push_back(from);
+        one = StoredTensor(one.get_own_on_host());
+    }
+    for (const at::Device& device : devices) wait_for(device);
     tensors_ = std::move(owned);
 }
 

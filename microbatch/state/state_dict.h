@@ -57,6 +57,10 @@ public:
     /// Errors: c10::OutOfMemoryError, or whatever reading throws; the state is unchanged then.
     void own(std::string_view section = {});
 
+    /// own() of all tensors in the memory of the host, which a device's tensors leave alone. Waits for the device once.
+    /// Errors: as own().
+    void own_on_host();
+
     /// True if a tensor whose name starts with `section` is in a file.
     bool reads_files(std::string_view section = {}) const;
 

@@ -2,6 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty_like.h>
 
 #include <cstdint>
 #include <functional>
@@ -43,6 +44,15 @@ public:
     at::Tensor get_own() const {
         const at::NoGradGuard no_grad;
         return read_ ? read_() : shape_.clone();
+    }
+
+    /// As get_own(), in the memory of the host: pinned, if the tensor is on a device. There it may not have arrived before
+    /// wait_for() of that device.
+    at::Tensor get_own_on_host() const {
+        const at::NoGradGuard no_grad;
+        if (read_ || shape_.is_cpu()) return get_own();
+        const at::Tensor host = at::empty_like(shape_, shape_.options().device(at::kCPU).pinned_memory(true));
+        return host.copy_(shape_, /*non_blocking=*/true);
     }
 
 private:

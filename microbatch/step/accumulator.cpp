@@ -8,7 +8,7 @@
 #include <unordered_set>
 
 #include "microbatch/core/error.h"
-#include "microbatch/memory/budget_allocator.h"
+#include "microbatch/memory/meter.h"
 #include "microbatch/model/forward_state.h"
 #include "microbatch/optim/clipping.h"
 
@@ -58,7 +58,11 @@ void Accumulator::set_plan(const Plan& plan) {
     caps_.clear();
     ActivationCheckpointing::set(*model_, plan);
     // Cached blocks of another plan's sizes would only take memory.
-    release_cached_memory();
+    meter_of(device_of(gatherer_.parameters())).release_cached();
+}
+
+std::string Accumulator::fragmentation() const {
+    return fragmentation_of(meter_of(device_of(gatherer_.parameters())));
 }
 
 void Accumulator::refuse_unknown_parameters() {
@@ -110,12 +114,12 @@ StepReport Accumulator::step(const BatchSource& batch, const LossFunction& loss,
     StepReport report = retry_on_oom(
         joined(joined(options.before_noise, options.before_plan), {once()}), attempt, undo_step,
         [&](const Reclaimer& helped, const std::string&) { lost += helped.counts ? 1 : 0; },
-        [](const std::string& message) {
+        [this](const std::string& message) {
             throw Error(ErrorKind::does_not_fit,
                         "the optimizer's step ran out of memory, whatever the micro-batch; parameters and "
                         "optimizer are unchanged: raise the memory budget, or use an optimizer with less "
                         "state (SGD); ",
-                        message);
+                        message, fragmentation());
         });
     report.out_of_memory += lost;
     if (report.partial) report.partial->out_of_memory = report.out_of_memory;
@@ -151,8 +155,9 @@ std::variant<Gathered, PartialBatch> Accumulator::gather_batch(const BatchSource
             attempt.message = message;
             attempt.out_of_memory += helped.counts ? 1 : 0;
         },
-        [](const std::string& message) {
+        [this](const std::string& message) {
             throw Error(ErrorKind::does_not_fit, "out of memory with a micro-batch of 1 sample: ", message,
+                        fragmentation(),
                         "; the step changed nothing: raise the memory budget, or use shorter "
                         "samples");
         });

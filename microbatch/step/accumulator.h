@@ -163,6 +163,7 @@ private:
     struct Attempt;
 
     void refuse_unknown_parameters();
+    std::string fragmentation() const;
     std::variant<Gathered, PartialBatch> gather_batch(const BatchSource& batch, const LossFunction& loss,
                                                       StepOptions& options);
     Attempt first_attempt(const BatchSource& batch, StepOptions& options) const;

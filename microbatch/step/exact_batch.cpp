@@ -151,7 +151,7 @@ void ExactBatch::backward(double scale) {
         model_->backward(roots, gradients, again);
     };
     for (MicroBatch& one : micro_batches_) {
-        if (one.loss.weight != 0.0) one.tape.add_gradient(at::full_like(one.loss.sum, scale));
+        if (!one.loss.weight.is_known_zero()) one.tape.add_gradient(at::full_like(one.loss.sum, scale));
     }
     BatchNormSums whole;
     for (std::int32_t segment = micro_batches_.front().tape.segments() - 1; segment >= 0; --segment) {

@@ -3,12 +3,9 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/_foreach_div.h>
 #include <ATen/ops/count_nonzero.h>
-#include <ATen/ops/full.h>
 #include <c10/util/ScopeExit.h>
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 #include <utility>
 
 #include "microbatch/autograd/batch_norm_layers.h"
@@ -110,10 +107,10 @@ Gathered Gatherer::gather_exactly(const BatchSource& source, const LossFunction&
     const std::vector<WeightedLoss> losses = batch.finish_forward();
     refuse_changed_gradients();
     for (const WeightedLoss& one : losses) count(one);
-    if (gathered_.weight > 0.0) batch.backward(precision_->loss_scale());
+    if (totals_.may_have_weight()) batch.backward(precision_->loss_scale());
     refuse_sparse_gradients();
     for (const WeightedLoss& one : losses) {
-        if (one.weight != 0.0) count_sum(one.sum);
+        if (!one.weight.is_known_zero()) totals_.add(one);
     }
     mark_gradients();
     clear_on_error.release();
@@ -128,14 +125,22 @@ void Gatherer::enter(const Plan& plan) {
 }
 
 void Gatherer::refuse_stale_gradients() {
-    for (const Parameter& parameter : parameters_) {
-        at::Tensor& gradient = parameter.tensor.mutable_grad();
-        if (!gradient.defined()) continue;
+    const auto refuse_if = [](bool stale, const Parameter& parameter) {
         require_that(
-            gradient.layout() == at::kStrided && at::count_nonzero(gradient).item<std::int64_t>() == 0, "parameter ",
-            parameter.name,
+            !stale, "parameter ", parameter.name,
             " has a gradient that does not belong to this batch; clear it (zero_grad) before the batch begins");
+    };
+    std::vector<const Parameter*> found;
+    std::vector<at::Tensor> nonzero;
+    for (const Parameter& parameter : parameters_) {
+        const at::Tensor& gradient = parameter.tensor.grad();
+        if (!gradient.defined()) continue;
+        refuse_if(gradient.layout() != at::kStrided, parameter);
+        found.push_back(&parameter);
+        nonzero.push_back(at::count_nonzero(gradient));
     }
+    const std::vector<double> counts = numbers_in(nonzero);
+    for (std::size_t i = 0; i < counts.size(); ++i) refuse_if(counts[i] != 0.0, *found[i]);
 }
 
 Gatherer::Mark::Mark(const at::Tensor& of)
@@ -198,29 +203,21 @@ void Gatherer::add_checked(const WeightedLoss& loss) {
     const auto next_forward = c10::make_scope_exit([this] {
         if (layers_) layers_->begin_forward();
     });
-    if (loss.weight == 0.0) return;
+    if (loss.weight.is_known_zero()) return;
     const double scale = precision_->loss_scale();
     model_->backward(scale == 1.0 ? loss.sum : loss.sum * scale);
     refuse_sparse_gradients();
-    if (norms_) gathered_.parts.add({loss.weight, norms_->added(parameters_) / (loss.weight * loss.weight)});
-    count_sum(loss.sum);
+    totals_.add(loss, norms_ ? norms_->added(parameters_) : at::Tensor());
 }
 
 void Gatherer::count(const WeightedLoss& loss) {
     validate(loss);
     ++gathered_.micro_batches;
-    if (loss.weight == 0.0) return;
+    if (loss.weight.is_known_zero()) return;
     require_that(loss.sum.requires_grad(),
                  "the loss depends on no parameter that requires a gradient: is every parameter frozen, or does the "
                  "loss function detach?");
-    gathered_.weight += loss.weight;
-    require_that(std::isfinite(gathered_.weight),
-                 "the sum of the weights of the batch exceeds the range of a double; scale them down");
-}
-
-void Gatherer::count_sum(const at::Tensor& sum) {
-    const at::Tensor value = sum.detach().to(at::kDouble).reshape({});
-    loss_sum_ = loss_sum_.defined() ? loss_sum_.add(value) : value;
+    totals_.count(loss.weight);
 }
 
 Gathered Gatherer::finish() {
@@ -242,7 +239,7 @@ void Gatherer::hand_over(std::span<const GradientView> sums, double divisor) {
     const at::NoGradGuard no_grad;
     if (divisor != 1.0 && !sums.empty()) at::_foreach_div_(sums_of(sums), divisor);
     state_ = State::idle;
-    loss_sum_ = at::Tensor();
+    totals_ = {};
 }
 
 void Gatherer::refuse_sparse_gradients() const {
@@ -254,23 +251,29 @@ void Gatherer::refuse_sparse_gradients() const {
 }
 
 void Gatherer::measure() {
+    read_totals();
+    if (gathered_.weight == 0.0) drop_gradients();  // zeros, of weights that were not known
     gathered_.sums = gradients_in(tensors_of(parameters_));
     require_that(
         gathered_.weight == 0.0 || !gathered_.sums.empty(),
         "no parameter received a gradient: are these the parameters of the model that the loss function uses?");
-    if (loss_sum_.defined()) gathered_.loss_sum = loss_sum_.item<double>();
-    // The sign of NaN is meaningless, and would be printed.
-    if (std::isnan(gathered_.loss_sum)) gathered_.loss_sum = std::numeric_limits<double>::quiet_NaN();
     if (gathered_.weight == 0.0) return;
     gathered_.gradient_norm = joint_norm(sums_of(gathered_.sums)) / (gathered_.weight * precision_->loss_scale());
 }
 
+void Gatherer::read_totals() {
+    totals_.read();
+    gathered_.loss_sum = totals_.loss_sum();
+    gathered_.weight = totals_.weight();
+    gathered_.parts = totals_.parts();
+}
+
 PartialBatch Gatherer::leave(const BatchSource& source, std::int64_t samples, bool measure_noise) {
+    read_totals();
     PartialBatch partial{.so_far = std::exchange(gathered_, {}),
                          .samples = samples,
                          .fingerprint = source.fingerprint(),
                          .measure_noise = measure_noise};
-    if (loss_sum_.defined()) partial.so_far.loss_sum = loss_sum_.item<double>();
     partial.so_far.sums = gradients_in(tensors_of(parameters_));
     if (layers_) layers_->save(StateWriter(partial.batch_norm));
     clear();
@@ -301,15 +304,19 @@ void Gatherer::resume(const BatchSource& source, PartialBatch& partial, const Pl
     gathered_ = std::exchange(partial.so_far, {});
     gathered_.sums.clear();
     gathered_.plan = plan;
-    if (gathered_.weight > 0.0) loss_sum_ = at::full({}, std::exchange(gathered_.loss_sum, 0.0), at::kDouble);
+    totals_ = BatchTotals(gathered_.loss_sum, gathered_.weight, gathered_.parts);
     if (norms_) norms_->begin_with(parameters_);
     mark_gradients();
     clear_on_error.release();
 }
 
-void Gatherer::clear() {
+void Gatherer::drop_gradients() {
     for (const Parameter& parameter : parameters_) parameter.tensor.mutable_grad() = at::Tensor();
-    loss_sum_ = at::Tensor();
+}
+
+void Gatherer::clear() {
+    drop_gradients();
+    totals_ = {};
     norms_.reset();
     layers_.reset();
     for (const auto& scope : scopes_) scope->leave();

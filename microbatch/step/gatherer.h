@@ -11,6 +11,7 @@
 #include "microbatch/core/keep.h"
 #include "microbatch/data/batch_source.h"
 #include "microbatch/model/model.h"
+#include "microbatch/step/batch_totals.h"
 #include "microbatch/step/gathered.h"
 #include "microbatch/step/loss.h"
 #include "microbatch/step/micro_batch_caps.h"
@@ -128,11 +129,12 @@ private:
                           const GatherOptions& options);
     Gathered gather_exactly(const BatchSource& source, const LossFunction& loss, const GatherOptions& options);
     void count(const WeightedLoss& loss);
-    void count_sum(const at::Tensor& sum);
     void resume(const BatchSource& source, PartialBatch& partial, const Plan& plan);
     PartialBatch leave(const BatchSource& source, std::int64_t samples, bool measure_noise);
     void enter(const Plan& plan);
     void measure();
+    void read_totals();
+    void drop_gradients();
 
     std::shared_ptr<Model> model_;
     Parameters parameters_;
@@ -143,7 +145,7 @@ private:
     std::optional<MicroBatchGradientNorms> norms_;  // while a batch is open, if they are measured
     State state_ = State::idle;
     std::vector<Mark> marks_;  // one per parameter
-    at::Tensor loss_sum_;      // fp64 on the device of the loss, so that no micro-batch waits for the device
+    BatchTotals totals_;
     Gathered gathered_;
 };
 

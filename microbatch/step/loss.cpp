@@ -3,22 +3,50 @@
 #include <c10/util/Exception.h>
 
 #include <cmath>
+#include <memory>
 #include <string_view>
+#include <utility>
 
 #include "microbatch/core/batch_plan.h"
 #include "microbatch/core/error.h"
+#include "microbatch/runtime/uploader.h"
 
 namespace microbatch {
 
+Weight::Weight(const at::Tensor& of) {
+    require_that(of.defined() && of.numel() == 1 && !of.is_complex(),
+                 "the loss function returned a weight that is not one real number: return the samples or target tokens "
+                 "of the micro-batch");
+    if (of.is_cpu()) {
+        value_ = of.item<double>();
+    } else {
+        on_device_ = of.detach().to(at::kDouble).reshape({});
+    }
+}
+
+double Weight::value() const {
+    return is_known() ? value_ : on_device_.item<double>();
+}
+
+void require_weight(double weight) {
+    require_that(weight >= 0.0 && std::isfinite(weight), "the loss function returned the weight ", weight,
+                 "; it must be finite and at least 0 (samples or target tokens)");
+}
+
 void validate(const WeightedLoss& loss) {
-    require_that(loss.weight >= 0.0 && std::isfinite(loss.weight), "the loss function returned the weight ",
-                 loss.weight, "; it must be finite and at least 0 (samples or target tokens)");
-    if (loss.weight == 0.0) return;
+    if (loss.weight.is_known()) require_weight(loss.weight.value());
+    if (loss.weight.is_known_zero()) return;
     require_that(loss.sum.defined(), "the loss function returned an undefined sum");
     require_that(!loss.sum.is_complex(),
                  "the loss function returned a complex sum; return a real one, such as its abs()");
     require_that(loss.sum.numel() == 1, "the loss function returned a tensor of shape ", loss.sum.sizes(),
                  "; return the sum over the micro-batch, one element");
+}
+
+LossFunction on_device(LossFunction loss, at::Device device) {
+    return [loss = std::move(loss), uploader = std::make_shared<Uploader>(device)](const Batch& micro) {
+        return loss({uploader->upload(micro.fields)});
+    };
 }
 
 WeightedLoss loss_of(const LossFunction& loss, const Batch& micro) {

@@ -7,7 +7,7 @@
 
 namespace microbatch {
 
-double MicroBatchGradientNorms::added(const Parameters& parameters) {
+at::Tensor MicroBatchGradientNorms::added(const Parameters& parameters) {
     const at::NoGradGuard no_grad;
     before_.resize(parameters.size());
     std::vector<at::Tensor> changes;
@@ -17,11 +17,11 @@ double MicroBatchGradientNorms::added(const Parameters& parameters) {
         if (!before_[i].defined()) before_[i] = at::zeros_like(gradient);
         changes.push_back(before_[i].sub_(gradient));
     }
-    const double norm = joint_norm(changes);
+    at::Tensor squares = joint_sum_of_squares(changes);
     for (std::size_t i = 0; i < parameters.size(); ++i) {
         if (before_[i].defined()) before_[i].copy_(parameters[i].tensor.grad());
     }
-    return norm * norm;
+    return squares;
 }
 
 void MicroBatchGradientNorms::begin_with(const Parameters& parameters) {

@@ -17,8 +17,9 @@ namespace microbatch {
 /// Threads: no two calls at the same time.
 class MicroBatchGradientNorms {
 public:
-    /// Squared Euclidean norm of what has been added to the gradients since the last call, or since they were created.
-    double added(const Parameters& parameters);
+    /// Squared Euclidean norm of what has been added to the gradients since the last call, or since they were created:
+    /// fp64 without dimensions, on the device of the gradients.
+    at::Tensor added(const Parameters& parameters);
 
     /// Continues as if the last call had seen the current gradients.
     void begin_with(const Parameters& parameters);

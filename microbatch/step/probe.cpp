@@ -14,6 +14,7 @@
 #include "microbatch/memory/memory_trace.h"
 #include "microbatch/memory/meter.h"
 #include "microbatch/model/forward_state.h"
+#include "microbatch/runtime/device.h"
 
 namespace microbatch {
 namespace {
@@ -29,10 +30,13 @@ double seconds_since(Clock::time_point start) {
     return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
+// A device works on while the host goes on: its time is over when it has nothing left to do.
 template <class Work>
-double seconds_of(const Work& work) {
+double seconds_of(at::Device device, const Work& work) {
+    wait_for(device);
     const auto started = Clock::now();
     work();
+    wait_for(device);
     return seconds_since(started);
 }
 
@@ -45,8 +49,7 @@ std::vector<at::Tensor> all_tensors_of(const Accumulator& accumulator) {
 
 at::Device device_of(const Accumulator& accumulator) {
     const Parameters& parameters = accumulator.parameters();
-    if (parameters.empty()) return at::kCPU;
-    const at::Device device = parameters.front().tensor.device();
+    const at::Device device = device_of(parameters);
     for (const Parameter& parameter : parameters) {
         if (parameter.tensor.device() == device) continue;
         throw Error(ErrorKind::usage, "parameter ", parameters.front().name, " is on ", device.str(), ", ",
@@ -172,7 +175,7 @@ private:
         MicroBatchTrial trial;
         std::vector<double> seconds;
         begin(plan);
-        const double cold = seconds_of([&] { trial.first = profile_of([&] { add(plan.micro_batch, 0); }); });
+        const double cold = seconds_of(device_, [&] { trial.first = profile_of([&] { add(plan.micro_batch, 0); }); });
         // If it is long enough to hide the extra cost of a first run, it counts as a sample, and a whole batch is not
         // run twice.
         double total = cold;
@@ -181,7 +184,7 @@ private:
                (total < enough_seconds && seconds.size() < enough_times)) {
             if (!cut) begin(plan);
             const auto number = static_cast<std::int64_t>(seconds.size()) + 1;
-            seconds.push_back(seconds_of([&] {
+            seconds.push_back(seconds_of(device_, [&] {
                 if (cut && trial.later.empty()) {
                     trial.later = profile_of([&] { add(plan.micro_batch, number); });
                 } else {
@@ -229,7 +232,7 @@ private:
         };
         meter_.reset_peak();
         const LossFunction loss = [this](const Batch& micro) { return counted(loss_(micro)); };
-        result.seconds = seconds_of([&] { accumulator_.gather_trial(front, loss, plan, on_piece); });
+        result.seconds = seconds_of(device_, [&] { accumulator_.gather_trial(front, loss, plan, on_piece); });
         return result;
     }
 
@@ -241,7 +244,7 @@ private:
         }
         begin(plan);
         if (cut) add(plan.micro_batch, 0);
-        return seconds_of([&] { add(plan.micro_batch, cut ? 1 : 0); });
+        return seconds_of(device_, [&] { add(plan.micro_batch, cut ? 1 : 0); });
     }
 
     void discard() {
@@ -262,7 +265,7 @@ private:
 
     // Samples of weight 0 have no backward pass; others of their shape have.
     static WeightedLoss counted(WeightedLoss loss) {
-        if (loss.weight == 0.0 && loss.sum.defined() && loss.sum.requires_grad()) loss.weight = 1.0;
+        if (loss.weight.is_known_zero() && loss.sum.defined() && loss.sum.requires_grad()) loss.weight = 1.0;
         return loss;
     }
 
@@ -283,7 +286,7 @@ private:
         if (!holds_gradients_) gather_last();
         UpdateTrial trial;
         meter_.reset_peak();
-        trial.seconds = seconds_of([&] { accumulator_.finish(); });
+        trial.seconds = seconds_of(device_, [&] { accumulator_.finish(); });
         const std::int64_t norm_peak = peak();
         trial.first_peak_bytes = trial.later_peak_bytes = norm_peak;
         if (!rehearse) return trial;
@@ -297,7 +300,7 @@ private:
         trial.later_peak_bytes = std::max(peak(), norm_peak + trial.state_bytes);
         while (seconds_since(started) + last_seconds_ < enough_seconds && seconds.size() < enough_times) {
             gather_last();
-            const double norm = seconds_of([&] { accumulator_.finish(); });
+            const double norm = seconds_of(device_, [&] { accumulator_.finish(); });
             seconds.push_back(norm + rehearse_again());
         }
         trial.seconds = lower_median(seconds);
@@ -312,7 +315,7 @@ private:
     // Returns its seconds. After a dry run, the gradients hold arbitrary numbers, and denormal ones would be slow.
     double rehearse_again() {
         refill_gradients();
-        return seconds_of([&] { accumulator_.dry_run_apply(); });
+        return seconds_of(device_, [&] { accumulator_.dry_run_apply(); });
     }
 
     void refill_gradients() const {

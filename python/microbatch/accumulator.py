@@ -12,7 +12,7 @@ from microbatch import _core, batches, memory, planning
 from microbatch.batch_norm import REPLACING, batch_norms, replace_batch_norm, require_policy
 from microbatch.errors import UsageError
 from microbatch.guard import SpikeGuard
-from microbatch.model import Adapter, own_memory
+from microbatch.model import Adapter, device_of, own_memory
 from microbatch.optimizers import driver_of
 from microbatch.planning import Plan, PlanReport
 from microbatch.recompute import lever_of
@@ -60,7 +60,7 @@ class Accumulator:
     gradients that gather() leaves. loss: `loss(model, micro)` returns the SUM over the micro-batch and what it is averaged
     over (samples or target tokens); see mb.losses.
 
-    memory: the budget of all CPU tensors, such as "4GiB", from now on, until memory.set_budget(None); None leaves the
+    memory: the budget of all tensors on the model's device, such as "4GiB", from now on, until memory.set_budget(None); None leaves the
     budget as it is.
     micro_batch: samples per forward and backward; "auto" finds the fastest that fits, at the first step or in
     make_plan(). clip_norm: largest norm of the mean gradient that is applied, None for any. recompute: whether
@@ -126,7 +126,9 @@ class Accumulator:
         self._known = {id(one) for one in model.parameters()}
         if driver is not None:
             _refuse_other_parameters(driver, self._known)
-        _set_memory(model, memory)
+        self._device = device_of(model)
+        _set_memory(model, memory, self._device)
+        self._on_device = batches.OnDevice(self._device)
         #: what batch_norm="group" or "rms" changed, once nothing is refused any more
         self.replaced = replace_batch_norm(model, batch_norm) if batch_norm in REPLACING else None
         self.model = model
@@ -177,7 +179,7 @@ class Accumulator:
         if self.optimizer is None:
             raise UsageError("this Accumulator has no optimizer: call gather(batch), then step with your own")
         source, function = self._prepared(batch, loss, length)
-        memory.reset_peak()
+        memory.reset_peak(self._device)
         gate = None if self.guard is None else self.guard._gate
         report = self._native.step(source, function, self._measures_noise(), gate)
         self._steps += 1
@@ -190,14 +192,14 @@ class Accumulator:
         and clear the gradients before the next batch. With one, call apply(), discard() or hand_over(); returns None.
         """
         source, function = self._prepared(batch, loss, length)
-        memory.reset_peak()
+        memory.reset_peak(self._device)
         self._native.gather(source, function, self._measures_noise())
         self._steps += 1
         return self.hand_over() if self.optimizer is None else None
 
     def begin(self) -> None:
         """Opens a batch whose micro-batches you cut by yourself: `add()` each, then `finish()` and `apply()`."""
-        memory.reset_peak()
+        memory.reset_peak(self._device)
         if self._policy == "auto" and self.plan.batch_norm == "exact":
             self._native.plan = planning.native(dataclasses.replace(self.plan, batch_norm="deferred"))
         self._native.begin(self._measures_noise())
@@ -276,8 +278,8 @@ class Accumulator:
             raise UsageError("there is no loss function: give one to the Accumulator or to step()")
         by_tokens = self.bound == "tokens"
         source = batches.source_of(batch, length, self.collate, self.trim_padding, by_tokens)
-        model = self.model
-        return source, lambda micro: function(model, micro)
+        model, on_device = self.model, self._on_device
+        return source, lambda micro: function(model, on_device(micro))
 
     def _prepared(self, batch: Any, loss: LossFunction | None, length: int | None) -> tuple[Any, Any]:
         source, function = self._sourced(batch, loss, length)
@@ -299,12 +301,12 @@ class Accumulator:
                 )
 
     def _make_plan(self, source: Any, function: Any, budget: int | str | None) -> PlanReport:
-        before = None if budget is None else (memory.set_budget(budget),)
+        before = None if budget is None else (memory.set_budget(budget, self._device),)
         try:
             report = planning.report_of(self._measured_plan(source, function))
         except BaseException:
             if before is not None:
-                memory.set_budget(*before)
+                memory.set_budget(*before, self._device)
             raise
         self._native.plan = planning.native(report.plan)
         self._planned = max(self._planned, source.size)
@@ -314,8 +316,7 @@ class Accumulator:
     def _measured_plan(self, source: Any, function: Any, micro_batch: int | None = None) -> Any:
         """The library's report on the ways to run this batch within the budget. micro_batch: considers no other."""
         options = _core.PlannerOptions()
-        limit = memory.stats().budget_bytes
-        options.budget_bytes = limit if limit is not None else memory.available() // 5 * 4
+        options.budget_bytes = _budget_of_plans(self._device)
         options.recompute = getattr(_core.Recompute, self._recompute)
         given = micro_batch or self._given
         options.micro_batch = min(given, source.size) if isinstance(given, int) else None
@@ -342,7 +343,7 @@ class Accumulator:
             learning_rate=report.learning_rate,
             micro_batches=report.micro_batches,
             plan=planning.from_native(report.plan),
-            peak_bytes=memory.peak(),
+            peak_bytes=memory.peak(self._device),
             out_of_memory=report.out_of_memory,
             applied=report.applied,
             diverged=report.diverged,
@@ -374,12 +375,23 @@ def check_bound(bound: Any, possible: bool, needs: str) -> None:
         raise UsageError(f"bound='tokens' needs {needs}=: the lengths of the samples are not known otherwise")
 
 
-def _set_memory(model: nn.Module, budget: int | str | None) -> None:
+def _set_memory(model: nn.Module, budget: int | str | None, device: torch.device) -> None:
     size = None if budget is None else memory.parse_size(budget)  # refused before anything is changed
     memory.install()
     own_memory(model)
     if size is not None:
-        memory.set_budget(size)
+        memory.set_budget(size, device)
+
+
+def _budget_of_plans(device: torch.device) -> int:
+    """The budget of the device, or four fifths of what is free beside what this process has there already."""
+    stats = memory.stats(device)
+    if stats.budget_bytes is not None:
+        return stats.budget_bytes
+    there = 0 if device.type == "cpu" else stats.live_bytes
+    return there + memory.available(device) // 5 * 4
+
+
 
 
 def _devices(tensors: Iterable[Tensor]) -> list[torch.device]:
@@ -395,5 +407,6 @@ def _check_devices(model: nn.Module, source: Any) -> None:
     if first is None or not of_batch or first.device in of_batch:
         return
     of_model = _devices(model.parameters())
-    if not set(of_batch) & set(of_model):
+    # What is on the CPU is copied, a micro-batch at a time.
+    if not set(of_batch) & {*of_model, torch.device("cpu")}:
         raise UsageError(f"the model is on {of_model[0]}, and the batch on {of_batch[0]}: move one to the other")

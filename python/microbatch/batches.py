@@ -105,6 +105,27 @@ class Samples:
         return _fingerprint(self.samples)
 
 
+class OnDevice:
+    """Moves the tensors of a micro-batch that are on the CPU to a device, a micro-batch ahead of what it computes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._uploader = None if device.type == "cpu" else _core.Uploader(device)
+
+    def __call__(self, micro: Any) -> Any:
+        if self._uploader is None:
+            return micro
+        leaves = [leaf for _, leaf in _leaves(micro) if isinstance(leaf, Tensor)]
+        moved = iter(self._uploader.upload(leaves))
+
+        def put(value: Any) -> Any:
+            members = _members(value)
+            if members is not None:
+                return _rebuilt(value, [put(one) for _, one in members])
+            return next(moved) if isinstance(value, Tensor) else value
+
+        return put(micro)
+
+
 def source_of(
     batch: Any,
     length: int | None,

@@ -31,7 +31,7 @@ LossFunction = Callable[[Any, Any], tuple[Tensor, float | Tensor]]
 IGNORED = -100
 
 
-def causal_lm(model: Any, micro: Mapping[str, Any]) -> tuple[Tensor, int]:
+def causal_lm(model: Any, micro: Mapping[str, Any]) -> tuple[Tensor, int | Tensor]:
     """Next-token cross-entropy of a decoder, summed over the labels that count (not -100); labels are not shifted yet.
 
     The weight is the number of those labels, the first of each sample left out: nothing predicts it.
@@ -44,14 +44,14 @@ def causal_lm(model: Any, micro: Mapping[str, Any]) -> tuple[Tensor, int]:
     return _cross_entropy(model(**arguments).logits, functional.pad(labels[:, 1:], (0, 1), value=IGNORED))
 
 
-def masked_lm(model: Any, micro: Mapping[str, Any]) -> tuple[Tensor, int]:
+def masked_lm(model: Any, micro: Mapping[str, Any]) -> tuple[Tensor, int | Tensor]:
     """Cross-entropy of an encoder at the labels that are not -100; the weight is their number."""
     arguments, labels = _split(micro)
     found = masked_lm_sum(model, arguments, labels)
     return _cross_entropy(model(**arguments).logits, labels) if found is None else found
 
 
-def seq2seq_lm(model: Any, micro: Mapping[str, Any]) -> tuple[Tensor, int]:
+def seq2seq_lm(model: Any, micro: Mapping[str, Any]) -> tuple[Tensor, int | Tensor]:
     """Cross-entropy of an encoder-decoder at the labels that are not -100; the weight is their number.
 
     The decoder's inputs are made from the labels by the model, as in its own forward, unless they are given.
@@ -62,7 +62,7 @@ def seq2seq_lm(model: Any, micro: Mapping[str, Any]) -> tuple[Tensor, int]:
     return _cross_entropy(model(**arguments).logits, labels)
 
 
-def sequence_classification(model: Any, micro: Mapping[str, Any]) -> tuple[Tensor, int]:
+def sequence_classification(model: Any, micro: Mapping[str, Any]) -> tuple[Tensor, int | Tensor]:
     """Loss of a label for each sample; the weight is the number of samples.
 
     As `transformers` decides: squared error for one output or `problem_type` "regression", binary cross-entropy for
@@ -79,12 +79,12 @@ def sequence_classification(model: Any, micro: Mapping[str, Any]) -> tuple[Tenso
     return _cross_entropy(logits, labels)
 
 
-def token_classification(model: Any, micro: Mapping[str, Any]) -> tuple[Tensor, int]:
+def token_classification(model: Any, micro: Mapping[str, Any]) -> tuple[Tensor, int | Tensor]:
     """Cross-entropy of a label for each token, at the labels that are not -100; the weight is their number."""
     return _cross_entropy(*_logits_and_labels(model, micro))
 
 
-def image_classification(model: Any, micro: Any) -> tuple[Tensor, int]:
+def image_classification(model: Any, micro: Any) -> tuple[Tensor, int | Tensor]:
     """Cross-entropy of a label for each image; the weight is the number of images.
 
     micro: a mapping with `pixel_values` and `labels` for a Hugging Face model, or a pair (images, labels) for any model
@@ -103,7 +103,8 @@ def from_mean(loss: Callable[[Any, Any], Tensor], weight: Callable[[Any], float 
                                    weight=lambda micro: (micro["labels"][:, 1:] != -100).sum())
         accumulator = mb.Accumulator(model, optimizer, loss)
 
-    A micro-batch of weight 0 counts for nothing: its loss, 0/0, is not looked at.
+    A micro-batch of weight 0 counts for nothing: its loss, 0/0, is not looked at. To know that, a weight that is a tensor
+    is read: every micro-batch waits for its device. A loss function that returns the sum does not.
     """
 
     def summed(model: Any, micro: Any) -> tuple[Tensor, float]:
@@ -129,13 +130,19 @@ def _logits_and_labels(model: Any, micro: Any) -> tuple[Tensor, Tensor]:
     return model(**arguments).logits, labels
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, int | Tensor]:
     # As `transformers` does: logits of 16 bits are summed in 32.
     logits = logits.reshape(-1, logits.shape[-1])
     labels = labels.reshape(-1).to(logits.device)
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
-    return functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"), int((labels != IGNORED).sum())
+    return functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"), _counted(labels != IGNORED)
+
+
+def _counted(mask: Tensor) -> int | Tensor:
+    """How many are true. On a device it stays there: nothing waits for it."""
+    count = mask.sum()
+    return int(count) if count.device.type == "cpu" else count
 
 
 def _shifted_right(model: Any, labels: Tensor) -> Tensor:

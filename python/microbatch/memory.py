@@ -1,7 +1,9 @@
-"""Memory of CPU tensors: what is live, the peak, and a budget that is enforced.
+"""Memory of a device's tensors: what is live, the peak, and a budget that is enforced.
 
-Counting begins with the first Accumulator or budget of the process; tensors made before are not counted, except the
-parameters of a model that an Accumulator takes over. Sizes are bytes, or text such as "4GiB".
+On the CPU, which is meant if no device is named, counting begins with the first Accumulator or budget of the process;
+tensors made before are not counted, except the parameters of a model that an Accumulator takes over. On other devices
+their own allocator counts, and takes the budget as its limit where it has one (CUDA). Sizes are bytes, or text such as
+"4GiB".
 
     with mb.memory.budget("512MiB"):
         accumulator.step(batch)
@@ -10,7 +12,10 @@ parameters of a model that an Accumulator takes over. Sizes are bytes, or text s
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator
+
+import torch
 
 from microbatch import _core
 from microbatch.errors import UsageError
@@ -18,14 +23,19 @@ from microbatch.errors import UsageError
 __all__ = ["Stats", "available", "budget", "format_size", "install", "parse_size", "peak", "reset_peak", "set_budget", "stats"]
 
 
+Device = torch.device | str
+
+
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """Bytes of this process's CPU tensors; zeros before counting begins."""
+    """Bytes of this process's tensors on a device; zeros before counting begins."""
 
     live_bytes: int
     peak_bytes: int  #: the most that was live since reset_peak()
     cached_bytes: int  #: freed blocks kept for reuse, not in live_bytes
     budget_bytes: int | None  #: None: no budget
+    #: the most that a device's allocator had taken from it, with what lies between tensors; 0 on the CPU
+    peak_reserved_bytes: int = 0
 
 
 def parse_size(size: int | str) -> int:
@@ -45,42 +55,60 @@ def install() -> None:
     _core.install()
 
 
-def stats() -> Stats:
-    live, peak_bytes, cached = _core.memory_use()
-    limit = _core.budget()
-    return Stats(live, peak_bytes, cached, None if limit == _core.no_budget else limit)
+def stats(device: Device = "cpu") -> Stats:
+    live, peak_bytes, cached, peak_reserved = _core.memory_use(torch.device(device))
+    limit = _core.budget(torch.device(device))
+    return Stats(live, peak_bytes, cached, None if limit == _core.no_budget else limit, peak_reserved)
 
 
-def peak() -> int:
+def peak(device: Device = "cpu") -> int:
     """The most bytes that were live at once since reset_peak()."""
-    return stats().peak_bytes
+    return stats(device).peak_bytes
 
 
-def reset_peak() -> None:
+def reset_peak(device: Device = "cpu") -> None:
     """Lets the peak begin again at what is live now."""
-    _core.reset_peak()
+    _core.reset_peak(torch.device(device))
 
 
-def available() -> int:
-    """Bytes that this process can still take: the system's, or what is left of the container's limit."""
-    return _core.available_memory()
+def available(device: Device = "cpu") -> int:
+    """Bytes that this process can still take: the system's, or what is left of the container's limit; of another device,
+    what is free and what its allocator keeps."""
+    return _core.available_memory(torch.device(device))
 
 
-def set_budget(size: int | str | None) -> int | None:
-    """Sets the budget for all CPU tensors of the process and returns the one before; None is no budget.
+def set_budget(size: int | str | None, device: Device = "cpu") -> int | None:
+    """Sets the budget for all tensors of the process on a device and returns the one before; None is no budget.
 
-    An allocation beyond it raises torch.OutOfMemoryError, which an Accumulator answers with a smaller micro-batch.
+    An allocation beyond it raises torch.OutOfMemoryError, which an Accumulator answers with a smaller micro-batch. On a
+    device whose allocator has no limit, plans keep to the budget and nothing enforces it. Raises UsageError for a device
+    that does not exist, or has less memory.
     """
-    install()
-    before = _core.set_budget(_core.no_budget if size is None else parse_size(size))
+    device = torch.device(device)
+    if device.type == "cpu":
+        install()
+    else:
+        _core.set_device_limiter(_limit_allocator)
+    before = _core.set_budget(_core.no_budget if size is None else parse_size(size), device)
     return None if before == _core.no_budget else before
 
 
 @contextlib.contextmanager
-def budget(size: int | str | None) -> Iterator[None]:
+def budget(size: int | str | None, device: Device = "cpu") -> Iterator[None]:
     """set_budget() for the body of a with statement; the budget before comes back after it."""
-    before = set_budget(size)
+    before = set_budget(size, device)
     try:
         yield
     finally:
-        set_budget(before)
+        set_budget(before, device)
+
+
+def _limit_allocator(device: torch.device, size: int) -> bool:
+    """Makes a budget the limit of the device's allocator, if it has one: a share of its memory."""
+    module = torch.get_device_module(device)
+    if not hasattr(module, "set_per_process_memory_fraction"):
+        return False
+    total = module.mem_get_info(device)[1]
+    # Rounded up, so that a budget is never less than was stated.
+    module.set_per_process_memory_fraction(min(1.0, math.nextafter(size / total, 1.0)), device)
+    return True

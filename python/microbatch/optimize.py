@@ -90,7 +90,7 @@ def optimize(model: nn.Module) -> Optimized:
     return Optimized(model, patches)
 
 
-def causal_lm_sum(model: Any, arguments: Mapping[str, Any], labels: Tensor) -> tuple[Tensor, int] | None:
+def causal_lm_sum(model: Any, arguments: Mapping[str, Any], labels: Tensor) -> tuple[Tensor, int | Tensor] | None:
     """Summed cross-entropy of the next tokens and their number, if the model is optimized and supports it."""
     head = _head_of(model, arguments)
     if head is None:
@@ -103,7 +103,7 @@ def causal_lm_sum(model: Any, arguments: Mapping[str, Any], labels: Tensor) -> t
     return _core.linear_cross_entropy_sum_at_once(hidden, linear.weight, targets, IGNORED), count
 
 
-def masked_lm_sum(model: Any, arguments: Mapping[str, Any], labels: Tensor) -> tuple[Tensor, int] | None:
+def masked_lm_sum(model: Any, arguments: Mapping[str, Any], labels: Tensor) -> tuple[Tensor, int | Tensor] | None:
     """Summed cross-entropy at the labels that count and their number, if the model is optimized and supports it."""
     head = _head_of(model, arguments)
     if head is None:
@@ -129,10 +129,12 @@ def _hidden(model: Any, base: str, arguments: Mapping[str, Any]) -> Tensor:
     return getattr(model, base)(**arguments).last_hidden_state  # type: ignore[no-any-return]
 
 
-def _counted(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Rows whose targets count, all of them if most do, and the number of those that count."""
+def _counted(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, int | Tensor]:
+    """Rows whose targets count, all of them if most do or they are on a device, and the number of those that count."""
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     counted = targets != IGNORED
+    if targets.device.type != "cpu":
+        return rows, targets, counted.sum()  # to know the rows would be to wait for them
     count = int(counted.sum())
     if count > len(targets) * 7 // 8:
         return rows, targets, count

@@ -37,7 +37,7 @@ class Trainer:
     run: the folder; metrics.jsonl, TensorBoard events, checkpoints, model.safetensors and report.html are written there.
     resume: continues a run that is there, with the same bits as if it had never stopped, and starts it otherwise.
     steps, samples, tokens, epochs: how long; give one, or one epoch is made. An iterable needs steps, samples or tokens.
-    memory: the budget of all CPU tensors during train(); None: four fifths of what is free. micro_batch, recompute,
+    memory: the budget of all tensors on the model's device during train(); None: four fifths of what is free. micro_batch, recompute,
     batch_norm, clip_norm, generators: as for an Accumulator.
     lr, schedule, warmup, final_lr, decay: see Schedule; without lr, the optimizer's own. optimizer: mb.AdamW or another;
     None: mb.AdamW, without weight decay for vectors. guard: refuses spikes, and rolls a run that diverges back, at most
@@ -164,7 +164,7 @@ class Trainer:
         except UsageError as error:
             raise UsageError(str(error).replace("--resume", "resume=True")) from None
         try:
-            with contextlib.nullcontext() if self._memory is None else budget(self._memory):
+            with contextlib.nullcontext() if self._memory is None else budget(self._memory, self.accumulator._device):
                 return self._train_in(folder, settings, shown, on_step)
         finally:
             folder.close()  # whoever keeps the traceback does not keep the lock
@@ -212,7 +212,7 @@ class Trainer:
             run.close()
 
     def _loss_of_micro(self, micro: Any) -> Any:
-        return self.loss(self.model, micro)
+        return self.loss(self.model, self.accumulator._on_device(micro))
 
     def _schedule(self, shape: str, peak: float, floor: float, warmup: int | str, decay: int | str | None) -> Any:
         count, unit = _core.interval(self.length)

@@ -10,7 +10,7 @@ from torch import nn
 
 from microbatch import _core, batches
 from microbatch.errors import UsageError
-from microbatch.model import Adapter
+from microbatch.model import Adapter, device_of
 from microbatch.planning import native_policy
 
 
@@ -84,7 +84,10 @@ def verify(
     if not isinstance(model, nn.Module):
         raise UsageError(f"the model is a {type(model).__name__}, not a torch.nn.Module")
     source = batches.source_of(batch, length, collate, trim_padding)
-    return verify_source(Adapter(model, None, generators), source, lambda micro: loss(model, micro), micro_batch, batch_norm)
+    on_device = batches.OnDevice(device_of(model))
+    return verify_source(
+        Adapter(model, None, generators), source, lambda micro: loss(model, on_device(micro)), micro_batch, batch_norm
+    )
 
 
 def verify_source(

@@ -115,10 +115,14 @@ WeightedLoss weighted_loss(const py::object& result) {
         throw py::type_error("the loss function returned a " + type_of(sum) +
                              " as the sum; return a tensor of one element that backward() can start from");
     }
-    if (is_tensor(weight) && weight.cast<at::Tensor>().numel() != 1) {
-        throw py::type_error("the loss function returned a tensor of shape " +
-                             std::string(py::str(py::list(weight.attr("shape")))) +
-                             " as the weight; return a number or a tensor of one element");
+    if (is_tensor(weight)) {
+        const auto of = weight.cast<at::Tensor>();
+        if (of.numel() != 1) {
+            throw py::type_error("the loss function returned a tensor of shape " +
+                                 std::string(py::str(py::list(weight.attr("shape")))) +
+                                 " as the weight; return a number or a tensor of one element");
+        }
+        return {sum.cast<at::Tensor>(), Weight(of)};
     }
     try {
         return {sum.cast<at::Tensor>(), weight.attr("__float__")().cast<double>()};

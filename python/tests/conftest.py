@@ -1,8 +1,12 @@
 """What the tests of the package share: small models, and the gradient of a batch at once to compare with."""
 
+import contextlib
+import ctypes
 import gc
+import os
 import pathlib
 import sys
+import types
 
 import pytest
 import torch
@@ -12,6 +16,48 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 torch.optim.SGD(torch.nn.Linear(1, 1).parameters())  # imports torch's compiler, with as many objects as torch has
 gc.freeze()  # torch's own objects: looking through them again takes most of the time of a collection
 torch.set_num_threads(1)  # the machine is shared, and two threads that wait for each other become many times slower
+
+
+def load_fake_device():
+    """Makes the accelerator of tests/fake_device the device "fake", and returns its library."""
+    path = os.environ.get("MICROBATCH_FAKE_DEVICE", ROOT / "build/release/tests/libfake_device.so")
+    path = str(pathlib.Path(path).resolve())
+    torch.ops.load_library(path)
+    library = ctypes.CDLL(path)
+    library.fake_memory.restype = ctypes.c_int64
+    torch.utils.rename_privateuse1_backend("fake")
+    if not hasattr(torch, "fake"):
+
+        def get_state(device=None):
+            made = torch.empty(5056, dtype=torch.uint8, device="cpu")
+            library.fake_get_generator_state(ctypes.c_void_p(made.data_ptr()))
+            return made
+
+        def set_state(state, device=None):
+            library.fake_set_generator_state(ctypes.c_void_p(state.data_ptr()))
+
+        module = types.ModuleType("torch.fake")
+        module.is_available, module.device_count, module.current_device = lambda: True, lambda: 1, lambda: 0
+        module._is_in_bad_fork, module.manual_seed_all = lambda: False, lambda seed: library.fake_seed(
+            ctypes.c_uint64(seed)
+        )
+        module._initialized, module.get_rng_state, module.set_rng_state = True, get_state, set_state
+        module.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
+        module.device = contextlib.nullcontext
+        module.mem_get_info = lambda device=None: (0, 1 << 30)
+        module.set_per_process_memory_fraction = lambda share, device=None: library.fake_set_memory(
+            ctypes.c_int64(int(share * (1 << 30)))
+        )
+        torch._register_device_module("fake", module)
+    return library
+
+
+# The tests run on another device as they are: what they make without naming one is made there.
+DEVICE = os.environ.get("MICROBATCH_TEST_DEVICE", "cpu")
+if DEVICE.startswith("fake"):
+    load_fake_device()
+if DEVICE != "cpu":
+    torch.set_default_device(DEVICE)
 
 
 @pytest.fixture(autouse=True)
@@ -49,3 +95,15 @@ def relative_difference(ours, theirs):
     difference = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
     size = sum(float(b.double().square().sum()) for _, b in pairs)
     return (difference / size) ** 0.5
+
+
+# Beyond the fake device: layers of which torch has no form for devices that it does not know, a compiler that does not know
+# it, an operator that it lacks, and a comparison with the command, which runs on the CPU.
+NOT_ON_FAKE_DEVICE = ("[lstm]", "[gru]", "[compiled]", "mixtral", "bits_of_the_command")
+
+
+def pytest_collection_modifyitems(items):
+    if DEVICE.startswith("fake"):
+        for item in items:
+            if any(part in item.name for part in NOT_ON_FAKE_DEVICE):
+                item.add_marker(pytest.mark.skip(reason="not on the fake device"))

@@ -9,6 +9,7 @@
 #include "support/gradients.h"
 #include "support/jobs.h"
 #include "support/models.h"
+#include "support/tensors.h"
 
 namespace microbatch {
 namespace {
@@ -24,7 +25,7 @@ struct Quadratic {
         const auto size = static_cast<std::int64_t>(eigenvalues.size());
         at::Generator random = generator(seed);
         const at::Tensor basis = std::get<0>(at::linalg_qr(normal({size, size}, random)));
-        const at::Tensor values = at::tensor(eigenvalues, at::kDouble);
+        const at::Tensor values = test::tensor_of(at::ArrayRef<double>(eigenvalues), at::kDouble);
         matrix = basis.matmul(at::diag(values)).matmul(basis.t()).to(type);
         theta = normal({size}, random, type).requires_grad_();
         parameters = {{"theta", theta}};
@@ -38,7 +39,7 @@ struct Quadratic {
 };
 
 Batch weights(std::vector<double> values) {
-    return {{at::tensor(values, at::kDouble)}};
+    return {{test::tensor_of(at::ArrayRef<double>(values), at::kDouble)}};
 }
 
 TEST(Curvature, IsTheLargestEigenvalueOfAQuadratic) {
@@ -78,7 +79,7 @@ TEST(Curvature, OfANetworkIsThatOfItsWholeHessianHoweverTheBatchIsSplit) {
     const WeightedLoss whole = loss(batch);
     std::vector<at::Tensor> tensors;
     for (const Parameter& one : parameters) tensors.push_back(one.tensor);
-    const auto gradients = torch::autograd::grad({whole.sum / whole.weight}, tensors, {}, true, true);
+    const auto gradients = torch::autograd::grad({whole.sum / whole.weight.value()}, tensors, {}, true, true);
     std::vector<at::Tensor> flat, rows;
     for (const at::Tensor& one : gradients) flat.push_back(one.reshape({-1}));
     const at::Tensor gradient = at::cat(flat);
@@ -137,7 +138,7 @@ TEST(LossesAlong, AreTheLossAtEveryDistanceAndLeaveTheParameters) {
     const Named before = values_of(parameters);
     const std::vector<double> found = losses_along(parameters, {-1, 0, 1}, 5, batch, 4, loss);
     const WeightedLoss here = loss(batch);
-    EXPECT_NEAR(found[1], here.sum.item<double>() / here.weight, 1e-12);
+    EXPECT_NEAR(found[1], here.sum.item<double>() / here.weight.value(), 1e-12);
     EXPECT_NE(found[0], found[1]);
     EXPECT_NE(found[2], found[1]);
     expect_same_bits(values_of(parameters), before);

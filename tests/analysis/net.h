@@ -6,6 +6,7 @@
 
 #include "microbatch/step/loss.h"
 #include "support/models.h"
+#include "support/tensors.h"
 
 namespace microbatch::test {
 
@@ -37,7 +38,7 @@ struct Net : torch::nn::Module {
 inline Batch some_batch(at::ScalarType type = at::kFloat) {
     at::Generator random = generator(2);
     const at::Tensor x = normal({samples, 3}, random, type);
-    return {{x, at::tensor({0, 3, 1, 2, 0}, at::kLong), at::tensor({1, 0, 1, 0, 1}, type)}};
+    return {{x, test::tensor_of({0, 3, 1, 2, 0}, at::kLong), test::tensor_of({1, 0, 1, 0, 1}, type)}};
 }
 
 inline at::Tensor losses(Net& net, const Batch& batch) {

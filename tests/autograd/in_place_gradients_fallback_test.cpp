@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "autograd/in_place.h"
+#include "support/tensors.h"
 
 namespace microbatch {
 namespace {
@@ -62,7 +63,7 @@ TEST_F(InPlace, FallsBackForTheGradientOfAGradient) {
         },
         1e-5);
     expect_as_autograd([](const at::Tensor& x, const at::Tensor& weight) -> variable_list {
-        const at::Tensor rows = at::embedding(weight, at::tensor({1, 2, 2}, at::kLong));
+        const at::Tensor rows = at::embedding(weight, test::tensor_of({1, 2, 2}, at::kLong));
         const at::Tensor first = torch::autograd::grad({rows.pow(3).sum()}, {weight}, {}, {}, true)[0];
         (first * x[0]).sum().backward();
         return {first};
@@ -146,8 +147,8 @@ TEST_F(InPlace, CallsAHookAfterAccumulationOnceWithTheWholeGradient) {
         torch::autograd::impl::set_post_acc_grad_hooks(weight, std::make_unique<CountAccumulated>(seen));
         for (int pass = 1; pass <= 3; ++pass) {
             with_scope(on, [&] {
-                const at::Tensor x = at::embedding(weight.detach(), at::tensor({1, 2}, at::kLong));
-                const at::Tensor rows = table ? at::embedding(weight, at::tensor({3, 2}, at::kLong)) : x;
+                const at::Tensor x = at::embedding(weight.detach(), test::tensor_of({1, 2}, at::kLong));
+                const at::Tensor rows = table ? at::embedding(weight, test::tensor_of({3, 2}, at::kLong)) : x;
                 at::linear(at::linear(rows, weight), weight).sum().backward();
             });
             EXPECT_EQ(seen.size(), static_cast<std::size_t>(pass)) << on;
@@ -260,7 +261,7 @@ TEST_F(InPlace, FallsBackForSparseGradients) {
     const at::Tensor weight = leaf({11, 6});
     for (int pass = 0; pass < 2; ++pass) {
         with_scope(true, [&] {
-            at::embedding(weight, at::tensor({1, 1}, at::kLong), -1, false, /*sparse=*/true).sum().backward();
+            at::embedding(weight, test::tensor_of({1, 1}, at::kLong), -1, false, /*sparse=*/true).sum().backward();
         });
     }
     EXPECT_TRUE(weight.grad().is_sparse());

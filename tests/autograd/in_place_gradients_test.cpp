@@ -19,6 +19,7 @@
 #include "autograd/chain.h"
 #include "autograd/in_place.h"
 #include "microbatch/autograd/recompute.h"
+#include "support/tensors.h"
 
 namespace microbatch {
 namespace {
@@ -143,7 +144,7 @@ TEST_F(InPlace, AWeightThatHasAGradientNeedsNoMemoryForAnother) {
     torch::nn::Linear linear(side, side);
     torch::nn::Embedding embedding(side, side);
     torch::nn::Embedding padded(torch::nn::EmbeddingOptions(side, side).padding_idx(1));
-    const at::Tensor rows = at::tensor({1, 5, 5, 2}, at::kLong);
+    const at::Tensor rows = test::tensor_of({1, 5, 5, 2}, at::kLong);
     const std::vector<std::pair<std::string, std::function<at::Tensor()>>> uses = {
         {"linear", [&] { return at::linear(x, linear->weight, linear->bias); }},
         {"linear without bias", [&] { return at::linear(x, linear->weight); }},
@@ -214,7 +215,7 @@ TEST_F(InPlace, AWeightMayBeUsedInAnyWayAndAnyNumberOfTimes) {
         {"cut", [](auto& x, auto& v, auto&) { return at::linear(x, v.narrow(0, 1, 3)); }},
         {"as tied table and head",
          [](auto&, auto& v, auto& w) {
-             return at::linear(at::embedding(v, at::tensor({1, 0, 5}, at::kLong)).mm(w).tanh(), v);
+             return at::linear(at::embedding(v, test::tensor_of({1, 0, 5}, at::kLong)).mm(w).tanh(), v);
          }},
         {"after a transpose that is none", [](auto& x, auto& v, auto&) { return x.mm(v.transpose(1, 1)); }},
         {"by columns", [](auto& x, auto& v, auto&) { return x.narrow(0, 0, 4).t().contiguous().t().mm(v); }},

@@ -6,6 +6,7 @@
 
 #include <set>
 
+#include "support/device_memory.h"
 #include "support/errors.h"
 #include "support/rich_run.h"
 #include "support/states.h"
@@ -256,12 +257,12 @@ TEST(Checkpoint, IsLoadedInTheMemoryOfTheStateAndOneTensor) {
     const TensorDataset dataset(job.make_batch(4));
     Trainer trainer(*job.accumulator, dataset, job.loss, options);
     const StateDict checkpoint = read_checkpoint(path);
-    const std::int64_t before = memory_use().live_bytes;
-    reset_peak_memory();
+    const std::int64_t before = test::memory_use().live_bytes;
+    test::reset_peak_memory();
     load(trainer, StateReader(checkpoint));
     const std::int64_t state = checkpoint.bytes("optimizer/"), tensor = wide * wide * 4;
-    EXPECT_NEAR(static_cast<double>(memory_use().live_bytes - before), static_cast<double>(state), 20'000);
-    EXPECT_LE(memory_use().peak_bytes - before, state + tensor + 20'000);
+    EXPECT_NEAR(static_cast<double>(test::memory_use().live_bytes - before), static_cast<double>(state), 20'000);
+    EXPECT_LE(test::memory_use().peak_bytes - before, state + tensor + 20'000);
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <thread>
 
+#include "support/device_memory.h"
 #include "support/full_disk.h"
 #include "support/rich_run.h"
 #include "support/stores.h"
@@ -98,11 +99,11 @@ TEST_F(CheckpointThread, TheMemoryOfTheCopyIsThatOfTheTensorsAndComesBack) {
     for (int i = 0; i < 3; ++i) run.step();
     CheckpointStore store(folder());
     const StateDict state = state_of(run.trainer());
-    const std::int64_t before = memory_use().live_bytes;
+    const std::int64_t before = test::memory_use().live_bytes;
     store.save(state);
-    EXPECT_EQ(memory_use().live_bytes - before, store.memory_bytes());
+    EXPECT_EQ(test::memory_use().live_bytes - before, store.memory_bytes());
     EXPECT_TRUE(store.release());
-    EXPECT_EQ(memory_use().live_bytes, before);
+    EXPECT_EQ(test::memory_use().live_bytes, before);
 }
 
 TEST_F(CheckpointThread, WithoutRoomForACopyItIsWrittenAtOnce) {
@@ -114,9 +115,9 @@ TEST_F(CheckpointThread, WithoutRoomForACopyItIsWrittenAtOnce) {
     install_budget_allocator();
     CheckpointStore tight(folder());
     const StateDict next = after(1);
-    fail_allocation(3);
+    test::fail_allocation(3);
     tight.save(next);
-    fail_allocation(0);
+    test::fail_allocation(0);
     EXPECT_EQ(tight.memory_bytes(), 0);
     EXPECT_EQ(names_in(folder()), (Names{"step-00000001", "step-00000002"}));
     EXPECT_TRUE(tight.warnings().empty());

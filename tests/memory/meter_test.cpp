@@ -1,18 +1,15 @@
 #include "microbatch/memory/meter.h"
 
-#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <c10/core/CachingDeviceAllocator.h>
 #include <c10/util/Exception.h>
 #include <gtest/gtest.h>
-#include <torch/library.h>
 
-#include <cstdlib>
-#include <limits>
-#include <map>
+#include <string>
 
+#include "fake_device/fake_device.h"
 #include "memory/budget.h"
+#include "microbatch/runtime/device.h"
 #include "support/errors.h"
 
 namespace microbatch {
@@ -21,73 +18,18 @@ namespace {
 using test::bytes;
 using test::live;
 
-constexpr auto all = static_cast<std::size_t>(c10::CachingAllocator::StatType::AGGREGATE);
-
-/// An accelerator's allocator over host memory: rounds to 512 bytes and keeps what is freed until it is emptied.
-class FakeAllocator final : public c10::DeviceAllocator {
-public:
-    c10::DataPtr allocate(std::size_t size) override {
-        if (size == 0) return {nullptr, nullptr, &release, device};
-        const std::size_t rounded = (size + 511) / 512 * 512;
-        void* data = std::malloc(rounded);
-        sizes[data] = rounded;
-        statistics.allocated_bytes[all].increase(rounded);
-        statistics.reserved_bytes[all].increase(rounded);
-        return {data, data, &release, device};
-    }
-    c10::DeleterFnPtr raw_deleter() const override { return &release; }
-    void copy_data(void* target, const void* source, std::size_t size) const override {
-        default_copy_data(target, source, size);
-    }
-    bool initialized() override { return true; }
-    void emptyCache(c10::MempoolId_t) override {
-        auto& reserved = statistics.reserved_bytes[all];
-        reserved.decrease(static_cast<std::size_t>(reserved.current - statistics.allocated_bytes[all].current));
-    }
-    void recordStream(const c10::DataPtr&, c10::Stream) override {}
-    c10::CachingDeviceAllocator::DeviceStats getDeviceStats(c10::DeviceIndex) override { return statistics; }
-    void resetAccumulatedStats(c10::DeviceIndex) override {}
-    void resetPeakStats(c10::DeviceIndex) override { statistics.allocated_bytes[all].reset_peak(); }
-    std::pair<std::size_t, std::size_t> getMemoryInfo(c10::DeviceIndex index) override {
-        if (!knows_its_size) return c10::DeviceAllocator::getMemoryInfo(index);
-        return {1 << 20, 8 << 20};
-    }
-
-    static void release(void* data);
-
-    const at::Device device{at::kPrivateUse1, 0};
-    std::map<void*, std::size_t> sizes;
-    c10::CachingDeviceAllocator::DeviceStats statistics;
-    bool knows_its_size = true;
-};
-
-FakeAllocator fake;
-
-void FakeAllocator::release(void* data) {
-    if (data == nullptr) return;
-    fake.statistics.allocated_bytes[all].decrease(fake.sizes.extract(data).mapped());
-    std::free(data);
-}
-
-at::Tensor empty_on_fake(c10::SymIntArrayRef shape, std::optional<at::ScalarType> type, std::optional<at::Layout>,
-                         std::optional<at::Device>, std::optional<bool>, std::optional<at::MemoryFormat> format) {
-    constexpr c10::DispatchKeySet keys(c10::DispatchKey::PrivateUse1);
-    return at::detail::empty_generic(C10_AS_INTARRAYREF_SLOW(shape), &fake, keys, type.value_or(at::kFloat), format);
-}
-
-TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
-    library.impl("empty.memory_format", &empty_on_fake);
-}
-
 class MeterTest : public ::testing::Test {
 protected:
-    static void SetUpTestSuite() { c10::SetAllocator(at::kPrivateUse1, &fake); }
     void SetUp() override {
-        fake.emptyCache({0, 0});
-        fake.resetPeakStats(0);
-        fake.knows_its_size = true;
+        meter_of(fake::device()).release_cached();
+        meter_of(fake::device()).reset_peak();
     }
-    const at::Device device_{at::kPrivateUse1, 0};
+    void TearDown() override {
+        set_device_limiter({});
+        meter_of(fake::device()).set_budget(no_budget);
+        fake::set_memory(1 << 30);
+    }
+    const at::Device device_ = fake::device();
 };
 
 TEST_F(MeterTest, OfTheCpuIsTheBudgetAllocator) {
@@ -114,39 +56,84 @@ TEST_F(MeterTest, OfTheCpuIsTheBudgetAllocator) {
 
 TEST_F(MeterTest, OfAnAcceleratorAsksItsAllocator) {
     Meter& meter = meter_of(device_);
+    const std::int64_t before = meter.use().live_bytes;
     EXPECT_EQ(&meter, &meter_of(at::kPrivateUse1));  // without an index: the first
     EXPECT_EQ(meter.device(), device_);
     EXPECT_FALSE(meter.enforces());
     const auto on_device = [this](std::int64_t count) { return at::empty({count}, device_); };
     const at::Tensor held = on_device(1000);  // 4000 bytes, 4096 of the device's
     on_device(100);
-    EXPECT_EQ(meter.use().live_bytes, 4096);
-    EXPECT_EQ(meter.use().peak_bytes, 4096 + 512);
+    EXPECT_EQ(meter.use().live_bytes, before + 4096);
+    EXPECT_EQ(meter.use().peak_bytes, before + 4096 + 512);
+    EXPECT_EQ(meter.use().peak_reserved_bytes, before + 4096 + 512);
     EXPECT_EQ(meter.use().cached_bytes, 512);
+    EXPECT_EQ(meter.available(), (1 << 30) - before - 4096);
     meter.release_cached();
     EXPECT_EQ(meter.use().cached_bytes, 0);
+    EXPECT_EQ(meter.available(), (1 << 30) - before - 4096);
     meter.reset_peak();
-    EXPECT_EQ(meter.use().peak_bytes, 4096);
+    EXPECT_EQ(meter.use().peak_bytes, before + 4096);
 }
 
 TEST_F(MeterTest, AnAcceleratorsBudgetIsItsMemoryUntilOneIsSet) {
     Meter& meter = meter_of(device_);
-    EXPECT_EQ(meter.budget(), 8 << 20);
-    fake.knows_its_size = false;
-    EXPECT_EQ(meter.budget(), no_budget);
+    EXPECT_EQ(meter.budget(), 1 << 30);
     meter.set_budget(1000);
     EXPECT_EQ(meter.budget(), 1000);
+    EXPECT_FALSE(meter.enforces());
     EXPECT_EQ(at::empty({1000}, device_).numel(), 1000);  // not enforced
     EXPECT_NE(memory_budget(), 1000);                     // the CPU has its own
     test::expect_usage_error({"0"}, [&] { meter.set_budget(0); });
     test::expect_usage_error({"-5"}, [&] { meter.set_budget(-5); });
     EXPECT_EQ(meter.budget(), 1000);
+    meter.set_budget(no_budget);
+    EXPECT_EQ(meter.budget(), 1 << 30);
 }
 
-TEST_F(MeterTest, ADeviceWithoutStatisticsIsNamed) {
+TEST_F(MeterTest, ABudgetIsTheLimitOfAnAllocatorThatHasOne) {
+    Meter& meter = meter_of(device_);
+    set_device_limiter([](at::Device device, std::int64_t bytes) {
+        EXPECT_EQ(device, fake::device());
+        fake::set_memory(bytes == no_budget ? 1 << 30 : bytes);
+        return true;
+    });
+    const std::int64_t before = meter.use().live_bytes;
+    meter.set_budget(before + 4096);
+    EXPECT_TRUE(meter.enforces());
+    const at::Tensor fits = at::empty({1024}, device_);
+    EXPECT_THROW(at::empty({1}, device_), c10::OutOfMemoryError);
+    meter.set_budget(no_budget);
+    EXPECT_EQ(at::empty({1024}, device_).numel(), 1024);
+}
+
+TEST_F(MeterTest, ABudgetBeyondTheMemoryOfTheDeviceIsRefusedWithBoth) {
+    const Meter& meter = meter_of(device_);
+    require_budget_fits(meter, std::int64_t{1} << 30);
+    require_budget_fits(meter, no_budget);
+    require_budget_fits(meter_of(at::kCPU), std::int64_t{1} << 50);  // its budget may be more than is free now
+    test::expect_usage_error({"2 GiB", "fake:0", "1 GiB"}, [&] { require_budget_fits(meter, std::int64_t{1} << 31); });
+}
+
+TEST_F(MeterTest, WhatIsFreeBetweenTensorsIsToldApartFromWhatIsUsed) {
+    const Meter& meter = meter_of(device_);
+    EXPECT_EQ(fragmentation_of(meter_of(at::kCPU)), "");
+    const at::Tensor held = at::empty({1 << 20}, device_);
+    EXPECT_EQ(fragmentation_of(meter), "");
+    at::empty({1 << 20}, device_);
+    const std::string found = fragmentation_of(meter);
+    EXPECT_NE(found.find("4 MiB of the 8 MiB that fake:0 has reserved"), std::string::npos) << found;
+}
+
+TEST_F(MeterTest, ADeviceThatDoesNotExistIsNamedAndSoAreThoseThatDo) {
     test::expect_usage_error({"meta"}, [] { meter_of(at::kMeta); });
-    test::expect_usage_error({"cuda:3"}, [] { meter_of(at::Device(at::kCUDA, 3)); });
-    test::expect_usage_error({"meta"}, [] { meter_of(at::kMeta); });  // leaves nothing half created
+    for (int i = 0; i < 2; ++i) {  // leaves nothing half created
+        test::expect_usage_error({"there is no device cuda:3 here", "cpu, fake:0"},
+                                 [] { meter_of(at::Device(at::kCUDA, 3)); });
+    }
+    test::expect_usage_error({"fake:1"}, [] { meter_of(at::Device(at::kPrivateUse1, 1)); });
+    test::expect_usage_error({"\"gpu\" is not the name of a device"}, [] { device_named("gpu"); });
+    EXPECT_EQ(device_named("fake"), fake::device());
+    EXPECT_EQ(device_named("cpu"), at::Device(at::kCPU));
 }
 
 }  // namespace

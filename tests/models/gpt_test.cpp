@@ -14,6 +14,7 @@
 #include "support/errors.h"
 #include "support/gradients.h"
 #include "support/one_thread.h"
+#include "support/tensors.h"
 
 using microbatch::Gpt;
 using microbatch::GptConfig;
@@ -174,8 +175,10 @@ TEST(Gpt, GivesAPrefixTheSameScores) {
 
 TEST(Gpt, KnowsTheOrderOfTokens) {
     Gpt model = make_double(toy);
-    const at::Tensor last = model->forward(at::tensor({1, 2, 3, 4}, at::kLong).view({1, 4})).select(1, 3);
-    const at::Tensor swapped = model->forward(at::tensor({2, 1, 3, 4}, at::kLong).view({1, 4})).select(1, 3);
+    const at::Tensor last =
+        model->forward(microbatch::test::tensor_of({1, 2, 3, 4}, at::kLong).view({1, 4})).select(1, 3);
+    const at::Tensor swapped =
+        model->forward(microbatch::test::tensor_of({2, 1, 3, 4}, at::kLong).view({1, 4})).select(1, 3);
     EXPECT_GT((last - swapped).abs().max().item<double>(), 1e-9);  // a permutation of equal terms rounds at 1e-17
 }
 
@@ -190,7 +193,7 @@ TEST(Gpt, HasOneParameterForEmbeddingAndHead) {
     }
     EXPECT_EQ(of_the_vocabulary, 1);
     EXPECT_EQ(storages.size(), parameters.size());
-    const at::Tensor tokens = at::tensor({1, 2, 3}, at::kLong).view({1, 3});
+    const at::Tensor tokens = microbatch::test::tensor_of({1, 2, 3}, at::kLong).view({1, 3});
     loss_on_tokens(model, tokens).backward();
     const at::Tensor weight = parameters["token_embedding.weight"];
     // Row 9 is no input: its gradient is the head's. Row 2 is input and score: the slope has both parts.

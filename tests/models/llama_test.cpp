@@ -14,6 +14,7 @@
 #include "support/errors.h"
 #include "support/gradients.h"
 #include "support/one_thread.h"
+#include "support/tensors.h"
 
 using microbatch::Llama;
 using microbatch::LlamaConfig;
@@ -166,8 +167,10 @@ TEST(Llama, DependsOnlyOnEarlierTokens) {
 
 TEST(Llama, KnowsTheOrderOfTokens) {
     Llama model = make_double(toy);
-    const at::Tensor last = model->forward(at::tensor({1, 2, 3, 4}, at::kLong).view({1, 4})).select(1, 3);
-    const at::Tensor swapped = model->forward(at::tensor({2, 1, 3, 4}, at::kLong).view({1, 4})).select(1, 3);
+    const at::Tensor last =
+        model->forward(microbatch::test::tensor_of({1, 2, 3, 4}, at::kLong).view({1, 4})).select(1, 3);
+    const at::Tensor swapped =
+        model->forward(microbatch::test::tensor_of({2, 1, 3, 4}, at::kLong).view({1, 4})).select(1, 3);
     EXPECT_GT((last - swapped).abs().max().item<double>(), 1e-9);  // a permutation of equal terms rounds at 1e-17
 }
 

@@ -64,9 +64,9 @@ TEST(CrossEntropy, IgnoresMinusHundredByDefault) {
     const at::Tensor targets = at::tensor({3, -100}, longs);
     EXPECT_EQ(cross_entropy_sum(logits, targets).item<double>(),
               cross_entropy_sum(logits.narrow(0, 0, 1), targets.narrow(0, 0, 1)).item<double>());
-    EXPECT_EQ(count_targets(targets), 1);
-    EXPECT_EQ(count_targets(targets, 3), 1);
-    EXPECT_EQ(count_targets(targets, -1), 2);
+    EXPECT_EQ(count_targets(targets).item<std::int64_t>(), 1);
+    EXPECT_EQ(count_targets(targets, 3).item<std::int64_t>(), 1);
+    EXPECT_EQ(count_targets(targets, -1).item<std::int64_t>(), 2);
 }
 
 TEST(CrossEntropy, OfIgnoredTargetsAloneIsZeroWithZeroGradients) {
@@ -77,7 +77,7 @@ TEST(CrossEntropy, OfIgnoredTargetsAloneIsZeroWithZeroGradients) {
         sum.backward();
         EXPECT_EQ(sum.item<double>(), 0);
         EXPECT_TRUE(at::equal(logits.grad(), at::zeros({rows, 3})));
-        EXPECT_EQ(count_targets(targets), 0);
+        EXPECT_EQ(count_targets(targets).item<std::int64_t>(), 0);
     }
 }
 

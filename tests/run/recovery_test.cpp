@@ -10,6 +10,7 @@
 #include "microbatch/memory/budget_allocator.h"
 #include "microbatch/optim/adamw.h"
 #include "microbatch/run/trainer.h"
+#include "support/device_memory.h"
 #include "support/errors.h"
 #include "support/gradients.h"
 #include "support/models.h"
@@ -174,11 +175,11 @@ TEST(Recovery, SnapshotsInMemoryAreReclaimedBeforeTheMicroBatchIsReduced) {
     for (const std::filesystem::path& place : {folder.path(), std::filesystem::path()}) {
         Training run(recovering({.every = 10, .margin = 5, .warmup = 8, .folder = place}));
         run.quiet(27);
-        reset_peak_memory();
+        test::reset_peak_memory();
         const std::int64_t snapshots = run.step().snapshot_bytes;
         EXPECT_GT(snapshots, 0);
         {
-            const BudgetScope tight(memory_use().peak_bytes - snapshots / 2);
+            const test::BudgetScope tight(test::memory_use().peak_bytes - snapshots / 2);
             const TrainerReport report = run.step();
             EXPECT_TRUE(report.step.applied);
             EXPECT_EQ(report.step.out_of_memory, 0);
@@ -214,7 +215,7 @@ TEST(Recovery, ASnapshotThatIsStillBeingWrittenDownCounts) {
     written = state_of(run.trainer);
     run.quiet(2);
     ASSERT_EQ(run.trainer.progress().steps % 10, 0);
-    const BudgetScope tight(memory_use().live_bytes + two / 4);
+    const test::BudgetScope tight(test::memory_use().live_bytes + two / 4);
     const TrainerReport report = run.trainer.step();
     EXPECT_GE(asked, 1);
     EXPECT_FALSE(written);
@@ -282,9 +283,9 @@ TEST(Recovery, RollsBackFromFilesWithinTheBudget) {
         recovering({.every = 10, .margin = 5, .warmup = 8, .memory_bytes = 0, .folder = folder.path()});
     Trainer trainer(accumulator, dataset, weighted_squares(model), options);
     for (int i = 0; i < 37; ++i) ASSERT_TRUE(trainer.step().step.applied);
-    reset_peak_memory();
+    test::reset_peak_memory();
     ASSERT_TRUE(trainer.step().step.applied);
-    const BudgetScope tight(memory_use().peak_bytes);
+    const test::BudgetScope tight(test::memory_use().peak_bytes);
     {
         const at::NoGradGuard no_grad;
         for (const Parameter& one : parameters) at::Tensor(one.tensor).mul_(1000);

@@ -13,6 +13,7 @@
 #include "microbatch/optim/sgd.h"
 #include "microbatch/run/run_log.h"
 #include "support/temp_folder.h"
+#include "support/tensors.h"
 
 namespace microbatch {
 namespace {
@@ -21,7 +22,7 @@ class Rows final : public Dataset {
 public:
     std::int64_t size() const override { return inputs_.size(0); }
     Batch get(std::span<const std::int64_t> indices) const override {
-        const at::Tensor rows = at::tensor(at::IntArrayRef(indices.data(), indices.size()), at::kLong);
+        const at::Tensor rows = test::tensor_of(at::IntArrayRef(indices.data(), indices.size()), at::kLong);
         const at::Tensor inputs = inputs_.index_select(0, rows);
         return {{inputs, inputs.sum(1, /*keepdim=*/true)}};
     }

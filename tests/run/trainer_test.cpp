@@ -11,6 +11,7 @@
 #include "support/errors.h"
 #include "support/gradients.h"
 #include "support/models.h"
+#include "support/tensors.h"
 
 namespace microbatch {
 namespace {
@@ -341,7 +342,7 @@ TEST(MeanLoss, WeighsEverySampleAndDoesNotDependOnTheMicroBatch) {
     const auto model = make_mlp(1);
     const TensorDataset dataset = numbered(23);
     const WeightedLoss whole = weighted_squares(model)(regression_batch(23, 1));
-    const double wanted = whole.sum.item<double>() / whole.weight;
+    const double wanted = whole.sum.item<double>() / whole.weight.value();
     const auto loss = [&](const Batch& micro) {
         EXPECT_FALSE(at::GradMode::is_enabled());
         return weighted_squares(model)(micro);
@@ -354,7 +355,8 @@ TEST(MeanLoss, WeighsEverySampleAndDoesNotDependOnTheMicroBatch) {
 }
 
 TEST(MeanLoss, SumsAndDividesOnce) {
-    const TensorDataset dataset(Batch{{at::tensor({1.0, 2.0, 30.0}), at::tensor({1.0, 0.0, 3.0})}});
+    const TensorDataset dataset(
+        Batch{{test::tensor_of({1.0, 2.0, 30.0}, at::kFloat), test::tensor_of({1.0, 0.0, 3.0}, at::kFloat)}});
     const auto loss = [](const Batch& b) -> WeightedLoss {
         return {b.fields[0].sum(), b.fields[1].sum().item<double>()};
     };

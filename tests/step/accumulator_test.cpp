@@ -287,7 +287,7 @@ void expect_like_the_plain_loop(const Options& options) {
         const Batch batch = regression_batch(50, seed);
         plain_optimizer.zero_grad();
         const WeightedLoss loss = weighted_squares(plain)(batch);
-        (loss.sum / loss.weight).backward();
+        (loss.sum / loss.weight.value()).backward();
         plain_optimizer.step();
         EXPECT_TRUE(accumulator.step(batch, weighted_squares(cut)).applied);
         expect_no_gradients(parameters_of(cut));

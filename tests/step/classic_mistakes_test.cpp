@@ -43,7 +43,7 @@ struct ByHand {
 
     at::Tensor mean(const Batch& batch) const {
         const WeightedLoss loss = weighted_squares(model)(batch);
-        return loss.sum / loss.weight;
+        return loss.sum / loss.weight.value();
     }
     void step() {
         optimizer.step();

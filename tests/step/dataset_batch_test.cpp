@@ -7,11 +7,13 @@
 #include "microbatch/data/batch_source.h"
 #include "microbatch/memory/budget_allocator.h"
 #include "microbatch/run/trainer.h"
+#include "support/device_memory.h"
 #include "support/errors.h"
 #include "support/gradients.h"
 #include "support/jobs.h"
 #include "support/models.h"
 #include "support/one_thread.h"
+#include "support/tensors.h"
 
 namespace microbatch {
 namespace {
@@ -26,7 +28,7 @@ public:
     Batch get(std::span<const std::int64_t> indices) const override {
         largest_fetch = std::max<std::int64_t>(largest_fetch, static_cast<std::int64_t>(indices.size()));
         if (fail_at > 0 && --fail_at == 0) throw std::runtime_error("the disk is gone");
-        const at::Tensor index = at::tensor(at::ArrayRef<std::int64_t>(indices.data(), indices.size()), at::kLong);
+        const at::Tensor index = test::tensor_of(at::ArrayRef<std::int64_t>(indices.data(), indices.size()), at::kLong);
         const at::Tensor rows = rows_.index_select(0, index);
         return {{rows, rows.roll(-1, 1)}};
     }
@@ -113,9 +115,9 @@ TEST(DatasetBatchSteps, ThePeakOfARunDoesNotGrowWithTheNumberOfMicroBatches) {
     for (const std::int64_t count : {2, 5, 64}) {
         test::Job job = test::gpt_job(small_gpt(), {.micro_batch = 4});
         Trainer trainer(*job.accumulator, data, job.loss, {.batch = 4 * count, .length = {3, Unit::steps}});
-        reset_peak_memory();
+        test::reset_peak_memory();
         while (!trainer.done()) trainer.step();
-        const auto peak = static_cast<double>(memory_use().peak_bytes);
+        const auto peak = static_cast<double>(test::memory_use().peak_bytes);
         if (count == 2) of_two = peak;
         EXPECT_NEAR(peak, of_two, 0.01 * of_two) << count;
     }

@@ -15,7 +15,9 @@
 #include "microbatch/optim/sgd.h"
 #include "microbatch/step/accumulator.h"
 #include "support/batch_norm.h"
+#include "support/device_memory.h"
 #include "support/errors.h"
+#include "support/tensors.h"
 
 namespace microbatch {
 namespace {
@@ -233,7 +235,7 @@ WeightedLoss weighted_waves(const at::Tensor& y, const Batch& batch) {
 
 Batch weighted(const std::vector<double>& weights) {
     Batch batch = signals();
-    batch.fields.push_back(at::tensor(weights, at::kDouble));
+    batch.fields.push_back(test::tensor_of(at::ArrayRef<double>(weights), at::kDouble));
     return batch;
 }
 
@@ -270,7 +272,7 @@ TEST(ExactWeights, OfZeroAlwaysMoveTheStatisticsAndGiveNoGradient) {
 TEST(ExactWeights, OfZeroExcuseALossThatIsNotANumber) {
     const OutputsLoss loss = [](const at::Tensor& y, const Batch& batch) -> WeightedLoss {
         const WeightedLoss all = weighted_waves(y, batch);
-        return {all.weight > 0.0 ? all.sum : all.sum / 0.0 * 0.0, all.weight};
+        return {!all.weight.is_known_zero() ? all.sum : all.sum / 0.0 * 0.0, all.weight};
     };
     const Net net = make_net(plain());
     const Left left = left_by(net, weighted({1, 2, 3, 0, 0, 0, 1, 1}),
@@ -296,17 +298,17 @@ TEST(ExactOutOfMemory, LeavesNothingWhateverTheBudget) {
     }
     for (;; ++failures) {
         const Named state = run.state();
-        const std::int64_t live = memory_use().live_bytes;
+        const std::int64_t live = test::memory_use().live_bytes;
         bool failed = false;
         try {
-            const BudgetScope budget(live + 10'000 + 5'000 * std::int64_t{failures});
+            const test::BudgetScope budget(live + 10'000 + 5'000 * std::int64_t{failures});
             EXPECT_TRUE(run.accumulator.step(run.batch, run.loss).applied);
         } catch (const Error& error) {
             EXPECT_EQ(error.kind(), ErrorKind::does_not_fit) << error.what();
             failed = true;
         }
         if (!failed) break;
-        EXPECT_EQ(memory_use().live_bytes, live);
+        EXPECT_EQ(test::memory_use().live_bytes, live);
         expect_same_bits(run.state(), state);
         expect_no_gradients(run.parameters);
         EXPECT_EQ(threads(), before);
@@ -319,9 +321,9 @@ TEST(ExactOutOfMemory, LeavesNothingWhateverTheBudget) {
 std::pair<StepReport, Named> step_without(std::int64_t n, Plan plan) {
     LargeRun run(plan);
     at::manual_seed(9);
-    if (n > 0) fail_allocation(n);
+    if (n > 0) test::fail_allocation(n);
     StepReport report = run.accumulator.step(run.batch, run.loss);
-    fail_allocation(0);
+    test::fail_allocation(0);
     return {std::move(report), run.state()};
 }
 
@@ -332,9 +334,9 @@ TEST(ExactOutOfMemory, AnywhereGivesTheBitsOfTheSmallerPlan) {
         std::int64_t count = 0;
         {
             LargeRun run(plan);
-            const std::int64_t before = allocation_count();
+            const std::int64_t before = test::allocation_count();
             run.accumulator.step(run.batch, run.loss);
-            count = allocation_count() - before;
+            count = test::allocation_count() - before;
         }
         const std::vector<std::pair<StepReport, Named>> smaller{
             step_without(0, {.micro_batch = 3, .recompute = true, .batch_norm = BatchNorm::exact}),

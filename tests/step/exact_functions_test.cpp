@@ -9,6 +9,7 @@
 #include "microbatch/ops/linear_cross_entropy.h"
 #include "support/batch_norm.h"
 #include "support/errors.h"
+#include "support/tensors.h"
 
 namespace microbatch {
 namespace {
@@ -176,7 +177,7 @@ TEST(ExactFunctions, OfThisLibraryAreRight) {
 /// Seven vectors of width three, with a class each, one of them ignored.
 Batch classified() {
     Batch batch = normed_batch({7, 3});
-    batch.fields[1] = at::tensor({0, 3, 2, -100, 1, 0, 3}, at::kLong);
+    batch.fields[1] = test::tensor_of({0, 3, 2, -100, 1, 0, 3}, at::kLong);
     return batch;
 }
 

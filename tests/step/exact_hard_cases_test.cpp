@@ -11,6 +11,7 @@
 #include "microbatch/ops/cross_entropy.h"
 #include "support/batch_norm.h"
 #include "support/errors.h"
+#include "support/tensors.h"
 
 namespace microbatch {
 namespace {
@@ -197,7 +198,7 @@ TEST(ExactHardCases, TakesIndicesThatAreOptional) {
         ConvNorm a(module, "a", 3, 4), b(module, "b", 3, 2);
         return [=](const at::Tensor& x) mutable {
             using at::indexing::Slice;
-            const at::Tensor channels = at::tensor({2, 0, 2}, at::kLong);
+            const at::Tensor channels = test::tensor_of({2, 0, 2}, at::kLong);
             const at::Tensor y = a(x), z = y.index({Slice(), channels});
             return b(z) + y.index({Slice(), channels.narrow(0, 0, 2)}) * z.index({Slice(), Slice(1, 3), Slice(4, 5)});
         };

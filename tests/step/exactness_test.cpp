@@ -48,7 +48,7 @@ LossFunction weighted_tokens(Gpt model) {
         for (std::int64_t i = 0; i < batch.size(); ++i) {
             const double sample = batch.fields[2][i].item<double>();
             sums.push_back(cross_entropy_sum(logits[i], batch.fields[1][i]) * sample);
-            weight += count_targets(batch.fields[1][i]) * sample;
+            weight += count_targets(batch.fields[1][i]).item<double>() * sample;
         }
         return {at::stack(sums).sum(), weight};
     };

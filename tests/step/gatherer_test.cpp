@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "microbatch/memory/budget_allocator.h"
+#include "support/device_memory.h"
 #include "support/errors.h"
 #include "support/gradients.h"
 #include "support/models.h"
@@ -218,7 +219,7 @@ TEST(Gatherer, RefusesParametersInWhichSumsStall) {
 /// cancel, as in a tensor of one number they may, the norm of their sum is no measure of it.
 std::vector<double> summed_norms(const Parameters& parameters, const Batch& batch, const LossFunction& loss) {
     std::vector<double> norms(parameters.size());
-    const double weight = loss(batch).weight;
+    const double weight = loss(batch).weight.value();
     for (std::int64_t i = 0; i < batch.size(); ++i) {
         loss(batch.slice(i, i + 1)).sum.backward();
         const Named gradients = gradients_of(parameters, weight);
@@ -248,7 +249,7 @@ void expect_any_cut_agrees(std::uint64_t seed, at::ScalarType type, double toler
     gatherer.clear();
     const WeightedLoss whole = loss(batch);
     // 60 fp64 additions of positive numbers: at most 60 roundings of 1.1e-16.
-    EXPECT_NEAR(gathered.weight / whole.weight, 1, 1e-14);
+    EXPECT_NEAR(gathered.weight / whole.weight.value(), 1, 1e-14);
     EXPECT_NEAR(gathered.loss_sum / whole.sum.item<double>(), 1, tolerance);
     EXPECT_EQ(gathered.micro_batches, (samples + cut - 1) / cut);
     const Named oracle = oracle_gradients(parameters, batch, loss);
@@ -269,10 +270,10 @@ TEST(Gatherer, AgreesWithTheWholeBatchForAnyShapeCutAndWeights) {
 /// Whether a backward pass needs no second gradient as large as the weight's own.
 bool sums_in_product(const at::Tensor& weight, const std::function<void(const at::Tensor&)>& backward) {
     const at::Tensor y = at::linear(at::ones({4, weight.size(1)}), weight).sum();
-    const std::int64_t before = memory_use().live_bytes;
-    reset_peak_memory();
+    const std::int64_t before = test::memory_use().live_bytes;
+    test::reset_peak_memory();
     backward(y);
-    return memory_use().peak_bytes - before < static_cast<std::int64_t>(weight.nbytes());
+    return test::memory_use().peak_bytes - before < static_cast<std::int64_t>(weight.nbytes());
 }
 
 TEST(Gatherer, SumsWeightGradientsInTheirProductsWhileAWindowIsOpen) {

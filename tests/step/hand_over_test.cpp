@@ -23,7 +23,7 @@ struct HandingOver {
 
     Named whole_gradient() {
         const WeightedLoss loss = weighted_squares(model)(batch);
-        (loss.sum / loss.weight).backward();
+        (loss.sum / loss.weight.value()).backward();
         Named result = gradients_of(parameters);
         for (const Parameter& one : parameters) one.tensor.mutable_grad().reset();
         return result;

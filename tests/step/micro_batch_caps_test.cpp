@@ -13,11 +13,13 @@
 #include "microbatch/io/state_json.h"
 #include "microbatch/memory/budget_allocator.h"
 #include "microbatch/model/recomputable.h"
+#include "support/device_memory.h"
 #include "support/errors.h"
 #include "support/gradients.h"
 #include "support/jobs.h"
 #include "support/one_thread.h"
 #include "support/states.h"
+#include "support/tensors.h"
 
 namespace microbatch {
 namespace {
@@ -115,8 +117,8 @@ public:
     Batch get(std::span<const std::int64_t> indices) const override {
         const bool all_short =
             std::all_of(indices.begin(), indices.end(), [this](std::int64_t index) { return index < short_ones_; });
-        const at::Tensor rows =
-            tokens_.index_select(0, at::tensor(at::ArrayRef<std::int64_t>(indices.data(), indices.size()), at::kLong));
+        const at::Tensor rows = tokens_.index_select(
+            0, test::tensor_of(at::ArrayRef<std::int64_t>(indices.data(), indices.size()), at::kLong));
         const at::Tensor inputs = rows.narrow(1, 0, all_short ? 4 : 16).contiguous();
         return {{inputs, inputs.roll(-1, 1)}};
     }
@@ -146,7 +148,7 @@ struct Tight {
             if (is_long && (micro.size() > 1 || (!alone && !recomputes))) {
                 sizes.clear();
                 recomputed.clear();
-                fail_allocation(1);
+                test::fail_allocation(1);
             } else {
                 sizes.push_back(micro.size());
                 recomputed.push_back(recomputes);
@@ -159,7 +161,7 @@ struct Tight {
 class CapsWithinABatch : public ::testing::Test {
 protected:
     static void SetUpTestSuite() { install_budget_allocator(); }
-    ~CapsWithinABatch() override { fail_allocation(0); }
+    ~CapsWithinABatch() override { test::fail_allocation(0); }
 };
 
 std::vector<std::int64_t> first(std::int64_t count) {
@@ -247,7 +249,7 @@ TEST_F(CapsWithinABatch, ABatchThatGivesUpIsForgotten) {
     Job job = make({.micro_batch = 4});
     const DatasetBatch batch(data, first(8));
     const LossFunction never = [&](const Batch& micro) {
-        if (micro.fields[0].size(1) > 4) fail_allocation(1);
+        if (micro.fields[0].size(1) > 4) test::fail_allocation(1);
         return job.loss(micro);
     };
     expect_error(ErrorKind::does_not_fit, {"a micro-batch of 1 sample"}, [&] { job.accumulator->step(batch, never); });
@@ -262,12 +264,13 @@ TEST_F(CapsWithinABatch, MemoryThatRunsOutBeforeTheFirstMicroBatchCapsAllAndEnds
     Job job = make({.micro_batch = 4});
     const DatasetBatch batch(data, first(8));
     {
-        const BudgetScope budget(memory_use().live_bytes + 1);  // not even the generator's state can be copied
+        const test::BudgetScope budget(test::memory_use().live_bytes +
+                                       1);  // not even the generator's state can be copied
         expect_error(ErrorKind::does_not_fit, {"a micro-batch of 1 sample"},
                      [&] { job.accumulator->step(batch, job.loss); });
     }
     EXPECT_TRUE(job.accumulator->caps().empty());
-    fail_allocation(1);
+    test::fail_allocation(1);
     const StepReport report = job.accumulator->step(batch, job.loss);
     EXPECT_EQ(report.out_of_memory, 1);
     EXPECT_EQ(report.plan.micro_batch, 2);

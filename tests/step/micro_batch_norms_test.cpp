@@ -4,6 +4,7 @@
 #include "microbatch/memory/budget_allocator.h"
 #include "microbatch/optim/sgd.h"
 #include "microbatch/step/accumulator.h"
+#include "support/device_memory.h"
 #include "support/gradients.h"
 #include "support/jobs.h"
 #include "support/models.h"
@@ -41,7 +42,7 @@ TEST(MicroBatchGradientNorms, AreThoseOfEveryMicroBatchByItself) {
     NoiseSums before;
     for (std::int64_t i = 0; i < 4; ++i) {
         const double wanted = squared_norm(oracle_gradients(parameters, micro_batch(i), loss));
-        const double weight = loss(micro_batch(i)).weight;
+        const double weight = loss(micro_batch(i)).weight.value();
         const NoiseSums parts = measured(i + 1);
         EXPECT_EQ(parts.count, i + 1);
         EXPECT_DOUBLE_EQ(parts.weight, before.weight + weight);
@@ -133,9 +134,9 @@ TEST(MicroBatchGradientNorms, WhereACopyOfTheGradientsDoesNotFitTheStepIsMadeWit
     const LossFunction loss = weighted_squares(model);
     const Batch batch = regression_batch(8, 1, at::kFloat, 64, 64);
     accumulator.step(batch, loss);
-    reset_peak_memory();
+    test::reset_peak_memory();
     accumulator.step(batch, loss);
-    const BudgetScope tight(memory_use().peak_bytes + 100'000);
+    const test::BudgetScope tight(test::memory_use().peak_bytes + 100'000);
     const StepReport report = accumulator.step(batch, loss, {.measure_noise = true});
     EXPECT_TRUE(report.applied);
     EXPECT_FALSE(report.noise);

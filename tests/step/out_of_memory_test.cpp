@@ -10,6 +10,7 @@
 #include "microbatch/memory/budget_allocator.h"
 #include "microbatch/optim/sgd.h"
 #include "microbatch/step/accumulator.h"
+#include "support/device_memory.h"
 #include "support/gradients.h"
 #include "support/one_thread.h"
 
@@ -30,9 +31,9 @@ protected:
     // Tries the call with every budget from what is live now up, in small steps, until one is enough.
     template <class Call>
     int failures_until_it_fits(Call call) {
-        const std::int64_t live = memory_use().live_bytes;
+        const std::int64_t live = test::memory_use().live_bytes;
         for (int failures = 0;; ++failures) {
-            const BudgetScope budget(live + 1 + 20'000 * std::int64_t{failures});
+            const test::BudgetScope budget(live + 1 + 20'000 * std::int64_t{failures});
             bool failed = false;
             try {
                 call();
@@ -44,7 +45,7 @@ protected:
             }
             if (!failed) return failures;
             for (const at::Tensor& parameter : model->parameters()) EXPECT_FALSE(parameter.grad().defined());
-            EXPECT_EQ(memory_use().live_bytes, live);
+            EXPECT_EQ(test::memory_use().live_bytes, live);
         }
     }
 

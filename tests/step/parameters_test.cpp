@@ -29,7 +29,7 @@ std::vector<ParameterGroup> decayed(const Parameters& parameters) {
 void plain_step(torch::optim::Optimizer& optimizer, const Batch& batch, const LossFunction& loss) {
     optimizer.zero_grad();
     const WeightedLoss whole = loss(batch);
-    (whole.sum / whole.weight).backward();
+    (whole.sum / whole.weight.value()).backward();
     optimizer.step();
     optimizer.zero_grad();
 }

@@ -8,6 +8,7 @@
 #include <utility>
 #include <variant>
 
+#include "support/device_memory.h"
 #include "support/training.h"
 
 namespace microbatch {
@@ -228,9 +229,9 @@ TEST(PartialBatches, AreBegunAgainWhereTheRestRunsOutOfMemory) {
             stopping.stop.after(2);
             ASSERT_TRUE(stopping.run->step().paused);
             if (elsewhere) stopping.resume_elsewhere();
-            fail_allocation(50);
+            test::fail_allocation(50);
             const TrainerReport report = stopping.run->step();
-            fail_allocation(0);
+            test::fail_allocation(0);
             EXPECT_EQ(report.step.out_of_memory, 1);
             EXPECT_EQ(report.step.micro_batches, 7);
             EXPECT_EQ(report.step.plan.micro_batch, 1);

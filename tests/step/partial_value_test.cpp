@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "microbatch/memory/budget_allocator.h"
+#include "support/device_memory.h"
 #include "support/errors.h"
 #include "support/gradients.h"
 #include "support/jobs.h"
@@ -95,9 +96,9 @@ TEST(PartialBatch, TellsHowOftenItRanOutOfMemoryBeforeItWasLeft) {
     Job job = small_job();
     const Batch batch = job.make_batch(7);
     int asked = 0;
-    fail_allocation(15);
+    test::fail_allocation(15);
     StepReport report = job.accumulator->step(batch, job.loss, {.stop = [&] { return ++asked == 2; }});
-    fail_allocation(0);
+    test::fail_allocation(0);
     ASSERT_TRUE(report.partial);
     EXPECT_EQ(report.out_of_memory, 1);
     EXPECT_EQ(report.partial->plan.micro_batch, 1);

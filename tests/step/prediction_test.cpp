@@ -5,6 +5,7 @@
 #include <functional>
 #include <string>
 
+#include "support/device_memory.h"
 #include "support/errors.h"
 #include "support/planning.h"
 
@@ -17,9 +18,9 @@ using Prediction = Planning;
 /// The peak of the second of two steps by this plan, with everything that is live.
 std::int64_t peak_of_two_steps(Job& job, const Batch& batch, const Plan& plan) {
     job.accumulator->set_plan(plan);
-    reset_peak_memory();
+    test::reset_peak_memory();
     for (int step = 0; step < 2; ++step) job.accumulator->step(batch, job.loss);
-    return memory_use().peak_bytes;
+    return test::memory_use().peak_bytes;
 }
 
 struct Case {
@@ -90,11 +91,11 @@ TEST_F(Prediction, TheBudgetHoldsToTheByte) {
         const std::int64_t needed = report.choice().peak_bytes();
         EXPECT_LE(needed, asked);
         {
-            const BudgetScope scope(needed);
+            const test::BudgetScope scope(needed);
             EXPECT_EQ(peak_of_two_steps(fresh, batch, report.choice().plan), needed);
             EXPECT_EQ(fresh.accumulator->step(batch, fresh.loss).out_of_memory, 0);
         }
-        const BudgetScope scope(needed - 1);
+        const test::BudgetScope scope(needed - 1);
         EXPECT_GT(fresh.accumulator->step(batch, fresh.loss).out_of_memory, 0);
     }
 }
@@ -131,8 +132,8 @@ TEST_F(Prediction, ABudgetBelowTheParametersIsExplained) {
     ASSERT_NE(least, nullptr);
     // The whole truth: with exactly that budget it runs.
     Job again = test::gpt_job(small_gpt());
-    const std::int64_t elsewhere = memory_use().live_bytes - report.fixed.parameters - report.fixed.other;
-    const BudgetScope budget(least->peak_bytes() + elsewhere);
+    const std::int64_t elsewhere = test::memory_use().live_bytes - report.fixed.parameters - report.fixed.other;
+    const test::BudgetScope budget(least->peak_bytes() + elsewhere);
     again.accumulator->set_plan(least->plan);
     for (int i = 0; i < 2; ++i) EXPECT_EQ(again.accumulator->step(batch, again.loss).out_of_memory, 0);
 }
@@ -172,7 +173,7 @@ TEST_F(Prediction, PlansForTheLongestShapeThatTheDataHolds) {
     EXPECT_EQ(longest.fetch({0, 4}).fields[0].size(1), 16);
     Job job = test::gpt_job(small_gpt());
     const PlanReport report = plan_batch(*job.accumulator, longest, job.loss, {.budget_bytes = 2 * mebibyte});
-    const BudgetScope budget(report.choice().peak_bytes());
+    const test::BudgetScope budget(report.choice().peak_bytes());
     job.accumulator->set_plan(report.choice().plan);
     for (std::int64_t i = 0; i + 4 <= data.size(); ++i) {
         const DatasetBatch batch(data, {i, i + 1, i + 2, i + 3});

@@ -13,6 +13,7 @@
 
 #include "microbatch/model/recomputable.h"
 #include "microbatch/optim/torch_optimizer.h"
+#include "support/device_memory.h"
 #include "support/errors.h"
 #include "support/gradients.h"
 #include "support/planning.h"
@@ -32,11 +33,11 @@ void expect_no_trace(const std::function<Job()>& make, int steps_before) {
         at::manual_seed(8);
         if (job == &probed) {
             const Named before = job->state();
-            const std::int64_t live = memory_use().live_bytes;
+            const std::int64_t live = test::memory_use().live_bytes;
             EXPECT_TRUE(plan_of(*job, batch).chosen);
             test::expect_same_bits(job->state(), before);
             test::expect_no_gradients(job->parameters);
-            EXPECT_EQ(memory_use().live_bytes, live);
+            EXPECT_EQ(test::memory_use().live_bytes, live);
             EXPECT_EQ(job->optimizer->has_state(), steps_before > 0);
         }
         // What is left in the optimizer would show here.
@@ -88,10 +89,10 @@ TEST_F(NoTrace, LeavesNoTraceOfATorchOptimizer) {
     const Batch batch = job.make_batch(4);
     for (int round = 0; round < 2; ++round) {
         const Named before = job.state();
-        const std::int64_t live = memory_use().live_bytes;
+        const std::int64_t live = test::memory_use().live_bytes;
         const PlanReport report = plan_batch(accumulator, batch, job.loss, {.budget_bytes = 1024 * mebibyte});
         test::expect_same_bits(job.state(), before);
-        EXPECT_EQ(memory_use().live_bytes, live);
+        EXPECT_EQ(test::memory_use().live_bytes, live);
         EXPECT_EQ(torch_optimizer.state().size(), round == 0 ? 0u : job.parameters.size());
         std::int64_t parameter_bytes = 0;
         for (const at::Tensor& tensor : tensors) parameter_bytes += static_cast<std::int64_t>(tensor.nbytes());
@@ -111,7 +112,7 @@ TEST_F(NoTrace, ALossFunctionThatThrowsLeavesTheJobUnchanged) {
         Job job = test::resnet_job({.classes = 3, .width = 8, .blocks = 1});
         const Batch batch = job.make_batch(8);
         const Named before = job.state();
-        const std::int64_t live = memory_use().live_bytes;
+        const std::int64_t live = test::memory_use().live_bytes;
         int calls = 0;
         const LossFunction loss = [&](const Batch& micro) -> WeightedLoss {
             const WeightedLoss result = job.loss(micro);
@@ -123,7 +124,7 @@ TEST_F(NoTrace, ALossFunctionThatThrowsLeavesTheJobUnchanged) {
         EXPECT_THROW(plan_batch(*job.accumulator, batch, loss, how), std::runtime_error);
         test::expect_same_bits(job.state(), before);
         test::expect_no_gradients(job.parameters);
-        EXPECT_EQ(memory_use().live_bytes, live);
+        EXPECT_EQ(test::memory_use().live_bytes, live);
         EXPECT_TRUE(job.accumulator->step(batch, job.loss).applied);
     }
 }
@@ -169,9 +170,9 @@ TEST_F(NoTrace, AHeadThatWasAddedInTheMiddleOfARunIsPlannedFor) {
     };
     const PlanReport report = plan_batch(*job.accumulator, batch, loss, {.budget_bytes = 1024 * mebibyte});
     job.accumulator->set_plan(report.choice().plan);
-    reset_peak_memory();
+    test::reset_peak_memory();
     for (int i = 0; i < 2; ++i) job.accumulator->step(batch, loss);
-    EXPECT_LE(memory_use().peak_bytes, report.choice().peak_bytes());
+    EXPECT_LE(test::memory_use().peak_bytes, report.choice().peak_bytes());
 }
 
 TEST_F(NoTrace, ParametersThatTheAccumulatorDoesNotKnowKeepTheirGradients) {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "microbatch/memory/budget_allocator.h"
+#include "support/device_memory.h"
 #include "support/rich_run.h"
 #include "support/temp_folder.h"
 
@@ -38,7 +39,7 @@ private:
 class ReclaimedMemory : public ::testing::Test {
 protected:
     static void SetUpTestSuite() { install_budget_allocator(); }
-    ~ReclaimedMemory() override { fail_allocation(0); }
+    ~ReclaimedMemory() override { test::fail_allocation(0); }
 };
 
 TEST_F(ReclaimedMemory, MakesTheStepThatNeverMissedItWhereverItRanOut) {
@@ -48,9 +49,9 @@ TEST_F(ReclaimedMemory, MakesTheStepThatNeverMissedItWhereverItRanOut) {
             how.model = model;
             BesideACopy undisturbed(how);
             for (int i = 0; i < before; ++i) undisturbed.run.step();
-            const std::int64_t start = allocation_count();
+            const std::int64_t start = test::allocation_count();
             const Seen wanted = see_step(undisturbed.run);
-            const std::int64_t allocations = allocation_count() - start;
+            const std::int64_t allocations = test::allocation_count() - start;
             ASSERT_EQ(wanted.report.step.noise.has_value(), true);
             EXPECT_EQ(undisturbed.asked, 0);
             for (std::int64_t n = 1; n <= allocations && !HasFailure(); ++n) {
@@ -58,10 +59,10 @@ TEST_F(ReclaimedMemory, MakesTheStepThatNeverMissedItWhereverItRanOut) {
                 BesideACopy other(how);
                 for (int i = 0; i < before; ++i) other.run.step();
                 other.taken = true;
-                fail_allocation(n);
+                test::fail_allocation(n);
                 Seen seen{other.run.trainer().step(), {}, {}};
                 const bool struck = other.asked > 0;
-                fail_allocation(0);
+                test::fail_allocation(0);
                 if (!struck) {  // what is left is see_step's own
                     EXPECT_GT(n, 50);
                     break;
@@ -78,20 +79,20 @@ TEST_F(ReclaimedMemory, MakesTheStepThatNeverMissedItWhereverItRanOut) {
 TEST_F(ReclaimedMemory, IsFollowedByTheSnapshotsWhereItIsNotEnough) {
     const Job job = mlp_job({.inputs = 4, .layers = 1, .width = 5, .classes = 3}, {.micro_batch = 3}, "adamw");
     const Batch batch = job.make_batch(7);
-    const std::int64_t start = allocation_count();
+    const std::int64_t start = test::allocation_count();
     {
         const Job same = mlp_job({.inputs = 4, .layers = 1, .width = 5, .classes = 3}, {.micro_batch = 3}, "adamw");
         same.accumulator->step(batch, same.loss);
     }
-    const std::int64_t at_start = allocation_count();
+    const std::int64_t at_start = test::allocation_count();
     const Job again = mlp_job({.inputs = 4, .layers = 1, .width = 5, .classes = 3}, {.micro_batch = 3}, "adamw");
-    const std::int64_t made = allocation_count() - at_start;
+    const std::int64_t made = test::allocation_count() - at_start;
     const std::int64_t last = at_start - start - made;  // of the step: in the optimizer's
     std::vector<std::string> asked;
     const auto copy = [&] {
         if (!asked.empty()) return false;
         asked.emplace_back("copy");
-        fail_allocation(last);
+        test::fail_allocation(last);
         return true;
     };
     const auto snapshots = [&] {
@@ -99,7 +100,7 @@ TEST_F(ReclaimedMemory, IsFollowedByTheSnapshotsWhereItIsNotEnough) {
         return true;
     };
     const StepOptions how{.before_noise = {{copy, /*counts=*/false}}, .before_plan = {{snapshots}}};
-    fail_allocation(last);
+    test::fail_allocation(last);
     const StepReport report = job.accumulator->step(batch, job.loss, how);
     EXPECT_TRUE(report.applied);
     EXPECT_EQ(report.out_of_memory, 1);
@@ -114,9 +115,9 @@ TEST_F(ReclaimedMemory, DoesNotKeepASignalFromStoppingTheBatchThatIsRepeated) {
     how.trainer.reclaimers = {{[&] { return std::exchange(taken, false); }, /*counts=*/false}};
     how.trainer.stop = [&] { return !taken && ++micro_batches == 1; };
     Training run(how);
-    fail_allocation(60);
+    test::fail_allocation(60);
     EXPECT_TRUE(run.trainer().step().paused);
-    fail_allocation(0);
+    test::fail_allocation(0);
 }
 
 }  // namespace

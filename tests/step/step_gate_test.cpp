@@ -14,6 +14,7 @@
 
 #include "microbatch/io/state_json.h"
 #include "microbatch/memory/budget_allocator.h"
+#include "support/device_memory.h"
 #include "support/errors.h"
 #include "support/gradients.h"
 #include "support/jobs.h"
@@ -288,7 +289,7 @@ struct Hungry final : StepGate {
         if (!when_asked) eat();
     }
     void eat() const {
-        if (times-- > 0) fail_allocation(1);
+        if (times-- > 0) test::fail_allocation(1);
         at::ones({100});
     }
 };
@@ -296,7 +297,7 @@ struct Hungry final : StepGate {
 class GatedStepInMemory : public ::testing::Test {
 protected:
     static void SetUpTestSuite() { install_budget_allocator(); }
-    ~GatedStepInMemory() override { fail_allocation(0); }
+    ~GatedStepInMemory() override { test::fail_allocation(0); }
 };
 
 TEST_F(GatedStepInMemory, AGateThatRunsOutOfMemoryHasTheStepRepeated) {
@@ -339,7 +340,7 @@ struct Starved final : Optimizer {
     Starved(Optimizer& optimizer, int times) : inner(optimizer), failures(times) {}
     void step(std::span<const GradientView> gradients, double divisor) override {
         if (failures-- > 0) {
-            fail_allocation(1);
+            test::fail_allocation(1);
             at::ones({100});
         }
         inner.step(gradients, divisor);
@@ -363,7 +364,7 @@ TEST_F(GatedStepInMemory, WhatRanOutIsReportedAlsoWhereTheSecondAttemptIsRefused
     Accumulator accumulator(job.model, optimizer, {.plan = {.micro_batch = 3}});
     const Named before = values_of(job.parameters);
     Fickle gate;
-    fail_allocation(15);  // in the gather of the first attempt, too
+    test::fail_allocation(15);  // in the gather of the first attempt, too
     const StepReport report = accumulator.step(batch, job.loss, {.gate = &gate});
     EXPECT_FALSE(report.applied);
     EXPECT_EQ(report.reason, "on second thoughts");

@@ -11,6 +11,7 @@
 #include "microbatch/core/error.h"
 #include "microbatch/memory/budget_allocator.h"
 #include "microbatch/model/recomputable.h"
+#include "support/device_memory.h"
 #include "support/errors.h"
 #include "support/gradients.h"
 #include "support/jobs.h"
@@ -81,14 +82,14 @@ struct Reference {
 
 /// The job run with a micro-batch from the step on that `before` others come before.
 Reference run_uninjected(Make make, std::int64_t first_micro_batch, std::int64_t micro_batch, int before) {
-    const std::int64_t live = memory_use().live_bytes;
+    const std::int64_t live = test::memory_use().live_bytes;
     Trained trained = make(first_micro_batch);
     for (int i = 0; i < before; ++i) trained.step();
     const bool recompute = trained.job.accumulator->plan().recompute;
     trained.job.accumulator->set_plan({.micro_batch = micro_batch, .recompute = recompute});
     trained.step();
     Reference result;
-    result.live_bytes = memory_use().live_bytes - live;
+    result.live_bytes = test::memory_use().live_bytes - live;
     result.after_step = trained.job.state();
     result.after_all = after_one_more(trained);
     return result;
@@ -97,29 +98,29 @@ Reference run_uninjected(Make make, std::int64_t first_micro_batch, std::int64_t
 class Transaction : public ::testing::Test {
 protected:
     static void SetUpTestSuite() { install_budget_allocator(); }
-    ~Transaction() override { fail_allocation(0); }
+    ~Transaction() override { test::fail_allocation(0); }
 
     // Out of memory at every allocation of the step that comes after `before` others, one after the other.
     void inject_everywhere(Make make, int before) {
         constexpr std::int64_t micro_batch = 4;
         std::map<std::int64_t, Reference> references;
         for (const std::int64_t size : {4, 2}) references[size] = run_uninjected(make, micro_batch, size, before);
-        const std::int64_t live = memory_use().live_bytes;
+        const std::int64_t live = test::memory_use().live_bytes;
         const std::int64_t allocations = count_allocations(make, micro_batch, before);
         for (std::int64_t n = 1; n <= allocations && !HasFailure(); ++n) {
             SCOPED_TRACE(::testing::Message() << "allocation " << n << " of " << allocations);
             Trained trained = make(micro_batch);
             for (int i = 0; i < before; ++i) trained.step();
-            fail_allocation(n);
+            test::fail_allocation(n);
             const StepReport report = trained.step();
-            fail_allocation(0);
+            test::fail_allocation(0);
             EXPECT_TRUE(report.applied);
             EXPECT_EQ(report.out_of_memory, 1);
             ++(report.plan.micro_batch == micro_batch ? in_apply_ : in_gather_);
             test::expect_no_gradients(trained.job.parameters);
             ASSERT_TRUE(references.contains(report.plan.micro_batch));
             const Reference& reference = references[report.plan.micro_batch];
-            EXPECT_EQ(memory_use().live_bytes - live, reference.live_bytes);
+            EXPECT_EQ(test::memory_use().live_bytes - live, reference.live_bytes);
             test::expect_same_bits(trained.job.state(), reference.after_step);
             test::expect_same_bits(after_one_more(trained), reference.after_all);
         }
@@ -138,9 +139,9 @@ private:
     static std::int64_t count_allocations(Make make, std::int64_t micro_batch, int before) {
         Trained trained = make(micro_batch);
         for (int i = 0; i < before; ++i) trained.step();
-        const std::int64_t start = allocation_count();
+        const std::int64_t start = test::allocation_count();
         trained.step();
-        return allocation_count() - start;
+        return test::allocation_count() - start;
     }
 };
 
@@ -195,21 +196,22 @@ bool recomputes(const Trained& trained) {
 
 std::int64_t peak_of_step(Trained& trained) {
     trained.step();  // makes the optimizer's state
-    reset_peak_memory();
+    test::reset_peak_memory();
     trained.step();
-    return memory_use().peak_bytes;
+    return test::memory_use().peak_bytes;
 }
 
 TEST_F(Transaction, ALoweredBudgetMakesTheMicroBatchSmallerAndTheUpdateStaysTheSame) {
     Trained small = make_long(2, 64, 8);
-    const std::int64_t needed = peak_of_step(small) - memory_use().live_bytes;  // above what is live between steps
+    const std::int64_t needed =
+        peak_of_step(small) - test::memory_use().live_bytes;  // above what is live between steps
     small.step();
     Trained large = make_long(2, 64, 8);
     large.step();
     large.step();
     large.job.accumulator->set_plan({.micro_batch = 8});
     {
-        const BudgetScope budget(memory_use().live_bytes + needed);
+        const test::BudgetScope budget(test::memory_use().live_bytes + needed);
         const StepReport report = large.step();
         EXPECT_EQ(report.plan.micro_batch, 2);
         EXPECT_EQ(report.micro_batches, 4);
@@ -224,14 +226,14 @@ TEST_F(Transaction, RemembersByShape) {
     trained.step();
     Batch shorter = trained.batch, longest = trained.batch;
     for (at::Tensor& field : shorter.fields) field = field.narrow(1, 0, 8).contiguous();
-    fail_allocation(50);
+    test::fail_allocation(50);
     EXPECT_EQ(trained.step().plan.micro_batch, 4);
     const auto run = [&](const Batch& batch) { return trained.job.accumulator->step(batch, trained.job.loss).plan; };
     EXPECT_EQ(run(shorter).micro_batch, 8);  // was never too long
     EXPECT_EQ(run(longest).micro_batch, 4);
-    fail_allocation(50);
+    test::fail_allocation(50);
     EXPECT_EQ(run(shorter).micro_batch, 4);
-    fail_allocation(0);
+    test::fail_allocation(0);
     EXPECT_EQ(run(longest).micro_batch, 4);  // a larger shape is not tried with more than a smaller one
     trained.job.accumulator->set_plan({.micro_batch = 8});
     EXPECT_EQ(run(longest).micro_batch, 8);  // a new plan forgets
@@ -240,14 +242,14 @@ TEST_F(Transaction, RemembersByShape) {
 TEST_F(Transaction, ABatchOfOddSizeIsHalvedDownToOne) {
     Trained trained = make_long(7, 16, 7);
     for (const std::int64_t expected : {3, 1}) {
-        fail_allocation(50);
+        test::fail_allocation(50);
         EXPECT_EQ(trained.step().plan.micro_batch, expected);
     }
 }
 
 TEST_F(Transaction, AtAMicroBatchOfOneItRecomputesBeforeItGivesUp) {
     Trained trained = make_long(1, 16, 2);
-    fail_allocation(50);
+    test::fail_allocation(50);
     const StepReport report = trained.step();
     EXPECT_TRUE(report.plan.recompute);
     EXPECT_EQ(report.plan.micro_batch, 1);
@@ -259,15 +261,15 @@ TEST_F(Transaction, WhereNothingIsSmallEnoughItStopsWithTheStateIntact) {
     Trained trained = make_long(4, 64, 4);
     trained.step();
     const Named before = trained.job.state();
-    const std::int64_t live = memory_use().live_bytes;
+    const std::int64_t live = test::memory_use().live_bytes;
     {
-        const BudgetScope budget(live + 10'000);
+        const test::BudgetScope budget(live + 10'000);
         test::expect_error(ErrorKind::does_not_fit, {"a micro-batch of 1 sample"}, [&] { trained.step(); });
         EXPECT_FALSE(recomputes(trained));
     }
     test::expect_same_bits(trained.job.state(), before);
     test::expect_no_gradients(trained.job.parameters);
-    EXPECT_EQ(memory_use().live_bytes, live);
+    EXPECT_EQ(test::memory_use().live_bytes, live);
     const StepReport report = trained.step();  // with the budget back, by the plan as it was
     EXPECT_TRUE(report.applied);
     EXPECT_EQ(report.plan, trained.job.accumulator->plan());
@@ -280,7 +282,7 @@ TEST_F(Transaction, AModelThatCannotRunASmallerMicroBatchIsNotTiedToIt) {
         return trained.job.loss(micro);
     };
     const Named before = trained.job.state();
-    fail_allocation(50);
+    test::fail_allocation(50);
     test::expect_error(ErrorKind::does_not_fit, {"out of memory", "micro-batch of 2", "needs 4 samples"},
                        [&] { trained.job.accumulator->step(trained.batch, loss); });
     test::expect_same_bits(trained.job.state(), before);
@@ -289,7 +291,7 @@ TEST_F(Transaction, AModelThatCannotRunASmallerMicroBatchIsNotTiedToIt) {
 
 TEST_F(Transaction, EachBatchCountsItsOwnRetries) {
     Trained trained = make_long(4, 16, 4);
-    fail_allocation(50);
+    test::fail_allocation(50);
     for (const std::int64_t expected : {1, 0, 0}) {
         trained.job.accumulator->gather(trained.batch, trained.job.loss);
         EXPECT_EQ(trained.job.accumulator->apply().out_of_memory, expected);
@@ -298,7 +300,7 @@ TEST_F(Transaction, EachBatchCountsItsOwnRetries) {
 
 TEST_F(Transaction, AStreamedBatchIsRunByThePlanNotByWhatABatchHadToShrinkTo) {
     Trained trained = make_long(1, 16, 2);
-    fail_allocation(50);
+    test::fail_allocation(50);
     EXPECT_TRUE(trained.step().plan.recompute);
     trained.job.accumulator->begin();
     EXPECT_FALSE(recomputes(trained));
@@ -351,7 +353,7 @@ TEST_F(Transaction, AnOptimizerStepThatDoesNotFitIsNotTriedWithEverySmallerMicro
     std::int64_t parameter_bytes = 0;
     for (const Parameter& parameter : trained.job.parameters) parameter_bytes += parameter.tensor.nbytes();
     // Room for gradients and activations, not for two moments.
-    const BudgetScope budget(memory_use().live_bytes + 2 * parameter_bytes + parameter_bytes / 2);
+    const test::BudgetScope budget(test::memory_use().live_bytes + 2 * parameter_bytes + parameter_bytes / 2);
     test::expect_error(ErrorKind::does_not_fit, {"the optimizer's step"},
                        [&] { trained.job.accumulator->step(trained.batch, loss); });
     EXPECT_EQ(calls, 2);

@@ -84,9 +84,9 @@ inline Left left_at_once(const Net& net, const Batch& batch, const LossFunction&
     const Parameters parameters = parameters_of(*net.module);
     clear_gradients(parameters);
     const WeightedLoss whole = loss(batch);
-    if (whole.weight > 0.0) whole.sum.backward();
-    Left left{gradients_of(parameters, whole.weight), buffers_of(*net.module), whole.sum.item<double>() / whole.weight,
-              whole.weight};
+    const double weight = whole.weight.value();
+    if (weight > 0.0) whole.sum.backward();
+    Left left{gradients_of(parameters, weight), buffers_of(*net.module), whole.sum.item<double>() / weight, weight};
     clear_gradients(parameters);
     return left;
 }

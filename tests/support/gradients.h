@@ -39,7 +39,7 @@ inline void clear_gradients(const Parameters& parameters) {
 inline Named oracle_gradients(const Parameters& parameters, const Batch& batch, const LossFunction& loss) {
     clear_gradients(parameters);
     const WeightedLoss whole = loss(batch);
-    (whole.sum / whole.weight).backward();
+    (whole.sum / whole.weight.value()).backward();
     Named gradients = gradients_of(parameters);
     clear_gradients(parameters);
     return gradients;
@@ -47,8 +47,9 @@ inline Named oracle_gradients(const Parameters& parameters, const Batch& batch, 
 
 /// Norm of the difference over the norm of `right`, in fp64; 0 if both are zero.
 inline double relative_difference(const at::Tensor& left, const at::Tensor& right) {
-    const double difference = (left.to(at::kDouble) - right.to(at::kDouble)).norm().item<double>();
-    return difference == 0.0 ? 0.0 : difference / right.to(at::kDouble).norm().item<double>();
+    const at::Tensor one = left.to(at::kCPU, at::kDouble), other = right.to(at::kCPU, at::kDouble);
+    const double difference = (one - other).norm().item<double>();
+    return difference == 0.0 ? 0.0 : difference / other.norm().item<double>();
 }
 
 /// The largest relative difference of any tensor.
@@ -71,8 +72,8 @@ inline void expect_agree(const Named& left, const Named& right, double tolerance
 }
 
 inline bool same_bits(const at::Tensor& left, const at::Tensor& right) {
-    const at::Tensor a = left.contiguous();
-    const at::Tensor b = right.contiguous();
+    const at::Tensor a = left.cpu().contiguous();
+    const at::Tensor b = right.cpu().contiguous();
     return a.scalar_type() == b.scalar_type() && a.sizes() == b.sizes() &&
            (a.nbytes() == 0 || std::memcmp(a.const_data_ptr(), b.const_data_ptr(), a.nbytes()) == 0);
 }

@@ -13,6 +13,7 @@
 #include "microbatch/data/dataset.h"
 #include "microbatch/step/loss.h"
 #include "support/one_thread.h"
+#include "support/tensors.h"
 
 namespace microbatch::test {
 
@@ -80,7 +81,7 @@ public:
     std::int64_t size() const override { return rows_.size(); }
     std::int64_t tokens_per_sample() const override { return tokens_per_sample_; }
     Batch get(std::span<const std::int64_t> indices) const override {
-        const at::Tensor rows = at::tensor(at::ArrayRef<std::int64_t>(indices.data(), indices.size()), at::kLong);
+        const at::Tensor rows = tensor_of(at::ArrayRef<std::int64_t>(indices.data(), indices.size()), at::kLong);
         Batch batch;
         for (const at::Tensor& field : rows_.fields) batch.fields.push_back(field.index_select(0, rows));
         return batch;

@@ -21,6 +21,7 @@
 #include "microbatch/memory/budget_allocator.h"
 #include "microbatch/optim/torch_optimizer.h"
 #include "microbatch/run/trainer.h"
+#include "support/device_memory.h"
 #include "support/jobs.h"
 #include "support/models.h"
 

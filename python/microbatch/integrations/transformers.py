@@ -319,7 +319,7 @@ def _checkpoints(args: Any) -> bool:
     return bool(getattr(args, "activation_checkpointing", getattr(args, "gradient_checkpointing", False)))
 
 
-def _smoothed(loss: LossFunction, smoothing: float, model: Any, micro: Any) -> tuple[Tensor, int]:
+def _smoothed(loss: LossFunction, smoothing: float, model: Any, micro: Any) -> tuple[Tensor, int | Tensor]:
     """The loss with part of the target spread evenly over all classes, as transformers.LabelSmoother does."""
     if loss is losses.seq2seq_lm:
         arguments, labels = losses._split(micro)
@@ -334,7 +334,7 @@ def _smoothed(loss: LossFunction, smoothing: float, model: Any, micro: Any) -> t
         raise UsageError("label_smoothing_factor is for labels that are classes, and these are fractions: set it to 0")
     logits, labels = logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1)
     total = functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
-    return total, int((labels != losses.IGNORED).sum())
+    return total, losses._counted(labels != losses.IGNORED)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,54 @@
+#include "microbatch/runtime/device.h"
+
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <c10/util/Exception.h>
+
+#include "microbatch/core/error.h"
+#include "microbatch/core/str_cat.h"
+
+namespace microbatch {
+namespace {
+
+c10::DeviceIndex count_of(c10::DeviceType type) {
+    if (type == c10::kCPU) return 1;
+    return c10::impl::hasDeviceGuardImpl(type) ? c10::impl::VirtualGuardImpl(type).deviceCount() : 0;
+}
+
+std::string devices_here() {
+    std::string all = "cpu";
+    for (int type = 1; type < static_cast<int>(c10::COMPILE_TIME_MAX_DEVICE_TYPES); ++type) {
+        const auto kind = static_cast<c10::DeviceType>(type);
+        if (kind == c10::kMeta) continue;
+        for (c10::DeviceIndex i = 0; i < count_of(kind); ++i) all += str_cat(", ", at::Device(kind, i).str());
+    }
+    return all;
+}
+
+}  // namespace
+
+void require_device(at::Device device) {
+    const c10::DeviceIndex index = device.has_index() ? device.index() : c10::DeviceIndex{0};
+    require_that(index < count_of(device.type()), "there is no device ", device.str(), " here: there is ",
+                 devices_here());
+}
+
+at::Device device_named(const std::string& name) {
+    at::Device device(at::kCPU);
+    try {
+        device = at::Device(name);
+    } catch (const c10::Error&) {
+        throw Error(ErrorKind::usage, "\"", name, "\" is not the name of a device: there is ", devices_here());
+    }
+    require_device(device);
+    if (device.is_cpu()) return at::kCPU;
+    return {device.type(), device.has_index() ? device.index() : c10::DeviceIndex{0}};
+}
+
+void wait_for(at::Device device) {
+    if (device.is_cpu()) return;
+    const c10::impl::VirtualGuardImpl guard(device.type());
+    guard.synchronizeStream(guard.getStream(device));
+}
+
+}  // namespace microbatch
