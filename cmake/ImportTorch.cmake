@@ -14,7 +14,7 @@ macro(import_torch_with_cuda)
                                   "${root}/include;${root}/include/torch/csrc/api/include")
             # The linker would leave out the libraries of which no symbol is named, and the device with them.
             set_target_properties(torch PROPERTIES INTERFACE_LINK_LIBRARIES
-                "-Wl,--no-as-needed;${libraries}/libtorch.so;${libraries}/libtorch_cuda.so;${libraries}/libc10_cuda.so;-Wl,--as-needed;${libraries}/libtorch_cpu.so;${libraries}/libc10.so;-Wl,--allow-shlib-undefined")
+                "-Wl,--push-state,--no-as-needed;${libraries}/libtorch.so;${libraries}/libtorch_cuda.so;${libraries}/libc10_cuda.so;-Wl,--pop-state;${libraries}/libtorch_cpu.so;${libraries}/libc10.so;-Wl,--allow-shlib-undefined")
             set(TORCH_LIBRARY ${libraries}/libtorch.so)
             set(Torch_DIR ${root}/share/cmake/Torch)
             set(Torch_FOUND TRUE)

@@ -83,8 +83,10 @@ public:
         for_each_micro_batch(batch_, micro_batch_, [&](const Batch& micro) {
             const WeightedLoss loss = loss_(micro);
             validate(loss);
-            if (loss.weight.is_known_zero()) return;
-            weight += loss.weight.value();
+            const double own = loss.weight.value();
+            require_weight(own);
+            if (own == 0.0) return;
+            weight += own;
             add_product(loss.sum, vector, sums);
         });
         if (weight == 0.0) refuse_weight();
@@ -189,9 +191,11 @@ double mean_loss_of(const BatchSource& batch, std::int64_t micro_batch, const Lo
     for_each_micro_batch(batch, micro_batch, [&](const Batch& micro) {
         const WeightedLoss one = loss(micro);
         validate(one);
-        if (one.weight.is_known_zero()) return;
+        const double own = one.weight.value();
+        require_weight(own);
+        if (own == 0.0) return;
         sum += one.sum.item<double>();
-        weight += one.weight.value();
+        weight += own;
     });
     if (weight == 0.0) refuse_weight();
     return sum / weight;

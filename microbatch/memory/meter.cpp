@@ -1,5 +1,6 @@
 #include "microbatch/memory/meter.h"
 
+#include <ATen/Context.h>
 #include <c10/core/CachingDeviceAllocator.h>
 #include <c10/util/Exception.h>
 
@@ -27,6 +28,14 @@ std::mutex& limiter_mutex() {
 DeviceLimiter& device_limiter() {
     static auto& limiter = *new DeviceLimiter;
     return limiter;
+}
+
+Meter* find_meter(at::Device device) {
+    try {
+        return &meter_of(device);
+    } catch (const Error&) {
+        return nullptr;  // its allocator keeps no statistics
+    }
 }
 
 bool limit_device(at::Device device, std::int64_t bytes) {
@@ -109,6 +118,7 @@ private:
 std::unique_ptr<Meter> make_meter(at::Device device) {
     if (device.is_cpu()) return std::make_unique<CpuMeter>();
     require_device(device);
+    at::globalContext().lazyInitDevice(device.type());  // before that, some allocators do not answer
     auto* allocator = dynamic_cast<c10::DeviceAllocator*>(c10::GetAllocator(device.type()));
     require_that(allocator != nullptr, "the memory of device ", device.str(),
                  " cannot be measured: its allocator keeps no statistics; use the CPU or an "
@@ -124,20 +134,41 @@ void set_device_limiter(DeviceLimiter limiter) {
 }
 
 void require_budget_fits(const Meter& meter, std::int64_t bytes) {
-    if (meter.device().is_cpu() || bytes == no_budget) return;
+    if (meter.device().is_cpu() || bytes == no_budget || meter.available() == no_budget) return;
     const std::int64_t most = meter.use().live_bytes + meter.available();
-    require_that(meter.available() == no_budget || bytes <= most, "the memory budget is ", format_bytes(bytes),
-                 ", and the device ", meter.device().str(), " has ", format_bytes(most),
-                 " for this process: name a smaller budget, or none for all of it");
+    require_that(bytes <= most, "the memory budget is ", format_bytes(bytes), ", and the device ", meter.device().str(),
+                 " has ", format_bytes(most), " for this process: name a smaller budget, or none for all of it");
 }
 
-std::string fragmentation_of(const Meter& meter) {
-    if (meter.device().is_cpu()) return {};
-    const MemoryUse use = meter.use();
+MemoryUse memory_use_of(at::Device device) {
+    if (device.is_cpu()) return memory_use();
+    Meter* const meter = find_meter(device);
+    return meter == nullptr ? MemoryUse{} : meter->use();
+}
+
+void reset_peak_of(at::Device device) {
+    if (device.is_cpu()) {
+        reset_peak_memory();
+    } else if (Meter* const meter = find_meter(device)) {
+        meter->reset_peak();
+    }
+}
+
+void release_cached_of(at::Device device) {
+    if (device.is_cpu()) {
+        release_cached_memory();
+    } else if (Meter* const meter = find_meter(device)) {
+        meter->release_cached();
+    }
+}
+
+std::string fragmentation_of(at::Device device) {
+    if (device.is_cpu()) return {};
+    const MemoryUse use = memory_use_of(device);
     const std::int64_t reserved = use.live_bytes + use.cached_bytes;
     if (use.cached_bytes * 10 < reserved) return {};
     return str_cat(
-        ", and ", format_bytes(use.cached_bytes), " of the ", format_bytes(reserved), " that ", meter.device().str(),
+        ", and ", format_bytes(use.cached_bytes), " of the ", format_bytes(reserved), " that ", device.str(),
         " has reserved are free in pieces between tensors (PYTORCH_ALLOC_CONF=expandable_segments:True helps "
         "on CUDA)");
 }

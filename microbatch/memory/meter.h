@@ -57,7 +57,13 @@ void require_budget_fits(const Meter& meter, std::int64_t bytes);
 
 /// Why an allocation may fail although its size is free: ", and 3 GiB of the 10 GiB that the device has reserved are in
 /// pieces between tensors (...)". Empty if less than a tenth is.
-std::string fragmentation_of(const Meter& meter);
+std::string fragmentation_of(at::Device device);
+
+/// Of a device's meter. Of the CPU without installing the budget allocator: see memory_use(). Where nothing is measured:
+/// zeros, and nothing.
+MemoryUse memory_use_of(at::Device device);
+void reset_peak_of(at::Device device);
+void release_cached_of(at::Device device);
 
 /// The meter of a device: one per device, for the lifetime of the process. The CPU's meter installs the budget
 /// allocator. A device without an index is the first of its kind.

@@ -149,8 +149,8 @@ const Outcome& Run::train() {
 
 // Runs one step and writes all its records. False if it was interrupted in the middle of its batch.
 bool Run::step() {
-    Meter& meter = meter_of(device_of(accumulator_.parameters()));
-    meter.reset_peak();
+    const at::Device device = device_of(accumulator_.parameters());
+    reset_peak_of(device);
     const std::int64_t copy_bytes = checkpoints_ ? checkpoints_->memory_bytes() : 0;
     const TrainerReport report = trainer_.step();
     if (report.paused) {
@@ -160,7 +160,7 @@ bool Run::step() {
     outcome_.last = report;
     applied_ = applied_ || report.step.applied;
     StepMeasures measures = options_.measures ? options_.measures(report, copy_bytes) : StepMeasures{};
-    measures.peak_bytes = meter.use().peak_bytes;
+    measures.peak_bytes = memory_use_of(device).peak_bytes;
     outcome_.add(measures.peak_bytes, measures.predicted_peak_bytes, options_.planned_batch);
     const StepRecord record = record_of(report, measures);
     const std::string log_failure = log_.write(record);

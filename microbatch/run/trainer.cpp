@@ -230,9 +230,11 @@ double mean_loss(const Dataset& dataset, std::int64_t micro_batch, const LossFun
         std::iota(indices.begin(), indices.end(), slice.begin);
         const WeightedLoss result = loss(DatasetBatch(dataset, std::move(indices)).fetch({0, slice.size()}));
         validate(result);
-        if (result.weight.is_known_zero()) continue;
+        const double own = result.weight.value();
+        require_weight(own);
+        if (own == 0.0) continue;
         sum += result.sum.item<double>();
-        weight += result.weight.value();
+        weight += own;
     }
     return weight > 0.0 ? sum / weight : 0.0;
 }

@@ -1,5 +1,6 @@
 #include "microbatch/runtime/uploader.h"
 
+#include <ATen/Context.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/Event.h>
@@ -66,6 +67,7 @@ struct Uploader::Streams {
 
 Uploader::Uploader(at::Device device) : device_(device) {
     if (device.is_cpu()) return;
+    at::globalContext().lazyInitDevice(device.type());
     if (!device.has_index()) device_ = c10::impl::VirtualGuardImpl(device.type()).getDevice();
     try {
         streams_ = std::make_unique<Streams>(device_);
@@ -103,6 +105,8 @@ void Uploader::upload_ahead(const std::vector<std::size_t>& which, std::vector<a
     std::int64_t bytes = 0;
     for (const std::size_t i : which) bytes += padded_bytes(tensors[i]);
     const c10::Stream computing = streams_->guard.getStream(device_);
+    // Held until known otherwise, also where the memory for this call runs out.
+    const bool was_held = std::exchange(streams_->next_was_held, true);
     Slot& slot = streams_->slots[streams_->next];
     streams_->next = 1 - streams_->next;
     // What this slot held last has been copied, unless the host is two calls ahead.
@@ -126,7 +130,7 @@ void Uploader::upload_ahead(const std::vector<std::size_t>& which, std::vector<a
     // What still computes with this memory had been queued when the last call began, or else by now.
     c10::Event now(device_.type());
     now.record(computing);
-    (is_new || streams_->next_was_held ? now : streams_->before_last).block(streams_->copying);
+    (is_new || was_held ? now : streams_->before_last).block(streams_->copying);
     streams_->next_was_held = streams_->slots[streams_->next].is_held();
     {
         const c10::StreamGuard on_copying(streams_->copying);

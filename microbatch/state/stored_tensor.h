@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty_like.h>
+#include <c10/util/Exception.h>
 
 #include <cstdint>
 #include <functional>
@@ -46,12 +47,17 @@ public:
         return read_ ? read_() : shape_.clone();
     }
 
-    /// As get_own(), in the memory of the host: pinned, if the tensor is on a device. There it may not have arrived before
+    /// As get_own(), in the memory of the host: pinned, if the tensor is on a device that has such memory left. There it may not have arrived before
     /// wait_for() of that device.
     at::Tensor get_own_on_host() const {
         const at::NoGradGuard no_grad;
         if (read_ || shape_.is_cpu()) return get_own();
-        const at::Tensor host = at::empty_like(shape_, shape_.options().device(at::kCPU).pinned_memory(true));
+        at::Tensor host;
+        try {
+            host = at::empty_like(shape_, shape_.options().device(at::kCPU).pinned_memory(true));
+        } catch (const c10::Error&) {
+            return shape_.cpu();  // the device has no pinned memory, or no more of it
+        }
         return host.copy_(shape_, /*non_blocking=*/true);
     }
 

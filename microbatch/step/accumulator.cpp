@@ -58,11 +58,11 @@ void Accumulator::set_plan(const Plan& plan) {
     caps_.clear();
     ActivationCheckpointing::set(*model_, plan);
     // Cached blocks of another plan's sizes would only take memory.
-    meter_of(device_of(gatherer_.parameters())).release_cached();
+    release_cached_of(device_of(gatherer_.parameters()));
 }
 
 std::string Accumulator::fragmentation() const {
-    return fragmentation_of(meter_of(device_of(gatherer_.parameters())));
+    return fragmentation_of(device_of(gatherer_.parameters()));
 }
 
 void Accumulator::refuse_unknown_parameters() {

@@ -15,6 +15,16 @@
 
 namespace microbatch {
 
+namespace {
+
+// A sum without a graph is what a loss function returns for a micro-batch of weight 0: the weight has to be read.
+WeightedLoss settled(const WeightedLoss& loss) {
+    const bool has_graph = loss.sum.defined() && loss.sum.requires_grad();
+    return has_graph || loss.weight.is_known() ? loss : WeightedLoss{loss.sum, loss.weight.value()};
+}
+
+}  // namespace
+
 Gatherer::Gatherer(const AnyModel& model, bool sum_in_product, std::shared_ptr<Precision> precision)
     : model_(model.get()), precision_(std::move(precision)) {
     if (sum_in_product) scopes_.push_back(std::make_shared<InProductSums>());
@@ -104,7 +114,8 @@ Gathered Gatherer::gather_exactly(const BatchSource& source, const LossFunction&
         next = load_next(source, next.end, options);
         batch.add(loss, std::move(next.batch), next.end == source.size());
     }
-    const std::vector<WeightedLoss> losses = batch.finish_forward();
+    std::vector<WeightedLoss> losses = batch.finish_forward();
+    std::transform(losses.begin(), losses.end(), losses.begin(), settled);
     refuse_changed_gradients();
     for (const WeightedLoss& one : losses) count(one);
     if (totals_.may_have_weight()) batch.backward(precision_->loss_scale());
@@ -194,7 +205,8 @@ void Gatherer::add(const WeightedLoss& loss) {
     clear_on_error.release();
 }
 
-void Gatherer::add_checked(const WeightedLoss& loss) {
+void Gatherer::add_checked(const WeightedLoss& given) {
+    const WeightedLoss loss = settled(given);
     require_that(gathered_.plan.batch_norm != BatchNorm::exact || gathered_.micro_batches == 0,
                  "exact BatchNorm needs all micro-batches of a batch at once: pass the whole batch to step() or "
                  "gather(), or choose the policy deferred");

@@ -9,7 +9,8 @@
 namespace microbatch {
 
 /// What the sum of a loss is averaged over: a number, or a tensor of one element that stays on its device. Such a one is
-/// read once, when the batch is complete, so that no micro-batch waits for the device.
+/// read once, when the batch is complete, so that no micro-batch waits for the device. Where it is 0, the sum is not
+/// ignored: it must be 0 too, or have no gradient.
 class Weight {
 public:
     Weight(double value = 0.0) : value_(value) {}  // NOLINT: {sum, 8.0}

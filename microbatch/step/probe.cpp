@@ -149,10 +149,13 @@ private:
     template <class Run>
     auto attempt(std::int64_t allowed_bytes, const Run& run, bool keep = false) -> std::optional<decltype(run())> {
         const std::int64_t most = no_budget - gradients_.bytes();
-        const std::int64_t budget = meter_.budget();
+        const std::int64_t budget = meter_.has_budget() ? meter_.budget() : no_budget;
         meter_.set_budget(std::min(allowed_bytes, most) + gradients_.bytes());
         const auto set_back = c10::make_scope_exit([&] {
-            if (budget > 0) meter_.set_budget(budget);
+            try {
+                meter_.set_budget(budget);
+            } catch (...) {  // a device that is lost: what the attempt threw says so
+            }
         });
         try {
             auto result = unless_oom([&] {

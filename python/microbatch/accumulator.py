@@ -282,6 +282,7 @@ class Accumulator:
         return source, lambda micro: function(model, on_device(micro))
 
     def _prepared(self, batch: Any, loss: LossFunction | None, length: int | None) -> tuple[Any, Any]:
+        self._follow_model()
         source, function = self._sourced(batch, loss, length)
         _check_devices(self.model, source)
         self._refuse_new_parameters()
@@ -291,6 +292,12 @@ class Accumulator:
             check_first_batch(self._adapter, source, function, self.plan.batch_norm)
             self._verify = False
         return source, function
+
+    def _follow_model(self) -> None:
+        """A model may be moved to a device after its Accumulator is made."""
+        device = device_of(self.model)
+        if device != self._device:
+            self._device, self._on_device = device, batches.OnDevice(device)
 
     def _refuse_new_parameters(self) -> None:
         for name, one in self.model.named_parameters():
@@ -306,7 +313,7 @@ class Accumulator:
             report = planning.report_of(self._measured_plan(source, function))
         except BaseException:
             if before is not None:
-                memory.set_budget(*before, self._device)
+                memory.put_back(*before, self._device)
             raise
         self._native.plan = planning.native(report.plan)
         self._planned = max(self._planned, source.size)

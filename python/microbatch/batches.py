@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from microbatch import _core
 from microbatch.errors import UsageError
@@ -106,7 +107,10 @@ class Samples:
 
 
 class OnDevice:
-    """Moves the tensors of a micro-batch that are on the CPU to a device, a micro-batch ahead of what it computes."""
+    """Moves a micro-batch that is on the CPU to a device, a micro-batch ahead of what it computes.
+
+    One that has a tensor on a device is left as it is: who moved that has moved what was to be moved.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._uploader = None if device.type == "cpu" else _core.Uploader(device)
@@ -114,16 +118,28 @@ class OnDevice:
     def __call__(self, micro: Any) -> Any:
         if self._uploader is None:
             return micro
-        leaves = [leaf for _, leaf in _leaves(micro) if isinstance(leaf, Tensor)]
-        moved = iter(self._uploader.upload(leaves))
+        tensors: list[Tensor] = []
 
-        def put(value: Any) -> Any:
-            members = _members(value)
-            if members is not None:
-                return _rebuilt(value, [put(one) for _, one in members])
-            return next(moved) if isinstance(value, Tensor) else value
+        def note(one: Tensor) -> Tensor:
+            tensors.append(one)
+            return one
 
-        return put(micro)
+        _mapped_tensors(micro, note)
+        if any(one.device.type != "cpu" for one in tensors):
+            return micro
+        moved = iter(self._uploader.upload(tensors))
+        return _mapped_tensors(micro, lambda one: next(moved))
+
+
+def _mapped_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The structure with `change(tensor)` in place of every tensor. Of a PackedSequence, the sizes stay on the CPU."""
+    if isinstance(value, PackedSequence):
+        orders = [None if one is None else change(one) for one in (value.sorted_indices, value.unsorted_indices)]
+        return PackedSequence(change(value.data), value.batch_sizes, *orders)
+    members = _members(value)
+    if members is not None:
+        return _rebuilt(value, [_mapped_tensors(one, change) for _, one in members])
+    return change(value) if isinstance(value, Tensor) else value
 
 
 def source_of(

@@ -84,13 +84,7 @@ def set_budget(size: int | str | None, device: Device = "cpu") -> int | None:
     device whose allocator has no limit, plans keep to the budget and nothing enforces it. Raises UsageError for a device
     that does not exist, or has less memory.
     """
-    device = torch.device(device)
-    if device.type == "cpu":
-        install()
-    else:
-        _core.set_device_limiter(_limit_allocator)
-    before = _core.set_budget(_core.no_budget if size is None else parse_size(size), device)
-    return None if before == _core.no_budget else before
+    return _change_budget(size, torch.device(device), is_new=True)
 
 
 @contextlib.contextmanager
@@ -100,7 +94,21 @@ def budget(size: int | str | None, device: Device = "cpu") -> Iterator[None]:
     try:
         yield
     finally:
-        set_budget(before, device)
+        put_back(before, device)
+
+
+def put_back(before: int | None, device: Device = "cpu") -> None:
+    """Sets the budget that set_budget() returned. Never refused: what else the device holds may have changed since."""
+    _change_budget(before, torch.device(device), is_new=False)
+
+
+def _change_budget(size: int | str | None, device: torch.device, is_new: bool) -> int | None:
+    if device.type == "cpu":
+        install()
+    else:
+        _core.set_device_limiter(_limit_allocator)
+    before = _core.set_budget(_core.no_budget if size is None else parse_size(size), device, is_new)
+    return None if before == _core.no_budget else before
 
 
 def _limit_allocator(device: torch.device, size: int) -> bool:
@@ -108,7 +116,8 @@ def _limit_allocator(device: torch.device, size: int) -> bool:
     module = torch.get_device_module(device)
     if not hasattr(module, "set_per_process_memory_fraction"):
         return False
-    total = module.mem_get_info(device)[1]
+    # What the allocator takes its share of.
+    total = module.get_device_properties(device).total_memory
     # Rounded up, so that a budget is never less than was stated.
     module.set_per_process_memory_fraction(min(1.0, math.nextafter(size / total, 1.0)), device)
     return True

@@ -31,14 +31,14 @@ void bind_memory(py::module_& module) {
         py::arg("device"));
     module.def(
         "set_budget",
-        [](std::int64_t bytes, at::Device device) {
+        [](std::int64_t bytes, at::Device device, bool is_new) {
             Meter& meter = meter_of(device);
             const std::int64_t before = meter.has_budget() ? meter.budget() : no_budget;
-            require_budget_fits(meter, bytes);
+            if (is_new) require_budget_fits(meter, bytes);
             meter.set_budget(bytes);
             return before;
         },
-        py::arg("bytes"), py::arg("device"));
+        py::arg("bytes"), py::arg("device"), py::arg("is_new"));
     module.def(
         "enforces_budget", [](at::Device device) { return meter_of(device).enforces(); }, py::arg("device"));
     module.def(

@@ -46,7 +46,7 @@ def load_fake_device():
         module._initialized, module.get_rng_state, module.set_rng_state = True, get_state, set_state
         module.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
         module.device = contextlib.nullcontext
-        module.mem_get_info = lambda device=None: (0, 1 << 30)
+        module.get_device_properties = lambda device=None: types.SimpleNamespace(total_memory=1 << 30)
         module.set_per_process_memory_fraction = lambda share, device=None: library.fake_set_memory(
             ctypes.c_int64(int(share * (1 << 30)))
         )

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 import microbatch as mb
+import microbatch.batches
 from microbatch import losses
 import models
 from conftest import load_fake_device
@@ -197,3 +198,39 @@ def test_verify_finds_on_the_device_what_it_finds_on_the_cpu():
     found = mb.verify(make(), batch(), loss, batch_norm="naive")
     assert [cause.name for cause in found.causes] == ["batch_statistics"]
     assert not mb.verify(make(), batch(), loss, batch_norm="exact").causes
+
+
+def test_a_micro_batch_that_is_partly_on_the_device_is_left_as_it_is():
+    model = nn.Linear(6, 4).to("fake")
+    seen = []
+
+    def looking(model, micro):
+        seen.append((micro["x"].device.type, micro["lengths"].device.type))
+        return model(micro["x"]).square().sum(), 1.0
+
+    accumulator = mb.Accumulator(model, mb.SGD(model.parameters()), looking, micro_batch=2)
+    accumulator.step({"x": torch.randn(4, 6).to("fake"), "lengths": torch.ones(4)})
+    accumulator.step({"x": torch.randn(4, 6), "lengths": torch.ones(4)})
+    assert seen == [("fake", "cpu")] * 2 + [("fake", "fake")] * 2
+
+
+def test_the_sizes_of_a_packed_sequence_stay_on_the_host():
+    packed = nn.utils.rnn.pack_sequence([torch.randn(3, 2), torch.randn(2, 2)])
+    moved = mb.batches.OnDevice(torch.device("fake"))({"x": packed, "y": torch.ones(2)})
+    assert moved["x"].data.device.type == moved["y"].device.type == "fake"
+    assert moved["x"].batch_sizes.device.type == "cpu"
+    assert torch.equal(moved["x"].data.cpu(), packed.data)
+
+
+def test_zeros_without_a_graph_are_a_micro_batch_of_weight_zero():
+    model = nn.Linear(6, 4).to("fake")
+
+    def masked(model, micro):
+        x, keep = micro
+        if calls.pop():
+            return torch.zeros((), device="fake"), (keep * 0).sum()
+        return model(x).square().sum(), keep.sum()
+
+    accumulator = mb.Accumulator(model, mb.SGD(model.parameters()), masked, micro_batch=2)
+    calls = [False, True]
+    assert accumulator.step((torch.randn(4, 6), torch.ones(4))).weight == 2.0
