@@ -118,11 +118,11 @@ private:
 std::unique_ptr<Meter> make_meter(at::Device device) {
     if (device.is_cpu()) return std::make_unique<CpuMeter>();
     require_device(device);
-    at::globalContext().lazyInitDevice(device.type());  // before that, some allocators do not answer
     auto* allocator = dynamic_cast<c10::DeviceAllocator*>(c10::GetAllocator(device.type()));
     require_that(allocator != nullptr, "the memory of device ", device.str(),
                  " cannot be measured: its allocator keeps no statistics; use the CPU or an "
                  "accelerator that this LibTorch supports");
+    at::globalContext().lazyInitDevice(device.type());  // before that, some allocators do not answer
     return std::make_unique<DeviceMeter>(device, allocator);
 }
 

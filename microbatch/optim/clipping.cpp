@@ -79,6 +79,7 @@ at::Tensor joint_sum_of_squares(const std::vector<at::Tensor>& tensors) {
 }
 
 double joint_norm(const std::vector<at::Tensor>& tensors) {
+    if (std::all_of(tensors.begin(), tensors.end(), in_one_pass)) return std::sqrt(sum_of_squares_in_one_pass(tensors));
     return std::sqrt(joint_sum_of_squares(tensors).item<double>());
 }
 

@@ -12,7 +12,8 @@ set(not_on_fake_device
     ExactNumbers.AreThoseOfTheOuterAutocast Llama.RunsUnderAutocast
     # Operators that the device lacks: recurrent layers, sparse and complex tensors, torch's repeat() with tensors of its own.
     ExactDropout.MayBeThatOfARecurrentLayer GradientKinds.ASparseOne* GradientKinds.AComplexLoss*
-    Llama.IsTheNetworkOfThePapersWithItsGradient ExactPrograms.*
+    Llama.IsTheNetworkOfThePapersWithItsGradient ExactPrograms.* Groups/EveryOptimizer.ARefusedGroup*
+    Groups/EveryOptimizer.RefusesASparse*
     # They look at the CPU's generator, which is not drawn from.
     PartialBatches.AreNotInTheWayOfAnotherBatch* ForwardState.CanLeaveTheGenerators*
     # at::tensor() in a model makes a constant of the CPU.
@@ -21,8 +22,6 @@ set(not_on_fake_device
     NoTrace.LeavesNoTraceOfATorchOptimizer FusedOptimizer.KeepsNoStateForAParameterWithoutAGradient
     Prediction.PredictsThePeakOfMicroBatches* ExactOutOfMemory.LeavesNothingWhateverTheBudget
     GptRecompute.KeepsOneInputABlock
-    # The first backward of a process starts the device's thread.
-    ExactFailures.OfTheModelPassUnchanged*
     # Snapshots of a device are in the host's memory: they take none of its own.
     Recovery.SnapshotsInMemoryAreReclaimed* Recovery.ASnapshotThatIsStillBeingWrittenDown*)
 

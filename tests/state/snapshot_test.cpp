@@ -27,7 +27,7 @@ NamedTensors named(const std::vector<at::Tensor>& tensors) {
 NamedTensors some_tensors() {
     at::manual_seed(1);
     return named({at::randn({3, 5}), at::randn({2, 3, 4, 4}).contiguous(at::MemoryFormat::ChannelsLast),
-                  at::randn({4, 6}).t(), at::tensor(7.5F), at::empty({0, 3}), at::arange(5, at::kLong),
+                  at::randn({4, 6}).t(), at::full({}, 7.5F), at::empty({0, 3}), at::arange(5, at::kLong),
                   at::randn({9}, at::kDouble), at::randn({8, 8}).slice(1, 0, 8, 2)});
 }
 

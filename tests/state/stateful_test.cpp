@@ -12,6 +12,7 @@
 #include "support/errors.h"
 #include "support/gradients.h"
 #include "support/one_thread.h"
+#include "support/tensors.h"
 
 namespace microbatch {
 namespace {
@@ -121,7 +122,7 @@ TEST(PrepareTensors, ResizesWhereThatIsAllowed) {
 }
 
 TEST(PrepareTensors, KeepsEveryBitOfWhatIsNotANumber) {
-    const at::Tensor odd = at::tensor({0x7fc00001, -0x3ffffe, 0x7f800000, 1}, at::kInt).view(at::kFloat);
+    const at::Tensor odd = test::tensor_of({0x7fc00001, -0x3ffffe, 0x7f800000, 1}, at::kInt).view(at::kFloat);
     const NamedTensors live{{"odd", at::zeros({4})}};
     const StateDict state = state_with({{"odd", odd}});
     prepare_tensors(model_of(state), live, "parameter")();

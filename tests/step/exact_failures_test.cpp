@@ -88,6 +88,7 @@ bool begins_with(const at::Tensor& x, std::int64_t sample) {
 }
 
 TEST(ExactFailures, OfTheModelPassUnchangedAndLeaveNothing) {
+    at::ones({1}).requires_grad_().sum().backward();  // starts the threads of accelerators
     const std::size_t before = threads();
     for (const bool recompute : {false, true}) {
         for (const std::int64_t sample : {0, 3, 6}) {
@@ -173,6 +174,7 @@ Build choosing(const std::function<int(const at::Tensor&)>& choose) {
 }
 
 void expect_refused(const std::function<int(const at::Tensor&)>& choose, const std::vector<std::string>& words) {
+    at::ones({1}).requires_grad_().sum().backward();  // starts the threads of accelerators
     const std::size_t before = threads();
     for (const bool recompute : {false, true}) {
         const Net net = make_net(choosing(choose));
@@ -290,6 +292,7 @@ struct LargeRun : ExactRun {
 TEST(ExactOutOfMemory, LeavesNothingWhateverTheBudget) {
     install_budget_allocator();
     LargeRun run;
+    at::ones({1}).requires_grad_().sum().backward();  // starts the threads of accelerators
     const std::size_t before = threads();
     int failures = 0;
     {
