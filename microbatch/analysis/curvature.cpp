@@ -82,9 +82,7 @@ public:
         double weight = 0.0;
         for_each_micro_batch(batch_, micro_batch_, [&](const Batch& micro) {
             const WeightedLoss loss = loss_(micro);
-            validate(loss);
-            const double own = loss.weight.value();
-            require_weight(own);
+            const double own = weight_of(loss);
             if (own == 0.0) return;
             weight += own;
             add_product(loss.sum, vector, sums);
@@ -190,9 +188,7 @@ double mean_loss_of(const BatchSource& batch, std::int64_t micro_batch, const Lo
     double sum = 0.0, weight = 0.0;
     for_each_micro_batch(batch, micro_batch, [&](const Batch& micro) {
         const WeightedLoss one = loss(micro);
-        validate(one);
-        const double own = one.weight.value();
-        require_weight(own);
+        const double own = weight_of(one);
         if (own == 0.0) return;
         sum += one.sum.item<double>();
         weight += own;

@@ -152,7 +152,8 @@ private:
         return some;
     }
 
-    // A shortest path: the choice that keeps the fewest bytes while no span exceeds the limit. Empty if there is none.
+    // Shortest path: of the choices in which no span exceeds the limit, the one that keeps the fewest bytes. Empty if every
+    // choice has a larger span.
     std::pair<std::int64_t, std::vector<std::int32_t>> within(std::int64_t most) const {
         constexpr std::int64_t unknown = std::numeric_limits<std::int64_t>::max();
         const auto count = static_cast<std::size_t>(barriers_) + 1;

@@ -12,7 +12,8 @@ at::Tensor joint_sum_of_squares(const std::vector<at::Tensor>& tensors);
 
 /// Euclidean norm over all the tensors together, with squares summed in fp64; NaN or infinity if any element is, or if
 /// the sum overflows fp64 (a norm above 1e154). 0 for no tensors. The bits do not depend on the number of threads.
-/// Waits for the device once. Cost: for dense float32 and float64 on the CPU, one pass at memory bandwidth and no tensor memory; for other types,
+/// Waits for the device once.
+/// Cost: for dense float32 and float64 on the CPU, one pass at memory bandwidth and no tensor memory; for other types,
 ///       an fp64 copy of one tensor at a time.
 double joint_norm(const std::vector<at::Tensor>& tensors);
 

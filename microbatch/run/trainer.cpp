@@ -229,9 +229,7 @@ double mean_loss(const Dataset& dataset, std::int64_t micro_batch, const LossFun
         std::vector<std::int64_t> indices(static_cast<std::size_t>(slice.size()));
         std::iota(indices.begin(), indices.end(), slice.begin);
         const WeightedLoss result = loss(DatasetBatch(dataset, std::move(indices)).fetch({0, slice.size()}));
-        validate(result);
-        const double own = result.weight.value();
-        require_weight(own);
+        const double own = weight_of(result);
         if (own == 0.0) continue;
         sum += result.sum.item<double>();
         weight += own;

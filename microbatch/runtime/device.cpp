@@ -2,7 +2,8 @@
 
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
-#include <c10/util/Exception.h>
+
+#include <string>
 
 #include "microbatch/core/error.h"
 #include "microbatch/core/str_cat.h"
@@ -31,18 +32,6 @@ void require_device(at::Device device) {
     const c10::DeviceIndex index = device.has_index() ? device.index() : c10::DeviceIndex{0};
     require_that(index < count_of(device.type()), "there is no device ", device.str(), " here: there is ",
                  devices_here());
-}
-
-at::Device device_named(const std::string& name) {
-    at::Device device(at::kCPU);
-    try {
-        device = at::Device(name);
-    } catch (const c10::Error&) {
-        throw Error(ErrorKind::usage, "\"", name, "\" is not the name of a device: there is ", devices_here());
-    }
-    require_device(device);
-    if (device.is_cpu()) return at::kCPU;
-    return {device.type(), device.has_index() ? device.index() : c10::DeviceIndex{0}};
 }
 
 void wait_for(at::Device device) {

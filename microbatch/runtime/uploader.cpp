@@ -9,7 +9,6 @@
 
 #include <algorithm>
 #include <array>
-#include <optional>
 #include <utility>
 
 namespace microbatch {
@@ -78,10 +77,6 @@ Uploader::Uploader(at::Device device) : device_(device) {
 
 Uploader::Uploader(Uploader&&) noexcept = default;
 Uploader::~Uploader() = default;
-
-at::Device Uploader::device() const {
-    return device_;
-}
 
 std::vector<at::Tensor> Uploader::upload(const std::vector<at::Tensor>& tensors) {
     const at::NoGradGuard no_grad;

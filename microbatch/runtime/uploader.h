@@ -27,8 +27,6 @@ public:
     /// Errors: c10::OutOfMemoryError; nothing is lost then.
     std::vector<at::Tensor> upload(const std::vector<at::Tensor>& tensors);
 
-    at::Device device() const;
-
 private:
     struct Streams;
     struct Slot;

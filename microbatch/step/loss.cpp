@@ -43,6 +43,13 @@ void validate(const WeightedLoss& loss) {
                  "; return the sum over the micro-batch, one element");
 }
 
+double weight_of(const WeightedLoss& loss) {
+    validate(loss);
+    const double weight = loss.weight.value();
+    require_weight(weight);
+    return weight;
+}
+
 LossFunction on_device(LossFunction loss, at::Device device) {
     return [loss = std::move(loss), uploader = std::make_shared<Uploader>(device)](const Batch& micro) {
         return loss({uploader->upload(micro.fields)});

@@ -44,6 +44,10 @@ void require_weight(double weight);
 /// is one real element. With a weight known to be 0 the sum is ignored.
 void validate(const WeightedLoss& loss);
 
+/// The value of the weight, validated with its loss. Waits for the device if the value is not known. Errors: as validate()
+/// and require_weight().
+double weight_of(const WeightedLoss& loss);
+
 /// The user's loss: takes a micro-batch, returns its summed loss and weight. Called once per micro-batch, in order.
 using LossFunction = std::function<WeightedLoss(const Batch&)>;
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from microbatch import _core, batches, memory, planning
 from microbatch.batch_norm import REPLACING, batch_norms, replace_batch_norm, require_policy
+from microbatch.devices import OnDevice, check_devices, device_of
 from microbatch.errors import UsageError
 from microbatch.guard import SpikeGuard
-from microbatch.model import Adapter, device_of, own_memory
+from microbatch.model import Adapter, own_memory
 from microbatch.optimizers import driver_of
 from microbatch.planning import Plan, PlanReport
 from microbatch.recompute import lever_of
@@ -60,8 +61,8 @@ class Accumulator:
     gradients that gather() leaves. loss: `loss(model, micro)` returns the SUM over the micro-batch and what it is averaged
     over (samples or target tokens); see mb.losses.
 
-    memory: the budget of all tensors on the model's device, such as "4GiB", from now on, until memory.set_budget(None); None leaves the
-    budget as it is.
+    memory: the budget of all tensors on the model's device, such as "4GiB", from now on, until
+    memory.set_budget(None, device); None leaves the budget as it is.
     micro_batch: samples per forward and backward; "auto" finds the fastest that fits, at the first step or in
     make_plan(). clip_norm: largest norm of the mean gradient that is applied, None for any. recompute: whether
     activations may be computed again in backward: "auto", "never", "always", or the class of the blocks.
@@ -128,7 +129,7 @@ class Accumulator:
             _refuse_other_parameters(driver, self._known)
         self._device = device_of(model)
         _set_memory(model, memory, self._device)
-        self._on_device = batches.OnDevice(self._device)
+        self._on_device = OnDevice(self._device)
         #: what batch_norm="group" or "rms" changed, once nothing is refused any more
         self.replaced = replace_batch_norm(model, batch_norm) if batch_norm in REPLACING else None
         self.model = model
@@ -284,7 +285,7 @@ class Accumulator:
     def _prepared(self, batch: Any, loss: LossFunction | None, length: int | None) -> tuple[Any, Any]:
         self._follow_model()
         source, function = self._sourced(batch, loss, length)
-        _check_devices(self.model, source)
+        check_devices(self.model, source)
         self._refuse_new_parameters()
         if self._auto and source.size > self._planned:
             self._make_plan(source, function, None)
@@ -297,7 +298,7 @@ class Accumulator:
         """A model may be moved to a device after its Accumulator is made."""
         device = device_of(self.model)
         if device != self._device:
-            self._device, self._on_device = device, batches.OnDevice(device)
+            self._device, self._on_device = device, OnDevice(device)
 
     def _refuse_new_parameters(self) -> None:
         for name, one in self.model.named_parameters():
@@ -323,7 +324,7 @@ class Accumulator:
     def _measured_plan(self, source: Any, function: Any, micro_batch: int | None = None) -> Any:
         """The library's report on the ways to run this batch within the budget. micro_batch: considers no other."""
         options = _core.PlannerOptions()
-        options.budget_bytes = _budget_of_plans(self._device)
+        options.budget_bytes = planning.default_budget(self._device)
         options.recompute = getattr(_core.Recompute, self._recompute)
         given = micro_batch or self._given
         options.micro_batch = min(given, source.size) if isinstance(given, int) else None
@@ -388,32 +389,3 @@ def _set_memory(model: nn.Module, budget: int | str | None, device: torch.device
     own_memory(model)
     if size is not None:
         memory.set_budget(size, device)
-
-
-def _budget_of_plans(device: torch.device) -> int:
-    """The budget of the device, or four fifths of what is free beside what this process has there already."""
-    stats = memory.stats(device)
-    if stats.budget_bytes is not None:
-        return stats.budget_bytes
-    there = 0 if device.type == "cpu" else stats.live_bytes
-    return there + memory.available(device) // 5 * 4
-
-
-
-
-def _devices(tensors: Iterable[Tensor]) -> list[torch.device]:
-    return list(dict.fromkeys(one.device for one in tensors))
-
-
-def _check_devices(model: nn.Module, source: Any) -> None:
-    """A batch on another device than the model ends in a message of torch's that names neither."""
-    if not isinstance(source, batches.Structure):
-        return
-    of_batch = _devices(leaf for _, leaf in batches._leaves(source.batch) if isinstance(leaf, Tensor))
-    first = next(model.parameters(), None)
-    if first is None or not of_batch or first.device in of_batch:
-        return
-    of_model = _devices(model.parameters())
-    # What is on the CPU is copied, a micro-batch at a time.
-    if not set(of_batch) & {*of_model, torch.device("cpu")}:
-        raise UsageError(f"the model is on {of_model[0]}, and the batch on {of_batch[0]}: move one to the other")

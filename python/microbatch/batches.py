@@ -106,39 +106,26 @@ class Samples:
         return _fingerprint(self.samples)
 
 
-class OnDevice:
-    """Moves a micro-batch that is on the CPU to a device, a micro-batch ahead of what it computes.
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors that map_tensors() changes, in its order."""
+    found: list[Tensor] = []
 
-    One that has a tensor on a device is left as it is: who moved that has moved what was to be moved.
-    """
+    def note(one: Tensor) -> Tensor:
+        found.append(one)
+        return one
 
-    def __init__(self, device: torch.device) -> None:
-        self._uploader = None if device.type == "cpu" else _core.Uploader(device)
-
-    def __call__(self, micro: Any) -> Any:
-        if self._uploader is None:
-            return micro
-        tensors: list[Tensor] = []
-
-        def note(one: Tensor) -> Tensor:
-            tensors.append(one)
-            return one
-
-        _mapped_tensors(micro, note)
-        if any(one.device.type != "cpu" for one in tensors):
-            return micro
-        moved = iter(self._uploader.upload(tensors))
-        return _mapped_tensors(micro, lambda one: next(moved))
+    map_tensors(value, note)
+    return found
 
 
-def _mapped_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The structure with `change(tensor)` in place of every tensor. Of a PackedSequence, the sizes stay on the CPU."""
     if isinstance(value, PackedSequence):
         orders = [None if one is None else change(one) for one in (value.sorted_indices, value.unsorted_indices)]
         return PackedSequence(change(value.data), value.batch_sizes, *orders)
     members = _members(value)
     if members is not None:
-        return _rebuilt(value, [_mapped_tensors(one, change) for _, one in members])
+        return _rebuilt(value, [map_tensors(one, change) for _, one in members])
     return change(value) if isinstance(value, Tensor) else value
 
 

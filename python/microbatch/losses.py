@@ -103,8 +103,8 @@ def from_mean(loss: Callable[[Any, Any], Tensor], weight: Callable[[Any], float 
                                    weight=lambda micro: (micro["labels"][:, 1:] != -100).sum())
         accumulator = mb.Accumulator(model, optimizer, loss)
 
-    A micro-batch of weight 0 counts for nothing: its loss, 0/0, is not looked at. To know that, a weight that is a tensor
-    is read: every micro-batch waits for its device. A loss function that returns the sum does not.
+    A micro-batch of weight 0 counts for nothing: its loss, 0/0, is ignored. A weight on a device is therefore read, and
+    every micro-batch waits for the device; write a loss function that returns the sum to avoid that.
     """
 
     def summed(model: Any, micro: Any) -> tuple[Tensor, float]:
@@ -136,11 +136,11 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, int | Tensor
     labels = labels.reshape(-1).to(logits.device)
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
-    return functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"), _counted(labels != IGNORED)
+    return functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"), count_true(labels != IGNORED)
 
 
-def _counted(mask: Tensor) -> int | Tensor:
-    """How many are true. On a device it stays there: nothing waits for it."""
+def count_true(mask: Tensor) -> int | Tensor:
+    """The number of true elements: an int on the CPU; on a device a tensor, so that nothing waits for it."""
     count = mask.sum()
     return int(count) if count.device.type == "cpu" else count
 

@@ -72,8 +72,11 @@ def reset_peak(device: Device = "cpu") -> None:
 
 
 def available(device: Device = "cpu") -> int:
-    """Bytes that this process can still take: the system's, or what is left of the container's limit; of another device,
-    what is free and what its allocator keeps."""
+    """Bytes that this process can still take.
+
+    On the CPU: what the system has, or what is left of the container's limit. On another device: what is free, and what
+    its allocator keeps.
+    """
     return _core.available_memory(torch.device(device))
 
 

@@ -63,12 +63,6 @@ class Adapter:
                     self.generators[number].set_state(state)
 
 
-def device_of(module: nn.Module) -> torch.device:
-    """The device of the first parameter; the CPU if there are none."""
-    first = next(module.parameters(), None)
-    return torch.device("cpu") if first is None else first.device
-
-
 def own_memory(module: nn.Module) -> None:
     """Moves CPU parameters and buffers, one at a time, to memory that is counted: they may be mapped from a file.
 

@@ -134,7 +134,7 @@ def _counted(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, int | Ten
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     counted = targets != IGNORED
     if targets.device.type != "cpu":
-        return rows, targets, counted.sum()  # to know the rows would be to wait for them
+        return rows, targets, counted.sum()  # selecting rows would wait for the device
     count = int(counted.sum())
     if count > len(targets) * 7 // 8:
         return rows, targets, count

@@ -4,6 +4,8 @@ import dataclasses
 import typing
 from typing import Any
 
+import torch
+
 from microbatch import _core, memory
 from microbatch.errors import DoesNotFit, UsageError
 
@@ -111,3 +113,12 @@ def _candidate(one: Any) -> Candidate:
     return Candidate(
         from_native(one.plan), one.micro_batches, one.peak_bytes, one.step_seconds, one.time_measured, one.fits
     )
+
+
+def default_budget(device: torch.device) -> int:
+    """The budget of plans, in bytes: the device's, or what this process has there and four fifths of what is free."""
+    stats = memory.stats(device)
+    if stats.budget_bytes is not None:
+        return stats.budget_bytes
+    there = 0 if device.type == "cpu" else stats.live_bytes
+    return there + memory.available(device) // 5 * 4

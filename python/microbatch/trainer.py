@@ -37,7 +37,8 @@ class Trainer:
     run: the folder; metrics.jsonl, TensorBoard events, checkpoints, model.safetensors and report.html are written there.
     resume: continues a run that is there, with the same bits as if it had never stopped, and starts it otherwise.
     steps, samples, tokens, epochs: how long; give one, or one epoch is made. An iterable needs steps, samples or tokens.
-    memory: the budget of all tensors on the model's device during train(); None: four fifths of what is free. micro_batch, recompute,
+    memory: the budget of all tensors on the model's device during train(); None: four fifths of what is free.
+    micro_batch, recompute,
     batch_norm, clip_norm, generators: as for an Accumulator.
     lr, schedule, warmup, final_lr, decay: see Schedule; without lr, the optimizer's own. optimizer: mb.AdamW or another;
     None: mb.AdamW, without weight decay for vectors. guard: refuses spikes, and rolls a run that diverges back, at most

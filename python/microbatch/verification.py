@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from microbatch import _core, batches
+from microbatch.devices import OnDevice, device_of
 from microbatch.errors import UsageError
-from microbatch.model import Adapter, device_of
+from microbatch.model import Adapter
 from microbatch.planning import native_policy
 
 
@@ -84,7 +85,7 @@ def verify(
     if not isinstance(model, nn.Module):
         raise UsageError(f"the model is a {type(model).__name__}, not a torch.nn.Module")
     source = batches.source_of(batch, length, collate, trim_padding)
-    on_device = batches.OnDevice(device_of(model))
+    on_device = OnDevice(device_of(model))
     return verify_source(
         Adapter(model, None, generators), source, lambda micro: loss(model, on_device(micro)), micro_batch, batch_norm
     )

@@ -40,8 +40,6 @@ void bind_memory(py::module_& module) {
         },
         py::arg("bytes"), py::arg("device"), py::arg("is_new"));
     module.def(
-        "enforces_budget", [](at::Device device) { return meter_of(device).enforces(); }, py::arg("device"));
-    module.def(
         "set_device_limiter",
         [](const py::function& limiter) {
             // Never destroyed: it may outlive the interpreter.

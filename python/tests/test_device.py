@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn import functional
 
 import microbatch as mb
-import microbatch.batches
 from microbatch import losses
+from microbatch.devices import OnDevice
 import models
 from conftest import load_fake_device
 
@@ -99,7 +99,9 @@ def test_losses_of_hugging_face_models_wait_for_nothing(name):
 
 def test_a_weight_from_a_mean_is_read_once_a_micro_batch():
     model = make()
-    mean = losses.from_mean(lambda model, micro: functional.cross_entropy(model(micro[0]), micro[1]), lambda micro: (micro[1] >= 0).sum())
+    mean = losses.from_mean(
+        lambda model, micro: functional.cross_entropy(model(micro[0]), micro[1]), lambda micro: (micro[1] >= 0).sum()
+    )
     accumulator = mb.Accumulator(model, mb.SGD(model.parameters()), mean, micro_batch=4, batch_norm="naive")
     accumulator.step(batch())
     assert reads_of(lambda: accumulator.step(batch())) <= MOST_READS + 4
@@ -138,7 +140,9 @@ def test_a_batch_that_runs_out_is_made_with_a_smaller_micro_batch():
     ends = []
     for fails in (True, False):
         model = make(dropout=0.1)
-        accumulator = mb.Accumulator(model, mb.AdamW(model.parameters()), loss, micro_batch=16 if fails else 8, batch_norm="naive")
+        micro_batch = 16 if fails else 8
+        accumulator = mb.Accumulator(
+            model, mb.AdamW(model.parameters()), loss, micro_batch=micro_batch, batch_norm="naive")
         if fails:
             FAKE.fake_fail_allocation(20)
         report = accumulator.step(batch())
@@ -216,7 +220,7 @@ def test_a_micro_batch_that_is_partly_on_the_device_is_left_as_it_is():
 
 def test_the_sizes_of_a_packed_sequence_stay_on_the_host():
     packed = nn.utils.rnn.pack_sequence([torch.randn(3, 2), torch.randn(2, 2)])
-    moved = mb.batches.OnDevice(torch.device("fake"))({"x": packed, "y": torch.ones(2)})
+    moved = OnDevice(torch.device("fake"))({"x": packed, "y": torch.ones(2)})
     assert moved["x"].data.device.type == moved["y"].device.type == "fake"
     assert moved["x"].batch_sizes.device.type == "cpu"
     assert torch.equal(moved["x"].data.cpu(), packed.data)

@@ -9,7 +9,6 @@
 
 #include "fake_device/fake_device.h"
 #include "memory/budget.h"
-#include "microbatch/runtime/device.h"
 #include "support/errors.h"
 
 namespace microbatch {
@@ -130,9 +129,6 @@ TEST_F(MeterTest, ADeviceThatDoesNotExistIsNamedAndSoAreThoseThatDo) {
                                  [] { meter_of(at::Device(at::kCUDA, 3)); });
     }
     test::expect_usage_error({"fake:1"}, [] { meter_of(at::Device(at::kPrivateUse1, 1)); });
-    test::expect_usage_error({"\"gpu\" is not the name of a device"}, [] { device_named("gpu"); });
-    EXPECT_EQ(device_named("fake"), fake::device());
-    EXPECT_EQ(device_named("cpu"), at::Device(at::kCPU));
 }
 
 }  // namespace

@@ -334,7 +334,7 @@ def _smoothed(loss: LossFunction, smoothing: float, model: Any, micro: Any) -> t
         raise UsageError("label_smoothing_factor is for labels that are classes, and these are fractions: set it to 0")
     logits, labels = logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1)
     total = functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
-    return total, losses._counted(labels != losses.IGNORED)
+    return total, losses.count_true(labels != losses.IGNORED)
 
 
 @contextlib.contextmanager
