@@ -18,6 +18,7 @@
 #include "microbatch/core/units.h"
 #include "microbatch/io/json.h"
 #include "microbatch/memory/budget_allocator.h"
+#include "microbatch/memory/meter.h"
 #include "microbatch/run/outcome.h"
 #include "microbatch/run/run_memory.h"
 
@@ -57,7 +58,7 @@ Noise measure_noise_of_run(std::FILE* out, const JobPlan& plan, const Job& job, 
     while (!trainer.done()) {
         if (interrupted()) throw Interrupted();
         const TrainerReport report = trainer.step();
-        progress.update(report, memory_use().peak_bytes);
+        progress.update(report, memory_use_of(device_of(plan.settings)).peak_bytes);
         if (report.diverged) {
             progress.finish();
             throw Error(ErrorKind::stopped,
@@ -291,7 +292,7 @@ int advise_on_batch(const Arguments& arguments) {
     const Job job = make_job_to_plan(plan, budget);
     const PlanReport report = plan_job(plan, job, budget, out);
     job.accumulator->set_plan(settings.micro_batch ? report.choice().plan : plan_with_noise(report));
-    set_memory_budget(budget);
+    meter_of(device_of(settings)).set_budget(budget);
     print(out, "model     {}\n", plan.model_description);
     print_data(out, plan.data, 10);
     print(out, "measuring noise: {} at a batch of {} in micro-batches of {}\n", to_string(length), settings.batch,

@@ -16,7 +16,6 @@
 #include "microbatch/core/units.h"
 #include "microbatch/io/json.h"
 #include "microbatch/memory/budget_allocator.h"
-#include "microbatch/memory/machine.h"
 
 namespace microbatch::cli {
 namespace {
@@ -84,7 +83,7 @@ struct PlannedCuts {
 PlannedCuts plan_cuts(std::FILE* out, const JobPlan& plan, std::int64_t budget) {
     const Job job = make_job_to_plan(plan, budget);
     PlannedCuts cuts{.cut = plan_job(plan, job, budget, out).choice().plan};
-    const std::int64_t machine = std::max(budget, available_memory_bytes() / 10 * 9);
+    const std::int64_t machine = room_to_measure(plan.settings, budget);
     const PlanReport native = plan_native(plan, job, machine);
     for (const Candidate& candidate : native.candidates) {
         if (candidate.micro_batches == 1) cuts.native_peak_bytes = candidate.peak_bytes();
@@ -141,7 +140,7 @@ std::vector<Strategy> strategies_of(const Settings& settings, const PlannedCuts&
         }
         return strategies;
     }
-    const std::int64_t batch = settings.batch, machine = std::max(budget, available_memory_bytes() / 10 * 9);
+    const std::int64_t batch = settings.batch, machine = room_to_measure(settings, budget);
     strategies = {{.name = "small batch", .batch = cuts.cut.micro_batch, .plan = cuts.cut, .memory_bytes = budget},
                   {.name = "accumulated", .batch = batch, .plan = cuts.cut, .memory_bytes = budget},
                   {.name = "native", .batch = batch, .plan = {.micro_batch = batch}, .memory_bytes = machine}};

@@ -2,6 +2,7 @@
 #include <ATen/Version.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/randn.h>
+#include <c10/util/Exception.h>
 #include <fmt/format.h>
 #include <torch/version.h>
 
@@ -18,8 +19,10 @@
 #include "microbatch/core/units.h"
 #include "microbatch/memory/budget_allocator.h"
 #include "microbatch/memory/machine.h"
+#include "microbatch/memory/meter.h"
 #include "microbatch/models/gpt.h"
 #include "microbatch/ops/cross_entropy.h"
+#include "microbatch/runtime/device.h"
 
 namespace microbatch::cli {
 namespace {
@@ -46,18 +49,21 @@ Finding check_budget() {
             good ? State::good : State::broken};
 }
 
-Finding check_gradients() {
+Finding check_gradients(at::Device device) {
     at::manual_seed(1);
     Gpt model(GptConfig{.layers = 2, .heads = 2, .width = 32, .length = 16, .vocabulary = 64});
+    model->to(device);
     const Batch batch{{at::randint(64, {5, 16}, at::kLong), at::randint(64, {5, 16}, at::kLong)}};
-    const Verification found = verify(
-        *model, batch,
-        [&model](const Batch& micro) -> WeightedLoss {
-            return {cross_entropy_sum(model->forward(micro.fields[0]), micro.fields[1]),
-                    count_targets(micro.fields[1])};
-        },
-        3);
-    return {"accumulated gradients",
+    const Verification found =
+        verify(*model, batch,
+               on_device(
+                   [&model](const Batch& micro) -> WeightedLoss {
+                       return {cross_entropy_sum(model->forward(micro.fields[0]), micro.fields[1]),
+                               count_targets(micro.fields[1])};
+                   },
+                   device),
+               3);
+    return {device.is_cpu() ? "accumulated gradients" : fmt::format("the same on {}", device.str()),
             found.ok() ? "same as those of the whole batch" : "differ from those of the whole batch",
             found.ok() ? State::good : State::broken};
 }
@@ -91,18 +97,36 @@ Finding check_data(const char* name, const char* path) {
     return {name, there ? path : fmt::format("not installed ({}); `make demo` installs it", path)};
 }
 
+// An accelerator that fails does not hide what is said of the CPU.
+std::vector<Finding> check_device(at::Device device) {
+    try {
+        const Meter& meter = meter_of(device);
+        return {{device.str(), fmt::format("{} free", format_bytes(meter.available()))}, check_gradients(device)};
+    } catch (const Error& error) {
+        return {{device.str(), error.what(), State::odd}};
+    } catch (const c10::Error& error) {
+        return {{device.str(), error.what_without_backtrace(), State::odd}};
+    }
+}
+
 std::vector<Finding> examine() {
-    return {{"microbatch", MICROBATCH_VERSION},
-            {"torch", fmt::format("{}, kernels for {}", TORCH_VERSION, at::get_cpu_capability())},
-            {"threads", fmt::format("{} of {} cores", at::get_num_threads(), std::thread::hardware_concurrency())},
-            check_load(),
-            {"memory", fmt::format("{} free of {}", format_bytes(available_memory_bytes()),
-                                   format_bytes(physical_memory_bytes()))},
-            {"matrix product", fmt::format("{:.0f} GFLOP/s at 1024 x 1024 x 1024, float32", matrix_product_gflops())},
-            check_budget(),
-            check_gradients(),
-            check_data("sample text", "/usr/share/games/fortunes"),
-            check_data("sample images", "/usr/share/datasets/fashion-mnist")};
+    std::vector<Finding> findings{
+        {"microbatch", MICROBATCH_VERSION},
+        {"torch", fmt::format("{}, kernels for {}", TORCH_VERSION, at::get_cpu_capability())},
+        {"threads", fmt::format("{} of {} cores", at::get_num_threads(), std::thread::hardware_concurrency())},
+        check_load(),
+        {"memory",
+         fmt::format("{} free of {}", format_bytes(available_memory_bytes()), format_bytes(physical_memory_bytes()))},
+        {"matrix product", fmt::format("{:.0f} GFLOP/s at 1024 x 1024 x 1024, float32", matrix_product_gflops())},
+        check_budget(),
+        check_gradients(at::kCPU),
+        check_data("sample text", "/usr/share/games/fortunes"),
+        check_data("sample images", "/usr/share/datasets/fashion-mnist")};
+    for (const at::Device& device : devices_here()) {
+        if (device.is_cpu()) continue;
+        for (Finding& finding : check_device(device)) findings.push_back(std::move(finding));
+    }
+    return findings;
 }
 
 int examine_machine(const Arguments& arguments) {

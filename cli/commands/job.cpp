@@ -13,7 +13,7 @@
 #include "cli/print/output.h"
 #include "microbatch/core/units.h"
 #include "microbatch/memory/budget_allocator.h"
-#include "microbatch/memory/machine.h"
+#include "microbatch/memory/meter.h"
 #include "microbatch/models/gpt.h"
 #include "microbatch/models/llama.h"
 #include "microbatch/models/mlp.h"
@@ -109,31 +109,41 @@ void require_match(const std::string& model, const OpenedData& data, const std::
            images ? "resnet or mlp" : one_of(find_option("heads")->traits.only_with.values));
 }
 
+// Initialized on the CPU, so that the parameters are the same on every device.
 template <class Holder>
-void use_model(Job& job, Holder model, LossFunction loss) {
+void use_model(Job& job, Holder model, LossFunction loss, at::Device device) {
+    if (!device.is_cpu()) model->to(device);
     job.model = model.ptr();
     job.parameters = parameters_of(model);
-    job.loss = std::move(loss);
+    job.loss = on_device(std::move(loss), device);
 }
 
 // If the vocabulary is much larger than the width, the logits take most of the memory: compute them in chunks.
 template <class Holder>
-void use_language_model(Job& job, Holder model) {
+void use_language_model(Job& job, Holder model, at::Device device) {
     constexpr std::int64_t wide = 4096;
     const bool chunked = model->head_weight().size(0) >= wide;
-    use_model(job, model, [model, chunked](const Batch& micro) mutable -> WeightedLoss {
-        const at::Tensor &tokens = micro.fields[0], &targets = micro.fields[1];
-        const at::Tensor sum = chunked ? linear_cross_entropy_sum(model->hidden(tokens), model->head_weight(), targets)
+    use_model(
+        job, model,
+        [model, chunked](const Batch& micro) mutable -> WeightedLoss {
+            const at::Tensor &tokens = micro.fields[0], &targets = micro.fields[1];
+            const at::Tensor sum = chunked
+                                       ? linear_cross_entropy_sum(model->hidden(tokens), model->head_weight(), targets)
                                        : cross_entropy_sum(model->forward(tokens), targets);
-        return {sum, count_targets(targets)};
-    });
+            return {sum, count_targets(targets)};
+        },
+        device);
 }
 
 template <class Holder>
-void use_classifier(Job& job, Holder model) {
-    use_model(job, model, [model](const Batch& micro) mutable -> WeightedLoss {
-        return {cross_entropy_sum(model->forward(micro.fields[0]), micro.fields[1]), static_cast<double>(micro.size())};
-    });
+void use_classifier(Job& job, Holder model, at::Device device) {
+    use_model(
+        job, model,
+        [model](const Batch& micro) mutable -> WeightedLoss {
+            return {cross_entropy_sum(model->forward(micro.fields[0]), micro.fields[1]),
+                    static_cast<double>(micro.size())};
+        },
+        device);
 }
 
 void use_optimizer(Job& job, const Settings& settings) {
@@ -224,11 +234,6 @@ Recompute recompute_of(const JobPlan& plan, const Job& job) {
     refuse("--recompute always: {} has no blocks to recompute; gpt, llama and resnet do", plan.model);
 }
 
-// The memory available for measuring a job that does not fit.
-std::int64_t most_bytes(std::int64_t budget_bytes) {
-    return std::max(budget_bytes, available_memory_bytes() / 10 * 9);
-}
-
 // No plan helps if even the sample numbers of the batch do not fit.
 void require_room_for_numbers(std::int64_t batch, std::int64_t budget_bytes) {
     constexpr std::int64_t bytes_a_sample = 2 * sizeof(std::int64_t);
@@ -287,17 +292,22 @@ JobPlan open_job(const Settings& settings, Interval length) {
     return plan;
 }
 
+std::int64_t room_to_measure(const Settings& settings, std::int64_t budget_bytes) {
+    return std::max(budget_bytes, available_of(device_of(settings)) / 10 * 9);
+}
+
 Job make_job(const JobPlan& plan) {
     at::manual_seed(plan.settings.seed);
+    const at::Device device = device_of(plan.settings);
     Job job;
     if (is_gpt(plan.model)) {
-        use_language_model(job, Gpt(gpt_config(plan.model, plan.settings, plan.data.classes)));
+        use_language_model(job, Gpt(gpt_config(plan.model, plan.settings, plan.data.classes)), device);
     } else if (is_llama(plan.model)) {
-        use_language_model(job, Llama(llama_config(plan.model, plan.settings, plan.data.classes)));
+        use_language_model(job, Llama(llama_config(plan.model, plan.settings, plan.data.classes)), device);
     } else if (plan.model == "resnet") {
-        use_classifier(job, ResNet(resnet_config(plan)));
+        use_classifier(job, ResNet(resnet_config(plan)), device);
     } else {
-        use_classifier(job, Mlp(mlp_config(plan)));
+        use_classifier(job, Mlp(mlp_config(plan)), device);
     }
     use_optimizer(job, plan.settings);
     job.accumulator =
@@ -306,7 +316,8 @@ Job make_job(const JobPlan& plan) {
 }
 
 Job make_job_to_plan(const JobPlan& plan, std::int64_t budget_bytes) {
-    const BudgetScope allowed(most_bytes(budget_bytes));
+    const BudgetScope allowed(device_of(plan.settings).is_cpu() ? room_to_measure(plan.settings, budget_bytes)
+                                                                : no_budget);
     return make_job(plan);
 }
 
@@ -324,7 +335,7 @@ PlanReport plan_job(const JobPlan& plan, const Job& job, std::int64_t budget_byt
                            .steps = plan.steps,
                            .recompute = recompute_of(plan, job),
                            .micro_batch = plan.settings.micro_batch,
-                           .most_bytes = most_bytes(budget_bytes),
+                           .most_bytes = room_to_measure(plan.settings, budget_bytes),
                            .whole_table = whole_table};
     if (options.micro_batch) options.micro_batch = std::min(*options.micro_batch, plan.batch);
     LiveLine line(progress, /*at_once=*/false);

@@ -45,6 +45,9 @@ JobPlan open_job(const Settings& settings, Interval length);
 /// The same seed gives the same parameters.
 Job make_job(const JobPlan& plan);
 
+/// The memory of the --device that may be used to measure a job that does not fit in the budget.
+std::int64_t room_to_measure(const Settings& settings, std::int64_t budget_bytes);
+
 /// Creates the job with all the memory of the machine, so that a budget smaller than the parameters can be explained.
 /// Restores the budget afterwards.
 Job make_job_to_plan(const JobPlan& plan, std::int64_t budget_bytes);

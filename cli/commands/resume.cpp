@@ -92,13 +92,6 @@ std::string value_of(const RunNotes& notes, const std::string& key) {
     return value_in(config_values(notes.config, "the configuration"), key);
 }
 
-// Restores the model and the generators from before the batch.
-void drop_partial_batch(StateDict& state) {
-    state.move("batch/before/model/", "model/");
-    state.move("batch/before/rng/", "rng/");
-    state.erase("batch/");
-}
-
 void set_numbers(StateDict& state, const std::vector<const char*>& names, const StateScalar& value) {
     for (const char* name : names) state.set(name, value);
 }

@@ -23,6 +23,7 @@
 #include "microbatch/core/error.h"
 #include "microbatch/core/units.h"
 #include "microbatch/memory/budget_allocator.h"
+#include "microbatch/memory/meter.h"
 #include "microbatch/memory/reclaim.h"
 #include "microbatch/run/run.h"
 
@@ -149,7 +150,8 @@ public:
         const TrainerReport& last = outcome.last;
         note_step(progress_, last, planned_.watch.options.trainer.recovery);
         progress_.update(last, outcome.peak_bytes);
-        if (planned_.drill.step == last.progress.steps) set_memory_budget(planned_.drill.bytes);
+        if (planned_.drill.step == last.progress.steps)
+            meter_of(device_of(planned_.plan.settings)).set_budget(planned_.drill.bytes);
     }
 
     void on_note(const std::string& text) override { progress_.note(text); }
@@ -299,7 +301,7 @@ int train_job(Arguments& arguments) {
     const Job job = make_job_to_plan(plan, budget);
     const PlanReport report = plan_job(plan, job, budget, out);
     job.accumulator->set_plan(report.choice().plan);
-    set_memory_budget(budget);
+    meter_of(device_of(settings)).set_budget(budget);
     if (!folder) folder.emplace(new_folder(plan.model));
     folder->lock();
     if (!folder->is_locked()) {

@@ -56,7 +56,7 @@ Watch watch_of(const JobPlan& plan, const PlanReport& report, const std::filesys
     if (trainer.guard && settings.restores > 0) {
         trainer.recovery = RecoveryOptions{.most = settings.restores, .folder = folder};
     }
-    fit_to_plan(watch.options, report);
+    fit_to_plan(watch.options, report, device_of(settings));
     watch.saved_line = describe_checkpoints(settings, watch.options.checkpoints.every);
     watch.noise_line =
         describe_noise(settings.noise_every, missing_for_noise(report), report.choice().micro_batches > 1);

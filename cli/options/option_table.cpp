@@ -109,7 +109,12 @@ void add_batch(Table& table) {
               "--micro-batch may take longer), else deferred",
               {.choices = {"auto", "exact", "deferred", "frozen", "naive", "group", "rms"},
                .reset_by = {"batch", "batch-schedule"}});
-    table.add("memory", &S::memory, "SIZE", "Budget for all tensors of the process, such as 400MiB or 2GiB",
+    table.add(
+        "device", &S::device, "NAME",
+        "Where to train: cpu, cuda, cuda:1 or another accelerator of this LibTorch; `microbatch doctor` lists them",
+        {.unrecorded = "cpu"});
+    table.add("memory", &S::memory, "SIZE",
+              "Budget for all tensors of the process on the device, such as 400MiB or 2GiB",
               {.fallback = "four fifths of the free memory"});
     table.add(
         "batch-schedule", &S::batch_schedule, "TEXT",

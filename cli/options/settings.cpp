@@ -1,5 +1,6 @@
 #include "cli/options/settings.h"
 
+#include <c10/util/Exception.h>
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -7,7 +8,8 @@
 
 #include "cli/options/options.h"
 #include "cli/options/refuse.h"
-#include "microbatch/memory/machine.h"
+#include "microbatch/memory/meter.h"
+#include "microbatch/runtime/device.h"
 
 namespace microbatch::cli {
 namespace {
@@ -80,9 +82,26 @@ void resolve_batch(Settings& settings, bool batch_given) {
     read(*find_option("batch"), fmt::format("{}", first), settings);
 }
 
+at::Device device_of(const Settings& settings) {
+    return read_flag("--device", [&] {
+        try {
+            const at::Device device(settings.device);
+            require_device(device);
+            return device;
+        } catch (const c10::Error&) {
+            refuse("\"{}\" is no device; write cpu, cuda or cuda:1", settings.device);
+        }
+    });
+}
+
 std::int64_t memory_budget_of(const Settings& settings) {
-    if (settings.memory.empty()) return available_memory_bytes() / 5 * 4;
-    return read_flag("--memory", [&] { return parse_bytes(settings.memory); });
+    const at::Device device = device_of(settings);
+    if (settings.memory.empty()) return available_of(device) / 5 * 4;
+    return read_flag("--memory", [&] {
+        const std::int64_t bytes = parse_bytes(settings.memory);
+        if (!device.is_cpu()) require_budget_fits(meter_of(device), bytes);
+        return bytes;
+    });
 }
 
 Interval length_of(const Settings& settings, Interval fallback) {

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <c10/core/Device.h>
+
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -24,6 +26,7 @@ struct Settings {
     std::optional<std::int64_t> micro_batch;  ///< empty: auto
     std::string recompute = "auto";
     std::string batch_norm = "auto";
+    std::string device = "cpu";
     std::string memory;  ///< empty: four fifths of the free memory
 
     std::string optimizer = "adamw";
@@ -69,7 +72,11 @@ inline constexpr Interval default_length{100, Unit::steps};
 /// Errors: ErrorKind::usage if the command line has a different --batch, or the schedule cannot be parsed.
 void resolve_batch(Settings& settings, bool batch_given);
 
-/// The --memory budget in bytes; without the flag, four fifths of the memory that is available now.
+/// The --device. Errors: ErrorKind::usage if it is no device, or not here.
+at::Device device_of(const Settings& settings);
+
+/// The --memory budget of the --device in bytes; without the flag, four fifths of the memory that is available now.
+/// Errors: ErrorKind::usage if the device has less.
 std::int64_t memory_budget_of(const Settings& settings);
 
 /// The length of the run; without a flag, `fallback`. Errors: ErrorKind::usage if more than one of the flags is given.

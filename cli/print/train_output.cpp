@@ -94,7 +94,9 @@ void print_header(std::FILE* out, const JobPlan& plan, const PlanReport& report,
     print(out, "guard     {}\n", watch.guard_line);
     print(out, "noise     {}\n", watch.noise_line);
     print(out, "saved     {}\n", watch.saved_line);
-    print(out, "run       {}, seed {}, {} threads\n", folder.string(), plan.settings.seed, at::get_num_threads());
+    const std::string& device = plan.settings.device;
+    print(out, "run       {}, seed {}, {} threads{}\n", folder.string(), plan.settings.seed, at::get_num_threads(),
+          device == "cpu" ? "" : ", on " + device);
 }
 
 void note_step(ProgressLine& progress, const TrainerReport& report, const std::optional<RecoveryOptions>& recovery) {
@@ -178,6 +180,7 @@ void print_json(const JobPlan& plan, const PlanReport& report, const Outcome& ou
         {"model", plan.model},
         {"data", plan.settings.data},
         {"batch", plan.settings.batch},
+        {"device", plan.settings.device},
         {"peak_learning_rate", constants_of(plan.settings, plan.settings.batch).learning_rate},
         {"lr_rule", to_string(rate_rule_of(plan.settings))},
         {"micro_batch", outcome.plan.micro_batch},

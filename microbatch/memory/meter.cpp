@@ -162,6 +162,10 @@ void release_cached_of(at::Device device) {
     }
 }
 
+std::int64_t available_of(at::Device device) {
+    return device.is_cpu() ? available_memory_bytes() : meter_of(device).available();
+}
+
 std::string fragmentation_of(at::Device device) {
     if (device.is_cpu()) return {};
     const MemoryUse use = memory_use_of(device);

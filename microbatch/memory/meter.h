@@ -65,6 +65,10 @@ MemoryUse memory_use_of(at::Device device);
 void reset_peak_of(at::Device device);
 void release_cached_of(at::Device device);
 
+/// Bytes that this process can still take on a device. Of the CPU without installing the budget allocator.
+/// Errors: as meter_of().
+std::int64_t available_of(at::Device device);
+
 /// The meter of a device: one per device, for the lifetime of the process. The CPU's meter installs the budget
 /// allocator. A device without an index is the first of its kind.
 /// Errors: ErrorKind::usage, naming the device, if it does not exist or its allocator keeps no statistics.

@@ -71,7 +71,10 @@ Run::Run(RunFolder& folder, Accumulator& accumulator, const Dataset& dataset, Lo
         checkpoints_ = std::make_unique<CheckpointStore>(checkpoints_of(folder_.path()), std::move(store));
     }
     if (!options_.config.empty()) write_whole(folder_.path() / "config.toml", options_.config);
-    if (folder_.state()) resume(*folder_.state());
+    if (folder_.state()) {
+        move_to_devices_of(accumulator_.model(), *folder_.state());
+        resume(*folder_.state());
+    }
     // Its files are open as long as its tensors may be read.
     folder_.state().reset();
     // Steps that run again are not drawn from an earlier process.

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <c10/core/Device.h>
+
 #include <cstdint>
 
 #include "microbatch/core/plan_report.h"
@@ -28,7 +30,8 @@ std::int64_t snapshot_bytes_of(const PlanReport& report);
 
 /// Fits a run into the budget next to the chosen plan: noise is measured only if a copy of the gradients fits;
 /// snapshots stay in memory, and checkpoints are written from a copy, where there is room. Also sets what follows from
-/// the plan: `plan`, `planned_batch`, `state_bytes` and the predictions in `measures`.
-void fit_to_plan(RunOptions& options, const PlanReport& report);
+/// the plan: `plan`, `planned_batch`, `state_bytes` and the predictions in `measures`. On a device that is not the CPU,
+/// snapshots and copies are in the host's memory, of which they may take half of what is free.
+void fit_to_plan(RunOptions& options, const PlanReport& report, at::Device device);
 
 }  // namespace microbatch

@@ -146,6 +146,13 @@ private:
     std::string partial_warning_;  // of the interrupted step, not yet reported
 };
 
+/// Drops the partial batch of a trainer's state: the model and the generators are those of before it.
+void drop_partial_batch(StateDict& run);
+
+/// Makes the state of a trainer that of a model on other devices: without its partial batch, and with the generators of
+/// these devices as they are. Changes nothing if they are the same.
+void move_to_devices_of(const Model& model, StateDict& run);
+
 /// Mean loss over the dataset, or its first `most` samples, `micro_batch` samples at a time, without gradients: the sum
 /// of the sums / the sum of the weights. The loss function's model must already be in evaluation mode. 0 if the weight
 /// is 0.

@@ -1,5 +1,6 @@
 // A trainer's state, saved and loaded.
 
+#include <set>
 #include <unordered_map>
 #include <utility>
 
@@ -66,6 +67,15 @@ void load_partial(const StateReader& reader, const Parameters& parameters, Parti
     partial.batch_norm.own();
 }
 
+// The names of the generators of devices other than the CPU.
+std::set<std::string> accelerators_in(const StateDict& state) {
+    std::set<std::string> names;
+    for (const auto& [name, tensor] : state.tensors()) {
+        if (name.starts_with("rng/") && name != "rng/cpu" && !name.starts_with("rng/foreign/")) names.insert(name);
+    }
+    return names;
+}
+
 // Reports an invalid value with the message of the check that found it.
 void as_bad_data(const std::function<void()>& call) {
     try {
@@ -76,6 +86,22 @@ void as_bad_data(const std::function<void()>& call) {
 }
 
 }  // namespace
+
+void drop_partial_batch(StateDict& run) {
+    run.move("batch/before/model/", "model/");
+    run.move("batch/before/rng/", "rng/");
+    run.erase("batch/");
+}
+
+void move_to_devices_of(const Model& model, StateDict& run) {
+    StateDict here;
+    save_generators(model, StateWriter(here, "rng/"));
+    const std::set<std::string> saved = accelerators_in(run), needed = accelerators_in(here);
+    if (saved == needed) return;
+    drop_partial_batch(run);
+    for (const std::string& name : saved) run.erase(name);
+    for (const std::string& name : needed) run.put(name, here.tensors().at(name));
+}
 
 bool Trainer::is_healthy() const {
     return (!gate_ || gate_->guard().refused_in_a_row() == 0) &&

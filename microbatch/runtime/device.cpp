@@ -16,22 +16,24 @@ c10::DeviceIndex count_of(c10::DeviceType type) {
     return c10::impl::hasDeviceGuardImpl(type) ? c10::impl::VirtualGuardImpl(type).deviceCount() : 0;
 }
 
-std::string devices_here() {
-    std::string all = "cpu";
+}  // namespace
+
+std::vector<at::Device> devices_here() {
+    std::vector<at::Device> all{at::kCPU};
     for (int type = 1; type < static_cast<int>(c10::COMPILE_TIME_MAX_DEVICE_TYPES); ++type) {
         const auto kind = static_cast<c10::DeviceType>(type);
         if (kind == c10::kMeta) continue;
-        for (c10::DeviceIndex i = 0; i < count_of(kind); ++i) all += str_cat(", ", at::Device(kind, i).str());
+        for (c10::DeviceIndex i = 0; i < count_of(kind); ++i) all.emplace_back(kind, i);
     }
     return all;
 }
 
-}  // namespace
-
 void require_device(at::Device device) {
     const c10::DeviceIndex index = device.has_index() ? device.index() : c10::DeviceIndex{0};
-    require_that(index < count_of(device.type()), "there is no device ", device.str(), " here: there is ",
-                 devices_here());
+    if (index < count_of(device.type())) return;
+    std::string all;
+    for (const at::Device& one : devices_here()) all += str_cat(all.empty() ? "" : ", ", one.str());
+    throw Error(ErrorKind::usage, str_cat("there is no device ", device.str(), " here: there is ", all));
 }
 
 void wait_for(at::Device device) {

@@ -2,7 +2,12 @@
 
 #include <c10/core/Device.h>
 
+#include <vector>
+
 namespace microbatch {
+
+/// Every device of this process, the CPU first.
+std::vector<at::Device> devices_here();
 
 /// Throws ErrorKind::usage, saying which devices there are, unless the device exists in this process.
 void require_device(at::Device device);

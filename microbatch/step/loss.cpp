@@ -51,6 +51,7 @@ double weight_of(const WeightedLoss& loss) {
 }
 
 LossFunction on_device(LossFunction loss, at::Device device) {
+    if (device.is_cpu()) return loss;
     return [loss = std::move(loss), uploader = std::make_shared<Uploader>(device)](const Batch& micro) {
         return loss({uploader->upload(micro.fields)});
     };

@@ -52,7 +52,7 @@ double weight_of(const WeightedLoss& loss);
 using LossFunction = std::function<WeightedLoss(const Batch&)>;
 
 /// The loss of micro-batches that come from the host: they are copied to the device first, while it computes the one
-/// before (see Uploader). Each copy of the function shares the uploader: no two calls at the same time.
+/// before (see Uploader); on the CPU it is the function as it is. Each copy of the function shares the uploader: no two calls at the same time.
 LossFunction on_device(LossFunction loss, at::Device device);
 
 /// Calls the loss function. Errors: TooFewSamples instead of torch's own error if BatchNorm has a single value per

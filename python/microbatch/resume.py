@@ -8,7 +8,7 @@ from microbatch.errors import Error, UsageError
 from microbatch.planning import Plan
 
 FIXED = ("model", "batch", "optimizer", "seed", "data-samples")  # with another one of these it is another run
-NOT_SETTINGS = {"memory", "loss", "data-crc32"}  # no reason to leave the newest checkpoint
+NOT_SETTINGS = {"memory", "device", "loss", "data-crc32"}  # no reason to leave the newest checkpoint
 NOTE = "python"  # in a checkpoint
 
 

@@ -135,6 +135,7 @@ class Trainer:
         self.plan_report: PlanReport | None = None  #: of train()
         self._settings = {
             "model": type(model).__name__,
+            "device": str(self.accumulator._device),
             "batch": batch,
             "optimizer": type(self.optimizer).__name__,
             "lr": peak,

@@ -64,7 +64,7 @@ public:
               const PlanReport& report, const py::dict& settings, py::object observer)
         : dataset_(std::move(data)), loss_(std::move(loss)), observer_(std::move(observer)) {
         RunOptions options = options_of(settings);
-        fit_to_plan(options, report);
+        fit_to_plan(options, report, device_of(accumulator.get().parameters()));
         options.trainer.stop = [this] { return stops(); };
         options.observer = this;
         if (dataset_.has_state()) options.trainer.data_state = &dataset_;

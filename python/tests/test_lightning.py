@@ -344,11 +344,19 @@ def test_what_is_not_supported_is_refused(module, how, message):
         fit(strategy(), module, **how)
 
 
-def test_another_device_and_scaled_gradients_are_refused(monkeypatch):
-    kind = strategy()
-    monkeypatch.setattr(kind, "_accelerator", L.pytorch.accelerators.CUDAAccelerator())
-    with pytest.raises(mb.UsageError, match="the accelerator is a CUDAAccelerator.*accelerator='cpu'"):
+@pytest.mark.parametrize(("accelerator", "device", "message"), [
+    (L.pytorch.accelerators.CUDAAccelerator(), "cpu", "is a CUDAAccelerator.*accelerator='cpu'.*device='cuda:0'"),
+    (L.pytorch.accelerators.CPUAccelerator(), "cuda:1", "is a CPUAccelerator.*accelerator='cuda'.*device='cpu'"),
+    (L.pytorch.accelerators.CPUAccelerator(), "gpu-1", "device is 'gpu-1'; it is a device such as"),
+])
+def test_an_accelerator_for_another_device_is_refused(monkeypatch, accelerator, device, message):
+    with pytest.raises(mb.UsageError, match=message):
+        kind = strategy(device=device)
+        monkeypatch.setattr(kind, "_accelerator", accelerator)
         kind.setup(None)
+
+
+def test_scaled_gradients_are_refused():
     kind = strategy(accelerator=L.pytorch.accelerators.CPUAccelerator())
     kind.precision_plugin = L.pytorch.plugins.MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
     with pytest.raises(mb.UsageError, match="float16 needs scaled gradients.*precision='bf16-mixed'"):

@@ -487,7 +487,7 @@ def test_a_loss_that_is_overridden_or_differs_from_the_models_own_is_refused(tmp
     ({"deepspeed": "config.json"}, "DeepSpeed, FSDP and other sharded models are not supported"),
     ({"fsdp": True}, "DeepSpeed, FSDP and other sharded models are not supported"),
     ({"world_size": 2}, "there are 2 processes"),
-    ({"device": torch.device("cuda")}, "would train on cuda.*use_cpu=True"),
+    ({"n_gpu": 2}, "would be spread over 2 GPUs.*CUDA_VISIBLE_DEVICES=0"),
 ])
 def test_a_setting_that_is_not_supported_is_refused(setting, message, tmp_path):
     class Settings:

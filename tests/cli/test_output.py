@@ -20,7 +20,7 @@ from conftest import COMMAND, FILES, OF_COMMAND, ROOT, TEXT, Result, ended, line
 from gate import HANG, wait_until
 
 JOB = ["data", "model", "layers", "heads", "kv-heads", "width", "inner", "length", "norm", "dropout", "batch",
-       "micro-batch", "recompute", "batch-norm", "memory",
+       "micro-batch", "recompute", "batch-norm", "device", "memory",
        "optimizer", "lr", "lr-rule", "reference-batch", "clip", "weight-decay", "momentum", "nesterov", "schedule",
        "warmup", "final-lr", "decay", "power", "seed", "threads", "config", "json", "help"]
 LENGTH = ["steps", "samples", "tokens"]

@@ -50,14 +50,15 @@ class MicrobatchStrategy(SingleDeviceStrategy):
 
     weight: `weight(micro)` returns what training_step's mean loss is averaged over, such as the number of targets; None
     takes the number of samples. A check on the first batch refuses a weight that does not fit the loss.
-    memory, micro_batch, recompute, trim_padding: as of mb.Accumulator. collate: for a DataLoader that delivers lists of
+    memory, micro_batch, recompute, trim_padding: as of mb.Accumulator. device: where to train, such as "cuda:0", with
+    the accelerator for it in Trainer; Lightning moves the whole batch there. collate: for a DataLoader that delivers lists of
     samples (collate_fn=list); makes a micro-batch of some of them.
 
     Values that training_step logs are joined for the batch: means by weight, or by the batch_size that is given to
     log(); sums, minima and maxima as reduce_fx says. Clipping, schedules, callbacks and checkpoints are Lightning's. A
     checkpoint also holds the plan, so that a resumed run has the same bits.
 
-    Raises UsageError for accumulate_grad_batches other than 1, manual optimization, an accelerator other than the CPU,
+    Raises UsageError for accumulate_grad_batches other than 1, manual optimization, an accelerator for another device,
     float16 with a scaler, an own backward(), or a training_step that returns more than a loss.
     """
 
@@ -75,6 +76,7 @@ class MicrobatchStrategy(SingleDeviceStrategy):
         recompute: Any = "auto",
         collate: Callable[[list[Any]], Any] | None = None,
         trim_padding: str | None = None,
+        device: torch.device | str = "cpu",
         **named: Any,
     ) -> None:
         if weight is not None and not callable(weight):
@@ -82,7 +84,7 @@ class MicrobatchStrategy(SingleDeviceStrategy):
         _check_micro_batch(micro_batch)
         if memory is not None:
             _memory.parse_size(memory)
-        super().__init__("cpu", **named)
+        super().__init__(_device_named(device), **named)
         self.weight = weight
         self._how: dict[str, Any] = {"memory": memory, "micro_batch": micro_batch, "recompute": recompute}
         self._collate, self._trim_padding = collate, trim_padding
@@ -92,11 +94,7 @@ class MicrobatchStrategy(SingleDeviceStrategy):
         _memory.install()
 
     def setup(self, trainer: Any) -> None:
-        if not isinstance(self.accelerator, CPUAccelerator):
-            raise UsageError(
-                f"the accelerator is a {type(self.accelerator).__name__}, and Microbatch trains on the CPU: pass "
-                "accelerator='cpu' to Trainer"
-            )
+        _check_accelerator(self.accelerator, self.root_device)
         if getattr(self.precision_plugin, "scaler", None) is not None:
             raise UsageError("float16 needs scaled gradients, which are not supported: set precision='bf16-mixed'")
         if trainer.state.fn == TrainerFn.FITTING:
@@ -125,7 +123,8 @@ class MicrobatchStrategy(SingleDeviceStrategy):
         for one in parameters:
             one.grad = None
         step.log(source.size)
-        return torch.tensor(self.last_report.loss) if self.last_report.weight > 0.0 else None
+        loss = torch.tensor(self.last_report.loss, device=self.root_device)
+        return loss if self.last_report.weight > 0.0 else None
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Puts the gradient that training_step() computed into `.grad`, between Lightning's hooks."""
@@ -302,9 +301,10 @@ class _Logged:
     def value(self) -> Any:
         if self.metric is not None:
             return self.metric
-        values = torch.stack(self.values)
+        device = next((one.device for one in self.values if one.device.type != "cpu"), torch.device("cpu"))
+        values = torch.stack([one.to(device) for one in self.values])
         if self.reduction == "mean":
-            weights = torch.tensor(self.weights, dtype=torch.float64)
+            weights = torch.tensor(self.weights, dtype=torch.float64, device=device)
             # A micro-batch without targets has a loss of 0/0, which counts for nothing.
             return (values[weights > 0] * weights[weights > 0]).sum().div(weights.sum()).float()
         return getattr(values, self.reduction)().float()
@@ -340,6 +340,26 @@ def _value_since(before: dict[str, Any], metric: Any, name: str) -> Any:
         return metric.compute()
     finally:
         _restore(metric, now)
+
+
+def _device_named(device: torch.device | str) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise UsageError(f"device is {device!r}; it is a device such as 'cpu' or 'cuda:0'") from None
+
+
+def _check_accelerator(accelerator: Any, device: torch.device) -> None:
+    """Raises UsageError unless the accelerator's devices are of the strategy's kind."""
+    is_cpu = isinstance(accelerator, CPUAccelerator)
+    kind = "cpu" if is_cpu else str(accelerator.get_parallel_devices([0])[0].type)
+    if kind == device.type:
+        return
+    instead = f"accelerator={device.type!r}" if device.type in ("cpu", "cuda") else f"an accelerator for {device.type}"
+    raise UsageError(
+        f"the accelerator is a {type(accelerator).__name__}, and MicrobatchStrategy(device={str(device)!r}) trains on "
+        f"another device: pass {instead} to Trainer, or device='{kind}{'' if is_cpu else ':0'}' to MicrobatchStrategy"
+    )
 
 
 def _check_module(module: Any) -> None:

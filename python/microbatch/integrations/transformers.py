@@ -298,8 +298,11 @@ def _check_arguments(args: Any) -> None:
         raise UsageError("DeepSpeed, FSDP and other sharded models are not supported: Microbatch trains in one process")
     if args.world_size > 1:
         raise UsageError(f"there are {args.world_size} processes, and Microbatch trains in one: use no launcher")
-    if args.device.type != "cpu":
-        raise UsageError(f"the model would train on {args.device}, and Microbatch trains on the CPU: set use_cpu=True")
+    if args.n_gpu > 1:
+        raise UsageError(
+            f"the model would be spread over {args.n_gpu} GPUs (DataParallel), and Microbatch trains on one: set "
+            "CUDA_VISIBLE_DEVICES=0"
+        )
     if args.fp16:
         raise UsageError("fp16 needs gradients that are scaled, which is not supported: set bf16=True, or neither")
     if args.auto_find_batch_size:
