@@ -4,7 +4,7 @@ import pathlib
 import re
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-ROOMS = ["core", "runtime", "memory", "state", "model", "io", "data", "autograd", "ops", "optim", "step", "run",
+ROOMS = ["core", "runtime", "memory", "state", "model", "io", "data", "autograd", "ops", "optim", "step", "distributed", "run",
          "analysis", "models"]
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
 

@@ -2,6 +2,10 @@
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/batch_norm_native.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/maximum.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
@@ -85,6 +89,15 @@ void override_operator() {
     }();
 }
 
+// The layers in the same order in every process.
+template <class Layers>
+auto by_name(Layers& layers) {
+    std::vector<decltype(&layers.begin()->second)> sorted;
+    for (auto& [key, layer] : layers) sorted.push_back(&layer);
+    std::ranges::sort(sorted, {}, [](const auto* one) -> const std::string& { return one->name; });
+    return sorted;
+}
+
 }  // namespace
 
 bool counts_batches(const NamedTensor& buffer) {
@@ -148,6 +161,56 @@ at::Tensor BatchNormLayers::run(const at::Tensor& x, const std::optional<at::Ten
     all.momentum = momentum;
     all.moments = pooled(all.moments, {count, own_mean.to(at::kDouble), own_variance.to(at::kDouble) * (count - 1.0)});
     return y;
+}
+
+at::Tensor BatchNormLayers::packed() const {
+    const at::NoGradGuard no_grad;
+    std::vector<at::Tensor> parts;
+    const auto add = [&parts](const at::Tensor& one) { parts.push_back(one.to(at::kCPU, at::kDouble).reshape({-1})); };
+    const auto add_number = [&parts](double one) { parts.push_back(at::scalar_tensor(one, at::kDouble).reshape({1})); };
+    for (const Count& count : counts_) add(count.after.defined() ? count.after - count.before : count.before * 0);
+    for (const Layer* layer : by_name(layers_)) {
+        add_number(static_cast<double>(layer->calls.size()));
+        for (const Collected& call : layer->calls) {
+            add_number(call.moments.count);
+            add_number(call.momentum);
+            add(call.moments.mean);
+            add(call.moments.m2);
+        }
+    }
+    return parts.empty() ? at::zeros({0}, at::kDouble) : at::cat(parts);
+}
+
+void BatchNormLayers::pool(const std::vector<at::Tensor>& all) {
+    const at::NoGradGuard no_grad;
+    for (Count& count : counts_) count.after = count.before.detach().clone();
+    for (Layer* layer : by_name(layers_)) layer->calls.clear();
+    for (const at::Tensor& one : all) {
+        const at::Tensor packed = one.cpu();
+        std::int64_t at = 0;
+        const auto next = [&] { return packed[at++].item<double>(); };
+        for (Count& count : counts_) {
+            // As many as the process that counted the most: one without samples counts none.
+            count.after = at::maximum(count.after, count.before + next());
+        }
+        for (Layer* layer : by_name(layers_)) {
+            const auto device = layer->mean.device();
+            const std::int64_t channels = layer->mean.numel();
+            const auto channel_values = [&] {
+                at += channels;
+                return packed.slice(0, at - channels, at).clone().to(device);
+            };
+            const auto calls = static_cast<std::size_t>(next());
+            if (layer->calls.size() < calls) layer->calls.resize(calls);
+            for (std::size_t call = 0; call < calls; ++call) {
+                Collected& pooled_so_far = layer->calls[call];
+                const double count = next();
+                pooled_so_far.momentum = next();
+                const at::Tensor mean = channel_values(), m2 = channel_values();
+                pooled_so_far.moments = pooled(pooled_so_far.moments, {count, mean, m2});
+            }
+        }
+    }
 }
 
 void BatchNormLayers::finish() {

@@ -41,6 +41,13 @@ public:
     /// The calls until the next begin_forward() repeat earlier ones: they do not count.
     void end_forward();
 
+    /// What finish() needs of the forwards here, in fp64 and one dimension: for pool() of another process.
+    at::Tensor packed() const;
+
+    /// Instead of those of the forwards here: the statistics of all processes, in order.
+    /// Requires: they are packed by objects for the same layers.
+    void pool(const std::vector<at::Tensor>& all);
+
     /// Moves the running statistics by the statistics of all forwards since construction, if the policy is deferred.
     void finish();
 

@@ -6,6 +6,12 @@
 
 namespace microbatch {
 
+Slice share_of(std::int64_t samples, std::int64_t index, std::int64_t parts) {
+    // Without the product samples * index, which may exceed 64 bits.
+    const auto begin = [&](std::int64_t i) { return samples / parts * i + samples % parts * i / parts; };
+    return {begin(index), begin(index + 1)};
+}
+
 std::int64_t next_cut(std::int64_t left, std::int64_t most) {
     // With two per micro-batch, this would only move the single sample.
     const bool would_leave_one = most > 2 && left - 1 == most;

@@ -33,6 +33,10 @@ struct Slice {
     bool operator==(const Slice&) const = default;
 };
 
+/// The samples that part `index` of `parts` takes of a batch: consecutive ones, as evenly as possible; none if there are
+/// fewer samples than parts, for some. Requires: 0 <= index < parts.
+Slice share_of(std::int64_t samples, std::int64_t index, std::int64_t parts);
+
 /// The model cannot train on so small a micro-batch: BatchNorm with a single value per channel.
 struct TooFewSamples : Error {
     using Error::Error;

@@ -14,6 +14,7 @@ enum class ErrorKind {
     stopped = 4,       ///< the run was stopped because it diverged or ended worse than it began
     bad_data = 5,      ///< a file is missing, truncated or not what it says it is
     not_written = 6,   ///< a file could not be written: disk full, no permission
+    lost_rank = 7,     ///< another process of the run has ended or cannot be reached
 };
 
 /// The only exception type of this library. The text says what is wrong, where, and what to do.

@@ -56,6 +56,27 @@ private:
     std::int64_t size_;
 };
 
+/// Some consecutive samples of another batch.
+///
+/// Ownership: borrows the batch.
+class SliceOf final : public BatchSource {
+public:
+    SliceOf(const BatchSource& batch, Slice slice) : batch_(batch), slice_(slice) {}
+
+    std::int64_t size() const override { return slice_.size(); }
+    Batch fetch(Slice slice) const override {
+        return batch_.fetch({slice_.begin + slice.begin, slice_.begin + slice.end});
+    }
+    std::int64_t as_many_as(std::int64_t begin, std::int64_t samples) const override {
+        return batch_.as_many_as(slice_.begin + begin, samples);
+    }
+    std::uint32_t fingerprint() const override { return batch_.fingerprint(); }
+
+private:
+    const BatchSource& batch_;
+    Slice slice_;
+};
+
 /// Samples of a dataset by number, loaded when needed: the whole batch is never in memory.
 ///
 /// Ownership: borrows the dataset.

@@ -109,6 +109,11 @@ void FusedOptimizer::step(std::span<const GradientView> gradients, double diviso
     update_all(buckets);
 }
 
+void FusedOptimizer::reserve(std::span<const GradientView> gradients) {
+    const at::NoGradGuard no_grad;
+    make_buckets(gradients, /*divisor=*/1.0, &Slot::state);
+}
+
 void FusedOptimizer::dry_run(std::span<const GradientView> gradients, double divisor) {
     const at::NoGradGuard no_grad;
     Buckets buckets = make_buckets(gradients, divisor, &Slot::dry_run_state);

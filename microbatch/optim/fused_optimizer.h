@@ -14,6 +14,7 @@ public:
     ///         has changed since its state was created; nothing has changed then.
     void step(std::span<const GradientView> gradients, double divisor) final;
     using Optimizer::step;
+    void reserve(std::span<const GradientView> gradients) final;
     void dry_run(std::span<const GradientView> gradients, double divisor) final;
     using Optimizer::dry_run;
     void end_dry_run() final;

@@ -30,6 +30,10 @@ public:
     /// The same with the .grad tensors, for a loop that calls backward() itself.
     void step(double divisor = 1.0) { step(gradients_in(parameters()), divisor); }
 
+    /// Creates the state that a step with these gradients would create, so that the step does not run out of memory.
+    /// Optional. Errors: c10::OutOfMemoryError; nothing has changed then.
+    virtual void reserve(std::span<const GradientView>) {}
+
     /// Uses memory and time like a step, but leaves parameters and state unchanged. Instead it overwrites the
     /// gradients, and uses temporary state that is kept until end_dry_run().
     virtual void dry_run(std::span<const GradientView> gradients, double divisor) = 0;

@@ -1,12 +1,14 @@
 #include "microbatch/step/accumulator.h"
 
 #include <c10/util/Exception.h>
+#include <c10/util/ScopeExit.h>
 
 #include <algorithm>
 #include <chrono>
 #include <stdexcept>
 #include <unordered_set>
 
+#include "microbatch/autograd/batch_norm_layers.h"
 #include "microbatch/core/error.h"
 #include "microbatch/memory/meter.h"
 #include "microbatch/model/forward_state.h"
@@ -29,6 +31,7 @@ Reclaimer once() {
 
 /// A batch that runs, possibly several times.
 struct Accumulator::Attempt {
+    Slice share = {};  // of the batch, for this process
     Plan plan = {};
     std::int64_t samples = 0;
     bool measure_noise = false;
@@ -38,6 +41,8 @@ struct Accumulator::Attempt {
     std::string message = {};  // of the last out-of-memory error
     SampleShape shape = {};    // of the micro-batch that ran last, and its plan
     Plan plan_of_shape = {};
+    bool is_agreed = false;  // the processes have told each other how it ended
+    bool ran_out = false;    // of memory, in this process
 };
 
 Accumulator::Accumulator(const AnyModel& model, Optimizer& optimizer, AccumulatorOptions options)
@@ -92,7 +97,7 @@ StepReport Accumulator::step(const BatchSource& batch, const LossFunction& loss,
             return {.plan = partial->plan, .out_of_memory = count, .partial = std::move(*partial)};
         }
         try {
-            gathered_ = options_.reducer->reduce(std::move(std::get<Gathered>(result)));
+            gathered_ = std::move(std::get<Gathered>(result));
             if (options_.precision->skip(*gathered_)) return discard("overflow");
             decided.emplace(*gathered_, gates.evaluate(*gathered_));
             decided->first.sums.clear();  // nothing holds the gradients longer than the update
@@ -102,8 +107,12 @@ StepReport Accumulator::step(const BatchSource& batch, const LossFunction& loss,
             return report;
         } catch (...) {
             drop_gathered();
-            if (!is_oom(std::current_exception())) undo();
-            throw;
+            const bool may_repeat = is_oom(std::current_exception()) && reducer().size() == 1;
+            if (!may_repeat) undo();
+            if (may_repeat || !is_oom(std::current_exception())) throw;
+            // The other processes have gone on.
+            const std::string message = message_of(std::current_exception());
+            throw Error(ErrorKind::does_not_fit, "the optimizer's step ran out of memory: ", message);
         }
     };
     const auto undo_step = [&] {
@@ -145,11 +154,12 @@ std::variant<Gathered, PartialBatch> Accumulator::gather_batch(const BatchSource
     throttle_.poll();
     gatherer_.require_idle();
     Attempt attempt = first_attempt(batch, options);
+    require_policy_over_processes(attempt.plan);
     const Reclaimers last_resorts{
         {[&attempt] { return std::exchange(attempt.measure_noise, false); }, /*counts=*/false}};
     const Reclaimers smaller{{[&] { return make_plan_smaller(attempt); }}};
     auto result = retry_on_oom(
-        joined(joined(joined(options.before_noise, last_resorts), options.before_plan), smaller),
+        agreed(joined(joined(joined(options.before_noise, last_resorts), options.before_plan), smaller), attempt),
         [&] { return try_gather(batch, loss, options.stop, attempt); }, [&] { undo(); },
         [&](const Reclaimer& helped, const std::string& message) {
             attempt.message = message;
@@ -176,15 +186,17 @@ std::variant<Gathered, PartialBatch> Accumulator::gather_batch(const BatchSource
 }
 
 Accumulator::Attempt Accumulator::first_attempt(const BatchSource& batch, StepOptions& options) const {
-    const std::int64_t samples = batch.size();
-    Attempt attempt{.plan = options_.plan,
+    const Slice share = reducer().share(batch.size());
+    const std::int64_t samples = share.size();
+    Attempt attempt{.share = share,
+                    .plan = options_.plan,
                     .samples = samples,
                     .caps = caps_,
                     .partial = std::exchange(options.partial, std::nullopt)};
     attempt.plan.micro_batch =
         std::clamp<std::int64_t>(attempt.plan.micro_batch, 1, std::max<std::int64_t>(samples, 1));
     // A single micro-batch does not show noise.
-    attempt.measure_noise = options.measure_noise && (attempt.plan.micro_batch < samples || !caps_.empty());
+    attempt.measure_noise = options.measure_noise && (attempt.plan.micro_batch < batch.size() || !caps_.empty());
     if (const auto& partial = attempt.partial) {
         gatherer_.require_partial(batch, *partial);
         attempt.measure_noise = partial->measure_noise;
@@ -201,29 +213,43 @@ std::variant<Gathered, PartialBatch> Accumulator::try_gather(const BatchSource& 
                                                              const StopToken& stop, Attempt& attempt) {
     attempt.shape.clear();
     attempt.plan_of_shape = attempt.caps.within(attempt.plan, {});  // if not even a micro-batch could start
+    attempt.is_agreed = attempt.ran_out = false;
     std::optional<PartialBatch> partial = std::exchange(attempt.partial, std::nullopt);
+    const SliceOf share(batch, attempt.share);
+    const bool is_whole = attempt.samples == batch.size();
     try {
         before_ = partial ? std::move(partial->before) : forward_state(*model_);
-        return gatherer_.gather(batch, loss,
+        return gatherer_.gather(is_whole ? batch : share, loss,
                                 {.plan = attempt.plan,
                                  .measure_noise = attempt.measure_noise,
-                                 .stop = stop,
+                                 .stop = reducer().size() == 1 ? stop : StopToken{},
                                  .caps = &attempt.caps,
                                  .on_micro_batch =
                                      [&attempt](const SampleShape& shape, const Plan& plan) {
                                          attempt.shape = shape;
                                          attempt.plan_of_shape = plan;
-                                     }},
+                                     },
+                                 .on_added =
+                                     [&] {
+                                         reserve_for_step();
+                                         agree(nullptr, attempt);
+                                     },
+                                 .reducer = &reducer()},
                                 std::move(partial));
     } catch (...) {
         const std::exception_ptr failure = std::current_exception();
+        if (!attempt.is_agreed) {
+            auto undo_if_lost = c10::make_scope_exit([this] { undo(); });
+            agree(failure, attempt);
+            undo_if_lost.release();
+        }
         if (is_oom(failure)) throw;
         undo();
         if (attempt.out_of_memory == 0) throw;
         try {
             std::rethrow_exception(failure);
         } catch (const Error& error) {
-            if (error.kind() == ErrorKind::bad_data) throw;
+            if (error.kind() == ErrorKind::bad_data || error.kind() == ErrorKind::lost_rank) throw;
         } catch (const c10::Error&) {
         } catch (const std::runtime_error&) {
         } catch (const std::logic_error&) {
@@ -234,6 +260,54 @@ std::variant<Gathered, PartialBatch> Accumulator::try_gather(const BatchSource& 
                     "; ", attempt.message,
                     "; the step changed nothing: raise the memory budget, or use shorter samples");
     }
+}
+
+// After the processes have agreed, none may fail alone.
+void Accumulator::reserve_for_step() {
+    if (reducer().size() > 1) optimizer_.reserve(gradients_in(tensors_of(gatherer_.parameters())));
+}
+
+// Tells the other processes how the attempt ended here. Returns if it can go on as it would alone; throws if another
+// process has failed.
+void Accumulator::agree(const std::exception_ptr& failure, Attempt& attempt) {
+    attempt.is_agreed = true;
+    attempt.ran_out = failure && is_oom(failure);
+    std::optional<GatherFailure> mine;
+    if (failure) {
+        mine = {.out_of_memory = attempt.ran_out,
+                .message = message_of(failure),
+                .shape = attempt.shape,
+                .plan = attempt.plan_of_shape,
+                .rank = reducer().rank()};
+    }
+    const std::optional<GatherFailure> found = reducer().agree(mine);
+    if (!found || found->rank == reducer().rank()) return;
+    if (!found->out_of_memory) {
+        // What ended both processes is told by each.
+        if (failure && !attempt.ran_out) return;
+        throw Error(ErrorKind::lost_rank, "rank ", found->rank, " has failed: ", found->message);
+    }
+    // All repeat the batch in the same way.
+    attempt.shape = found->shape;
+    attempt.plan_of_shape = found->plan;
+    if (!failure) TORCH_CHECK_WITH(OutOfMemoryError, false, "rank ", found->rank, ": ", found->message);
+}
+
+// Each is asked in every process, and has helped if it has in one that ran out of memory.
+Reclaimers Accumulator::agreed(Reclaimers reclaimers, const Attempt& attempt) {
+    if (reducer().size() == 1) return reclaimers;
+    for (Reclaimer& one : reclaimers) {
+        one.reclaim = [this, &attempt, own = std::move(one.reclaim)] {
+            const bool has_helped = own();
+            return reducer().any_rank(has_helped && attempt.ran_out);
+        };
+    }
+    return reclaimers;
+}
+
+void Accumulator::require_policy_over_processes(const Plan& plan) const {
+    require_that(reducer().size() == 1 || plan.batch_norm != BatchNorm::exact || !has_batch_norm(model_->buffers()),
+                 "exact BatchNorm is for one process: over several, choose the policy deferred");
 }
 
 // For samples of the shape at which memory ran out, and larger ones.
@@ -295,7 +369,7 @@ void Accumulator::add(const WeightedLoss& loss) {
 
 const Gathered& Accumulator::finish() {
     throttle_.poll();  // a first batch that was streamed or used for planning may have been slow
-    gathered_ = gatherer_.finish();
+    gathered_ = gatherer_.finish(&reducer());
     return *gathered_;
 }
 

@@ -81,6 +81,8 @@ struct StepOptions {
 /// Formula:  g = (sum of the micro-batches' loss-sum gradients) / (sum of their weights), clipped once, one step.
 /// Source:   reference: docs/how-it-works.md, section 2. Deviation: none.
 /// State:    between gather (or finish) and apply, everything about the batch is known and no parameter has changed.
+/// Processes: with a Reducer of several, all call step() with the same batch, of which each gathers its share; the
+///           update is the whole batch's, and all take the same decisions. A batch is not left half-way then.
 /// Ownership: borrows the optimizer and a module, which must outlive this; shares the parameters' tensors.
 /// Threads:  no two calls at the same time.
 class Accumulator {
@@ -155,6 +157,7 @@ public:
     /// Throws ErrorKind::usage if a batch is open, or gathered but neither applied nor discarded.
     void require_idle() const { gatherer_.require_idle(); }
 
+    Reducer& reducer() const { return *options_.reducer; }
     Model& model() const { return *model_; }
     Optimizer& optimizer() const { return optimizer_; }
     const Parameters& parameters() const { return gatherer_.parameters(); }
@@ -169,6 +172,10 @@ private:
     Attempt first_attempt(const BatchSource& batch, StepOptions& options) const;
     std::variant<Gathered, PartialBatch> try_gather(const BatchSource& batch, const LossFunction& loss,
                                                     const StopToken& stop, Attempt& attempt);
+    void reserve_for_step();
+    void agree(const std::exception_ptr& failure, Attempt& attempt);
+    Reclaimers agreed(Reclaimers reclaimers, const Attempt& attempt);
+    void require_policy_over_processes(const Plan& plan) const;
     bool make_plan_smaller(Attempt& attempt) const;
     void open(bool measure_noise, const Plan& plan);
     void drop_gathered();

@@ -47,7 +47,8 @@ std::variant<Gathered, PartialBatch> Gatherer::gather(const BatchSource& source,
                                                       const GatherOptions& options,
                                                       std::optional<PartialBatch> partial) {
     const std::int64_t samples = source.size();
-    require_that(samples != 0, "the batch is empty: give it at least one sample");
+    const bool has_others = options.reducer != nullptr && options.reducer->size() > 1;
+    require_that(samples != 0 || has_others, "the batch is empty: give it at least one sample");
     micro_batch_count(samples, options.plan.micro_batch);  // refuses an invalid plan
     const bool cut = options.plan.micro_batch < samples || (options.caps != nullptr && !options.caps->empty());
     if (cut && options.plan.batch_norm == BatchNorm::exact) return gather_exactly(source, loss, options);
@@ -63,8 +64,9 @@ std::variant<Gathered, PartialBatch> Gatherer::gather(const BatchSource& source,
         done = add_next(source, done, loss, options);
         if (done < samples && options.stop && options.stop()) return leave(source, done, norms_.has_value());
     }
+    if (options.on_added) options.on_added();
     clear_on_error.release();
-    return finish();
+    return finish(options.reducer);
 }
 
 Gathered Gatherer::gather(const Batch& batch, const Plan& plan, const LossFunction& loss, bool measure_noise) {
@@ -232,12 +234,14 @@ void Gatherer::count(const WeightedLoss& loss) {
     totals_.count(loss.weight);
 }
 
-Gathered Gatherer::finish() {
+Gathered Gatherer::finish(Reducer* reducer) {
     require_that(state_ == State::open, "no batch is open: call begin() before finish()");
     norms_.reset();  // frees its memory before the update
     auto clear_on_error = c10::make_scope_exit([this] { clear(); });
     refuse_changed_gradients();
-    measure();
+    const bool has_others = reducer != nullptr && reducer->size() > 1;
+    measure(has_others ? reducer : nullptr);
+    if (layers_ && has_others) layers_->pool(reducer->gather(layers_->packed()));
     if (layers_) layers_->finish();
     layers_.reset();
     clear_on_error.release();
@@ -262,14 +266,15 @@ void Gatherer::refuse_sparse_gradients() const {
     }
 }
 
-void Gatherer::measure() {
+void Gatherer::measure(Reducer* reducer) {
     read_totals();
     if (gathered_.weight == 0.0) drop_gradients();  // zeros, of weights that were not known
     gathered_.sums = gradients_in(tensors_of(parameters_));
+    if (reducer != nullptr) gathered_ = reducer->reduce(std::move(gathered_), parameters_, precision_->loss_scale());
     require_that(
         gathered_.weight == 0.0 || !gathered_.sums.empty(),
         "no parameter received a gradient: are these the parameters of the model that the loss function uses?");
-    if (gathered_.weight == 0.0) return;
+    if (gathered_.weight == 0.0 || reducer != nullptr) return;
     gathered_.gradient_norm = joint_norm(sums_of(gathered_.sums)) / (gathered_.weight * precision_->loss_scale());
 }
 

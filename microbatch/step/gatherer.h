@@ -18,6 +18,7 @@
 #include "microbatch/step/micro_batch_norms.h"
 #include "microbatch/step/micro_batch_scope.h"
 #include "microbatch/step/precision.h"
+#include "microbatch/step/reducer.h"
 
 namespace microbatch {
 
@@ -37,6 +38,10 @@ struct GatherOptions {
     /// Of a batch with exact BatchNorm: called after each piece of work, which is one micro-batch between two layers,
     /// forward or backward. Says whether it was the first micro-batch's, and the last one's.
     std::function<void(bool first, bool last)> on_piece = {};
+    /// Called when every micro-batch has been added, before the batch is closed.
+    std::function<void()> on_added = {};
+    /// Combines the batch with those of other processes; null: it is the whole batch.
+    Reducer* reducer = nullptr;
 };
 
 /// Sums the gradients of one batch, micro-batch by micro-batch, in the parameters' .grad.
@@ -88,10 +93,11 @@ public:
     ///         them at once.
     void add(const WeightedLoss& loss);
 
-    /// Closes the batch and returns what was gathered. With weight 0, there are no gradients.
+    /// Closes the batch and returns what was gathered, by all processes of the reducer if there is one. With weight 0,
+    /// there are no gradients.
     /// Errors: ErrorKind::usage if no batch is open, the batch has weight but no parameter received a gradient, or
     ///         other code changed a .grad since the last add().
-    Gathered finish();
+    Gathered finish(Reducer* reducer = nullptr);
 
     /// Divides the gathered sums in place and leaves them in .grad, which belongs to the caller from now on. Requires:
     /// finish() was called, and nothing was cleared since.
@@ -132,7 +138,7 @@ private:
     void resume(const BatchSource& source, PartialBatch& partial, const Plan& plan);
     PartialBatch leave(const BatchSource& source, std::int64_t samples, bool measure_noise);
     void enter(const Plan& plan);
-    void measure();
+    void measure(Reducer* reducer);
     void read_totals();
     void drop_gradients();
 

@@ -58,20 +58,6 @@ at::Device device_of(const Accumulator& accumulator) {
     return device;
 }
 
-/// The first samples of a batch.
-class FrontOf final : public BatchSource {
-public:
-    FrontOf(const BatchSource& batch, std::int64_t samples) : batch_(batch), samples_(samples) {}
-
-    std::int64_t size() const override { return samples_; }
-    Batch fetch(Slice slice) const override { return batch_.fetch(slice); }
-    std::uint32_t fingerprint() const override { return batch_.fingerprint(); }
-
-private:
-    const BatchSource& batch_;
-    std::int64_t samples_;
-};
-
 // The job, restored after every trial.
 class LiveJob final : public Rehearsal {
 public:
@@ -226,7 +212,7 @@ private:
     ExactRun run_exactly(const Plan& plan, std::int64_t count) {
         discard();
         ExactRun result;
-        const FrontOf front(batch_, std::min(count * plan.micro_batch, samples_));
+        const SliceOf front(batch_, {0, std::min(count * plan.micro_batch, samples_)});
         const auto on_piece = [&](bool first, bool last) {
             if (!first && !last)
                 return;  // the last one's peak is that of all after the first: it may have fewer samples

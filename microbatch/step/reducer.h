@@ -1,28 +1,68 @@
 #pragma once
 
-#include <utility>
+#include <ATen/core/Tensor.h>
 
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "microbatch/core/batch_plan.h"
+#include "microbatch/model/parameters.h"
 #include "microbatch/step/gathered.h"
+#include "microbatch/step/micro_batch_caps.h"
 
 namespace microbatch {
 
-/// One process or many: combines what each has gathered into the same batch for all, and lets all agree.
+/// Why a process could not gather its share of a batch.
+struct GatherFailure {
+    bool out_of_memory = false;
+    std::string message = {};
+    SampleShape shape = {};  ///< if memory ran out: of the samples that ran last, and their plan
+    Plan plan = {};
+    int rank = 0;  ///< of the process
+};
+
+/// One process or many: splits a batch, combines what each process has gathered into the same batch for all, and lets
+/// all agree. All processes call the same functions in the same order; what they return is the same on all, in bits.
 class Reducer {
 public:
+    Reducer() = default;
+    Reducer(const Reducer&) = delete;
+    Reducer& operator=(const Reducer&) = delete;
     virtual ~Reducer() = default;
 
-    /// The sums, weights and norm of the whole batch.
-    virtual Gathered reduce(Gathered gathered) = 0;
+    virtual int rank() const = 0;
+    virtual int size() const = 0;
+
+    /// The samples of a batch that this process gathers; there may be none.
+    Slice share(std::int64_t samples) const { return share_of(samples, rank(), size()); }
+
+    /// What prevents the batch, if any process has failed: the failure of the first one that cannot be retried, else of
+    /// the first one that ran out of memory. Empty if all have gathered their share.
+    virtual std::optional<GatherFailure> agree(const std::optional<GatherFailure>& mine) = 0;
+
+    /// The sums, weights and norm of the whole batch. `scale` is that of the gradients: see Precision. Sums are in
+    /// .grad, also of parameters that had no gradient here. Errors: ErrorKind::lost_rank; c10::OutOfMemoryError, on all.
+    virtual Gathered reduce(Gathered gathered, const Parameters& parameters, double scale) = 0;
 
     /// True if it is true for any process.
     virtual bool any_rank(bool mine) = 0;
+
+    /// One-dimensional tensors of one type and any length, of all processes in order.
+    virtual std::vector<at::Tensor> gather(const at::Tensor& mine) = 0;
 };
 
 /// A single process: its batch is the whole batch.
 class LocalReducer final : public Reducer {
 public:
-    Gathered reduce(Gathered gathered) override { return gathered; }
+    int rank() const override { return 0; }
+    int size() const override { return 1; }
+    std::optional<GatherFailure> agree(const std::optional<GatherFailure>& mine) override { return mine; }
+    Gathered reduce(Gathered gathered, const Parameters&, double) override { return gathered; }
     bool any_rank(bool mine) override { return mine; }
+    std::vector<at::Tensor> gather(const at::Tensor& mine) override { return {mine}; }
 };
 
 }  // namespace microbatch

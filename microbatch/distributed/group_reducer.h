@@ -1,0 +1,41 @@
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "microbatch/distributed/group.h"
+#include "microbatch/step/reducer.h"
+
+namespace microbatch {
+
+/// Sums over the ranks of a group, once a step: each rank gathers its share of the batch, and all have the whole batch's
+/// gradient afterwards.
+///
+/// Ownership: shares the group.
+/// Memory:    none of the device's, except zeros for parameters that have a gradient on other ranks alone.
+/// Cost:      the gradients once around the ring: 2 (W - 1) / W times their bytes, sent by each of W ranks; and four calls
+///            with little data.
+class GroupReducer final : public Reducer {
+public:
+    explicit GroupReducer(std::shared_ptr<Group> group) : group_(std::move(group)) {}
+
+    int rank() const override { return group_->rank(); }
+    int size() const override { return group_->size(); }
+    std::optional<GatherFailure> agree(const std::optional<GatherFailure>& mine) override;
+    Gathered reduce(Gathered gathered, const Parameters& parameters, double scale) override;
+    bool any_rank(bool mine) override { return group_->any(mine); }
+    std::vector<at::Tensor> gather(const at::Tensor& mine) override;
+
+private:
+    void sum_totals(Gathered& gathered);
+    void add_missing_gradients(const Parameters& parameters);
+
+    std::shared_ptr<Group> group_;
+};
+
+/// Overwrites the parameters and buffers of all ranks with those of rank 0, so that all begin at the same point. All
+/// ranks.
+/// Errors: ErrorKind::usage if their names or shapes differ.
+void share_from_first(Group& group, const Parameters& parameters, const NamedTensors& buffers);
+
+}  // namespace microbatch
