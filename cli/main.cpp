@@ -11,6 +11,7 @@
 #include "cli/commands/commands.h"
 #include "cli/commands/job.h"
 #include "cli/commands/process.h"
+#include "cli/commands/ranks.h"
 #include "cli/print/output.h"
 #include "microbatch/core/error.h"
 
@@ -19,6 +20,7 @@ namespace {
 using namespace microbatch;
 
 int fail(ErrorKind kind, const std::string& message) {
+    cli::leave_ranks(message);
     cli::print(stderr, "microbatch: {}\n", message);
     return static_cast<int>(kind);
 }
@@ -97,6 +99,7 @@ int main(int count, char** arguments) {
         "  4 stopped by the guard, or ended worse than it began\n"
         "  5 bad data or checkpoint\n"
         "  6 a file could not be written\n"
+        "  7 another process of the run has ended\n"
         "  130 interrupted, checkpoint written\n"
         "A closed or full stdout or stderr does not change the exit code.\n"
         "`microbatch COMMAND --help` explains each command.");

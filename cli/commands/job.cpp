@@ -259,9 +259,15 @@ std::optional<BatchNorm> batch_norm_of(const JobPlan& plan) {
 PlanReport make_report(const JobPlan& plan, const Job& job, const PlannerOptions& options) {
     require_room_for_numbers(plan.batch, options.budget_bytes);
     const Dataset& data = *plan.data.train;
-    const PlanReport report = plan_batch_norm(*job.accumulator, DatasetBatch::longest(data, plan.batch), job.loss,
-                                              options, batch_norm_of(plan));
+    const PlanReport report = plan_batch_norm(*job.accumulator, DatasetBatch::longest(data, plan.share(plan.batch)),
+                                              job.loss, options, batch_norm_of(plan));
     if (interrupted()) throw Interrupted();
+    return report;
+}
+
+// The report is for one process's share of the batch.
+PlanReport of_whole_batch(PlanReport report, const JobPlan& plan) {
+    report.batch = plan.batch;
     return report;
 }
 
@@ -310,8 +316,8 @@ Job make_job(const JobPlan& plan) {
         use_classifier(job, Mlp(mlp_config(plan)), device);
     }
     use_optimizer(job, plan.settings);
-    job.accumulator =
-        std::make_unique<Accumulator>(*job.model, *job.optimizer, AccumulatorOptions{.clip_norm = plan.settings.clip});
+    job.accumulator = std::make_unique<Accumulator>(
+        *job.model, *job.optimizer, AccumulatorOptions{.clip_norm = plan.settings.clip, .reducer = plan.reducer});
     return job;
 }
 
@@ -337,7 +343,7 @@ PlanReport plan_job(const JobPlan& plan, const Job& job, std::int64_t budget_byt
                            .micro_batch = plan.settings.micro_batch,
                            .most_bytes = room_to_measure(plan.settings, budget_bytes),
                            .whole_table = whole_table};
-    if (options.micro_batch) options.micro_batch = std::min(*options.micro_batch, plan.batch);
+    if (options.micro_batch) options.micro_batch = std::min(*options.micro_batch, plan.share(plan.batch));
     LiveLine line(progress, /*at_once=*/false);
     options.on_trial = [&line](const Plan& trial) {
         if (interrupted()) throw Interrupted();
@@ -347,12 +353,12 @@ PlanReport plan_job(const JobPlan& plan, const Job& job, std::int64_t budget_byt
     };
     PlanReport report = make_report(plan, job, options);
     // One micro-batch for the whole run: a smaller batch would need a different split.
-    const std::int64_t smallest = std::min(smallest_batch(plan.batches), plan.batch);
-    if (!report.chosen || report.choice().plan.micro_batch <= smallest) return report;
+    const std::int64_t smallest = plan.share(std::min(smallest_batch(plan.batches), plan.batch));
+    if (!report.chosen || report.choice().plan.micro_batch <= smallest) return of_whole_batch(std::move(report), plan);
     options.micro_batch = smallest;
     report = make_report(plan, job, options);
     if (report.chosen) report.why = "as large as the smallest batch of the schedule";
-    return report;
+    return of_whole_batch(std::move(report), plan);
 }
 
 PlanReport plan_native(const JobPlan& plan, const Job& job, std::int64_t budget_bytes) {

@@ -25,7 +25,11 @@ struct JobPlan {
     std::string model_description;  ///< one line, sizes and parameters
     BatchSchedule batches;          ///< over the run
     std::int64_t batch = 0;         ///< the largest of them, at most the length of the run
-    std::int64_t steps = 0;         ///< of the run if every batch were as large as the first
+
+    /// The samples of such a batch that one process gathers at most.
+    std::int64_t share(std::int64_t of) const { return (of + reducer->size() - 1) / reducer->size(); }
+    std::shared_ptr<Reducer> reducer = std::make_shared<LocalReducer>();
+    std::int64_t steps = 0;  ///< of the run if every batch were as large as the first
 };
 
 /// A model, its loss and its optimizer, initialized from the seed.

@@ -13,6 +13,7 @@
 #include "cli/commands/commands.h"
 #include "cli/commands/job.h"
 #include "cli/commands/process.h"
+#include "cli/commands/ranks.h"
 #include "cli/commands/resume.h"
 #include "cli/commands/watch.h"
 #include "cli/options/config.h"
@@ -25,6 +26,7 @@
 #include "microbatch/memory/budget_allocator.h"
 #include "microbatch/memory/meter.h"
 #include "microbatch/memory/reclaim.h"
+#include "microbatch/run/follower.h"
 #include "microbatch/run/run.h"
 
 namespace microbatch::cli {
@@ -111,11 +113,12 @@ struct Planned {
     const Job& job;
     const PlanReport& report;
     const Watch& watch;
+    const Ranks& ranks;
     Interval length;
     BudgetDrill drill;
 
     Settings recorded() const {
-        return resolved(plan.settings, report.choice().plan, length, plan.data.train->tokens_per_sample(),
+        return resolved(plan.settings, job.accumulator->plan(), length, plan.data.train->tokens_per_sample(),
                         report.budget_bytes);
     }
 
@@ -265,15 +268,46 @@ int train_in(RunFolder& folder, const Planned& planned) {
     return code;
 }
 
+// What another rank than the first does: nothing is printed or written.
+int follow_in(RunFolder& folder, const Planned& planned) {
+    std::optional<StateDict>& state = folder.state();
+    if (state) {
+        reconcile(*state, notes_of(planned.plan, planned.recorded()), planned.plan.settings,
+                  planned.plan.data.train->size(), *planned.job.accumulator);
+    }
+    class Silent final : public RunObserver {
+    } silent;
+    const RunOptions options = planned.options({}, silent);
+    follow(*planned.job.accumulator, *planned.plan.data.train, planned.job.loss, options.trainer, state);
+    return interrupted() ? interrupted_exit_code : 0;
+}
+
+// The first rank has the terminal, the folder and its lock.
+std::FILE* output_of(const Ranks& ranks, Settings& settings) {
+    if (ranks.is_first()) return settings.json ? stderr : stdout;
+    settings.json = false;
+    settings.quiet = true;
+    static std::FILE* const nowhere = std::fopen("/dev/null", "we");
+    return nowhere;
+}
+
+// A folder with a name of its own is known to the first rank alone.
+std::filesystem::path folder_for(const Ranks& ranks, const std::optional<RunFolder>& folder, const std::string& model) {
+    return ranks.from_first(folder ? folder->path().string() : new_folder(model).string());
+}
+
 int train_job(Arguments& arguments) {
     Settings& settings = arguments.settings;
     settings.resume = settings.resume || settings.resume_changed;
-    install_budget_allocator();
     watch_interrupts();
+    if (is_launcher(settings)) return launch(settings);
+    install_budget_allocator();
     if (settings.resume && settings.run.empty()) refuse("--resume needs --run: the folder of the run to resume");
+    const Ranks ranks(settings);
+    const RunAccess access = ranks.is_first() ? RunAccess::trains : RunAccess::follows;
     std::optional<RunFolder> folder;
-    if (!settings.run.empty()) folder.emplace(settings.run, settings.resume);
-    std::FILE* out = settings.json ? stderr : stdout;
+    if (!settings.run.empty()) folder.emplace(settings.run, settings.resume, access);
+    std::FILE* out = output_of(ranks, settings);
     if (folder && folder->state()) {
         fill_from_checkpoint(arguments, *folder);
         for (const std::string& warning : folder->warnings()) print(out, "warning: {}\n", warning);
@@ -287,7 +321,8 @@ int train_job(Arguments& arguments) {
     const std::int64_t budget = memory_budget_of(settings);
     use_threads(settings);
     const BudgetDrill drill = BudgetDrill::from_environment();
-    const JobPlan plan = open_job(settings, length);
+    JobPlan plan = open_job(settings, length);
+    plan.reducer = ranks.reducer();
     if (settings.quiet) {
         for (const std::string& warning : plan.data.warnings) print(out, "warning: {}\n", warning);
     }
@@ -298,18 +333,26 @@ int train_job(Arguments& arguments) {
             resolved(plan.settings, {.micro_batch = 1}, length, plan.data.train->tokens_per_sample(), budget);
         require_same_run(*folder->state(), notes_of(plan, recorded), settings);
     }
+    ranks.require_same(
+        config_text(resolved(plan.settings, {.micro_batch = 1}, length, plan.data.train->tokens_per_sample(), budget)),
+        plan.data.fingerprint, folder && folder->state() ? manifest_of(*folder->state()).progress.steps : 0);
     const Job job = make_job_to_plan(plan, budget);
     const PlanReport report = plan_job(plan, job, budget, out);
-    job.accumulator->set_plan(report.choice().plan);
+    Plan cut = report.choice().plan;
+    const std::filesystem::path path = folder_for(ranks, folder, plan.model);
+    Watch watch = watch_of(plan, report, path);
+    ranks.agree(cut, watch.options.trainer.noise_every);
+    job.accumulator->set_plan(cut);
     meter_of(device_of(settings)).set_budget(budget);
-    if (!folder) folder.emplace(new_folder(plan.model));
+    if (!folder) folder.emplace(path, /*resume=*/false, access);
+    const Planned planned{out, plan, job, report, watch, ranks, length, drill};
+    if (!ranks.is_first()) return follow_in(*folder, planned);
     folder->lock();
     if (!folder->is_locked()) {
         print(out, "warning: {} is on a file system without locks: make sure that no other process trains in it\n",
               folder->path().string());
     }
-    const Watch watch = watch_of(plan, report, folder->path());
-    return train_in(*folder, {out, plan, job, report, watch, length, drill});
+    return train_in(*folder, planned);
 }
 
 }  // namespace

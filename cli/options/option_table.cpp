@@ -205,6 +205,10 @@ void add_run(Table& table) {
     table.add("seed", &S::seed, "N",
               "Random seed, up to 2^64 - 1. The same seed, threads and micro-batch give the same bits",
               {.at_resume = another_run});
+    table.add("processes", &S::processes, "N",
+              "Processes on this machine that train together, each on its share of the batch; --memory is that of one. "
+              "Under torchrun, leave it out",
+              {.at_resume = not_recorded, .range = up_to_1024, .commands = command::train});
     table.add("threads", &S::threads, "N", "Number of threads for torch's kernels",
               {.at_resume = ignored, .fallback = "torch's choice", .range = up_to_1024});
     table.add("config", &S::config, "FILE", "TOML file with any of these options as keys; flags override it");

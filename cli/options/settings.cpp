@@ -96,7 +96,7 @@ at::Device device_of(const Settings& settings) {
 
 std::int64_t memory_budget_of(const Settings& settings) {
     const at::Device device = device_of(settings);
-    if (settings.memory.empty()) return available_of(device) / 5 * 4;
+    if (settings.memory.empty()) return available_of(device) / 5 * 4 / settings.processes;
     return read_flag("--memory", [&] {
         const std::int64_t bytes = parse_bytes(settings.memory);
         if (!device.is_cpu()) require_budget_fits(meter_of(device), bytes);

@@ -53,6 +53,7 @@ struct Settings {
     std::string batches;  ///< for compare; empty: small, accumulated, native
     std::int64_t seeds = 2;
     std::uint64_t seed = 1;
+    std::int64_t processes = 1;
     std::optional<std::int64_t> threads;  ///< empty: torch's choice
     bool check = false, no_verify = false, quiet = false, json = false;
 };
@@ -75,7 +76,8 @@ void resolve_batch(Settings& settings, bool batch_given);
 /// The --device. Errors: ErrorKind::usage if it is no device, or not here.
 at::Device device_of(const Settings& settings);
 
-/// The --memory budget of the --device in bytes; without the flag, four fifths of the memory that is available now.
+/// The --memory budget of the --device in bytes; without the flag, four fifths of the memory that is available now,
+/// shared by the processes of this machine.
 /// Errors: ErrorKind::usage if the device has less.
 std::int64_t memory_budget_of(const Settings& settings);
 

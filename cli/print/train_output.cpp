@@ -81,7 +81,9 @@ void print_header(std::FILE* out, const JobPlan& plan, const PlanReport& report,
     const std::string batch = plan.batches.size() == 1 ? fmt::format("{} samples per step", plan.settings.batch)
                                                        : fmt::format("{} samples per step at first, {} at most",
                                                                      plan.settings.batch, plan.batch);
-    print(out, "batch     {}, {} ({})\n", batch, describe_cut(chosen), report.why);
+    const int processes = plan.reducer->size();
+    print(out, "batch     {}, {}{} ({})\n", batch, describe_cut(chosen),
+          processes == 1 ? "" : fmt::format(", in each of {} processes", processes), report.why);
     if (!report.batch_norm.empty()) print(out, "norm      BatchNorm {}\n", report.batch_norm);
     if (const auto layers = replaced_norms(plan)) print(out, "norm      {}\n", *layers);
     print(out, "memory    budget {}, predicted peak {}: {}\n", format_bytes(report.budget_bytes),

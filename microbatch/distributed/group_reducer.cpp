@@ -82,6 +82,7 @@ private:
     std::int64_t bytes_ = 0;
 };
 
+// The memory of one piece at a time.
 void sum_all(Group& group, const std::vector<at::Tensor>& tensors) {
     std::vector<at::Tensor> large;
     std::vector<Piece> pieces;
@@ -93,10 +94,12 @@ void sum_all(Group& group, const std::vector<at::Tensor>& tensors) {
         if (pieces.empty() || !pieces.back().takes(one)) pieces.emplace_back();
         pieces.back().add(one);
     }
-    const std::size_t count = large.size();
-    for (const Piece& piece : pieces) large.push_back(piece.joined());
     group.sum(large);
-    for (std::size_t i = 0; i < pieces.size(); ++i) pieces[i].take_back(large[count + i]);
+    for (const Piece& piece : pieces) {
+        const at::Tensor all = piece.joined();
+        group.sum({all});
+        piece.take_back(all);
+    }
 }
 
 }  // namespace
@@ -120,6 +123,7 @@ void GroupReducer::sum_totals(Gathered& gathered) {
                     static_cast<double>(gathered.plan.micro_batch), gathered.plan.recompute ? 1.0 : 0.0},
                    at::kDouble);
     Gathered total{.plan = gathered.plan};
+    total.plan.micro_batch = 1;
     for (const at::Tensor& one : group_->gather(mine)) {
         const double* value = one.const_data_ptr<double>();
         total.loss_sum += value[0];
@@ -128,9 +132,8 @@ void GroupReducer::sum_totals(Gathered& gathered) {
         total.parts.count += static_cast<std::int64_t>(value[3]);
         total.parts.weight += value[4];
         total.parts.squares += value[5];
-        if (value[6] < static_cast<double>(total.plan.micro_batch)) {
-            total.plan.micro_batch = static_cast<std::int64_t>(value[6]);
-        }
+        // The largest: a smaller share does not mean that memory ran out.
+        total.plan.micro_batch = std::max(total.plan.micro_batch, static_cast<std::int64_t>(value[6]));
         total.plan.recompute = total.plan.recompute || value[7] != 0.0;
     }
     gathered = std::move(total);

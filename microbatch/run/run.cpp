@@ -132,8 +132,8 @@ const Outcome& Run::train() {
     const auto started = std::chrono::steady_clock::now();
     bool left_half_way = false;
     try {
-        const auto stops = [this] { return options_.trainer.stop && options_.trainer.stop(); };
-        while (!trainer_.done() && !stops() && !outcome_.diverged() && !left_half_way) {
+        const auto stops = [this] { return stops_on_any_rank(accumulator_, options_.trainer); };
+        while (!trainer_.done() && !outcome_.diverged() && !left_half_way && !stops()) {
             left_half_way = !step();
             outcome_.seconds = seconds_before + seconds_since(started);
         }

@@ -86,7 +86,12 @@ std::filesystem::path checkpoints_of(const std::filesystem::path& run) {
     return run / "checkpoints";
 }
 
-RunFolder::RunFolder(std::filesystem::path path, bool resume) : path_(std::move(path)), resume_(resume) {
+RunFolder::RunFolder(std::filesystem::path path, bool resume, RunAccess access)
+    : path_(std::move(path)), resume_(resume) {
+    if (access == RunAccess::follows) {
+        if (resume_) find_state(/*healthy=*/false);
+        return;
+    }
     if (std::filesystem::exists(path_)) lock_.emplace(path_);
     if (!resume_) {
         refuse_used();

@@ -33,6 +33,12 @@ private:
     bool held_ = false;
 };
 
+/// What a process does with the folder of a run.
+enum class RunAccess {
+    trains,  ///< it writes
+    follows  ///< it only reads the state to resume from: another rank writes
+};
+
 /// The folder of a run: locked against other processes, and either new or resumed.
 class RunFolder {
 public:
@@ -41,7 +47,7 @@ public:
     /// Errors: ErrorKind::usage if another process is training in it, or it has a run and `resume` is false (nothing is
     ///         overwritten, including weights without a checkpoint); ErrorKind::bad_data if there are checkpoints but
     ///         none is valid, or the newest has a different format version.
-    explicit RunFolder(std::filesystem::path path, bool resume = false);
+    explicit RunFolder(std::filesystem::path path, bool resume = false, RunAccess access = RunAccess::trains);
 
     /// Creates the folder and locks it, if necessary. Errors: as the constructor.
     void lock();

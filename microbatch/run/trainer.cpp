@@ -1,5 +1,6 @@
 #include "microbatch/run/trainer.h"
 
+#include <ATen/Context.h>
 #include <ATen/core/grad_mode.h>
 
 #include <algorithm>
@@ -7,6 +8,7 @@
 #include <numeric>
 #include <utility>
 
+#include "microbatch/core/crc32c.h"
 #include "microbatch/core/error.h"
 #include "microbatch/core/str_cat.h"
 #include "microbatch/model/forward_state.h"
@@ -81,6 +83,7 @@ TrainerReport Trainer::step() {
     const DatasetBatch batch(dataset_, std::move(samples));
     drop_partial_of_another(batch);
     accumulator_.optimizer().set_learning_rate(next_learning_rate());
+    seed_rank();
     report.step = accumulator_.step(batch, loss_, step_options(report));
     report.paused = report.step.partial.has_value();
     if (report.paused) {
@@ -100,6 +103,16 @@ TrainerReport Trainer::step() {
     if (report.diverged) roll_back(report);
     report.seconds = seconds();
     return report;
+}
+
+// Dropout of two ranks must not draw the same numbers; the first has those of a single process. They follow from the step,
+// so that a checkpoint needs no generator of each rank.
+void Trainer::seed_rank() const {
+    const int rank = accumulator_.reducer().rank();
+    if (rank == 0) return;
+    const std::uint64_t numbers[] = {options_.seed, static_cast<std::uint64_t>(at_.progress.steps),
+                                     static_cast<std::uint64_t>(rank)};
+    at::manual_seed(crc32c({reinterpret_cast<const char*>(numbers), sizeof(numbers)}, 0));
 }
 
 Progress Trainer::next_batch() const {
@@ -171,6 +184,10 @@ void Trainer::roll_back(TrainerReport& report) {
     // The gate of a larger batch would refuse the noise of this one.
     if (*report.rolled_back_to < at_.shrunk_at) gate_->reset();
     report.diverged = !recovery_->may_go_on();
+}
+
+bool stops_on_any_rank(const Accumulator& accumulator, const TrainerOptions& options) {
+    return accumulator.reducer().any_rank(options.stop && options.stop());
 }
 
 // The run was resumed with options that change the batch: it is started again.

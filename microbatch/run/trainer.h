@@ -116,6 +116,7 @@ private:
     StepOptions step_options(const TrainerReport& report);
     std::int64_t full_batch() const;
     std::int64_t samples_left() const;
+    void seed_rank() const;
     Progress next_batch() const;
     void add_noise(TrainerReport& report);
     void roll_back(TrainerReport& report);
@@ -145,6 +146,9 @@ private:
     std::optional<PartialBatch> partial_;
     std::string partial_warning_;  // of the interrupted step, not yet reported
 };
+
+/// True if `stop` of the options of any rank says so. All ranks, between two steps.
+bool stops_on_any_rank(const Accumulator& accumulator, const TrainerOptions& options);
 
 /// Drops the partial batch of a trainer's state: the model and the generators are those of before it.
 void drop_partial_batch(StateDict& run);

@@ -349,12 +349,14 @@ void Accumulator::open(bool measure_noise, const Plan& plan) {
     refuse_unknown_parameters();
     throttle_.poll();
     gatherer_.begin(measure_noise, plan);
+    is_trial_ = false;
     before_.reset();
     out_of_memory_ = 0;
 }
 
 void Accumulator::begin_trial(const Plan& plan) {
     open(/*measure_noise=*/false, plan);
+    is_trial_ = true;
 }
 
 void Accumulator::gather_trial(const BatchSource& batch, const LossFunction& loss, const Plan& plan,
@@ -369,7 +371,8 @@ void Accumulator::add(const WeightedLoss& loss) {
 
 const Gathered& Accumulator::finish() {
     throttle_.poll();  // a first batch that was streamed or used for planning may have been slow
-    gathered_ = gatherer_.finish(&reducer());
+    // A trial is one process's own.
+    gathered_ = gatherer_.finish(is_trial_ ? nullptr : &reducer());
     return *gathered_;
 }
 

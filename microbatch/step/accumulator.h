@@ -154,6 +154,9 @@ public:
     MicroBatchCaps& caps() { return caps_; }
     const MicroBatchCaps& caps() const { return caps_; }
 
+    /// Throws ErrorKind::usage if the plan's BatchNorm policy is for one process, and there are several.
+    void require_policy_over_processes(const Plan& plan) const;
+
     /// Throws ErrorKind::usage if a batch is open, or gathered but neither applied nor discarded.
     void require_idle() const { gatherer_.require_idle(); }
 
@@ -175,7 +178,6 @@ private:
     void reserve_for_step();
     void agree(const std::exception_ptr& failure, Attempt& attempt);
     Reclaimers agreed(Reclaimers reclaimers, const Attempt& attempt);
-    void require_policy_over_processes(const Plan& plan) const;
     bool make_plan_smaller(Attempt& attempt) const;
     void open(bool measure_noise, const Plan& plan);
     void drop_gathered();
@@ -193,6 +195,7 @@ private:
     std::optional<StateDict> before_;   // the model before the gathered batch
     std::optional<Gathered> gathered_;  // neither applied nor discarded
     std::int64_t out_of_memory_ = 0;    // in the gathered batch
+    bool is_trial_ = false;             // the open batch, or the last one that was streamed
 };
 
 }  // namespace microbatch

@@ -68,11 +68,13 @@ public:
     PlanReport with(BatchNorm policy) {
         if (policy == BatchNorm::exact) return exact(plan(BatchNorm::deferred));
         PlanReport report = plan(policy);
-        report.batch_norm = is_cut(report) ? std::string(meaning(policy)) : at_once;
+        const bool is_shared = accumulator_.reducer().size() > 1;
+        report.batch_norm = is_shared || is_cut(report) ? std::string(meaning(policy)) : at_once;
         return report;
     }
 
     PlanReport best() {
+        if (accumulator_.reducer().size() > 1) return with(BatchNorm::deferred);
         PlanReport deferred = plan(BatchNorm::deferred);
         std::string reason;
         try {
@@ -156,6 +158,7 @@ PlanReport plan_batch_norm(Accumulator& accumulator, const BatchSource& batch, c
         options.batch_norm = BatchNorm::naive;
         return plan_batch(accumulator, batch, loss, std::move(options));
     }
+    if (policy) accumulator.require_policy_over_processes({.batch_norm = *policy});
     PolicyPlanner planner(accumulator, batch, loss, options);
     return policy ? planner.with(*policy) : planner.best();
 }

@@ -18,7 +18,7 @@ from microbatch import integrations, losses, memory  # noqa: E402
 from microbatch.accumulator import Accumulator, StepReport  # noqa: E402
 from microbatch.advice import BatchAdvice, BatchCost, advise  # noqa: E402
 from microbatch.batch_norm import ChannelRMSNorm, Replaced, replace_batch_norm  # noqa: E402
-from microbatch.errors import BadData, DoesNotFit, Error, NotWritten, Stopped, UsageError  # noqa: E402
+from microbatch.errors import BadData, DoesNotFit, Error, LostRank, NotWritten, Stopped, UsageError  # noqa: E402
 from microbatch.guard import SpikeGuard  # noqa: E402
 from microbatch.hessian import Curvature, curvature  # noqa: E402
 from microbatch.optimize import Optimized, optimize  # noqa: E402
@@ -46,6 +46,7 @@ __all__ = [
     "Difference",
     "DoesNotFit",
     "Error",
+    "LostRank",
     "NotWritten",
     "Outcome",
     "Optimized",

@@ -25,3 +25,7 @@ class BadData(Error):
 
 class NotWritten(Error, OSError):
     """A file could not be written: disk full, no permission."""
+
+
+class LostRank(Error):
+    """Another process of the run has ended, hangs, or cannot be reached; the text names it."""

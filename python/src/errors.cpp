@@ -10,7 +10,7 @@ namespace {
 // Classes of microbatch.errors; never freed, as an exception may come late.
 struct Classes {
     py::object out_of_memory;  // torch's
-    py::object usage, does_not_fit, stopped, bad_data, not_written;
+    py::object usage, does_not_fit, stopped, bad_data, not_written, lost_rank;
 };
 
 Classes& classes() {
@@ -28,6 +28,8 @@ const py::object& class_of(ErrorKind kind) {
             return classes().stopped;
         case ErrorKind::bad_data:
             return classes().bad_data;
+        case ErrorKind::lost_rank:
+            return classes().lost_rank;
         case ErrorKind::not_written:
             break;
     }
@@ -55,7 +57,8 @@ void bind_errors(py::module_&) {
                  .does_not_fit = errors.attr("DoesNotFit"),
                  .stopped = errors.attr("Stopped"),
                  .bad_data = errors.attr("BadData"),
-                 .not_written = errors.attr("NotWritten")};
+                 .not_written = errors.attr("NotWritten"),
+                 .lost_rank = errors.attr("LostRank")};
     register_oom_test(is_python_oom);
     py::register_local_exception_translator([](std::exception_ptr failure) {
         try {

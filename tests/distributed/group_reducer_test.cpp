@@ -9,6 +9,7 @@
 #include <numeric>
 
 #include "microbatch/models/gpt.h"
+#include "microbatch/step/probe.h"
 #include "support/errors.h"
 #include "support/jobs.h"
 #include "support/models.h"
@@ -278,6 +279,23 @@ TEST(RanksInTrouble, SumAParameterThatOnlySomeUse) {
         };
         accumulator.step(Batch{{at::ones({4, 3}, at::kDouble)}}, loss);
         EXPECT_TRUE(test::same_bits(model->second->bias, before - 0.25));  // 1 / 4 samples, exact
+    });
+}
+
+// Each plans by times of its own, in as many trials as it needs.
+TEST(RanksThatPlan, DoNotWaitForEachOther) {
+    const Batch batch = three_batches().front();
+    run_ranks(2, [&](const std::shared_ptr<Group>& group) {
+        std::optional<RankJob> rank;
+        {
+            const std::lock_guard lock(making());
+            rank.emplace(text_job(at::kFloat), std::make_shared<GroupReducer>(group), Plan{.micro_batch = 3});
+        }
+        if (group->rank() == 1) {
+            const std::lock_guard lock(making());
+            plan_batch(*rank->accumulator, TensorBatch(batch), rank->job.loss, {.budget_bytes = std::int64_t{1} << 30});
+        }
+        EXPECT_TRUE(rank->accumulator->step(batch, rank->job.loss).applied);
     });
 }
 

@@ -1,0 +1,239 @@
+#include "cli/commands/ranks.h"
+
+#include <ATen/ops/tensor.h>
+#include <fmt/format.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <csignal>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <iterator>
+#include <set>
+#include <thread>
+#include <vector>
+
+#include "cli/commands/process.h"
+#include "cli/options/config.h"
+#include "cli/options/refuse.h"
+#include "cli/print/output.h"
+#include "microbatch/core/error.h"
+#include "microbatch/distributed/group_reducer.h"
+#include "microbatch/distributed/launch.h"
+
+namespace microbatch::cli {
+namespace {
+
+// Never destroyed: the process ends without waiting for calls that cannot end.
+std::shared_ptr<Group>& joined_group() {
+    static auto& group = *new std::shared_ptr<Group>;
+    return group;
+}
+
+// May differ between machines: each rank has its own.
+const std::set<std::string> own_settings{"data", "memory", "micro-batch", "recompute", "batch-norm", "threads"};
+
+std::vector<std::string> command_line() {
+    std::ifstream file("/proc/self/cmdline", std::ios::binary);
+    std::vector<std::string> words;
+    for (std::string word; std::getline(file, word, '\0');) words.push_back(word);
+    return words;
+}
+
+std::vector<char*> pointers_to(std::vector<std::string>& words) {
+    std::vector<char*> all;
+    for (std::string& word : words) all.push_back(word.data());
+    all.push_back(nullptr);
+    return all;
+}
+
+struct Child {
+    pid_t process = 0;
+    std::FILE* errors = nullptr;  // of all but the first
+    int exit_code = -1;           // while it runs
+};
+
+std::vector<std::string> environment_of(const Launcher& launcher, int rank, int size) {
+    std::vector<std::string> all = launcher.environment(rank, size);
+    for (char** one = environ; *one != nullptr; ++one) {
+        const std::string text = *one, name = text.substr(0, text.find('=') + 1);
+        const auto is_set = [&name](const std::string& other) { return other.starts_with(name); };
+        if (std::none_of(all.begin(), all.end(), is_set)) all.push_back(text);
+    }
+    if (std::getenv("OMP_NUM_THREADS") == nullptr) {
+        const auto cores = static_cast<int>(std::thread::hardware_concurrency());
+        all.push_back(fmt::format("OMP_NUM_THREADS={}", std::max(1, cores / size)));
+    }
+    return all;
+}
+
+Child start_rank(const Launcher& launcher, int rank, int size) {
+    std::vector<std::string> words = command_line(), environment = environment_of(launcher, rank, size);
+    const std::vector<char*> arguments = pointers_to(words), variables = pointers_to(environment);
+    Child child;
+    if (rank > 0) child.errors = std::tmpfile();
+    const int errors = child.errors == nullptr ? -1 : ::fileno(child.errors);
+    const pid_t parent = ::getpid();
+    child.process = ::fork();
+    if (child.process == 0) {
+        // Between fork and exec, where POSIX allows few calls: see become() of process.cpp.
+        if (::prctl(PR_SET_PDEATHSIG, SIGKILL) != 0 || ::getppid() != parent) ::_exit(127);
+        ::setpgid(0, 0);
+        if (errors >= 0) ::dup2(errors, STDERR_FILENO);
+        ::execve("/proc/self/exe", arguments.data(), variables.data());
+        ::_exit(127);
+    }
+    if (child.process < 0) refuse("cannot start another process: {}", std::strerror(errno));
+    return child;
+}
+
+void signal_all(const std::vector<Child>& children, int number) {
+    for (const Child& child : children) {
+        if (child.exit_code < 0) ::kill(child.process, number);
+    }
+}
+
+bool collect(std::vector<Child>& children) {
+    for (Child& child : children) {
+        int status = 0;
+        if (child.exit_code >= 0 || ::waitpid(child.process, &status, WNOHANG) != child.process) continue;
+        child.exit_code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+    }
+    return std::all_of(children.begin(), children.end(), [](const Child& child) { return child.exit_code >= 0; });
+}
+
+void wait_for_all(std::vector<Child>& children) {
+    using Clock = std::chrono::steady_clock;
+    std::optional<Clock::time_point> found_at, told_at;
+    while (!collect(children)) {
+        const bool is_found = std::any_of(children.begin(), children.end(), [](const Child& child) {
+            return child.exit_code == static_cast<int>(ErrorKind::lost_rank);
+        });
+        if (is_found && !found_at) found_at = Clock::now();
+        if (interrupted() && !told_at) {
+            signal_all(children, SIGINT);
+            told_at = Clock::now();
+        }
+        // Whoever has not found it by now hangs itself.
+        if (found_at && Clock::now() - *found_at > std::chrono::seconds(3)) signal_all(children, SIGKILL);
+        std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    }
+}
+
+// What a rank other than the first has said before it ended, unless others have said it too.
+void show_errors(const std::vector<Child>& children) {
+    std::set<std::string> shown;
+    for (std::size_t rank = 0; rank < children.size(); ++rank) {
+        const int signal = children[rank].exit_code - 128;
+        if (children[rank].exit_code == interrupted_exit_code || signal <= 0) continue;
+        print(stderr, "microbatch: rank {} was ended by signal {} ({})\n", rank, signal, ::strsignal(signal));
+    }
+    const bool first_failed_itself =
+        children.front().exit_code != 0 && children.front().exit_code != static_cast<int>(ErrorKind::lost_rank);
+    for (std::size_t rank = 1; rank < children.size(); ++rank) {
+        const Child& child = children[rank];
+        if (child.errors == nullptr || child.exit_code == static_cast<int>(ErrorKind::lost_rank)) continue;
+        std::rewind(child.errors);
+        std::string text;
+        for (int c = std::fgetc(child.errors); c != EOF; c = std::fgetc(child.errors)) text += static_cast<char>(c);
+        if (text.empty() || first_failed_itself || !shown.insert(text).second) continue;
+        print(stderr, "rank {}: {}", rank, text);
+    }
+}
+
+// That of the rank that failed, not of those that lost it; lost_rank if a signal ended one.
+int exit_code_of(const std::vector<Child>& children) {
+    constexpr auto lost = static_cast<int>(ErrorKind::lost_rank);
+    int code = 0;
+    for (const Child& child : children) {
+        const bool by_signal = child.exit_code >= 128 && child.exit_code != interrupted_exit_code;
+        const int own = by_signal ? lost : child.exit_code;
+        if (code == 0 || (code == lost && own != 0)) code = own;
+    }
+    return code;
+}
+
+}  // namespace
+
+Ranks::Ranks(Settings& settings) {
+    const Launched launched = read_flag("several processes", [] { return Launched::from_environment(); });
+    if (settings.processes > 1 && launched.size != settings.processes) {
+        refuse("--processes {} contradicts WORLD_SIZE, which is {}: leave the flag out under torchrun",
+               settings.processes, launched.size);
+    }
+    settings.processes = launched.local_size;
+    if (launched.size == 1) return;
+    if (!device_of(settings).is_cpu()) refuse("--device {}: several processes train on the CPU", settings.device);
+    joined_group() = group_ = launched.join();
+}
+
+std::shared_ptr<Reducer> Ranks::reducer() const {
+    if (group_ == nullptr) return std::make_shared<LocalReducer>();
+    return std::make_shared<GroupReducer>(group_);
+}
+
+void Ranks::require_same(const std::string& config, std::uint32_t data, std::int64_t steps) const {
+    if (group_ == nullptr) return;
+    const std::vector<std::string> configs = group_->gather_bytes(config);
+    const std::vector<std::string> others =
+        group_->gather_bytes(fmt::format("version {}\ndata {:08x}\nstep {}\n", MICROBATCH_VERSION, data, steps));
+    const Values first = config_values(configs.front(), "rank 0's settings");
+    for (std::size_t rank = 1; rank < configs.size(); ++rank) {
+        const Values own = config_values(configs[rank], "a rank's settings");
+        for (const auto& [name, value] : first) {
+            const auto found = own.find(name);
+            const std::string theirs = found == own.end() ? "not set" : found->second;
+            if (own_settings.contains(name) || theirs == value) continue;
+            refuse("rank {} was started with other settings: --{} is {}, and {} on rank 0", rank, name, theirs, value);
+        }
+        if (others[rank] == others.front()) continue;
+        const auto line = [&](std::size_t of, const char* name) {
+            const std::size_t begin = others[of].find(name), end = others[of].find('\n', begin);
+            return others[of].substr(begin, end - begin);
+        };
+        for (const char* name : {"version", "data", "step"}) {
+            if (line(rank, name) == line(0, name)) continue;
+            refuse("rank {} was started differently: it has {}, and rank 0 {}", rank, line(rank, name), line(0, name));
+        }
+    }
+}
+
+std::string Ranks::from_first(const std::string& mine) const {
+    return group_ == nullptr ? mine : group_->gather_bytes(mine).front();
+}
+
+void Ranks::agree(Plan& plan, std::int64_t& noise_every) const {
+    if (group_ == nullptr) return;
+    const at::Tensor mine = at::tensor(
+        {plan.micro_batch, std::int64_t{plan.recompute}, static_cast<std::int64_t>(plan.batch_norm), noise_every},
+        at::kLong);
+    const at::Tensor first = group_->gather(mine).front();
+    const auto* const numbers = first.const_data_ptr<std::int64_t>();
+    plan = {.micro_batch = numbers[0], .recompute = numbers[1] != 0, .batch_norm = static_cast<BatchNorm>(numbers[2])};
+    noise_every = numbers[3];
+}
+
+void leave_ranks(const std::string& why) noexcept {
+    if (joined_group() != nullptr) joined_group()->leave(why);
+}
+
+bool is_launcher(const Settings& settings) {
+    return settings.processes > 1 && std::getenv("WORLD_SIZE") == nullptr;
+}
+
+int launch(const Settings& settings) {
+    const Launcher launcher;
+    const auto size = static_cast<int>(settings.processes);
+    std::vector<Child> children;
+    for (int rank = 0; rank < size; ++rank) children.push_back(start_rank(launcher, rank, size));
+    wait_for_all(children);
+    show_errors(children);
+    return exit_code_of(children);
+}
+
+}  // namespace microbatch::cli

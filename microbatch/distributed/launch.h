@@ -1,0 +1,42 @@
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "microbatch/distributed/group.h"
+
+namespace microbatch {
+
+/// Processes that were started together. By torchrun, or by anything that sets RANK, WORLD_SIZE, MASTER_ADDR and
+/// MASTER_PORT; see Launcher.
+struct Launched {
+    int rank = 0;
+    int size = 1;
+    int local_size = 1;  ///< of them on this machine
+
+    /// Errors: ErrorKind::usage, naming the variable, if one is missing or no number.
+    static Launched from_environment();
+
+    /// Waits until all have come. The store is that of torchrun or the Launcher, else rank 0 serves it.
+    /// Errors: ErrorKind::usage if they do not come within 5 minutes, or cannot be reached.
+    std::shared_ptr<Group> join(Group::Options options = {}) const;
+};
+
+/// The store through which processes that this one starts find each other. It lives as long as this object.
+class Launcher {
+public:
+    Launcher();
+    Launcher(const Launcher&) = delete;
+    Launcher& operator=(const Launcher&) = delete;
+    ~Launcher();
+
+    /// "RANK=1", "WORLD_SIZE=4", ...: what Launched::from_environment() reads in a process on this machine.
+    std::vector<std::string> environment(int rank, int size) const;
+
+private:
+    struct Server;
+    std::unique_ptr<Server> server_;
+};
+
+}  // namespace microbatch
