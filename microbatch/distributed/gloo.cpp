@@ -12,7 +12,7 @@ Backend make_gloo(const c10::intrusive_ptr<c10d::Store>& store, int rank, int si
     using Gloo = c10d::ProcessGroupGloo;
     const auto options = Gloo::Options::create(timeout);
     options->devices.push_back(address.empty() ? Gloo::createDefaultDevice() : Gloo::createDeviceForHostname(address));
-    return {c10::make_intrusive<Gloo>(store, rank, size, options), store};
+    return {.calls = c10::make_intrusive<Gloo>(store, rank, size, options), .store = store};
 }
 
 }  // namespace microbatch

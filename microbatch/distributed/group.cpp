@@ -32,14 +32,17 @@ std::string first_line(const std::string& text) {
 
 /// The calls to c10d, until one of them fails.
 struct Group::Calls {
-    Calls(Backend backend, const Options& how) : c10d(std::move(backend.calls)), options(how) {
+    Calls(Backend backend, const Options& how)
+        : c10d(std::move(backend.calls)), on_device(std::move(backend.device_calls)), options(how) {
         if (backend.store && c10d->getSize() > 1) {
             liveness = std::make_unique<Liveness>(backend.store, c10d->getRank(), c10d->getSize(), options.silence);
         }
     }
 
     ~Calls() {
-        if (!failure.empty()) keep_forever(std::move(c10d));
+        if (failure.empty()) return;
+        keep_forever(std::move(c10d));
+        keep_forever(std::move(on_device));
     }
 
     [[noreturn]] void fail(const std::string& what) {
@@ -82,7 +85,9 @@ struct Group::Calls {
         }
     }
 
-    c10::intrusive_ptr<c10d::Backend> c10d;
+    c10d::Backend& of(const at::Tensor& tensor) const { return tensor.is_cpu() ? *c10d : *on_device; }
+
+    c10::intrusive_ptr<c10d::Backend> c10d, on_device;
     Options options;
     std::unique_ptr<Liveness> liveness;
     std::string failure;
@@ -106,7 +111,7 @@ void Group::sum(const std::vector<at::Tensor>& tensors) {
         Works works;
         for (const at::Tensor& tensor : tensors) {
             std::vector<at::Tensor> one{tensor};
-            works.push_back(calls_->c10d->allreduce(one));
+            works.push_back(calls_->of(tensor).allreduce(one));
         }
         return works;
     });
@@ -117,7 +122,7 @@ std::vector<at::Tensor> Group::gather(const at::Tensor& mine) {
     std::vector<std::vector<at::Tensor>> all(1);
     for (int i = 0; i < size(); ++i) all.front().push_back(at::empty_like(mine));
     std::vector<at::Tensor> one{mine};
-    calls_->make([&] { return Works{calls_->c10d->allgather(all, one)}; });
+    calls_->make([&] { return Works{calls_->of(mine).allgather(all, one)}; });
     return all.front();
 }
 
@@ -149,7 +154,7 @@ void Group::broadcast(const std::vector<at::Tensor>& tensors, int root) {
             std::vector<at::Tensor> one{tensor};
             c10d::BroadcastOptions options;
             options.rootRank = root;
-            works.push_back(calls_->c10d->broadcast(one, options));
+            works.push_back(calls_->of(tensor).broadcast(one, options));
         }
         return works;
     });

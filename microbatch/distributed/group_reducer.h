@@ -8,6 +8,12 @@
 
 namespace microbatch {
 
+/// What each rank passes as the batch.
+enum class Batches {
+    whole,  ///< all the same one, of which each takes its share
+    own     ///< its own part of the batch; there may be no sample in it
+};
+
 /// Sums over the ranks of a group, once a step: each rank gathers its share of the batch, and all have the whole batch's
 /// gradient afterwards.
 ///
@@ -17,10 +23,14 @@ namespace microbatch {
 ///            with little data.
 class GroupReducer final : public Reducer {
 public:
-    explicit GroupReducer(std::shared_ptr<Group> group) : group_(std::move(group)) {}
+    explicit GroupReducer(std::shared_ptr<Group> group, Batches batches = Batches::whole)
+        : group_(std::move(group)), batches_(batches) {}
 
     int rank() const override { return group_->rank(); }
     int size() const override { return group_->size(); }
+    Slice share(std::int64_t samples) const override {
+        return batches_ == Batches::own ? Slice{0, samples} : Reducer::share(samples);
+    }
     std::optional<GatherFailure> agree(const std::optional<GatherFailure>& mine) override;
     Gathered reduce(Gathered gathered, const Parameters& parameters, double scale) override;
     bool any_rank(bool mine) override { return group_->any(mine); }
@@ -31,6 +41,7 @@ private:
     void add_missing_gradients(const Parameters& parameters);
 
     std::shared_ptr<Group> group_;
+    Batches batches_;
 };
 
 /// Overwrites the parameters and buffers of all ranks with those of rank 0, so that all begin at the same point. All

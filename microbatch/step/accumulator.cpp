@@ -196,7 +196,8 @@ Accumulator::Attempt Accumulator::first_attempt(const BatchSource& batch, StepOp
     attempt.plan.micro_batch =
         std::clamp<std::int64_t>(attempt.plan.micro_batch, 1, std::max<std::int64_t>(samples, 1));
     // A single micro-batch does not show noise.
-    attempt.measure_noise = options.measure_noise && (attempt.plan.micro_batch < batch.size() || !caps_.empty());
+    const bool is_cut = attempt.plan.micro_batch < samples || reducer().size() > 1 || !caps_.empty();
+    attempt.measure_noise = options.measure_noise && is_cut;
     if (const auto& partial = attempt.partial) {
         gatherer_.require_partial(batch, *partial);
         attempt.measure_noise = partial->measure_noise;

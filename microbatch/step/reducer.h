@@ -36,8 +36,8 @@ public:
     virtual int rank() const = 0;
     virtual int size() const = 0;
 
-    /// The samples of a batch that this process gathers; there may be none.
-    Slice share(std::int64_t samples) const { return share_of(samples, rank(), size()); }
+    /// The samples of the batch that was passed here which this process gathers; there may be none.
+    virtual Slice share(std::int64_t samples) const { return share_of(samples, rank(), size()); }
 
     /// What prevents the batch, if any process has failed: the failure of the first one that cannot be retried, else of
     /// the first one that ran out of memory. Empty if all have gathered their share.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from microbatch import _core, batches, memory, planning
 from microbatch.batch_norm import REPLACING, batch_norms, replace_batch_norm, require_policy
 from microbatch.devices import OnDevice, check_devices, device_of
+from microbatch.distributed import group_of
 from microbatch.errors import UsageError
 from microbatch.guard import SpikeGuard
 from microbatch.model import Adapter, own_memory
@@ -78,6 +79,10 @@ class Accumulator:
     "tokens": micro-batches of shorter samples hold more of them, as many tokens as the first one. trim_padding: the name
     of the mask by which trailing padding is cut off. generators: torch.Generators that the loss draws from, beside
     torch's default, Python's and NumPy's.
+    process_group: the processes that train together, such as torch.distributed.group.WORLD: each makes an Accumulator of
+    the same model and calls step() at the same time; all begin with the parameters and buffers of rank 0, and make the
+    same update, that of the whole batch. Each rank passes its own part of the batch, of any size, also of no sample;
+    with shared_batch=True, all pass the whole batch, and each takes its share.
 
     Out of memory: a batch that runs out is undone (gradients, buffers, generators) and run again with half the
     micro-batch; the update has the same bits as with the smaller one from the start.
@@ -105,6 +110,8 @@ class Accumulator:
         bound: str = "samples",
         trim_padding: str | None = None,
         generators: Sequence[torch.Generator] = (),
+        process_group: Any = None,
+        shared_batch: bool = False,
         sum_in_product: bool = True,
     ) -> None:
         _check_micro_batch(micro_batch)
@@ -121,6 +128,7 @@ class Accumulator:
             generators = (generators,)
         clip_norm = math.inf if clip_norm is None else clip_norm
         require_policy(batch_norm, model)
+        group = group_of(process_group, model)
         lever = lever_of(model, recompute)
         adapter = Adapter(model, lever, generators)
         driver = None if optimizer is None else driver_of(optimizer)
@@ -143,7 +151,7 @@ class Accumulator:
         self._adapter = adapter
         self._verify = verify
         self._recompute = recompute if recompute in ("never", "always") else "auto"
-        self._native: Any = _core.Accumulator(adapter, driver, float(clip_norm), sum_in_product)
+        self._native: Any = _core.Accumulator(adapter, driver, float(clip_norm), sum_in_product, group, shared_batch)
         self._policy = "naive" if self.replaced or not batch_norms(model) else batch_norm
         self._given = None if micro_batch == "auto" else micro_batch
         self._auto = self._given is None or self._policy == "auto"
@@ -287,7 +295,7 @@ class Accumulator:
         source, function = self._sourced(batch, loss, length)
         check_devices(self.model, source)
         self._refuse_new_parameters()
-        if self._auto and source.size > self._planned:
+        if self._auto and source.size > self._planned:  # never for a part without samples
             self._make_plan(source, function, None)
         if self._verify:
             check_first_batch(self._adapter, source, function, self.plan.batch_norm)

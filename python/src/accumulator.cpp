@@ -3,6 +3,7 @@
 #include <string>
 #include <utility>
 
+#include "microbatch/distributed/group_reducer.h"
 #include "microbatch/step/batch_norm_plan.h"
 #include "python/src/batch.h"
 #include "python/src/optimizer.h"
@@ -52,11 +53,15 @@ Reclaimer collect_garbage() {
             /*counts=*/false};
 }
 
-PythonAccumulator::PythonAccumulator(py::object model, py::object driver, double clip_norm, bool sum_in_product)
+PythonAccumulator::PythonAccumulator(py::object model, py::object driver, double clip_norm, bool sum_in_product,
+                                     const std::shared_ptr<Group>& group, bool whole_batches)
     : model_(std::make_shared<PythonModel>(std::move(model))), optimizer_(optimizer_of(std::move(driver))) {
     const py::gil_scoped_release released;
-    accumulator_.emplace(AnyModel(model_), *optimizer_,
-                         AccumulatorOptions{.clip_norm = clip_norm, .sum_in_product = sum_in_product});
+    accumulator_.emplace(
+        AnyModel(model_), *optimizer_,
+        AccumulatorOptions{
+            .clip_norm = clip_norm, .sum_in_product = sum_in_product, .reducer = reducer_of(group, whole_batches)});
+    if (group) share_from_first(*group, accumulator_->parameters(), model_->buffers());
 }
 
 StepReport PythonAccumulator::step(const py::object& source, const py::object& loss, bool measure_noise,
@@ -84,7 +89,8 @@ PlanReport PythonAccumulator::plan(const py::object& source, const py::object& l
         if (!on_trial.is_none()) on_trial(plan);
     };
     const py::gil_scoped_release released;
-    return plan_batch_norm(*accumulator_, batch, function, how, batch_norm);
+    const SliceOf share(batch, {0, accumulator_->reducer().share(batch.size()).size()});
+    return plan_batch_norm(*accumulator_, share, function, how, batch_norm);
 }
 
 void PythonAccumulator::add(const py::object& sum, const py::object& weight) {
@@ -123,8 +129,9 @@ void bind_accumulator(py::module_& module) {
             load(self, StateReader(state));
         });
     py::class_<PythonAccumulator>(module, "Accumulator")
-        .def(py::init<py::object, py::object, double, bool>(), py::arg("model"), py::arg("optimizer"),
-             py::arg("clip_norm"), py::arg("sum_in_product"))
+        .def(py::init<py::object, py::object, double, bool, std::shared_ptr<Group>, bool>(), py::arg("model"),
+             py::arg("optimizer"), py::arg("clip_norm"), py::arg("sum_in_product"), py::arg("group"),
+             py::arg("whole_batches"))
         .def("step", &PythonAccumulator::step, py::arg("batch"), py::arg("loss"), py::arg("measure_noise"),
              py::arg("gate"))
         .def("gather", &PythonAccumulator::gather, py::arg("batch"), py::arg("loss"), py::arg("measure_noise"))

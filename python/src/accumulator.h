@@ -8,6 +8,7 @@
 #include "microbatch/core/planner.h"
 #include "microbatch/memory/reclaim.h"
 #include "python/src/bindings.h"
+#include "python/src/group.h"
 #include "python/src/model.h"
 
 namespace microbatch::python {
@@ -20,7 +21,9 @@ Reclaimer collect_garbage();
 class PythonAccumulator {
 public:
     /// Without a driver, there is no optimizer: the caller steps with the gradients that hand_over() leaves in .grad.
-    PythonAccumulator(py::object model, py::object driver, double clip_norm, bool sum_in_product);
+    /// With a group, all ranks begin with the parameters and buffers of rank 0: see reducer_of() for `whole_batches`.
+    PythonAccumulator(py::object model, py::object driver, double clip_norm, bool sum_in_product,
+                      const std::shared_ptr<Group>& group, bool whole_batches);
 
     StepReport step(const py::object& source, const py::object& loss, bool measure_noise, SpikeGate* gate);
     void gather(const py::object& source, const py::object& loss, bool measure_noise);

@@ -12,6 +12,7 @@ void bind_errors(py::module_& module);
 void bind_memory(py::module_& module);
 void bind_optimizers(py::module_& module);
 void bind_accumulator(py::module_& module);
+void bind_group(py::module_& module);
 void bind_plan(py::module_& module);
 void bind_analysis(py::module_& module);
 void bind_schedule(py::module_& module);

@@ -7,6 +7,7 @@ PYBIND11_MODULE(_core, module) {
     bind_memory(module);
     bind_optimizers(module);
     bind_plan(module);
+    bind_group(module);
     bind_accumulator(module);
     bind_analysis(module);
     bind_schedule(module);

@@ -1,0 +1,161 @@
+"""Several processes of torch.distributed: one update, that of the whole batch."""
+
+import os
+import sys
+import traceback
+
+import pytest
+import torch
+import torch.multiprocessing
+from torch import nn
+from torch.nn import functional
+
+import microbatch as mb
+import models
+
+STEPS, BATCH = 4, 7
+
+
+def loss(model, micro):
+    x, y, weight = micro
+    squares = (model(x) - y).square().sum(1)
+    return (squares * weight).sum(), weight.sum()
+
+
+def batches(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for i in range(STEPS):
+        x, y = (torch.randn(BATCH + i, width, generator=generator, dtype=dtype) for width in (5, 3))
+        weight = torch.rand(BATCH + i, generator=generator, dtype=dtype)
+        weight[: 4 if i == 2 else 0] = 0  # all of a rank's
+        made.append((x, y, weight))
+    return made
+
+
+def net(seed=0, norm=False):
+    torch.manual_seed(seed)
+    layers = [nn.Linear(5, 8), nn.BatchNorm1d(8)] if norm else [nn.Linear(5, 8)]
+    return nn.Sequential(*layers, nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+def state_of(model):
+    return {name: one.clone() for name, one in model.state_dict().items()}
+
+
+def part(batch, rank, size):
+    """As uneven as can be: the first rank has what the others have not."""
+    rest = [1] * (size - 1)
+    if size == 3:
+        rest[0] = 0  # a rank without samples
+    begins = [0, *torch.tensor([len(batch[0]) - sum(rest), *rest]).cumsum(0).tolist()]
+    return tuple(one[begins[rank] : begins[rank + 1]] for one in batch)
+
+
+def train(case, rank=0, size=1):
+    """What a rank does; alone, what one process does."""
+    group = None if size == 1 else torch.distributed.group.WORLD
+    if case == "causal_lm":
+        torch.manual_seed(rank)
+        model, whole, function = models.llama()
+        all_batches = [whole] * STEPS
+    else:
+        model, function = net(seed=rank, norm="norm" in case), loss
+        all_batches = batches()
+    optimizer = mb.SGD(model.parameters(), lr=0.1, momentum=0.9) if "torch" not in case else torch.optim.AdamW(
+        model.parameters(), lr=0.01)
+    shared = "own" not in case
+    accumulator = mb.Accumulator(model, optimizer, function, process_group=group, shared_batch=shared,
+                                 micro_batch=8 if "norm" in case else 2,
+                                 clip_norm=1.0, batch_norm="deferred" if "norm" in case else "auto")
+    reports = []
+    for i, batch in enumerate(all_batches):
+        if not shared and size > 1:
+            batch = part(batch, rank, size)
+        if case == "nan" and i == 1 and rank == size - 1:
+            batch = (batch[0] * float("nan"), *batch[1:])
+        if case == "fails" and i == 1 and rank == 1:
+            accumulator.loss = None
+            function = None
+            try:
+                accumulator.step(batch, lambda model, micro: 1 / 0)
+            except ZeroDivisionError:
+                return state_of(model), ["division by zero"]
+        try:
+            report = accumulator.step(batch)
+        except mb.LostRank as error:
+            return state_of(model), [str(error)]
+        reports.append((report.loss, report.weight, report.gradient_norm, report.applied, report.reason))
+    return state_of(model), reports
+
+
+def work(rank, size, folder, case):
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
+    try:
+        torch.save(train(case, rank, size), f"{folder}/{rank}.pt")
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    os._exit(0)
+
+
+def together(case, size, folder):
+    context = torch.multiprocessing.get_context("fork")
+    processes = [context.Process(target=work, args=(rank, size, folder, case)) for rank in range(size)]
+    for one in processes:
+        one.start()
+    for one in processes:
+        one.join(60)
+        assert one.exitcode == 0
+    return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
+
+
+def assert_close(found, expected, tolerance):
+    for name, one in expected.items():
+        torch.testing.assert_close(found[name], one, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("case", ["whole", "own", "own torch", "causal_lm"])
+def test_any_number_of_processes_makes_the_updates_of_one(case, size, tmp_path):
+    expected, alone = train(case)
+    # Sums of a few hundred terms in another order, over four steps.
+    tolerance = 2e-6 if case == "causal_lm" else 1e-12
+    for found, reports in together(case, size, tmp_path):
+        assert_close(found, expected, tolerance)
+        assert [one[1] for one in reports] == pytest.approx([one[1] for one in alone], rel=tolerance)
+        assert [one[0] for one in reports] == pytest.approx([one[0] for one in alone], rel=10 * tolerance)
+        assert all(one[3] for one in reports)
+
+
+def test_running_statistics_are_those_of_the_micro_batches_of_all(tmp_path):
+    (first, _), (second, _) = together("norm", 2, tmp_path)
+    assert all(torch.equal(one, second[name]) for name, one in first.items())
+    assert first["1.num_batches_tracked"] == STEPS
+
+
+def test_what_is_not_finite_on_one_is_refused_on_all(tmp_path):
+    found = together("nan", 2, tmp_path)
+    for _, reports in found:
+        assert [one[3] for one in reports] == [True, False, True, True]
+        assert reports[1][4] == "loss is not finite"
+    assert all(torch.equal(one, found[1][0][name]) for name, one in found[0][0].items())
+
+
+def test_an_error_of_one_ends_all(tmp_path):
+    (_, first), (_, second) = together("fails", 2, tmp_path)
+    assert first == ["rank 1 has failed: ZeroDivisionError: division by zero"] or "division by zero" in first[0]
+    assert second == ["division by zero"]
+
+
+def test_a_wrapped_model_is_refused(tmp_path):
+    with pytest.raises(mb.UsageError, match="wrapped in DataParallel, which sums gradients.*process_group="):
+        mb.Accumulator(nn.DataParallel(net()), None, loss)
+
+
+def test_something_else_is_no_group():
+    with pytest.raises(mb.UsageError, match="process_group is a str; it is a group of torch.distributed"):
+        mb.Accumulator(net(), None, loss, process_group="gloo")
