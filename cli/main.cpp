@@ -20,7 +20,8 @@ namespace {
 using namespace microbatch;
 
 int fail(ErrorKind kind, const std::string& message) {
-    cli::leave_ranks(message);
+    // Which rank was lost, each finds by itself.
+    if (kind != ErrorKind::lost_rank) cli::leave_ranks(message);
     cli::print(stderr, "microbatch: {}\n", message);
     return static_cast<int>(kind);
 }
@@ -29,6 +30,7 @@ int run(const cli::Action& action) {
     try {
         return action();
     } catch (const cli::Interrupted&) {
+        cli::leave_ranks("it was interrupted");
         return cli::interrupted_exit_code;
     } catch (const Error& error) {
         return fail(error.kind(), error.what());

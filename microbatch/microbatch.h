@@ -19,6 +19,8 @@
 #include "microbatch/core/spike_guard.h"
 #include "microbatch/core/units.h"
 #include "microbatch/data/open.h"
+#include "microbatch/distributed/group_reducer.h"
+#include "microbatch/distributed/launch.h"
 #include "microbatch/io/checkpoint_store.h"
 #include "microbatch/io/safetensors.h"
 #include "microbatch/memory/budget_allocator.h"

@@ -27,7 +27,7 @@ struct JobPlan {
     std::int64_t batch = 0;         ///< the largest of them, at most the length of the run
 
     /// The samples of such a batch that one process gathers at most.
-    std::int64_t share(std::int64_t of) const { return (of + reducer->size() - 1) / reducer->size(); }
+    std::int64_t share(std::int64_t of) const { return reducer->largest_share(of); }
     std::shared_ptr<Reducer> reducer = std::make_shared<LocalReducer>();
     std::int64_t steps = 0;  ///< of the run if every batch were as large as the first
 };

@@ -36,7 +36,8 @@ std::shared_ptr<Group>& joined_group() {
 }
 
 // May differ between machines: each rank has its own.
-const std::set<std::string> own_settings{"data", "memory", "micro-batch", "recompute", "batch-norm", "threads"};
+const std::set<std::string> own_settings{"data",    "memory", "micro-batch",      "recompute",  "batch-norm",
+                                         "threads", "keep",   "checkpoint-every", "keep-every", "no-checkpoints"};
 
 std::vector<std::string> command_line() {
     std::ifstream file("/proc/self/cmdline", std::ios::binary);
@@ -56,6 +57,7 @@ struct Child {
     pid_t process = 0;
     std::FILE* errors = nullptr;  // of all but the first
     int exit_code = -1;           // while it runs
+    bool is_killed = false;       // by this process
 };
 
 std::vector<std::string> environment_of(const Launcher& launcher, int rank, int size) {
@@ -107,42 +109,66 @@ bool collect(std::vector<Child>& children) {
     return std::all_of(children.begin(), children.end(), [](const Child& child) { return child.exit_code >= 0; });
 }
 
+// Stopped by a signal: it cannot end by itself.
+bool is_stopped(const Child& child) {
+    std::ifstream file(fmt::format("/proc/{}/stat", child.process));
+    std::string text((std::istreambuf_iterator<char>(file)), {});
+    const std::size_t name_end = text.rfind(") ");
+    return name_end != std::string::npos && text.size() > name_end + 2 && text[name_end + 2] == 'T';
+}
+
+// When one has failed, the others find that within seconds, and end; the first writes a checkpoint before.
+void end_those_that_hang(std::vector<Child>& children, std::chrono::steady_clock::duration since) {
+    constexpr std::chrono::seconds to_end{12}, to_write{300};
+    for (std::size_t rank = 0; rank < children.size(); ++rank) {
+        Child& child = children[rank];
+        if (child.exit_code >= 0 || since < (rank == 0 && !is_stopped(child) ? to_write : to_end)) continue;
+        child.is_killed = true;
+        ::kill(child.process, SIGKILL);
+    }
+}
+
 void wait_for_all(std::vector<Child>& children) {
     using Clock = std::chrono::steady_clock;
-    std::optional<Clock::time_point> found_at, told_at;
+    std::optional<Clock::time_point> failed_at, told_at;
     while (!collect(children)) {
-        const bool is_found = std::any_of(children.begin(), children.end(), [](const Child& child) {
-            return child.exit_code == static_cast<int>(ErrorKind::lost_rank);
+        const bool has_failed = std::any_of(children.begin(), children.end(), [](const Child& child) {
+            return child.exit_code > 0 && child.exit_code != interrupted_exit_code;
         });
-        if (is_found && !found_at) found_at = Clock::now();
+        if (has_failed && !failed_at) failed_at = Clock::now();
         if (interrupted() && !told_at) {
             signal_all(children, SIGINT);
             told_at = Clock::now();
         }
-        // Whoever has not found it by now hangs itself.
-        if (found_at && Clock::now() - *found_at > std::chrono::seconds(3)) signal_all(children, SIGKILL);
+        if (failed_at) end_those_that_hang(children, Clock::now() - *failed_at);
         std::this_thread::sleep_for(std::chrono::milliseconds(20));
     }
 }
 
-// What a rank other than the first has said before it ended, unless others have said it too.
+std::string said_by(const Child& child) {
+    if (child.errors == nullptr) return {};
+    std::rewind(child.errors);
+    std::string text;
+    for (int c = std::fgetc(child.errors); c != EOF; c = std::fgetc(child.errors)) text += static_cast<char>(c);
+    return text;
+}
+
+// What the first rank cannot have said: which was ended by a signal, and what the others have said before they ended.
 void show_errors(const std::vector<Child>& children) {
-    std::set<std::string> shown;
+    constexpr auto lost = static_cast<int>(ErrorKind::lost_rank);
     for (std::size_t rank = 0; rank < children.size(); ++rank) {
         const int signal = children[rank].exit_code - 128;
-        if (children[rank].exit_code == interrupted_exit_code || signal <= 0) continue;
+        if (children[rank].exit_code == interrupted_exit_code || signal <= 0 || children[rank].is_killed) continue;
         print(stderr, "microbatch: rank {} was ended by signal {} ({})\n", rank, signal, ::strsignal(signal));
     }
-    const bool first_failed_itself =
-        children.front().exit_code != 0 && children.front().exit_code != static_cast<int>(ErrorKind::lost_rank);
-    for (std::size_t rank = 1; rank < children.size(); ++rank) {
-        const Child& child = children[rank];
-        if (child.errors == nullptr || child.exit_code == static_cast<int>(ErrorKind::lost_rank)) continue;
-        std::rewind(child.errors);
-        std::string text;
-        for (int c = std::fgetc(child.errors); c != EOF; c = std::fgetc(child.errors)) text += static_cast<char>(c);
-        if (text.empty() || first_failed_itself || !shown.insert(text).second) continue;
-        print(stderr, "rank {}: {}", rank, text);
+    const int first = children.front().exit_code;
+    const bool first_said_why = first != 0 && first != lost && first < 128;
+    std::set<std::string> shown;
+    for (std::size_t rank = 1; rank < children.size() && !first_said_why; ++rank) {
+        // Who has only lost another is heard where the first one is silent.
+        if (children[rank].exit_code == lost && (first == lost || !shown.empty())) continue;
+        const std::string text = said_by(children[rank]);
+        if (!text.empty() && shown.insert(text).second) print(stderr, "rank {}: {}", rank, text);
     }
 }
 
@@ -185,11 +211,16 @@ void Ranks::require_same(const std::string& config, std::uint32_t data, std::int
     const Values first = config_values(configs.front(), "rank 0's settings");
     for (std::size_t rank = 1; rank < configs.size(); ++rank) {
         const Values own = config_values(configs[rank], "a rank's settings");
-        for (const auto& [name, value] : first) {
-            const auto found = own.find(name);
-            const std::string theirs = found == own.end() ? "not set" : found->second;
-            if (own_settings.contains(name) || theirs == value) continue;
-            refuse("rank {} was started with other settings: --{} is {}, and {} on rank 0", rank, name, theirs, value);
+        Values both = first;
+        both.insert(own.begin(), own.end());
+        for (const auto& [name, ignored] : both) {
+            const auto value_in = [&name = name](const Values& of) {
+                const auto found = of.find(name);
+                return found == of.end() ? std::string("not set") : found->second;
+            };
+            if (own_settings.contains(name) || value_in(own) == value_in(first)) continue;
+            refuse("rank {} was started with other settings: --{} is {}, and {} on rank 0", rank, name, value_in(own),
+                   value_in(first));
         }
         if (others[rank] == others.front()) continue;
         const auto line = [&](std::size_t of, const char* name) {

@@ -42,8 +42,8 @@ void leave_ranks(const std::string& why) noexcept;
 bool is_launcher(const Settings& settings);
 
 /// Starts this program --processes times, each as a rank, and waits for all; returns the exit code of the run. The first
-/// has the terminal; of the others, the error messages are shown. A signal of this process is passed on to all. When one
-/// has found that another is lost, those that are left have 3 seconds.
+/// has the terminal; of the others, the error messages are shown. A signal of this process is passed on to all. When one has
+/// failed, the others have 12 seconds to end, and the first, which writes a checkpoint, 5 minutes.
 int launch(const Settings& settings);
 
 }  // namespace microbatch::cli

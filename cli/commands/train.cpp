@@ -306,7 +306,10 @@ int train_job(Arguments& arguments) {
     const Ranks ranks(settings);
     const RunAccess access = ranks.is_first() ? RunAccess::trains : RunAccess::follows;
     std::optional<RunFolder> folder;
-    if (!settings.run.empty()) folder.emplace(settings.run, settings.resume, access);
+    if (ranks.is_first() && !settings.run.empty()) folder.emplace(settings.run, settings.resume, access);
+    ranks.from_first({});  // the others look at the folder when the first one has its lock
+    if (!ranks.is_first() && !settings.run.empty()) folder.emplace(settings.run, settings.resume, access);
+    if (ranks.size() > 1 && folder && folder->state()) drop_partial_batch(*folder->state());
     std::FILE* out = output_of(ranks, settings);
     if (folder && folder->state()) {
         fill_from_checkpoint(arguments, *folder);
@@ -372,7 +375,8 @@ checkpoints/step-N (safetensors and JSON).
 The held-out loss is measured on as many samples as the run trained on, at most 1,024.
 A run that diverges rolls back to a snapshot and continues at half the learning rate. After --restores
 roll-backs, it is stopped with exit code 4. A run that ends worse than it began also ends with exit code 4.
-Ctrl-C finishes the micro-batch, writes a checkpoint and ends with exit code 130; a second Ctrl-C ends it immediately.
+Ctrl-C finishes the micro-batch, or with --processes the step, writes a checkpoint and ends with exit code 130; a second
+Ctrl-C ends it immediately.
 You may pass --resume on the first launch too: the same command line then starts the run and resumes it
 after every interruption. --resume never overwrites weights that have no checkpoint.)",
             .length = to_string(default_length),

@@ -5,13 +5,18 @@
 #endif
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 
+#include <cstdlib>
+
 namespace microbatch {
 
 Backend make_gloo(const c10::intrusive_ptr<c10d::Store>& store, int rank, int size, const std::string& address,
                   std::chrono::milliseconds timeout) {
     using Gloo = c10d::ProcessGroupGloo;
     const auto options = Gloo::Options::create(timeout);
-    options->devices.push_back(address.empty() ? Gloo::createDefaultDevice() : Gloo::createDeviceForHostname(address));
+    const char* interface = std::getenv("GLOO_SOCKET_IFNAME");  // torch's own variable
+    options->devices.push_back(interface != nullptr ? Gloo::createDeviceForInterface(interface)
+                               : address.empty()    ? Gloo::createDefaultDevice()
+                                                    : Gloo::createDeviceForHostname(address));
     return {.calls = c10::make_intrusive<Gloo>(store, rank, size, options), .store = store};
 }
 

@@ -4,6 +4,7 @@
 #include <ATen/ops/full.h>
 
 #include <algorithm>
+#include <mutex>
 #include <utility>
 
 #include "microbatch/core/error.h"
@@ -20,6 +21,8 @@ constexpr std::chrono::milliseconds glance{200};  // between looks at who is ali
 
 // The destructor of a backend waits for calls that can no longer end.
 void keep_forever(c10::intrusive_ptr<c10d::Backend> backend) {
+    static auto& mutex = *new std::mutex;
+    const std::lock_guard lock(mutex);
     static auto& kept = *new std::vector<c10::intrusive_ptr<c10d::Backend>>;
     kept.push_back(std::move(backend));
 }
@@ -32,17 +35,14 @@ std::string first_line(const std::string& text) {
 
 /// The calls to c10d, until one of them fails.
 struct Group::Calls {
-    Calls(Backend backend, const Options& how)
-        : c10d(std::move(backend.calls)), on_device(std::move(backend.device_calls)), options(how) {
+    Calls(Backend backend, const Options& how) : c10d(std::move(backend.calls)), options(how) {
         if (backend.store && c10d->getSize() > 1) {
             liveness = std::make_unique<Liveness>(backend.store, c10d->getRank(), c10d->getSize(), options.silence);
         }
     }
 
     ~Calls() {
-        if (failure.empty()) return;
-        keep_forever(std::move(c10d));
-        keep_forever(std::move(on_device));
+        if (!failure.empty()) keep_forever(std::move(c10d));
     }
 
     [[noreturn]] void fail(const std::string& what) {
@@ -74,8 +74,9 @@ struct Group::Calls {
     template <class Start>
     void make(const Start& start) {
         if (!failure.empty()) throw Error(ErrorKind::lost_rank, failure);
+        const Works works = start();  // what is wrong with the tensors is no other rank's fault
         try {
-            wait_for(start());
+            wait_for(works);
         } catch (const Error&) {
             throw;
         } catch (const std::exception&) {
@@ -85,9 +86,7 @@ struct Group::Calls {
         }
     }
 
-    c10d::Backend& of(const at::Tensor& tensor) const { return tensor.is_cpu() ? *c10d : *on_device; }
-
-    c10::intrusive_ptr<c10d::Backend> c10d, on_device;
+    c10::intrusive_ptr<c10d::Backend> c10d;
     Options options;
     std::unique_ptr<Liveness> liveness;
     std::string failure;
@@ -111,7 +110,7 @@ void Group::sum(const std::vector<at::Tensor>& tensors) {
         Works works;
         for (const at::Tensor& tensor : tensors) {
             std::vector<at::Tensor> one{tensor};
-            works.push_back(calls_->of(tensor).allreduce(one));
+            works.push_back(calls_->c10d->allreduce(one));
         }
         return works;
     });
@@ -122,7 +121,7 @@ std::vector<at::Tensor> Group::gather(const at::Tensor& mine) {
     std::vector<std::vector<at::Tensor>> all(1);
     for (int i = 0; i < size(); ++i) all.front().push_back(at::empty_like(mine));
     std::vector<at::Tensor> one{mine};
-    calls_->make([&] { return Works{calls_->of(mine).allgather(all, one)}; });
+    calls_->make([&] { return Works{calls_->c10d->allgather(all, one)}; });
     return all.front();
 }
 
@@ -154,7 +153,7 @@ void Group::broadcast(const std::vector<at::Tensor>& tensors, int root) {
             std::vector<at::Tensor> one{tensor};
             c10d::BroadcastOptions options;
             options.rootRank = root;
-            works.push_back(calls_->of(tensor).broadcast(one, options));
+            works.push_back(calls_->c10d->broadcast(one, options));
         }
         return works;
     });
@@ -167,6 +166,11 @@ bool Group::any(bool mine) {
 
 void Group::fall_silent() {
     calls_->liveness.reset();
+}
+
+void Group::abandon(const std::string& why) noexcept {
+    leave(why);
+    if (calls_->failure.empty()) calls_->failure = "this rank has left the others: " + first_line(why);
 }
 
 void Group::leave(const std::string& why) noexcept {

@@ -57,6 +57,9 @@ public:
     /// Tells the others that this rank ends because of an error, which they will name.
     void leave(const std::string& why) noexcept;
 
+    /// leave(), and every later call throws: what this rank has done, the others have not.
+    void abandon(const std::string& why) noexcept;
+
 private:
     struct Calls;
     std::unique_ptr<Calls> calls_;

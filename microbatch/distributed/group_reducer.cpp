@@ -208,10 +208,14 @@ void share_from_first(Group& group, const Parameters& parameters, const NamedTen
         require_that(theirs[rank] == theirs.front(), "the model of rank ", rank,
                      " has other parameters than that of rank 0");
     }
-    std::vector<at::Tensor> dense, values;
+    std::vector<at::Tensor> dense, values, bytes;
     for (const NamedTensor& one : all) dense.push_back(one.tensor.detach());
     for (const at::Tensor& one : dense) values.push_back(one.contiguous());
-    group.broadcast(values, 0);
+    for (const at::Tensor& one : values) {
+        // Of any type: Gloo does not know all.
+        if (one.numel() > 0) bytes.push_back(one.view({-1}).view(at::kByte));
+    }
+    group.broadcast(bytes, 0);
     for (std::size_t i = 0; i < dense.size(); ++i) {
         if (!values[i].is_same(dense[i])) dense[i].copy_(values[i]);
     }

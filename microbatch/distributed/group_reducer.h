@@ -18,7 +18,7 @@ enum class Batches {
 /// gradient afterwards.
 ///
 /// Ownership: shares the group.
-/// Memory:    none of the device's, except zeros for parameters that have a gradient on other ranks alone.
+/// Memory:    a megabyte for small gradients, and zeros for parameters that have a gradient on other ranks alone.
 /// Cost:      the gradients once around the ring: 2 (W - 1) / W times their bytes, sent by each of W ranks; and four calls
 ///            with little data.
 class GroupReducer final : public Reducer {
@@ -31,6 +31,10 @@ public:
     Slice share(std::int64_t samples) const override {
         return batches_ == Batches::own ? Slice{0, samples} : Reducer::share(samples);
     }
+    std::int64_t largest_share(std::int64_t samples) const override {
+        return batches_ == Batches::own ? samples : Reducer::largest_share(samples);
+    }
+    void abandon(const std::string& why) noexcept override { group_->abandon(why); }
     std::optional<GatherFailure> agree(const std::optional<GatherFailure>& mine) override;
     Gathered reduce(Gathered gathered, const Parameters& parameters, double scale) override;
     bool any_rank(bool mine) override { return group_->any(mine); }

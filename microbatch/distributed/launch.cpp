@@ -4,6 +4,7 @@
 #include <netdb.h>
 #include <sys/socket.h>
 #include <unistd.h>
+#include <torch/csrc/distributed/c10d/HashStore.hpp>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
@@ -64,7 +65,9 @@ std::string address_towards(const std::string& host) {
         if (socket >= 0) ::close(socket);
     }
     ::freeaddrinfo(found);
-    return address;
+    // Where this machine's own name means the loopback, others do not reach it there.
+    const bool is_loopback = host == "localhost" || host.starts_with("127.") || host == "::1";
+    return address.starts_with("127.") && !is_loopback ? std::string() : address;
 }
 
 }  // namespace
@@ -82,6 +85,10 @@ Launched Launched::from_environment() {
 }
 
 std::shared_ptr<Group> Launched::join(Group::Options options) const {
+    if (size == 1) {
+        return std::make_shared<Group>(make_gloo(c10::make_intrusive<c10d::HashStore>(), 0, 1, loopback, longest_start),
+                                       options);
+    }
     const std::string host = text_in("MASTER_ADDR");
     const int port = number_in("MASTER_PORT", 1, 65535);
     const bool is_served = is_set("TORCHELASTIC_USE_AGENT_STORE", "True") || std::getenv(by_launcher) != nullptr;

@@ -18,7 +18,7 @@ struct Launched {
     /// Errors: ErrorKind::usage, naming the variable, if one is missing or no number.
     static Launched from_environment();
 
-    /// Waits until all have come. The store is that of torchrun or the Launcher, else rank 0 serves it.
+    /// Waits until all have come; a single process is a group of one. The store is that of torchrun or the Launcher, else rank 0 serves it.
     /// Errors: ErrorKind::usage if they do not come within 5 minutes, or cannot be reached.
     std::shared_ptr<Group> join(Group::Options options = {}) const;
 };

@@ -1,5 +1,10 @@
 #include "microbatch/distributed/liveness.h"
 
+#include <condition_variable>
+#include <mutex>
+#include <optional>
+#include <vector>
+
 #include "microbatch/core/str_cat.h"
 
 namespace microbatch {
@@ -7,94 +12,133 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr std::chrono::milliseconds between_beats{250};
+constexpr std::chrono::milliseconds between_beats{250}, end_of_thread{1000};
 
-std::string beat_of(int rank) {
-    return str_cat("alive/", rank);
-}
-
-std::string farewell_of(int rank) {
-    return str_cat("left/", rank);
+std::vector<std::uint8_t> bytes_of(const std::string& text) {
+    return {text.begin(), text.end()};
 }
 
 }  // namespace
 
+struct Liveness::Watch {
+    Watch(const c10::intrusive_ptr<c10d::Store>& given, int own_rank, int ranks, std::chrono::milliseconds most)
+        : store(given->clone()),  // connections of their own: another one may be waiting
+          farewells(given->clone()),
+          rank(own_rank),
+          size(ranks),
+          silence(most),
+          // Groups of the same ranks that follow each other share a store.
+          generation(store->add(str_cat("generation/", own_rank), 1)),
+          others(static_cast<std::size_t>(ranks)) {}
+
+    std::string key(const char* what, int of) const { return str_cat(what, "/", generation, "/", of); }
+
+    void run() {
+        std::unique_lock lock(mutex);
+        while (!ends && lost.empty()) {
+            lock.unlock();
+            std::string found;
+            try {
+                store->add(key("alive", rank), 1);
+                found = look();
+            } catch (const std::exception&) {
+                found = "the process that holds the store has ended: rank 0, or what started the run";
+            }
+            lock.lock();
+            last_round = Clock::now();
+            lost = found;
+            changed.notify_all();
+            if (!found.empty()) break;
+            changed.wait_for(lock, between_beats, [this] { return ends; });
+        }
+        has_ended = true;
+        changed.notify_all();
+    }
+
+    // After a pause of this process, of all or of the store, nobody has been heard of.
+    void forgive_a_pause() {
+        const auto now = Clock::now();
+        if (now - looked < 4 * between_beats) {
+            looked = now;
+            return;
+        }
+        looked = now;
+        for (Other& other : others) {
+            if (other.seen) other.seen = now;
+        }
+    }
+
+    std::string look() {
+        forgive_a_pause();
+        for (int i = 0; i < size; ++i) {
+            if (i == rank) continue;
+            if (store->check({key("left", i)})) {
+                const std::vector<std::uint8_t> why = store->get(key("left", i));
+                return str_cat("rank ", i, " has ended: ", std::string(why.begin(), why.end()));
+            }
+            if (!store->check({key("alive", i)})) continue;  // not begun
+            const std::vector<std::uint8_t> beat = store->get(key("alive", i));
+            Other& other = others[static_cast<std::size_t>(i)];
+            if (beat != other.beat || !other.seen) {
+                other = {beat, Clock::now()};
+            } else if (Clock::now() - *other.seen > silence) {
+                return str_cat("rank ", i, " has ended or hangs: it has shown no sign of life for ",
+                               std::chrono::duration_cast<std::chrono::seconds>(silence).count(), " s");
+            }
+        }
+        return {};
+    }
+
+    struct Other {
+        std::vector<std::uint8_t> beat;
+        std::optional<Clock::time_point> seen;  // when the beat was last another one
+    };
+
+    c10::intrusive_ptr<c10d::Store> store, farewells;
+    const int rank, size;
+    const std::chrono::milliseconds silence;
+    const std::int64_t generation;
+    std::vector<Other> others;
+    Clock::time_point looked = Clock::now();
+
+    std::mutex mutex;
+    std::condition_variable changed;
+    Clock::time_point last_round = Clock::now();
+    std::string lost;
+    bool ends = false, has_ended = false;
+};
+
 Liveness::Liveness(const c10::intrusive_ptr<c10d::Store>& store, int rank, int size, std::chrono::milliseconds silence)
-    : store_(store->clone()),  // a connection of its own: another one may be waiting
-      rank_(rank),
-      size_(size),
-      silence_(silence),
-      beats_(static_cast<std::size_t>(size), 0),
-      seen_(static_cast<std::size_t>(size), Clock::now()) {
-    store_->setTimeout(silence_);
-    thread_ = std::thread([this] { run(); });
-}
+    : watch_(std::make_shared<Watch>(store, rank, size, silence)), thread_([watch = watch_] { watch->run(); }) {}
 
 Liveness::~Liveness() {
-    {
-        const std::lock_guard lock(mutex_);
-        ends_ = true;
-    }
-    changed_.notify_all();
-    thread_.join();
-}
-
-void Liveness::run() {
-    std::unique_lock lock(mutex_);
-    while (!ends_ && lost_.empty()) {
-        lock.unlock();
-        std::string failure;
-        try {
-            store_->add(beat_of(rank_), 1);
-            look();
-        } catch (const std::exception&) {
-            // The store is the first rank's, or the launcher's.
-            failure = "the process that holds the store has ended: rank 0, or what started the run";
-        }
-        lock.lock();
-        if (!failure.empty() && lost_.empty()) lost_ = failure;
-        if (!lost_.empty()) changed_.notify_all();
-        changed_.wait_for(lock, between_beats, [this] { return ends_; });
-    }
-}
-
-void Liveness::look() {
-    for (int other = 0; other < size_; ++other) {
-        if (other == rank_) continue;
-        std::string found;
-        const auto i = static_cast<std::size_t>(other);
-        const std::int64_t beat = store_->add(beat_of(other), 0);
-        if (store_->check({farewell_of(other)})) {
-            const std::vector<std::uint8_t> why = store_->get(farewell_of(other));
-            found = str_cat("rank ", other, " has ended: ", std::string(why.begin(), why.end()));
-        } else if (beat != beats_[i]) {
-            beats_[i] = beat;
-            seen_[i] = Clock::now();
-        } else if (Clock::now() - seen_[i] > silence_) {
-            found = str_cat("rank ", other, " has ended or hangs: it has shown no sign of life for ",
-                            std::chrono::duration_cast<std::chrono::seconds>(silence_).count(), " s");
-        }
-        if (found.empty()) continue;
-        const std::lock_guard lock(mutex_);
-        if (lost_.empty()) lost_ = found;
-        return;
-    }
+    std::unique_lock lock(watch_->mutex);
+    watch_->ends = true;
+    watch_->changed.notify_all();
+    const bool has_ended = watch_->changed.wait_for(lock, end_of_thread, [this] { return watch_->has_ended; });
+    lock.unlock();
+    has_ended ? thread_.join() : thread_.detach();
 }
 
 std::string Liveness::lost() const {
-    const std::lock_guard lock(mutex_);
-    return lost_;
+    const std::lock_guard lock(watch_->mutex);
+    if (!watch_->lost.empty()) return watch_->lost;
+    const auto quiet = Clock::now() - watch_->last_round;
+    if (quiet <= watch_->silence + 4 * between_beats) return {};
+    return "the process that holds the store does not answer: rank 0, or what started the run";
 }
 
 std::string Liveness::wait_for_lost() const {
-    std::unique_lock lock(mutex_);
-    changed_.wait_for(lock, silence_ + 4 * between_beats, [this] { return !lost_.empty(); });
-    return lost_;
+    {
+        std::unique_lock lock(watch_->mutex);
+        watch_->changed.wait_for(lock, watch_->silence + 6 * between_beats, [this] { return !watch_->lost.empty(); });
+    }
+    return lost();
 }
 
 void Liveness::leave(const std::string& why) noexcept {
     try {
-        store_->set(farewell_of(rank_), std::vector<std::uint8_t>(why.begin(), why.end()));
+        watch_->farewells->set(watch_->key("left", watch_->rank), bytes_of(why));
     } catch (const std::exception&) {  // then nobody is told
     }
 }

@@ -1,19 +1,16 @@
 #pragma once
 
-#include <atomic>
 #include <chrono>
-#include <condition_variable>
-#include <mutex>
+#include <memory>
 #include <string>
 #include <thread>
-#include <vector>
 
 #include "microbatch/distributed/backend.h"
 
 namespace microbatch {
 
 /// Shows the other ranks that this one is alive, and finds those that are not: each counts up a number of its own in the
-/// store, by a thread that does nothing else.
+/// store, by a thread that does nothing else. A rank that has not begun yet is not missed.
 ///
 /// Threads: any.
 class Liveness {
@@ -33,18 +30,9 @@ public:
     void leave(const std::string& why) noexcept;
 
 private:
-    void run();
-    void look();
+    struct Watch;
 
-    c10::intrusive_ptr<c10d::Store> store_;
-    int rank_, size_;
-    std::chrono::milliseconds silence_;
-    mutable std::mutex mutex_;
-    mutable std::condition_variable changed_;
-    bool ends_ = false;
-    std::string lost_;
-    std::vector<std::int64_t> beats_;  // of each rank when it was last seen to change, and when that was
-    std::vector<std::chrono::steady_clock::time_point> seen_;
+    std::shared_ptr<Watch> watch_;  // shared with the thread, which may hang with the store
     std::thread thread_;
 };
 

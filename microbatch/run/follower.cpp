@@ -6,12 +6,11 @@ void follow(Accumulator& accumulator, const Dataset& dataset, const LossFunction
             std::optional<StateDict>& state) {
     Trainer trainer(accumulator, dataset, loss, options);
     if (state) {
-        drop_partial_batch(*state);
         load(trainer, StateReader(*state));
         state.reset();  // its files are open as long as its tensors may be read
     }
     bool diverged = false;
-    while (!trainer.done() && !diverged && !stops_on_any_rank(accumulator, options)) diverged = trainer.step().diverged;
+    while (!trainer.done() && !ends_on_any_rank(accumulator, options, diverged)) diverged = trainer.step().diverged;
 }
 
 }  // namespace microbatch

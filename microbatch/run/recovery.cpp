@@ -117,6 +117,13 @@ void Recovery::fail(const std::string& why) {
     warning_ = str_cat("no more snapshots are taken: ", why);
 }
 
+std::string Recovery::give_up() {
+    given_up_ = true;
+    points_.clear();
+    if (!failed_) fail("another rank could not take one, and the run can no longer be rolled back");
+    return std::exchange(warning_, {});
+}
+
 std::optional<std::int64_t> Recovery::roll_back(std::int64_t steps, SpikeGate& gate) {
     const std::int64_t good = steps - gate.guard().refused_in_a_row();  // the last applied step
     if (points_.empty() || good <= points_.front().steps) return std::nullopt;
@@ -149,9 +156,10 @@ double Recovery::limited(double scheduled, std::int64_t steps) const {
 
 std::filesystem::path Recovery::new_file() {
     // An existing file of this name belongs to a killed process.
+    const int rank = accumulator_->reducer().rank();  // several may share the folder
     std::filesystem::path file;
     do {
-        file = options_.folder / str_cat("snapshot-", files_++, ".bin");
+        file = options_.folder / str_cat("snapshot-", rank == 0 ? "" : str_cat(rank, "-"), files_++, ".bin");
     } while (std::filesystem::exists(std::filesystem::symlink_status(file)));
     return file;
 }

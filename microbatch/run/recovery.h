@@ -86,6 +86,14 @@ public:
     /// false if none is in memory.
     bool reclaim_memory();
 
+    /// True if a snapshot could not be taken: there are no more.
+    bool has_failed() const { return failed_; }
+
+    /// Drops all snapshots, because another rank could not take one: the run is not rolled back any more. Returns what to
+    /// tell the user.
+    std::string give_up();
+    bool has_given_up() const { return given_up_; }
+
     /// The memory of the snapshots now, including dropped ones that a checkpoint is still writing.
     std::int64_t memory_bytes() const;
 
@@ -115,7 +123,8 @@ private:
     double rate_limit_ = std::numeric_limits<double>::infinity();
     std::int64_t files_ = 0;  // created so far
     bool failed_ = false;
-    std::string warning_;  // not yet reported
+    bool given_up_ = false;  // on all ranks
+    std::string warning_;    // not yet reported
 };
 
 }  // namespace microbatch

@@ -132,8 +132,8 @@ const Outcome& Run::train() {
     const auto started = std::chrono::steady_clock::now();
     bool left_half_way = false;
     try {
-        const auto stops = [this] { return stops_on_any_rank(accumulator_, options_.trainer); };
-        while (!trainer_.done() && !outcome_.diverged() && !left_half_way && !stops()) {
+        const auto ends = [this] { return ends_on_any_rank(accumulator_, options_.trainer, outcome_.diverged()); };
+        while (!trainer_.done() && !left_half_way && !ends()) {
             left_half_way = !step();
             outcome_.seconds = seconds_before + seconds_since(started);
         }

@@ -128,8 +128,16 @@ void Trainer::begin_step(TrainerReport& report) {
     report.warning = std::exchange(partial_warning_, {});
     // The snapshot of a partial batch was taken before the batch.
     if (!recovery_) return;
-    if (!partial_) report.warning = recovery_->keep(at_.progress.steps, *gate_, options_.reclaimers);
+    if (!partial_) keep_snapshot(report);
     report.snapshot_bytes = recovery_->memory_bytes();
+}
+
+void Trainer::keep_snapshot(TrainerReport& report) {
+    report.warning = recovery_->keep(at_.progress.steps, *gate_, options_.reclaimers);
+    Reducer& reducer = accumulator_.reducer();
+    if (reducer.size() == 1 || recovery_->has_given_up()) return;
+    // All ranks can roll back to the same snapshots, or none can.
+    if (reducer.any_rank(recovery_->has_failed())) report.warning = recovery_->give_up();
 }
 
 double Trainer::next_learning_rate() const {
@@ -186,8 +194,8 @@ void Trainer::roll_back(TrainerReport& report) {
     report.diverged = !recovery_->may_go_on();
 }
 
-bool stops_on_any_rank(const Accumulator& accumulator, const TrainerOptions& options) {
-    return accumulator.reducer().any_rank(options.stop && options.stop());
+bool ends_on_any_rank(const Accumulator& accumulator, const TrainerOptions& options, bool diverged) {
+    return accumulator.reducer().any_rank(diverged || (options.stop && options.stop()));
 }
 
 // The run was resumed with options that change the batch: it is started again.

@@ -113,6 +113,7 @@ public:
 private:
     void validate_options() const;
     void begin_step(TrainerReport& report);
+    void keep_snapshot(TrainerReport& report);
     StepOptions step_options(const TrainerReport& report);
     std::int64_t full_batch() const;
     std::int64_t samples_left() const;
@@ -147,8 +148,9 @@ private:
     std::string partial_warning_;  // of the interrupted step, not yet reported
 };
 
-/// True if `stop` of the options of any rank says so. All ranks, between two steps.
-bool stops_on_any_rank(const Accumulator& accumulator, const TrainerOptions& options);
+/// True if the run ends on any rank, because of `stop` of the options or because it has diverged there. All ranks, between
+/// two steps.
+bool ends_on_any_rank(const Accumulator& accumulator, const TrainerOptions& options, bool diverged);
 
 /// Drops the partial batch of a trainer's state: the model and the generators are those of before it.
 void drop_partial_batch(StateDict& run);

@@ -8,7 +8,6 @@
 #include <stdexcept>
 #include <unordered_set>
 
-#include "microbatch/autograd/batch_norm_layers.h"
 #include "microbatch/core/error.h"
 #include "microbatch/memory/meter.h"
 #include "microbatch/model/forward_state.h"
@@ -110,8 +109,8 @@ StepReport Accumulator::step(const BatchSource& batch, const LossFunction& loss,
             const bool may_repeat = is_oom(std::current_exception()) && reducer().size() == 1;
             if (!may_repeat) undo();
             if (may_repeat || !is_oom(std::current_exception())) throw;
-            // The other processes have gone on.
             const std::string message = message_of(std::current_exception());
+            reducer().abandon(message);  // the others have updated
             throw Error(ErrorKind::does_not_fit, "the optimizer's step ran out of memory: ", message);
         }
     };
@@ -159,7 +158,9 @@ std::variant<Gathered, PartialBatch> Accumulator::gather_batch(const BatchSource
         {[&attempt] { return std::exchange(attempt.measure_noise, false); }, /*counts=*/false}};
     const Reclaimers smaller{{[&] { return make_plan_smaller(attempt); }}};
     auto result = retry_on_oom(
-        agreed(joined(joined(joined(options.before_noise, last_resorts), options.before_plan), smaller), attempt),
+        joined(
+            joined(joined(agreed(options.before_noise, attempt), last_resorts), agreed(options.before_plan, attempt)),
+            smaller),
         [&] { return try_gather(batch, loss, options.stop, attempt); }, [&] { undo(); },
         [&](const Reclaimer& helped, const std::string& message) {
             attempt.message = message;
@@ -294,20 +295,18 @@ void Accumulator::agree(const std::exception_ptr& failure, Attempt& attempt) {
     if (!failure) TORCH_CHECK_WITH(OutOfMemoryError, false, "rank ", found->rank, ": ", found->message);
 }
 
-// Each is asked in every process, and has helped if it has in one that ran out of memory.
-Reclaimers Accumulator::agreed(Reclaimers reclaimers, const Attempt& attempt) {
-    if (reducer().size() == 1) return reclaimers;
-    for (Reclaimer& one : reclaimers) {
-        one.reclaim = [this, &attempt, own = std::move(one.reclaim)] {
-            const bool has_helped = own();
-            return reducer().any_rank(has_helped && attempt.ran_out);
-        };
-    }
-    return reclaimers;
+// What a process can free is its own affair, and may be more or less than another's: those that ran out of memory free
+// something, and all repeat the batch if that has helped any. What follows from the batch is the same on all.
+Reclaimers Accumulator::agreed(const Reclaimers& own, const Attempt& attempt) {
+    if (reducer().size() == 1) return own;
+    return {{[this, &attempt, own] {
+        const auto helps = [](const Reclaimer& one) { return one.reclaim(); };
+        return reducer().any_rank(attempt.ran_out && std::any_of(own.begin(), own.end(), helps));
+    }}};
 }
 
 void Accumulator::require_policy_over_processes(const Plan& plan) const {
-    require_that(reducer().size() == 1 || plan.batch_norm != BatchNorm::exact || !has_batch_norm(model_->buffers()),
+    require_that(reducer().size() == 1 || plan.batch_norm != BatchNorm::exact,
                  "exact BatchNorm is for one process: over several, choose the policy deferred");
 }
 

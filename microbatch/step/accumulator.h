@@ -81,7 +81,7 @@ struct StepOptions {
 /// Formula:  g = (sum of the micro-batches' loss-sum gradients) / (sum of their weights), clipped once, one step.
 /// Source:   reference: docs/how-it-works.md, section 2. Deviation: none.
 /// State:    between gather (or finish) and apply, everything about the batch is known and no parameter has changed.
-/// Processes: with a Reducer of several, all call step() with the same batch, of which each gathers its share; the
+/// Processes: with a Reducer of several, all call step() at the same time, and each gathers its share of the batch; the
 ///           update is the whole batch's, and all take the same decisions. A batch is not left half-way then.
 /// Ownership: borrows the optimizer and a module, which must outlive this; shares the parameters' tensors.
 /// Threads:  no two calls at the same time.
@@ -177,7 +177,7 @@ private:
                                                     const StopToken& stop, Attempt& attempt);
     void reserve_for_step();
     void agree(const std::exception_ptr& failure, Attempt& attempt);
-    Reclaimers agreed(Reclaimers reclaimers, const Attempt& attempt);
+    Reclaimers agreed(const Reclaimers& own, const Attempt& attempt);
     bool make_plan_smaller(Attempt& attempt) const;
     void open(bool measure_noise, const Plan& plan);
     void drop_gathered();

@@ -64,6 +64,10 @@ std::variant<Gathered, PartialBatch> Gatherer::gather(const BatchSource& source,
         done = add_next(source, done, loss, options);
         if (done < samples && options.stop && options.stop()) return leave(source, done, norms_.has_value());
     }
+    if (has_others) {
+        read_totals();   // whatever it finds is known before the processes agree
+        norms_.reset();  // its memory is for the optimizer's state
+    }
     if (options.on_added) options.on_added();
     clear_on_error.release();
     return finish(options.reducer);

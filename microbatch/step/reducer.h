@@ -47,6 +47,12 @@ public:
     /// .grad, also of parameters that had no gradient here. Errors: ErrorKind::lost_rank; c10::OutOfMemoryError, on all.
     virtual Gathered reduce(Gathered gathered, const Parameters& parameters, double scale) = 0;
 
+    /// The largest share of any process, if the same batch is passed in all.
+    virtual std::int64_t largest_share(std::int64_t samples) const { return (samples + size() - 1) / size(); }
+
+    /// Tells the others that this process has failed where they have not, and makes every later call throw.
+    virtual void abandon(const std::string& /*why*/) noexcept {}
+
     /// True if it is true for any process.
     virtual bool any_rank(bool mine) = 0;
 

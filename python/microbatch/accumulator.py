@@ -291,6 +291,13 @@ class Accumulator:
         return source, lambda micro: function(model, on_device(micro))
 
     def _prepared(self, batch: Any, loss: LossFunction | None, length: int | None) -> tuple[Any, Any]:
+        try:
+            return self._checked(batch, loss, length)
+        except BaseException as error:
+            self._native.abandon(f"{type(error).__name__}: {error}")  # other processes would wait for this one
+            raise
+
+    def _checked(self, batch: Any, loss: LossFunction | None, length: int | None) -> tuple[Any, Any]:
         self._follow_model()
         source, function = self._sourced(batch, loss, length)
         check_devices(self.model, source)

@@ -34,4 +34,6 @@ def group_of(process_group: Any, model: nn.Module) -> Any:
             f"process_group is a {type(process_group).__name__}; it is a group of torch.distributed, such as "
             "torch.distributed.group.WORLD after init_process_group()"
         )
-    return _core.Group(process_group.group_name, device_of(model))
+    if (device := device_of(model)).type != "cpu":
+        raise UsageError(f"the model is on {device}: several processes train on the CPU, so far")
+    return _core.Group(process_group.group_name)

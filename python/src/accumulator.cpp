@@ -1,5 +1,6 @@
 #include "python/src/accumulator.h"
 
+#include <algorithm>
 #include <string>
 #include <utility>
 
@@ -89,7 +90,8 @@ PlanReport PythonAccumulator::plan(const py::object& source, const py::object& l
         if (!on_trial.is_none()) on_trial(plan);
     };
     const py::gil_scoped_release released;
-    const SliceOf share(batch, {0, accumulator_->reducer().share(batch.size()).size()});
+    const SliceOf share(batch, {0, accumulator_->reducer().largest_share(batch.size())});
+    if (how.micro_batch) how.micro_batch = std::min(*how.micro_batch, share.size());
     return plan_batch_norm(*accumulator_, share, function, how, batch_norm);
 }
 
@@ -137,6 +139,9 @@ void bind_accumulator(py::module_& module) {
         .def("gather", &PythonAccumulator::gather, py::arg("batch"), py::arg("loss"), py::arg("measure_noise"))
         .def("plan_batch", &PythonAccumulator::plan, py::arg("batch"), py::arg("loss"), py::arg("options"),
              py::arg("batch_norm"), py::arg("on_trial"))
+        .def(
+            "abandon", [](PythonAccumulator& self, const std::string& why) { self.get().reducer().abandon(why); },
+            py::arg("why"), released)
         .def("add", &PythonAccumulator::add, py::arg("sum"), py::arg("weight"))
         .def(
             "begin", [](PythonAccumulator& self, bool measure_noise) { self.get().begin(measure_noise); },

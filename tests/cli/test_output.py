@@ -52,7 +52,7 @@ def test_help_names_commands_exit_codes_and_an_example(run):
     text = run("--help").ok().stdout
     assert [name for name in FLAGS if not re.search(rf"^  {name} +[A-Z]", text, re.MULTILINE)] == []
     codes = dict(re.findall(r"^  (\d+) (\w+ ?\w*)", text, re.MULTILINE))
-    assert list(codes) == ["0", "2", "3", "4", "5", "6", "130"]
+    assert list(codes) == ["0", "2", "3", "4", "5", "6", "7", "130"]
     assert (codes["3"], codes["4"], codes["5"], codes["6"]) == ("does not", "stopped by", "bad data", "a file")
     assert "microbatch train --data" in text
 

@@ -5,9 +5,11 @@
 
 #include <atomic>
 #include <chrono>
+#include <functional>
 #include <thread>
 
 #include "microbatch/core/error.h"
+#include "microbatch/distributed/liveness.h"
 #include "support/errors.h"
 #include "support/gradients.h"
 #include "support/one_thread.h"
@@ -18,6 +20,17 @@ namespace {
 
 using test::failures_of_ranks;
 using test::run_ranks;
+
+/// Also if an exception ends the scope, so that no thread waits for ever.
+class Finally {
+public:
+    explicit Finally(std::function<void()> call) : call_(std::move(call)) {}
+    Finally(const Finally&) = delete;
+    ~Finally() { call_(); }
+
+private:
+    std::function<void()> call_;
+};
 
 class GroupOf : public testing::TestWithParam<int> {};
 
@@ -89,6 +102,21 @@ TEST(LostRanks, AreFoundBySilence) {
                       },
                       {.silence = std::chrono::seconds(1)});
     EXPECT_LT(std::chrono::steady_clock::now() - started, std::chrono::seconds(10));
+}
+
+// It may load its data for as long as it likes.
+TEST(LostRanks, AreNotThoseThatHaveNotBegunYet) {
+    run_ranks(2, [&](const std::shared_ptr<Group>&) {});
+    const auto store = c10::make_intrusive<c10d::HashStore>();
+    const Liveness first(store, 0, 2, std::chrono::milliseconds(300));
+    std::this_thread::sleep_for(std::chrono::seconds(2));
+    EXPECT_EQ(first.lost(), "");
+    {
+        const Liveness second(store, 1, 2, std::chrono::milliseconds(300));
+        std::this_thread::sleep_for(std::chrono::seconds(1));
+        EXPECT_EQ(first.lost(), "");
+    }
+    EXPECT_NE(first.wait_for_lost().find("rank 1 has ended or hangs"), std::string::npos);
 }
 
 TEST(LostRanks, ThatAreAliveAreWaitedForUntilTheTimeout) {
