@@ -11,7 +11,7 @@
 int train(const microbatch::Launched& launched) {
     at::set_num_threads(1);
     at::manual_seed(7);  // the same model on both, and the same data
-    microbatch::Mlp model(microbatch::MlpConfig{.inputs = 8, .classes = 3, .width = 16});
+    microbatch::Mlp model(microbatch::MlpConfig{.inputs = 8, .width = 16, .classes = 3});
     microbatch::AdamW optimizer(microbatch::split_by_decay(microbatch::parameters_of(model), 0.0),
                                 {.learning_rate = 1e-2});
     microbatch::Accumulator accumulator(model, optimizer,

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from conftest import COMMAND, HANG, ROOT, weights_file
+from conftest import COMMAND, HANG, ROOT, stop_in_a_batch, weights_file
 
 TORCHRUN = ROOT / ".venv" / "bin" / "torchrun"
 LOST = 7
@@ -67,6 +67,23 @@ def test_a_run_is_resumed_by_any_number_of_processes(run):
     for steps, size in ((4, 1), (6, 4), (8, 2)):
         told = run.in_folder("parts", ["train", "--run", "parts", "--resume", "--steps", steps, "--processes", size]).ok()
     assert close(told.column("loss"), whole.column("loss"), 1e-6)
+
+
+def test_a_run_that_diverges_rolls_back_on_all_and_ends_on_all(run):
+    run.text("train", steps=150, micro_batch=4, processes=2).ok()
+    words = ["train", "--run", "run", "--resume", "--processes", 2, "--lr", 30, "--schedule", "constant", "--clip", "inf",
+             "--steps", 260]
+    told = run.in_folder("run", words)
+    assert told.returncode == 4, told.stderr
+    assert "the run diverged" in told.stderr and "rank" not in told.stderr
+    assert any(line.get("rolled_back_to") is not None for line in told.metrics)
+
+
+def test_a_batch_that_one_process_left_half_way_is_made_by_several(run, gate):
+    whole = run.text("train", run="whole", steps=4, micro_batch=1).ok()
+    stop_in_a_batch(run, gate, signal.SIGINT, after_steps=1, micro_batches=6, steps=4, micro_batch=1)
+    told = run.in_folder("run", ["train", "--run", "run", "--resume", "--processes", 2]).ok()
+    assert close(told.column("loss"), whole.column("loss"), 1e-5)
 
 
 # Faults.

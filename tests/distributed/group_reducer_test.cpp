@@ -221,6 +221,36 @@ TEST(RanksInTrouble, RepeatABatchInSmallerMicroBatchesOnAllIfMemoryRunsOutOnOne)
     }
 }
 
+// What one can free is its own affair: the others do not ask what they do not have.
+TEST(RanksInTrouble, RepeatABatchAlikeThoughOneHasMoreToFree) {
+    const Batch batch = three_batches().front();
+    for (const int failing : {0, 1}) {
+        for (const bool helps : {false, true}) {
+            run_ranks(3, [&](const std::shared_ptr<Group>& group) {
+                std::optional<RankJob> rank;
+                {
+                    const std::lock_guard lock(making());
+                    rank.emplace(text_job(at::kFloat), std::make_shared<GroupReducer>(group), Plan{.micro_batch = 4});
+                }
+                int calls = 0, asked = 0;
+                const LossFunction loss = [&, own = rank->job.loss](const Batch& micro) {
+                    const bool fails = group->rank() == failing && (helps ? calls++ == 0 : micro.size() > 2);
+                    TORCH_CHECK_WITH(OutOfMemoryError, !fails, "none left");
+                    return own(micro);
+                };
+                StepOptions options{.measure_noise = true};
+                if (group->rank() == 0) options.before_noise = {{[&] { return asked++ == 0 && helps; }}};
+                const StepReport report = rank->accumulator->step(batch, loss, options);
+                EXPECT_TRUE(report.applied);
+                const bool freed = helps && failing == 0;  // only rank 0 has something
+                EXPECT_EQ(report.noise.has_value(), freed);
+                EXPECT_EQ(report.plan.micro_batch, helps ? 4 : 2);
+                EXPECT_EQ(asked > 0, group->rank() == 0 && failing == 0);
+            });
+        }
+    }
+}
+
 TEST(RanksInTrouble, RefuseABatchOnAllIfItsLossIsNotFiniteOnOne) {
     const std::vector<Batch> batches = three_batches();
     int calls = 0;
