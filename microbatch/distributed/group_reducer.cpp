@@ -5,6 +5,7 @@
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
+#include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <nlohmann/json.hpp>
@@ -176,7 +177,14 @@ Gathered GroupReducer::reduce(Gathered gathered, const Parameters& parameters, d
         gathered.sums.clear();
         return gathered;
     }
-    sum_all(*group_, sums_of(gathered.sums));
+    try {
+        sum_all(*group_, sums_of(gathered.sums));
+    } catch (const c10::OutOfMemoryError& error) {
+        const std::string message = error.what_without_backtrace();
+        abandon(message);  // the others wait in the middle of the sums
+        throw Error(ErrorKind::does_not_fit, "out of memory while gradients are summed over processes: ", message,
+                    ": raise the memory budget by some megabytes");
+    }
     // Rank 0's, should another processor add in another order.
     const at::Tensor norm = at::tensor({joint_norm(sums_of(gathered.sums))}, at::kDouble);
     gathered.gradient_norm = group_->gather(norm).front().item<double>() / (gathered.weight * scale);
