@@ -117,18 +117,22 @@ bool is_stopped(const Child& child) {
     return name_end != std::string::npos && text.size() > name_end + 2 && text[name_end + 2] == 'T';
 }
 
-// When one has failed, the others find that within seconds, and end; the first writes a checkpoint before.
-void end_those_that_hang(std::vector<Child>& children, std::chrono::steady_clock::duration since) {
-    constexpr std::chrono::seconds to_end{12}, to_write{300};
+// When one has failed, the others find that within some 7 seconds, and end; the first writes a checkpoint before. Those
+// that still waited for it to join do not find it.
+void end_those_that_hang(std::vector<Child>& children, const Launcher& launcher,
+                         std::chrono::steady_clock::duration since) {
+    constexpr std::chrono::seconds to_end{9}, to_write{300};
+    if (since < to_end) return;
     for (std::size_t rank = 0; rank < children.size(); ++rank) {
         Child& child = children[rank];
-        if (child.exit_code >= 0 || since < (rank == 0 && !is_stopped(child) ? to_write : to_end)) continue;
+        const bool may_write = rank == 0 && !is_stopped(child) && launcher.has_joined(0);
+        if (child.exit_code >= 0 || (may_write && since < to_write)) continue;
         child.is_killed = true;
         ::kill(child.process, SIGKILL);
     }
 }
 
-void wait_for_all(std::vector<Child>& children) {
+void wait_for_all(std::vector<Child>& children, const Launcher& launcher) {
     using Clock = std::chrono::steady_clock;
     std::optional<Clock::time_point> failed_at, told_at;
     while (!collect(children)) {
@@ -140,7 +144,7 @@ void wait_for_all(std::vector<Child>& children) {
             signal_all(children, SIGINT);
             told_at = Clock::now();
         }
-        if (failed_at) end_those_that_hang(children, Clock::now() - *failed_at);
+        if (failed_at) end_those_that_hang(children, launcher, Clock::now() - *failed_at);
         std::this_thread::sleep_for(std::chrono::milliseconds(20));
     }
 }
@@ -262,7 +266,7 @@ int launch(const Settings& settings) {
     const auto size = static_cast<int>(settings.processes);
     std::vector<Child> children;
     for (int rank = 0; rank < size; ++rank) children.push_back(start_rank(launcher, rank, size));
-    wait_for_all(children);
+    wait_for_all(children, launcher);
     show_errors(children);
     return exit_code_of(children);
 }

@@ -14,6 +14,7 @@
 
 #include "microbatch/core/error.h"
 #include "microbatch/distributed/gloo.h"
+#include "microbatch/distributed/liveness.h"
 #include "microbatch/memory/reclaim.h"
 
 namespace microbatch {
@@ -70,6 +71,13 @@ std::string address_towards(const std::string& host) {
     return address.starts_with("127.") && !is_loopback ? std::string() : address;
 }
 
+// The part of the store that is ours; after a restart by torchrun, a new one.
+c10::intrusive_ptr<c10d::Store> prefixed(c10::intrusive_ptr<c10d::Store> store) {
+    const char* restarts = std::getenv("TORCHELASTIC_RESTART_COUNT");
+    return c10::make_intrusive<c10d::PrefixStore>(str_cat("microbatch/", restarts == nullptr ? "0" : restarts),
+                                                  std::move(store));
+}
+
 }  // namespace
 
 Launched Launched::from_environment() {
@@ -123,6 +131,10 @@ Launcher::Launcher() : server_(std::make_unique<Server>()) {
 }
 
 Launcher::~Launcher() = default;
+
+bool Launcher::has_joined(int rank) const {
+    return prefixed(server_->store)->check({Liveness::key_of(rank)});
+}
 
 std::vector<std::string> Launcher::environment(int rank, int size) const {
     return {str_cat("RANK=", rank),

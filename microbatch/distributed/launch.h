@@ -34,6 +34,9 @@ public:
     /// "RANK=1", "WORLD_SIZE=4", ...: what Launched::from_environment() reads in a process on this machine.
     std::vector<std::string> environment(int rank, int size) const;
 
+    /// True once a rank has met all the others: from then on, it finds by itself if one is lost.
+    bool has_joined(int rank) const;
+
 private:
     struct Server;
     std::unique_ptr<Server> server_;

@@ -28,7 +28,7 @@ struct Liveness::Watch {
           size(ranks),
           silence(most),
           // Groups of the same ranks that follow each other share a store.
-          generation(store->add(str_cat("generation/", own_rank), 1)),
+          generation(store->add(key_of(own_rank), 1)),
           others(static_cast<std::size_t>(ranks)) {}
 
     std::string key(const char* what, int of) const { return str_cat(what, "/", generation, "/", of); }
@@ -107,6 +107,10 @@ struct Liveness::Watch {
     std::string lost;
     bool ends = false, has_ended = false;
 };
+
+std::string Liveness::key_of(int rank) {
+    return str_cat("generation/", rank);
+}
 
 Liveness::Liveness(const c10::intrusive_ptr<c10d::Store>& store, int rank, int size, std::chrono::milliseconds silence)
     : watch_(std::make_shared<Watch>(store, rank, size, silence)), thread_([watch = watch_] { watch->run(); }) {}

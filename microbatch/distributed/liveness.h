@@ -20,6 +20,9 @@ public:
     Liveness& operator=(const Liveness&) = delete;
     ~Liveness();
 
+    /// What a rank that has begun leaves in the store.
+    static std::string key_of(int rank);
+
     /// What is known of a rank that has ended: "rank 2 has ended: out of memory". Empty if none has.
     std::string lost() const;
 

@@ -26,7 +26,7 @@ set(not_on_fake_device
     Recovery.SnapshotsInMemoryAreReclaimed* Recovery.ASnapshotThatIsStillBeingWrittenDown*)
 
 # Some minutes: every allocation of a step fails once.
-set(long_on_fake_device step/transaction)
+set(long_on_fake_device step/transaction step/reclaimed_memory)
 
 function(add_fake_device_test name target filter)
     list(JOIN not_on_fake_device ":" excluded)
