@@ -38,12 +38,4 @@ private:
 /// Tells the other ranks, if there are any, why this one ends.
 void leave_ranks(const std::string& why) noexcept;
 
-/// True if --processes asks for processes, and this is none of them.
-bool is_launcher(const Settings& settings);
-
-/// Starts this program --processes times, each as a rank, and waits for all; returns the exit code of the run. The first
-/// has the terminal; of the others, the error messages are shown. A signal of this process is passed on to all. When one has
-/// failed, the others have 9 seconds to end, and the first, which writes a checkpoint, 5 minutes.
-int launch(const Settings& settings);
-
 }  // namespace microbatch::cli

@@ -12,6 +12,7 @@
 
 #include "cli/commands/commands.h"
 #include "cli/commands/job.h"
+#include "cli/commands/launch.h"
 #include "cli/commands/process.h"
 #include "cli/commands/ranks.h"
 #include "cli/commands/resume.h"
@@ -113,7 +114,6 @@ struct Planned {
     const Job& job;
     const PlanReport& report;
     const Watch& watch;
-    const Ranks& ranks;
     Interval length;
     BudgetDrill drill;
 
@@ -348,7 +348,7 @@ int train_job(Arguments& arguments) {
     job.accumulator->set_plan(cut);
     meter_of(device_of(settings)).set_budget(budget);
     if (!folder) folder.emplace(path, /*resume=*/false, access);
-    const Planned planned{out, plan, job, report, watch, ranks, length, drill};
+    const Planned planned{out, plan, job, report, watch, length, drill};
     if (!ranks.is_first()) return follow_in(*folder, planned);
     folder->lock();
     if (!folder->is_locked()) {

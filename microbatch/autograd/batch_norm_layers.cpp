@@ -98,6 +98,24 @@ auto by_name(Layers& layers) {
     return sorted;
 }
 
+/// Takes apart what BatchNormLayers::packed() has joined, in the same order.
+class Unpacking {
+public:
+    explicit Unpacking(const at::Tensor& packed) : packed_(packed.cpu()) {}
+
+    double number() { return packed_[at_++].item<double>(); }
+
+    at::Tensor like(const at::Tensor& channels) {
+        const at::Tensor values = packed_.slice(0, at_, at_ + channels.numel()).clone().to(channels.device());
+        at_ += channels.numel();
+        return values;
+    }
+
+private:
+    at::Tensor packed_;
+    std::int64_t at_ = 0;
+};
+
 }  // namespace
 
 bool counts_batches(const NamedTensor& buffer) {
@@ -186,28 +204,18 @@ void BatchNormLayers::pool(const std::vector<at::Tensor>& all) {
     for (Count& count : counts_) count.after = count.before.detach().clone();
     for (Layer* layer : by_name(layers_)) layer->calls.clear();
     for (const at::Tensor& one : all) {
-        const at::Tensor packed = one.cpu();
-        std::int64_t at = 0;
-        const auto next = [&] { return packed[at++].item<double>(); };
-        for (Count& count : counts_) {
-            // As many as the process that counted the most: one without samples counts none.
-            count.after = at::maximum(count.after, count.before + next());
-        }
+        Unpacking packed(one);
+        // As many batches as the process that counted the most: one without samples counts none.
+        for (Count& count : counts_) count.after = at::maximum(count.after, count.before + packed.number());
         for (Layer* layer : by_name(layers_)) {
-            const auto device = layer->mean.device();
-            const std::int64_t channels = layer->mean.numel();
-            const auto channel_values = [&] {
-                at += channels;
-                return packed.slice(0, at - channels, at).clone().to(device);
-            };
-            const auto calls = static_cast<std::size_t>(next());
+            const auto calls = static_cast<std::size_t>(packed.number());
             if (layer->calls.size() < calls) layer->calls.resize(calls);
             for (std::size_t call = 0; call < calls; ++call) {
-                Collected& pooled_so_far = layer->calls[call];
-                const double count = next();
-                pooled_so_far.momentum = next();
-                const at::Tensor mean = channel_values(), m2 = channel_values();
-                pooled_so_far.moments = pooled(pooled_so_far.moments, {count, mean, m2});
+                Collected& so_far = layer->calls[call];
+                const double count = packed.number();
+                so_far.momentum = packed.number();
+                const at::Tensor mean = packed.like(layer->mean), m2 = packed.like(layer->mean);
+                so_far.moments = pooled(so_far.moments, {count, mean, m2});
             }
         }
     }

@@ -106,10 +106,7 @@ std::shared_ptr<Group> Launched::join(Group::Options options) const {
     how.waitWorkers = false;
     how.timeout = longest_start;
     try {
-        const char* restarts = std::getenv("TORCHELASTIC_RESTART_COUNT");
-        const auto store =
-            c10::make_intrusive<c10d::PrefixStore>(str_cat("microbatch/", restarts == nullptr ? "0" : restarts),
-                                                   c10::make_intrusive<c10d::TCPStore>(host, how));
+        const auto store = prefixed(c10::make_intrusive<c10d::TCPStore>(host, how));
         return std::make_shared<Group>(make_gloo(store, rank, size, address_towards(host), options.timeout), options);
     } catch (const std::exception&) {
         const std::string why = message_of(std::current_exception());

@@ -3,6 +3,7 @@
 #include <condition_variable>
 #include <mutex>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "microbatch/core/str_cat.h"
@@ -57,12 +58,8 @@ struct Liveness::Watch {
 
     // After a pause of this process, of all or of the store, nobody has been heard of.
     void forgive_a_pause() {
-        const auto now = Clock::now();
-        if (now - looked < 4 * between_beats) {
-            looked = now;
-            return;
-        }
-        looked = now;
+        const auto now = Clock::now(), before = std::exchange(looked, now);
+        if (now - before < 4 * between_beats) return;
         for (Other& other : others) {
             if (other.seen) other.seen = now;
         }

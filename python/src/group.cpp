@@ -38,10 +38,7 @@ std::shared_ptr<Reducer> reducer_of(const std::shared_ptr<Group>& group, bool wh
 }
 
 void bind_group(py::module_& module) {
-    py::class_<Group, std::shared_ptr<Group>>(module, "Group")
-        .def(py::init(&group_named), py::arg("name"))
-        .def_property_readonly("rank", &Group::rank)
-        .def_property_readonly("size", &Group::size);
+    py::class_<Group, std::shared_ptr<Group>>(module, "Group").def(py::init(&group_named), py::arg("name"));
 }
 
 }  // namespace microbatch::python

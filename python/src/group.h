@@ -8,8 +8,8 @@
 
 namespace microbatch::python {
 
-/// The reducer of a group, or of a single process if there is none. `whole`: every rank has the whole batch, of which it
-/// takes its share; else it has its own part.
+/// The reducer of a group; LocalReducer without one. If `whole`, every rank passes the same whole batch and gathers its
+/// share; otherwise each passes its own part.
 std::shared_ptr<Reducer> reducer_of(const std::shared_ptr<Group>& group, bool whole);
 
 }  // namespace microbatch::python
