@@ -342,6 +342,7 @@ PlanReport plan_job(const JobPlan& plan, const Job& job, std::int64_t budget_byt
                            .recompute = recompute_of(plan, job),
                            .micro_batch = plan.settings.micro_batch,
                            .most_bytes = room_to_measure(plan.settings, budget_bytes),
+                           .communication_seconds = plan.communication_seconds,
                            .whole_table = whole_table};
     if (options.micro_batch) options.micro_batch = std::min(*options.micro_batch, plan.share(plan.batch));
     LiveLine line(progress, /*at_once=*/false);

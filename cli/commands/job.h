@@ -29,7 +29,8 @@ struct JobPlan {
     /// The samples of such a batch that one process gathers at most.
     std::int64_t share(std::int64_t of) const { return reducer->largest_share(of); }
     std::shared_ptr<Reducer> reducer = std::make_shared<LocalReducer>();
-    std::int64_t steps = 0;  ///< of the run if every batch were as large as the first
+    double communication_seconds = 0.0;  ///< of a step
+    std::int64_t steps = 0;              ///< of the run if every batch were as large as the first
 };
 
 /// A model, its loss and its optimizer, initialized from the seed.

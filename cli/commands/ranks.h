@@ -25,6 +25,9 @@ public:
     /// than the first, or resumes from another step. All ranks.
     void require_same(const std::string& config, std::uint32_t data, std::int64_t steps) const;
 
+    /// True if it is true for any rank. All ranks.
+    bool any(bool mine) const { return group_ != nullptr ? group_->any(mine) : mine; }
+
     /// What the first rank says. All ranks.
     std::string from_first(const std::string& mine) const;
 

@@ -16,6 +16,7 @@
 #include "cli/commands/process.h"
 #include "cli/commands/ranks.h"
 #include "cli/commands/resume.h"
+#include "cli/commands/sharding.h"
 #include "cli/commands/watch.h"
 #include "cli/options/config.h"
 #include "cli/options/refuse.h"
@@ -340,10 +341,12 @@ int train_job(Arguments& arguments) {
         config_text(resolved(plan.settings, {.micro_batch = 1}, length, plan.data.train->tokens_per_sample(), budget)),
         plan.data.fingerprint, folder && folder->state() ? manifest_of(*folder->state()).progress.steps : 0);
     const Job job = make_job_to_plan(plan, budget);
-    const PlanReport report = plan_job(plan, job, budget, out);
+    const PlanReport report = plan_over_ranks(plan, job, budget, out, ranks);
     Plan cut = report.choice().plan;
     const std::filesystem::path path = folder_for(ranks, folder, plan.model);
     Watch watch = watch_of(plan, report, path);
+    // A checkpoint has the state of all.
+    if (job.accumulator->is_sharded()) watch.options.state_bytes += (ranks.size() - 1) * report.fixed.optimizer_state;
     ranks.agree(cut, watch.options.trainer.noise_every);
     job.accumulator->set_plan(cut);
     meter_of(device_of(settings)).set_budget(budget);

@@ -209,6 +209,12 @@ void add_run(Table& table) {
               "Processes on this machine that train together, each on its share of the batch; --memory is that of one. "
               "Under torchrun, leave it out",
               {.at_resume = not_recorded, .range = up_to_1024, .commands = command::train});
+    table.add(
+        "shard-optimizer", &S::shard_optimizer, "NAME",
+        "Whether each of several processes keeps only its share of the optimizer's state, and gives the others the "
+        "parameters that it updates (ZeRO-1): auto, yes or no. auto: if memory limits the micro-batch, and it is "
+        "faster so",
+        {.at_resume = ignored, .choices = {"auto", "yes", "no"}, .unrecorded = "auto", .commands = command::train});
     table.add("threads", &S::threads, "N", "Number of threads for torch's kernels",
               {.at_resume = ignored, .fallback = "torch's choice", .range = up_to_1024});
     table.add("config", &S::config, "FILE", "TOML file with any of these options as keys; flags override it");

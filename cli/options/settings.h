@@ -54,6 +54,7 @@ struct Settings {
     std::int64_t seeds = 2;
     std::uint64_t seed = 1;
     std::int64_t processes = 1;
+    std::string shard_optimizer = "auto";
     std::optional<std::int64_t> threads;  ///< empty: torch's choice
     bool check = false, no_verify = false, quiet = false, json = false;
 };

@@ -84,6 +84,10 @@ void print_header(std::FILE* out, const JobPlan& plan, const PlanReport& report,
     const int processes = plan.reducer->size();
     print(out, "batch     {}, {}{} ({})\n", batch, describe_cut(chosen),
           processes == 1 ? "" : fmt::format(", in each of {} processes", processes), report.why);
+    if (plan.reducer->divides()) {
+        print(out, "sharded   each process keeps its share of the optimizer's state, {} here\n",
+              format_bytes(report.fixed.optimizer_state));
+    }
     if (!report.batch_norm.empty()) print(out, "norm      BatchNorm {}\n", report.batch_norm);
     if (const auto layers = replaced_norms(plan)) print(out, "norm      {}\n", *layers);
     print(out, "memory    budget {}, predicted peak {}: {}\n", format_bytes(report.budget_bytes),

@@ -60,7 +60,7 @@ struct PlanReport {
     MemoryParts fixed = {};                  ///< what does not depend on the micro-batch; activations 0
     double worst_relative_error = 0.0;       ///< largest |predicted - measured| / measured of the peaks
     bool affine = true;                      ///< false: the model allocates differently at different sizes
-    double update_seconds = 0.0;             ///< one optimizer step, clipping included
+    double update_seconds = 0.0;             ///< one optimizer step, clipping and communication included
     double spent_seconds = 0.0;              ///< spent on all trials
 
     /// The chosen candidate. Errors: ErrorKind::does_not_fit if nothing fits, saying how much is missing and what would

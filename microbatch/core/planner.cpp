@@ -275,7 +275,7 @@ private:
         if (known_.update_failed) return;
         report_.spent_seconds += time_or(known_.update->spent_seconds, 0.0);
         report_.fixed.optimizer_state += known_.update->state_bytes;
-        known_.update->seconds = time_or(known_.update->seconds, 0.0);
+        known_.update->seconds = time_or(known_.update->seconds, 0.0) + options_.communication_seconds;
         report_.update_seconds = known_.update->seconds;
     }
 

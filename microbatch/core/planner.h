@@ -53,9 +53,10 @@ struct PlannerOptions {
     Recompute recompute = Recompute::automatic;
     std::optional<std::int64_t> micro_batch = {};  ///< the only micro-batch to consider
     std::int64_t most_bytes =
-        0;                    ///< if no plan fits, up to this much may be used to measure what the smallest plan needs
-    double most_steps = 3.0;  ///< measuring ends after the time of this many steps of the best plan,
-    double least_seconds = 0.3;  ///< or after this long, where steps are shorter
+        0;  ///< if no plan fits, up to this much may be used to measure what the smallest plan needs
+    double communication_seconds = 0.0;  ///< of a step over several processes, which no trial measures
+    double most_steps = 3.0;             ///< measuring ends after the time of this many steps of the best plan,
+    double least_seconds = 0.3;          ///< or after this long, where steps are shorter
     /// Also tries the smallest two sizes with recompute where it cannot pay, after and in addition to the time for
     /// measuring, for a report that says what recompute would take.
     bool whole_table = false;

@@ -145,14 +145,28 @@ std::vector<std::string> Group::gather_bytes(const std::string& mine) {
     return all;
 }
 
-void Group::broadcast(const std::vector<at::Tensor>& tensors, int root) {
+void Group::sum_to(const std::vector<at::Tensor>& tensors, const std::vector<int>& roots) {
     if (size() == 1) return;
     calls_->make([&] {
         Works works;
-        for (const at::Tensor& tensor : tensors) {
-            std::vector<at::Tensor> one{tensor};
+        for (std::size_t i = 0; i < tensors.size(); ++i) {
+            std::vector<at::Tensor> one{tensors[i]};
+            c10d::ReduceOptions options;
+            options.rootRank = roots[i];
+            works.push_back(calls_->c10d->reduce(one, options));
+        }
+        return works;
+    });
+}
+
+void Group::broadcast(const std::vector<at::Tensor>& tensors, const std::vector<int>& roots) {
+    if (size() == 1) return;
+    calls_->make([&] {
+        Works works;
+        for (std::size_t i = 0; i < tensors.size(); ++i) {
+            std::vector<at::Tensor> one{tensors[i]};
             c10d::BroadcastOptions options;
-            options.rootRank = root;
+            options.rootRank = roots[i];
             works.push_back(calls_->c10d->broadcast(one, options));
         }
         return works;

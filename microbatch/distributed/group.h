@@ -45,8 +45,15 @@ public:
     /// The bytes of all ranks, in order, of any length. All ranks.
     std::vector<std::string> gather_bytes(const std::string& mine);
 
-    /// Overwrites the tensors with those of `root`, in place. All ranks.
-    void broadcast(const std::vector<at::Tensor>& tensors, int root);
+    /// Sums each tensor over all ranks into the one of the rank `roots` names; on the others, its values are undefined
+    /// afterwards. All ranks, as sum().
+    void sum_to(const std::vector<at::Tensor>& tensors, const std::vector<int>& roots);
+
+    /// Overwrites each tensor with that of the rank that `roots` names, in place. All ranks.
+    void broadcast(const std::vector<at::Tensor>& tensors, const std::vector<int>& roots);
+    void broadcast(const std::vector<at::Tensor>& tensors, int root) {
+        broadcast(tensors, std::vector<int>(tensors.size(), root));
+    }
 
     /// True if it is true for any rank. All ranks.
     bool any(bool mine);

@@ -8,10 +8,13 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <chrono>
+#include <cmath>
 #include <nlohmann/json.hpp>
 
 #include "microbatch/core/crc32c.h"
 #include "microbatch/core/error.h"
+#include "microbatch/core/median.h"
 #include "microbatch/memory/reclaim.h"
 #include "microbatch/optim/clipping.h"
 
@@ -43,13 +46,17 @@ GatherFailure failure_from(const std::string& text) {
             .rank = document["rank"]};
 }
 
-/// Sums small tensors in one piece of memory.
+/// Small tensors of one root, in one piece of memory.
 class Piece {
 public:
-    bool takes(const at::Tensor& tensor) const {
-        return tensors_.empty() ||
-               (bytes_ + static_cast<std::int64_t>(tensor.nbytes()) <= small_bytes &&
-                tensor.scalar_type() == tensors_.front().scalar_type() && tensor.device() == tensors_.front().device());
+    explicit Piece(int root) : root_(root) {}
+
+    int root() const { return root_; }
+    std::int64_t bytes() const { return bytes_; }
+
+    bool takes(const at::Tensor& tensor, int root) const {
+        return root == root_ && bytes_ + static_cast<std::int64_t>(tensor.nbytes()) <= small_bytes &&
+               tensor.scalar_type() == tensors_.front().scalar_type() && tensor.device() == tensors_.front().device();
     }
 
     void add(const at::Tensor& tensor) {
@@ -79,26 +86,39 @@ private:
         }
     }
 
+    int root_;
     std::vector<at::Tensor> tensors_;
     std::int64_t bytes_ = 0;
 };
 
-// The memory of one piece at a time.
-void sum_all(Group& group, const std::vector<at::Tensor>& tensors) {
-    std::vector<at::Tensor> large;
-    std::vector<Piece> pieces;
-    for (const at::Tensor& one : tensors) {
-        if (static_cast<std::int64_t>(one.nbytes()) >= small_bytes && one.is_non_overlapping_and_dense()) {
-            large.push_back(one);
-            continue;
+/// Tensors on their way, with the rank that each goes to or comes from.
+struct Parcels {
+    std::vector<at::Tensor> large = {};  // go as they are, all at once
+    std::vector<int> roots = {};         // of these
+    std::vector<Piece> pieces = {};      // go one after the other
+
+    Parcels(const std::vector<at::Tensor>& tensors, const std::vector<int>& all_roots) {
+        for (std::size_t i = 0; i < tensors.size(); ++i) {
+            const at::Tensor& one = tensors[i];
+            if (static_cast<std::int64_t>(one.nbytes()) >= small_bytes && one.is_non_overlapping_and_dense()) {
+                large.push_back(one);
+                roots.push_back(all_roots[i]);
+                continue;
+            }
+            const auto takes = [&](const Piece& piece) { return piece.takes(one, all_roots[i]); };
+            const auto found = std::ranges::find_if(pieces, takes);
+            (found != pieces.end() ? *found : pieces.emplace_back(all_roots[i])).add(one);
         }
-        if (pieces.empty() || !pieces.back().takes(one)) pieces.emplace_back();
-        pieces.back().add(one);
     }
-    group.sum(large);
-    for (const Piece& piece : pieces) {
+};
+
+// Calls `call` with tensors and their roots. Memory: that of one piece.
+template <class Call>
+void send(const Parcels& parcels, const Call& call) {
+    call(parcels.large, parcels.roots);
+    for (const Piece& piece : parcels.pieces) {
         const at::Tensor all = piece.joined();
-        group.sum({all});
+        call({all}, {piece.root()});
         piece.take_back(all);
     }
 }
@@ -167,28 +187,129 @@ void GroupReducer::add_missing_gradients(const Parameters& parameters) {
     if (group_->any(!added)) TORCH_CHECK_WITH(OutOfMemoryError, false, "a gradient of zeros: ", out_of_memory);
 }
 
+// Returns the norm: rank 0's, should another processor add in another order.
+double GroupReducer::sum_for_all(const GradientViews& gradients) {
+    const std::vector<at::Tensor> sums = sums_of(gradients);
+    send(Parcels(sums, std::vector<int>(sums.size())),
+         [this](const std::vector<at::Tensor>& tensors, const std::vector<int>&) { group_->sum(tensors); });
+    const at::Tensor norm = at::tensor({joint_norm(sums)}, at::kDouble);
+    return group_->gather(norm).front().item<double>();
+}
+
+// Leaves each rank its own. Returns the norm of all: each adds up its own squares, and these in the order of the ranks.
+double GroupReducer::sum_for_owners(GradientViews& gradients) {
+    std::vector<int> owners;
+    for (const GradientView& one : gradients) owners.push_back(shards_->of(one.parameter));
+    send(Parcels(sums_of(gradients), owners),
+         [this](const std::vector<at::Tensor>& tensors, const std::vector<int>& roots) {
+             group_->sum_to(tensors, roots);
+         });
+    const auto is_others = [this](const GradientView& one) { return shards_->of(one.parameter) != rank(); };
+    for (const GradientView& one : gradients) {
+        if (is_others(one)) one.parameter.mutable_grad() = at::Tensor();
+    }
+    std::erase_if(gradients, is_others);
+    const double own = joint_norm(sums_of(gradients));
+    double squares = 0.0;
+    for (const at::Tensor& one : group_->gather(at::tensor({own * own}, at::kDouble))) squares += one.item<double>();
+    return std::sqrt(squares);
+}
+
 Gathered GroupReducer::reduce(Gathered gathered, const Parameters& parameters, double scale) {
     const at::NoGradGuard no_grad;
     sum_totals(gathered);
     add_missing_gradients(parameters);
-    gathered.sums = gradients_in(tensors_of(parameters));
     if (gathered.weight == 0.0) {
         for (const Parameter& parameter : parameters) parameter.tensor.mutable_grad() = at::Tensor();
-        gathered.sums.clear();
         return gathered;
     }
+    gathered.sums = gradients_in(tensors_of(parameters));
     try {
-        sum_all(*group_, sums_of(gathered.sums));
+        const double norm = divides() ? sum_for_owners(gathered.sums) : sum_for_all(gathered.sums);
+        gathered.gradient_norm = norm / (gathered.weight * scale);
     } catch (const c10::OutOfMemoryError& error) {
         const std::string message = error.what_without_backtrace();
         abandon(message);  // the others wait in the middle of the sums
         throw Error(ErrorKind::does_not_fit, "out of memory while gradients are summed over processes: ", message,
                     ": raise the memory budget by some megabytes");
     }
-    // Rank 0's, should another processor add in another order.
-    const at::Tensor norm = at::tensor({joint_norm(sums_of(gathered.sums))}, at::kDouble);
-    gathered.gradient_norm = group_->gather(norm).front().item<double>() / (gathered.weight * scale);
     return gathered;
+}
+
+std::vector<at::Tensor> GroupReducer::divide(const Parameters& parameters) {
+    if (!shards_) shards_.emplace(size());
+    shards_->add(parameters);
+    std::vector<at::Tensor> own;
+    for (const Parameter& one : parameters) {
+        if (shards_->of(one.tensor) == rank()) own.push_back(one.tensor);
+    }
+    return own;
+}
+
+void GroupReducer::share_update(const Parameters& parameters) {
+    if (!divides()) return;
+    const at::NoGradGuard no_grad;
+    std::vector<at::Tensor> trained;
+    std::vector<int> owners;
+    for (const Parameter& one : parameters) {
+        if (!one.tensor.requires_grad()) continue;
+        trained.push_back(one.tensor.detach());
+        owners.push_back(shards_->of(one.tensor));
+    }
+    send(Parcels(trained, owners), [this](const std::vector<at::Tensor>& tensors, const std::vector<int>& roots) {
+        group_->broadcast(tensors, roots);
+    });
+    for (const at::Tensor& one : trained) one.unsafeGetTensorImpl()->bump_version();
+}
+
+std::int64_t GroupReducer::buffer_bytes(const Parameters& parameters) const {
+    if (size() == 1) return 0;
+    std::vector<at::Tensor> trained;
+    std::vector<int> owners;
+    for (const Parameter& one : parameters) {
+        if (!one.tensor.requires_grad()) continue;
+        trained.push_back(one.tensor);
+        owners.push_back(shards_ ? shards_->of(one.tensor) : 0);
+    }
+    std::int64_t largest = 0;
+    for (const Piece& piece : Parcels(trained, owners).pieces) largest = std::max(largest, piece.bytes());
+    return largest;
+}
+
+double GroupReducer::exchange_seconds(const Parameters& parameters) {
+    constexpr std::int64_t enough_bytes = std::int64_t{4} << 20;
+    constexpr int times = 5;
+    std::int64_t bytes = 0;
+    for (const Parameter& one : parameters) {
+        bytes += one.tensor.requires_grad() ? static_cast<std::int64_t>(one.tensor.nbytes()) : 0;
+    }
+    const std::int64_t part = std::min(bytes, enough_bytes) / size();
+    if (size() == 1 || part == 0) return 0.0;
+    std::vector<at::Tensor> parts;
+    std::vector<int> owners;
+    for (int rank = 0; rank < size(); ++rank) {
+        parts.push_back(at::zeros({part}, parameters.front().tensor.options().dtype(at::kByte)));
+        owners.push_back(rank);
+    }
+    std::vector<double> seconds;
+    for (int i = 0; i <= times; ++i) {
+        group_->any(false);  // all begin together
+        const auto started = std::chrono::steady_clock::now();
+        if (divides()) {
+            group_->sum_to(parts, owners);
+            group_->broadcast(parts, owners);
+        } else {
+            group_->sum(parts);
+        }
+        const double own = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
+        if (i > 0) seconds.push_back(own);  // the first one connects
+    }
+    const double typical = lower_median(seconds) * static_cast<double>(bytes) / static_cast<double>(part * size());
+    double slowest = 0.0;
+    for (const at::Tensor& one : group_->gather(at::tensor({typical}, at::kDouble))) {
+        slowest = std::max(slowest, one.item<double>());
+    }
+    return slowest;
 }
 
 std::vector<at::Tensor> GroupReducer::gather(const at::Tensor& mine) {

@@ -1,9 +1,11 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "microbatch/distributed/group.h"
+#include "microbatch/distributed/shards.h"
 #include "microbatch/step/reducer.h"
 
 namespace microbatch {
@@ -20,7 +22,7 @@ enum class Batches {
 /// Ownership: shares the group.
 /// Memory:    a megabyte for small gradients, and zeros for parameters that have a gradient on other ranks alone.
 /// Cost:      the gradients once around the ring: 2 (W - 1) / W times their bytes, sent by each of W ranks; and four calls
-///            with little data.
+///            with little data. Divided, as much: the gradients go to the rank that updates them, and the parameters back.
 class GroupReducer final : public Reducer {
 public:
     explicit GroupReducer(std::shared_ptr<Group> group, Batches batches = Batches::whole)
@@ -39,13 +41,22 @@ public:
     Gathered reduce(Gathered gathered, const Parameters& parameters, double scale) override;
     bool any_rank(bool mine) override { return group_->any(mine); }
     std::vector<at::Tensor> gather(const at::Tensor& mine) override;
+    std::vector<at::Tensor> divide(const Parameters& parameters) override;
+    void unite() override { shards_.reset(); }
+    bool divides() const override { return shards_.has_value(); }
+    double exchange_seconds(const Parameters& parameters) override;
+    std::int64_t buffer_bytes(const Parameters& parameters) const override;
+    void share_update(const Parameters& parameters) override;
 
 private:
     void sum_totals(Gathered& gathered);
     void add_missing_gradients(const Parameters& parameters);
+    double sum_for_all(const GradientViews& gradients);
+    double sum_for_owners(GradientViews& gradients);
 
     std::shared_ptr<Group> group_;
     Batches batches_;
+    std::optional<Shards> shards_;  // if the parameters are divided
 };
 
 /// Overwrites the parameters and buffers of all ranks with those of rank 0, so that all begin at the same point. All

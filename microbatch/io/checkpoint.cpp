@@ -8,6 +8,7 @@
 
 #include "microbatch/core/crc32c.h"
 #include "microbatch/core/error.h"
+#include "microbatch/core/str_cat.h"
 #include "microbatch/io/input_file.h"
 #include "microbatch/io/safetensors.h"
 #include "microbatch/io/state_json.h"
@@ -65,6 +66,26 @@ std::set<std::string> sections_of(const StateDict& state) {
     return sections;
 }
 
+CheckpointFile write_file(FileSystem& files, const std::filesystem::path& path,
+                          const std::function<void(OutputFile&)>& content) {
+    CountedFile file(files.create(path));
+    content(file);
+    file.sync();
+    file.close();
+    return file.counted(path.filename().string());
+}
+
+// SECTION<of_process>.safetensors
+std::vector<CheckpointFile> write_tensors(FileSystem& files, const std::filesystem::path& folder,
+                                          const StateDict& state, const std::string& of_process) {
+    std::vector<CheckpointFile> written;
+    for (const std::string& section : sections_of(state)) {
+        written.push_back(write_file(files, folder / str_cat(section, of_process, tensors_suffix),
+                                     [&](OutputFile& file) { write_safetensors(file, tensors_in(state, section)); }));
+    }
+    return written;
+}
+
 // Opens the file itself: a regular file in the folder, not a link.
 InputFile open_plain(const std::filesystem::path& path) {
     std::error_code failure;
@@ -103,24 +124,30 @@ CheckpointManifest manifest_of(const StateDict& state) {
     return manifest;
 }
 
-void write_checkpoint(FileSystem& files, const std::filesystem::path& folder, const StateDict& state, bool kept) {
+void write_checkpoint(FileSystem& files, const std::filesystem::path& folder, const StateDict& state, bool kept,
+                      CheckpointParts* others) {
     CheckpointManifest manifest = manifest_of(state);
-    const auto write = [&](const std::string& name, const std::function<void(OutputFile&)>& content) {
-        CountedFile file(files.create(folder / name));
-        content(file);
-        file.sync();
-        file.close();
-        manifest.files.push_back(file.counted(name));
-    };
     const std::string scalars = scalars_to_json(state);
-    for (const std::string& section : sections_of(state)) {
-        write(section + std::string(tensors_suffix),
-              [&](OutputFile& file) { write_safetensors(file, tensors_in(state, section)); });
+    if (others != nullptr) others->begin(folder);
+    try {
+        manifest.files = write_tensors(files, folder, state, "");
+        manifest.files.push_back(
+            write_file(files, folder / state_name, [&](OutputFile& file) { file.write(scalars); }));
+    } catch (...) {
+        if (others != nullptr) others->finish();
+        throw;
     }
-    write(state_name, [&](OutputFile& file) { file.write(scalars); });
+    if (others != nullptr) {
+        for (CheckpointFile& file : others->finish()) manifest.files.push_back(std::move(file));
+    }
     manifest.kept = kept;
-    write(manifest_name, [text = to_text(manifest)](OutputFile& file) { file.write(text); });
+    write_file(files, folder / manifest_name, [text = to_text(manifest)](OutputFile& file) { file.write(text); });
     files.sync(folder);
+}
+
+std::vector<CheckpointFile> write_checkpoint_part(FileSystem& files, const std::filesystem::path& folder,
+                                                  const StateDict& state, int rank) {
+    return write_tensors(files, folder, state, str_cat(".", rank));
 }
 
 CheckpointManifest read_checkpoint_manifest(const std::filesystem::path& folder) {
@@ -137,7 +164,7 @@ StateDict read_checkpoint(const std::filesystem::path& folder) {
         if (file.name == state_name) {
             read_scalars(open_plain(path).read_all(most_scalar_bytes), path.string(), state);
         } else if (file.name.ends_with(tensors_suffix)) {
-            const std::string section = file.name.substr(0, file.name.size() - tensors_suffix.size());
+            const std::string section = file.name.substr(0, file.name.find('.'));
             for (auto& [name, tensor] : open_safetensors(path)) state.put(section + "/" + name, std::move(tensor));
         }
     }

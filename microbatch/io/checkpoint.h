@@ -1,6 +1,7 @@
 #pragma once
 
 #include <filesystem>
+#include <vector>
 
 #include "microbatch/io/checkpoint_manifest.h"
 #include "microbatch/io/file_system.h"
@@ -13,14 +14,36 @@ namespace microbatch {
 /// Errors: ErrorKind::bad_data if a count is missing.
 CheckpointManifest manifest_of(const StateDict& state);
 
+/// The other processes of a run, each of which writes its part of a checkpoint while the first one writes its own.
+class CheckpointParts {
+public:
+    virtual ~CheckpointParts() = default;
+
+    /// How many processes write, the first one included.
+    virtual int processes() const = 0;
+
+    /// Has the others write their parts to this folder, which exists. Errors: ErrorKind::lost_rank.
+    virtual void begin(const std::filesystem::path& folder) = 0;
+
+    /// The files that they have written; called after each begin(). Errors: ErrorKind::not_written if one could not;
+    /// ErrorKind::lost_rank.
+    virtual std::vector<CheckpointFile> finish() = 0;
+};
+
 /// Writes a run's state to an existing, empty folder. Each file is synced to the disk; the manifest is written last.
 ///
 /// Files:  SECTION.safetensors with the tensors of each section (model.safetensors has parameters and buffers),
-///         state.json (the scalars), manifest.json (the size and CRC-32C of each file).
+///         SECTION.RANK.safetensors with those of other processes, state.json (the scalars), manifest.json (the size and
+///         CRC-32C of each file).
 /// Errors: ErrorKind::usage as FileSystem, or if a value could not be read back; whatever reading a tensor throws.
 /// Memory: one tensor at a time, if it is in a file or not in row-major order.
-void write_checkpoint(FileSystem& files, const std::filesystem::path& folder, const StateDict& state,
-                      bool kept = false);
+void write_checkpoint(FileSystem& files, const std::filesystem::path& folder, const StateDict& state, bool kept = false,
+                      CheckpointParts* others = nullptr);
+
+/// Writes the tensors of another process's state to the folder of a checkpoint: see CheckpointParts. Errors and memory as
+/// write_checkpoint().
+std::vector<CheckpointFile> write_checkpoint_part(FileSystem& files, const std::filesystem::path& folder,
+                                                  const StateDict& state, int rank);
 
 /// Reads a checkpoint and verifies every bit of it against the manifest. Tensors are read on demand: the files stay
 /// open, and may be deleted in the meantime.

@@ -213,7 +213,9 @@ std::string CheckpointStore::write(const StateDict& state) const {
         try {
             return write_once(state);
         } catch (const Error& error) {
-            const std::string lack = lack_of_space(folder_, bytes_to_write(state));
+            // Of the parts of others, only the number is known: each is smaller than this one.
+            const int processes = options_.parts == nullptr ? 1 : options_.parts->processes();
+            const std::string lack = lack_of_space(folder_, processes * bytes_to_write(state));
             if (error.kind() != ErrorKind::not_written || lack.empty()) throw;
             if (!remove_oldest()) throw Error(ErrorKind::not_written, error.what() + lack);
         }
@@ -245,7 +247,7 @@ std::string CheckpointStore::write_once(const StateDict& state) const {
     std::string warning;
     const std::string failure = failure_of([&] {
         files_.make_folder(beside);
-        write_checkpoint(files_, beside, state, is_kept(progress));
+        write_checkpoint(files_, beside, state, is_kept(progress), options_.parts);
         // A log must not prevent a checkpoint.
         for (const auto& file : options_.sync_first) {
             const std::string why = failure_of([&] { files_.sync(file); });
@@ -299,8 +301,8 @@ void CheckpointStore::save(StateDict state) {
     release();
     if (is_saved(manifest_of(state))) return;
     // Whatever prevents the copy, such as a lack of memory, does not prevent writing.
-    const bool in_thread = bytes_to_own(state) <= options_.memory_bytes && !state.reads_files() &&
-                           failure_of([&] { own_tensors(state); }).empty();
+    const bool in_thread = options_.parts == nullptr && bytes_to_own(state) <= options_.memory_bytes &&
+                           !state.reads_files() && failure_of([&] { own_tensors(state); }).empty();
     in_thread ? start(std::move(state)) : static_cast<void>(save_now(state));
 }
 

@@ -23,6 +23,8 @@ struct CheckpointOptions {
     std::int64_t memory_bytes = std::numeric_limits<std::int64_t>::max();
     std::vector<std::filesystem::path> sync_first =
         {};  ///< called before each checkpoint to sync the log and its folder
+    /// The other processes that write parts: every checkpoint is written in the foreground then. Borrowed.
+    CheckpointParts* parts = nullptr;
 };
 
 /// The checkpoints of a run, each in its own folder: step-00000100, or step-00000100-24 if it includes 24 samples of
@@ -73,7 +75,8 @@ public:
     const std::vector<std::filesystem::path>& damaged() const { return damaged_; }
 
     /// Copies the tensors that the next step changes, and writes from the copy in a thread. If the copy does not fit, a
-    /// snapshot is in a file (which is read during writing) or a thread cannot be started, acts as save_now().
+    /// snapshot is in a file (which is read during writing), other processes write parts or a thread cannot be started,
+    /// acts as save_now().
     /// Requires: not is_busy(); otherwise it waits.
     void save(StateDict state);
 

@@ -103,6 +103,19 @@ std::vector<at::Tensor> FusedOptimizer::parameters() const {
     return result;
 }
 
+void FusedOptimizer::update_only(const std::vector<at::Tensor>& parameters) {
+    Optimizer::update_only(parameters);
+    for (Slot& slot : slots_) {
+        if (!updates(slot.parameter.tensor)) slot.state.clear();
+    }
+}
+
+bool FusedOptimizer::keeps(std::string_view name) const {
+    const std::string_view parameter = name.substr(0, name.rfind('/'));
+    return std::ranges::none_of(
+        slots_, [&](const Slot& slot) { return slot.parameter.name == parameter && !updates(slot.parameter.tensor); });
+}
+
 void FusedOptimizer::step(std::span<const GradientView> gradients, double divisor) {
     const at::NoGradGuard no_grad;
     Buckets buckets = make_buckets(gradients, divisor, &Slot::state);
@@ -128,7 +141,8 @@ void FusedOptimizer::end_dry_run() {
 bool FusedOptimizer::has_state() const {
     bool any = false;
     for (const Slot& slot : slots_) {
-        if (slot.state.empty() && slot.parameter.tensor.requires_grad()) return false;
+        const at::Tensor& parameter = slot.parameter.tensor;
+        if (slot.state.empty() && parameter.requires_grad() && updates(parameter)) return false;
         any = any || !slot.state.empty();
     }
     return any;
@@ -145,8 +159,9 @@ Commit FusedOptimizer::prepare(const StateReader& reader) {
     std::vector<std::pair<Slot*, std::vector<StoredTensor>>> states;
     std::size_t known = 0;
     for (Slot& slot : slots_) {
-        states.emplace_back(&slot, state_of(slot, reader));
-        known += states.back().second.size();
+        std::vector<StoredTensor> state = state_of(slot, reader);
+        known += state.size();
+        if (updates(slot.parameter.tensor)) states.emplace_back(&slot, std::move(state));
     }
     if (known != reader.tensors().size()) {
         throw Error(ErrorKind::bad_data, name_, ": the state belongs to other parameters: it has ",
@@ -197,7 +212,7 @@ FusedOptimizer::Buckets FusedOptimizer::make_buckets(std::span<const GradientVie
         for (Slot& slot : slots_) {
             const at::Tensor& parameter = slot.parameter.tensor;
             const auto sum = sums.find(parameter.unsafeGetTensorImpl());
-            if (sum == sums.end() || !sum->second.defined()) continue;
+            if (sum == sums.end() || !sum->second.defined() || !updates(parameter)) continue;
             std::vector<at::Tensor>& tensors = slot.*state;
             if (tensors.empty()) {
                 without_state.push_back(&slot);

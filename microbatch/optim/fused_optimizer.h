@@ -24,6 +24,8 @@ public:
     double learning_rate() const final { return learning_rate_; }
     void set_learning_rate(double rate) final;
     std::vector<at::Tensor> parameters() const final;
+    void update_only(const std::vector<at::Tensor>& parameters) final;
+    bool keeps(std::string_view name) const final;
 
     /// Adds another group, such as a head added to the model; its state is created with its first gradient.
     /// Errors: ErrorKind::usage if a setting is out of range, a parameter is not a dense floating-point tensor, or is

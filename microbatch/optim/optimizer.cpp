@@ -7,6 +7,19 @@
 
 namespace microbatch {
 
+void Optimizer::update_only(const std::vector<at::Tensor>& parameters) {
+    only_.emplace();
+    for (const at::Tensor& parameter : parameters) only_->insert(parameter.unsafeGetTensorImpl());
+}
+
+GradientViews Optimizer::updated(std::span<const GradientView> gradients) const {
+    GradientViews result;
+    for (const GradientView& one : gradients) {
+        if (updates(one.parameter)) result.push_back(one);
+    }
+    return result;
+}
+
 std::vector<ParameterGroup> split_by_decay(const Parameters& parameters, double weight_decay) {
     ParameterGroup decayed{{}, weight_decay};
     ParameterGroup kept{{}, 0.0};

@@ -1,6 +1,9 @@
 #pragma once
 
+#include <optional>
 #include <span>
+#include <string_view>
+#include <unordered_set>
 #include <vector>
 
 #include "microbatch/model/parameters.h"
@@ -54,6 +57,25 @@ public:
 
     /// Every tensor that step() may change.
     virtual std::vector<at::Tensor> parameters() const = 0;
+
+    /// From now on updates these tensors alone, and has state for them alone: another process has the others'. What state
+    /// there is for others is dropped; prepare() accepts it, and leaves it out.
+    virtual void update_only(const std::vector<at::Tensor>& parameters);
+
+    /// False for a state tensor, by its name in save(), of a parameter that update_only() leaves to another process.
+    virtual bool keeps(std::string_view /*name*/) const { return true; }
+
+protected:
+    /// False for a tensor that update_only() leaves to another process.
+    bool updates(const at::Tensor& parameter) const {
+        return !only_ || only_->contains(parameter.unsafeGetTensorImpl());
+    }
+
+    /// The gradients of tensors that it updates.
+    GradientViews updated(std::span<const GradientView> gradients) const;
+
+private:
+    std::optional<std::unordered_set<const void*>> only_;
 };
 
 /// Parameters with common settings.

@@ -63,7 +63,7 @@ at::Tensor stand_in_for(const at::Tensor& gradient) {
 
 void TorchOptimizer::step(std::span<const GradientView> gradients, double divisor) {
     const ParkedGradients before(parameters());
-    place_gradients(parameters(), gradients, divisor);
+    place_gradients(parameters(), updated(gradients), divisor);
     try {
         optimizer_.step();
     } catch (const c10::OutOfMemoryError& error) {
@@ -78,7 +78,7 @@ void TorchOptimizer::step(std::span<const GradientView> gradients, double diviso
 void TorchOptimizer::dry_run(std::span<const GradientView> gradients, double divisor) {
     const std::vector<at::Tensor> own = parameters();
     const ParkedGradients before(own);
-    place_gradients(own, gradients, divisor);
+    place_gradients(own, updated(gradients), divisor);
     // Gradients stand in for the parameters, and other states for theirs.
     auto own_states = std::exchange(optimizer_.state(), {});
     dry_run_state_.resize(own.size());
@@ -100,7 +100,8 @@ void TorchOptimizer::dry_run(std::span<const GradientView> gradients, double div
 bool TorchOptimizer::has_state() const {
     const std::vector<at::Tensor> all = parameters();
     return !all.empty() && std::all_of(all.begin(), all.end(), [this](const at::Tensor& parameter) {
-        return !parameter.requires_grad() || optimizer_.state().count(parameter.unsafeGetTensorImpl()) > 0;
+        return !parameter.requires_grad() || !updates(parameter) ||
+               optimizer_.state().count(parameter.unsafeGetTensorImpl()) > 0;
     });
 }
 
@@ -230,7 +231,7 @@ Commit TorchOptimizer::prepare(const StateReader& reader) {
             if (!section.exists() && may_be_empty) continue;
             read_state(kind, section, parameter, group.options(), /*with_values=*/false);
             known += section.tensors().size();
-            states.push_back({parameter, section, &group.options()});
+            if (updates(parameter)) states.push_back({parameter, section, &group.options()});
         }
     }
     if (known != reader.tensors().size()) reader.refuse("", "it belongs to the parameters of another torch optimizer");
@@ -253,6 +254,22 @@ void TorchOptimizer::set_learning_rate(double rate) {
     validate_setting("TorchOptimizer", "learning rate", rate);
     scales_.resize(optimizer_.param_groups().size(), 1.0);
     for (std::size_t i = 0; i < scales_.size(); ++i) optimizer_.param_groups()[i].options().set_lr(rate * scales_[i]);
+}
+
+void TorchOptimizer::update_only(const std::vector<at::Tensor>& parameters) {
+    Optimizer::update_only(parameters);
+    for (const at::Tensor& parameter : this->parameters()) {
+        if (!updates(parameter)) optimizer_.state().erase(parameter.unsafeGetTensorImpl());
+    }
+}
+
+bool TorchOptimizer::keeps(std::string_view name) const {
+    const std::vector<at::Tensor> all = parameters();
+    const std::string_view number = name.substr(0, name.find('/'));
+    for (std::size_t i = 0; i < all.size(); ++i) {
+        if (number == std::to_string(i)) return updates(all[i]);
+    }
+    return true;
 }
 
 std::vector<at::Tensor> TorchOptimizer::parameters() const {

@@ -41,6 +41,8 @@ public:
     void set_learning_rate(double rate) override;
 
     std::vector<at::Tensor> parameters() const override;
+    void update_only(const std::vector<at::Tensor>& parameters) override;
+    bool keeps(std::string_view name) const override;
 
 private:
     torch::optim::Optimizer& optimizer_;

@@ -6,7 +6,8 @@
 
 namespace microbatch {
 
-/// The run of a rank other than the first, whose Run it follows: the same steps, decisions and end, and nothing written.
+/// The run of a rank other than the first, whose Run it follows: the same steps, decisions and end. It writes nothing but
+/// its part of each checkpoint, if the optimizer's state is sharded.
 ///
 /// `state`: what the first rank resumes from; consumed.
 /// Errors: as Trainer::step(); ErrorKind::bad_data if the state does not match.

@@ -25,6 +25,16 @@ void validate(const RecoveryOptions& options) {
     require(options.memory_bytes >= 0, "memory_bytes", options.memory_bytes, "at least 0");
 }
 
+// Of a checkpoint's snapshot, what other processes have.
+void leave_out_others(const Optimizer& optimizer, StateDict& snapshot) {
+    const StateReader saved = StateReader(snapshot).section("optimizer");
+    std::vector<std::string> others;
+    for (const auto& [name, tensor] : saved.tensors()) {
+        if (!optimizer.keeps(name)) others.push_back("optimizer/" + name);
+    }
+    for (const std::string& name : others) snapshot.erase(name);
+}
+
 }  // namespace
 
 NamedTensors weights_of(const Accumulator& accumulator) {
@@ -39,8 +49,21 @@ StateDict training_snapshot(const Accumulator& accumulator) {
     writer.section("model").put(weights_of(accumulator));
     const StateWriter optimizer = writer.section("optimizer");
     accumulator.optimizer().save(optimizer);
-    optimizer.put("tensors", StateReader(state).section("optimizer").tensors().size());
+    if (accumulator.is_sharded()) {
+        optimizer.put("parts", accumulator.reducer().size());  // only each process knows how many tensors it has
+    } else {
+        optimizer.put("tensors", StateReader(state).section("optimizer").tensors().size());
+    }
     return state;
+}
+
+StateDict own_part(const StateDict& run) {
+    StateDict own;
+    for (const auto& [name, tensor] : run.tensors()) {
+        const bool of_snapshot = name.starts_with("recovery/") && name.find("/optimizer/") == name.find('/', 9);
+        if (of_snapshot || name.starts_with("optimizer/")) own.put(name, tensor);
+    }
+    return own;
 }
 
 Commit prepare_snapshot(Accumulator& accumulator, const StateReader& reader) {
@@ -48,7 +71,8 @@ Commit prepare_snapshot(Accumulator& accumulator, const StateReader& reader) {
     // An optimizer that lacks some of its tensors would continue as if it had not created them yet.
     const StateReader saved = reader.section("optimizer");
     const auto tensors = static_cast<std::int64_t>(saved.tensors().size());
-    if (saved.exists() && saved.count("tensors") != tensors) saved.refuse("tensors", str_cat("there are ", tensors));
+    const bool of_one = saved.exists() && !saved.has("parts");
+    if (of_one && saved.count("tensors") != tensors) saved.refuse("tensors", str_cat("there are ", tensors));
     Commit optimizer = accumulator.optimizer().prepare(saved);
     return [model = std::move(model), optimizer = std::move(optimizer)] {
         model();
@@ -212,6 +236,7 @@ Commit Recovery::prepare(const StateReader& reader) {
         if (one.section("gate").exists()) SpikeGate({}).prepare(one.section("gate"));
         Point point{one.count("steps"), one.copy()};
         point.state.erase("steps");
+        leave_out_others(accumulator_->optimizer(), point.state);
         restored.points_.push_back(std::move(point));
     }
     return [this, restored = std::move(restored)]() mutable {

@@ -20,8 +20,12 @@ namespace microbatch {
 NamedTensors weights_of(const Accumulator& accumulator);
 
 /// The results of training a job: parameters and buffers in `model/`, the optimizer's state in `optimizer/`. Excludes
-/// the position in the data and the generators. The tensors are shared with the job: see StateDict::own().
+/// the position in the data and the generators. The tensors are shared with the job: see StateDict::own(). Of a sharded
+/// optimizer, it has this process's part.
 StateDict training_snapshot(const Accumulator& accumulator);
+
+/// Of a run's state with a sharded optimizer, the tensors that no other rank has: the optimizer's, also of snapshots.
+StateDict own_part(const StateDict& run);
 
 /// Validates a training_snapshot() for this job. Errors: ErrorKind::bad_data.
 Commit prepare_snapshot(Accumulator& accumulator, const StateReader& reader);

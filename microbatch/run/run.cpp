@@ -64,8 +64,10 @@ Run::Run(RunFolder& folder, Accumulator& accumulator, const Dataset& dataset, Lo
       events_(folder.path()),
       trainer_(accumulator, dataset, std::move(loss), trainer_options()),
       had_weights_(std::filesystem::exists(folder.path() / "model.safetensors")) {
+    if (accumulator_.is_sharded()) parts_ = std::make_unique<PartsOfRanks>(accumulator_.reducer());
     if (options_.checkpoints.enabled) {
         CheckpointOptions store = options_.checkpoints.store;
+        store.parts = parts_.get();
         // The log must be on the disk before a checkpoint that follows it.
         store.sync_first = {folder_.path() / "metrics.jsonl", folder_.path()};
         checkpoints_ = std::make_unique<CheckpointStore>(checkpoints_of(folder_.path()), std::move(store));
@@ -140,7 +142,7 @@ const Outcome& Run::train() {
     } catch (...) {
         // Whatever it was, the step has not changed the trainer.
         if (trainer_.progress().steps > 0) {
-            save_now();
+            if (!parts_) save_now();  // others may no longer be there to write theirs
             save_weights_after_failure();
         }
         note_checkpoints();
@@ -170,6 +172,7 @@ bool Run::step() {
     const std::string event_failure = events_.write(record.step, scalars_of(record));
     if (options_.observer != nullptr) options_.observer->on_step(outcome_);
     if (!outcome_.diverged()) save_where_due();
+    if (parts_) parts_->end();
     note_once(log_fails_, log_failure, "; the run continues, and the lines will be written when possible");
     note_once(events_fail_, event_failure, "; the run continues without TensorBoard events until they can be written");
     note_checkpoints();
@@ -219,6 +222,7 @@ void Run::end(bool left_half_way) {
     if (!outcome_.diverged() && (trainer_.progress().steps > 0 || left_half_way)) {
         outcome_.checkpointed = save_now();
     }
+    if (parts_) parts_->end();
     if (checkpoints_) {
         checkpoints_->release();
         note_checkpoints();
@@ -233,6 +237,7 @@ void Run::end(bool left_half_way) {
 void Run::save_weights() {
     // A run that was killed between its last checkpoint and its weights makes no step when it is resumed.
     if (had_weights_ && ((!applied_ && !trainer_.done()) || outcome_.diverged())) return;
+    accumulator_.require_whole_update();
     const NamedTensors weights = weights_of(accumulator_);
     try {
         write_safetensors(folder_.path() / "model.safetensors", weights);

@@ -9,6 +9,7 @@
 
 #include "microbatch/io/checkpoint_store.h"
 #include "microbatch/io/event_file.h"
+#include "microbatch/run/checkpoint_parts.h"
 #include "microbatch/run/outcome.h"
 #include "microbatch/run/run_folder.h"
 #include "microbatch/run/run_log.h"
@@ -56,6 +57,8 @@ struct RunOptions {
 ///     const Outcome& outcome = run.train();
 ///
 /// Faults:    what cannot be written is reported, and the run continues; it is written when possible.
+/// Processes: this is the run of the first rank; the others follow(). With sharded optimizer state, each writes its part of
+///            a checkpoint, in the foreground; an exception then ends the run without one.
 /// Ownership: borrows the folder, accumulator, dataset and observer, which must outlive this.
 /// Threads:   no two calls at the same time.
 class Run {
@@ -109,6 +112,7 @@ private:
     RunOptions options_;
     RunLog log_;
     EventFile events_;
+    std::unique_ptr<PartsOfRanks> parts_;           // if the optimizer's state is sharded
     std::unique_ptr<CheckpointStore> checkpoints_;  // null: checkpoints are off
     Trainer trainer_;
     Outcome outcome_ = {};

@@ -118,6 +118,7 @@ void Trainer::require_first_buffers(const StateReader& buffers) const {
 }
 
 void Trainer::save(const StateWriter& writer) const {
+    accumulator_.require_whole_update();
     StateDict buffers;
     StateWriter(buffers).put(accumulator_.model().buffers());
     require_first_buffers(StateReader(buffers));

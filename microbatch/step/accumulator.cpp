@@ -52,6 +52,26 @@ Accumulator::Accumulator(const AnyModel& model, Optimizer& optimizer, Accumulato
     set_plan(options_.plan);
     require_that(options_.clip_norm > 0.0, "clip_norm is ", options_.clip_norm, "; it must be above 0");
     refuse_unknown_parameters();
+    if (options_.shard_optimizer) shard_optimizer();
+}
+
+void Accumulator::track(const Parameters& parameters) {
+    gatherer_.track(parameters);
+    if (is_sharded()) shard_optimizer();
+}
+
+void Accumulator::shard_optimizer(bool yes) {
+    require_idle();
+    const Parameters& all = gatherer_.parameters();
+    if (!yes) reducer().unite();
+    optimizer_.update_only(yes ? reducer().divide(all) : tensors_of(all));
+}
+
+void Accumulator::require_whole_update() const {
+    if (!is_sharing_) return;
+    throw Error(
+        ErrorKind::lost_rank,
+        "the parameters are a mixture of two steps: another rank was lost while it gave its part of the update");
 }
 
 void Accumulator::set_plan(const Plan& plan) {
@@ -383,7 +403,11 @@ StepReport Accumulator::apply() {
     const auto started = std::chrono::steady_clock::now();
     try {
         optimizer_.step(gathered_->sums, divisor());
+        is_sharing_ = is_sharded();
+        reducer().share_update(gatherer_.parameters());
+        is_sharing_ = false;
     } catch (...) {
+        if (is_sharded()) reducer().abandon(message_of(std::current_exception()));  // the others wait for its part
         drop_gathered();
         if (!is_oom(std::current_exception())) before_.reset();
         throw;
@@ -397,6 +421,7 @@ StepReport Accumulator::apply() {
 
 StepReport Accumulator::hand_over() {
     if (!gathered_) throw Error(ErrorKind::usage, "nothing is gathered to hand over: call gather() or finish() first");
+    require_that(!is_sharded(), "the optimizer's state is sharded: it has to make the step, with apply()");
     StepReport result = report();
     const double weight = gathered_->weight;
     gatherer_.hand_over(gathered_->sums, weight > 0.0 ? weight * options_.precision->loss_scale() : 1.0);

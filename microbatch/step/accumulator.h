@@ -27,6 +27,7 @@ struct AccumulatorOptions {
     bool sum_in_product = true;
     std::shared_ptr<Precision> precision = std::make_shared<FullPrecision>();
     std::shared_ptr<Reducer> reducer = std::make_shared<LocalReducer>();
+    bool shard_optimizer = false;  ///< see Accumulator::shard_optimizer()
 };
 
 /// The result of one batch.
@@ -92,7 +93,17 @@ public:
     Accumulator(const AnyModel& model, Optimizer& optimizer, AccumulatorOptions options = {});
 
     /// Adds parameters that were added to the model; add them to the optimizer too.
-    void track(const Parameters& parameters) { gatherer_.track(parameters); }
+    void track(const Parameters& parameters);
+
+    /// Divides the optimizer's state among the processes (ZeRO-1): each updates its own parameters, and gives them to the
+    /// others. The gathered sums are those of its own parameters then. A single process keeps the whole state. All
+    /// processes, between two batches. `yes` = false ends it, before the first update.
+    void shard_optimizer(bool yes = true);
+    bool is_sharded() const { return reducer().divides(); }
+
+    /// Throws ErrorKind::lost_rank if a process was lost while the others took its part of an update: the parameters are a
+    /// mixture of before and after it.
+    void require_whole_update() const;
 
     /// gather(), then apply(), or discard() if a gate refuses. If it throws before the optimizer steps, nothing has
     /// changed: no gradient remains, and parameters, buffers and generators are unchanged.
@@ -124,7 +135,8 @@ public:
     StepReport discard(std::string_view reason);
 
     /// Leaves the batch's mean gradient in .grad, without a copy, for an optimizer of your own. Clear .grad before the
-    /// next batch. With weight 0, there are no gradients. Errors: ErrorKind::usage if nothing is gathered.
+    /// next batch. With weight 0, there are no gradients. Errors: ErrorKind::usage if nothing is gathered, or the
+    /// optimizer's state is sharded.
     StepReport hand_over();
 
     /// begin() with another plan, for planning.
@@ -196,6 +208,7 @@ private:
     std::optional<Gathered> gathered_;  // neither applied nor discarded
     std::int64_t out_of_memory_ = 0;    // in the gathered batch
     bool is_trial_ = false;             // the open batch, or the last one that was streamed
+    bool is_sharing_ = false;           // an update, or lost a process while it did
 };
 
 }  // namespace microbatch

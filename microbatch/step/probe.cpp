@@ -1,6 +1,7 @@
 #include "microbatch/step/probe.h"
 
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
 #include <c10/util/ScopeExit.h>
 
 #include <algorithm>
@@ -275,6 +276,7 @@ private:
         if (!holds_gradients_) gather_last();
         UpdateTrial trial;
         meter_.reset_peak();
+        const at::Tensor buffers = communication_buffers();
         trial.seconds = seconds_of(device_, [&] { accumulator_.finish(); });
         const std::int64_t norm_peak = peak();
         trial.first_peak_bytes = trial.later_peak_bytes = norm_peak;
@@ -294,6 +296,12 @@ private:
         }
         trial.seconds = lower_median(seconds);
         return trial;
+    }
+
+    // A trial does not communicate, but takes the memory for it.
+    at::Tensor communication_buffers() const {
+        const std::int64_t bytes = accumulator_.reducer().buffer_bytes(accumulator_.parameters());
+        return bytes == 0 ? at::Tensor() : at::empty({bytes}, at::TensorOptions(device_).dtype(at::kByte));
     }
 
     void gather_last() {

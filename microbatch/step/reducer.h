@@ -44,11 +44,28 @@ public:
     virtual std::optional<GatherFailure> agree(const std::optional<GatherFailure>& mine) = 0;
 
     /// The sums, weights and norm of the whole batch. `scale` is that of the gradients: see Precision. Sums are in
-    /// .grad, also of parameters that had no gradient here. Errors: ErrorKind::lost_rank; c10::OutOfMemoryError, on all.
+    /// .grad, also of parameters that had no gradient here; if divides(), those of its own parameters alone, and there is
+    /// no other gradient. Errors: ErrorKind::lost_rank; c10::OutOfMemoryError, on all.
     virtual Gathered reduce(Gathered gathered, const Parameters& parameters, double scale) = 0;
+
+    /// Divides the parameters among the processes: from now on, each updates its own (ZeRO-1), and share_update() gives
+    /// them to the others. Returns its own. Later calls may add parameters. A single process has them all, undivided.
+    virtual std::vector<at::Tensor> divide(const Parameters& parameters) { return tensors_of(parameters); }
+    virtual void unite() {}  ///< ends it
+    virtual bool divides() const { return false; }
+
+    /// Gives all the parameters that each has updated. Does nothing unless divides().
+    /// Errors: ErrorKind::lost_rank; the parameters are a mixture of before and after the update then.
+    virtual void share_update(const Parameters& /*parameters*/) {}
 
     /// The largest share of any process, if the same batch is passed in all.
     virtual std::int64_t largest_share(std::int64_t samples) const { return (samples + size() - 1) / size(); }
+
+    /// The time of a step's communication, as a few megabytes tell. All processes.
+    virtual double exchange_seconds(const Parameters& /*parameters*/) { return 0.0; }
+
+    /// The memory that reduce() and share_update() take, beside gradients and parameters.
+    virtual std::int64_t buffer_bytes(const Parameters& /*parameters*/) const { return 0; }
 
     /// Tells the others that this process has failed where they have not, and makes every later call throw.
     virtual void abandon(const std::string& /*why*/) noexcept {}

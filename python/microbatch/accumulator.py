@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from microbatch import _core, batches, memory, planning
 from microbatch.batch_norm import REPLACING, batch_norms, replace_batch_norm, require_policy
 from microbatch.devices import OnDevice, check_devices, device_of
-from microbatch.distributed import group_of
+from microbatch.distributed import gathered_state, group_of
 from microbatch.errors import UsageError
 from microbatch.guard import SpikeGuard
 from microbatch.model import Adapter, own_memory
@@ -82,7 +82,9 @@ class Accumulator:
     process_group: the processes that train together, such as torch.distributed.group.WORLD: each makes an Accumulator of
     the same model and calls step() at the same time; all begin with the parameters and buffers of rank 0, and make the
     same update, that of the whole batch. Each rank passes its own part of the batch, of any size, also of no sample;
-    with shared_batch=True, all pass the whole batch, and each takes its share.
+    with shared_batch=True, all pass the whole batch, and each takes its share. shard_optimizer: each rank keeps the
+    optimizer's state of its share of the parameters, and gives the others what it updates (ZeRO-1); save the state that
+    whole_optimizer_state() returns then. It is for optimizers that update every parameter by itself, as most do.
 
     Out of memory: a batch that runs out is undone (gradients, buffers, generators) and run again with half the
     micro-batch; the update has the same bits as with the smaller one from the start.
@@ -112,6 +114,7 @@ class Accumulator:
         generators: Sequence[torch.Generator] = (),
         process_group: Any = None,
         shared_batch: bool = False,
+        shard_optimizer: bool = False,
         sum_in_product: bool = True,
     ) -> None:
         _check_micro_batch(micro_batch)
@@ -119,6 +122,8 @@ class Accumulator:
             raise UsageError(f"guard is a {type(guard).__name__}; give an mb.SpikeGuard()")
         if isinstance(noise_every, bool) or not isinstance(noise_every, int) or noise_every < 0:
             raise UsageError(f"noise_every is {noise_every!r}; it is a number of steps, 0 for never")
+        if shard_optimizer and optimizer is None:
+            raise UsageError("shard_optimizer=True without an optimizer: there is no state to shard")
         if not isinstance(model, nn.Module):
             raise UsageError(f"the model is a {type(model).__name__}, not a torch.nn.Module")
         check_bound(bound, collate is not None, "collate")
@@ -151,7 +156,10 @@ class Accumulator:
         self._adapter = adapter
         self._verify = verify
         self._recompute = recompute if recompute in ("never", "always") else "auto"
-        self._native: Any = _core.Accumulator(adapter, driver, float(clip_norm), sum_in_product, group, shared_batch)
+        self._process_group = process_group
+        self._native: Any = _core.Accumulator(
+            adapter, driver, float(clip_norm), sum_in_product, group, shared_batch, shard_optimizer
+        )
         self._policy = "naive" if self.replaced or not batch_norms(model) else batch_norm
         self._given = None if micro_batch == "auto" else micro_batch
         self._auto = self._given is None or self._policy == "auto"
@@ -270,6 +278,15 @@ class Accumulator:
         self._steps, self._planned, self._auto = state["steps"], state["planned"], state["auto"]
         if self.guard is not None and state["guard"] is not None:
             self.guard.load_state_dict(state["guard"])
+
+    def whole_optimizer_state(self) -> dict[str, Any] | None:
+        """The optimizer's `state_dict()`, with the parts that other ranks keep: on rank 0, and None on the others.
+
+        All ranks, between two steps. Any number of processes goes on from it: each gives it to its optimizer's
+        `load_state_dict()`, and keeps its part. Cost: rank 0 holds the whole state, as one process would.
+        """
+        own: dict[str, Any] = self.optimizer.state_dict()
+        return gathered_state(own, self._process_group)
 
     def __repr__(self) -> str:
         plan = "not planned yet" if self._auto and not self._planned else str(self.plan)

@@ -37,3 +37,19 @@ def group_of(process_group: Any, model: nn.Module) -> Any:
     if (device := device_of(model)).type != "cpu":
         raise UsageError(f"the model is on {device}: several processes train on the CPU, so far")
     return _core.Group(process_group.group_name)
+
+
+def gathered_state(own: dict[str, Any], process_group: Any) -> dict[str, Any] | None:
+    """An optimizer's state_dict() with the state of all ranks, on the first rank of the group; None on the others."""
+    if process_group is None:
+        return own
+    size = torch.distributed.get_world_size(process_group)
+    is_first = torch.distributed.get_rank(process_group) == 0
+    parts: list[Any] | None = [None] * size if is_first else None
+    first = torch.distributed.get_global_rank(process_group, 0)
+    torch.distributed.gather_object(own["state"], parts, dst=first, group=process_group)
+    if parts is None:
+        return None
+    whole = dict(own)
+    whole["state"] = {number: state for part in parts for number, state in part.items()}
+    return whole

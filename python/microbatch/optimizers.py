@@ -1,7 +1,7 @@
 """AdamW and SGD of the library, and the drivers by which an Accumulator steps any optimizer.
 
 A driver has `parameters()`, `step(parameters, sums, divisor)`, `dry_run(...)`, `end_dry_run()`, `has_state()`,
-`learning_rate()`, `set_learning_rate(rate)`, `state()` and `prepare(tensors)`.
+`update_only(parameters)`, `keeps(name)`, `learning_rate()`, `set_learning_rate(rate)`, `state()` and `prepare(tensors)`.
 """
 
 from collections.abc import Callable, Iterable
@@ -198,6 +198,8 @@ class Driver(Protocol):
     def dry_run(self, parameters: list[Tensor], sums: list[Tensor], divisor: float) -> None: ...
     def end_dry_run(self) -> None: ...
     def has_state(self) -> bool: ...
+    def update_only(self, parameters: list[Tensor]) -> None: ...
+    def keeps(self, name: str) -> bool: ...
 
 
 def driver_of(optimizer: Any) -> Driver:
@@ -247,6 +249,12 @@ class OnePassDriver(_OfGroups):
     def has_state(self) -> bool:
         return bool(self.optimizer._synced().has_state())
 
+    def update_only(self, parameters: list[Tensor]) -> None:
+        self.optimizer._synced().update_only(parameters)
+
+    def keeps(self, name: str) -> bool:
+        return bool(self.optimizer._synced().keeps(name))
+
     def state(self) -> Named:
         return list(self.optimizer._synced().state())
 
@@ -264,6 +272,8 @@ class TorchDriver(_OfGroups):
     def __init__(self, optimizer: Any) -> None:
         super().__init__(optimizer)
         self._dry_state: dict[int, Any] = {}
+        self._hook: Any = None  # drops what load_state_dict() brings for them
+        self._others: set[int] = set()  # numbers of the parameters that another process updates
 
     def step(self, parameters: list[Tensor], sums: list[Tensor], divisor: float) -> None:
         self._place(parameters, sums)
@@ -338,7 +348,24 @@ class TorchDriver(_OfGroups):
 
     def has_state(self) -> bool:
         state = self.optimizer.state
-        return bool(state) and all(one in state for one in self.parameters() if one.requires_grad)
+        own = [one for i, one in enumerate(self.parameters()) if one.requires_grad and i not in self._others]
+        return bool(state) and all(one in state for one in own)
+
+    def update_only(self, parameters: list[Tensor]) -> None:
+        own = {id(one) for one in parameters}
+        self._others = {i for i, one in enumerate(self.parameters()) if id(one) not in own}
+        self._drop_others()
+        if self._hook is None and hasattr(self.optimizer, "register_load_state_dict_post_hook"):
+            self._hook = self.optimizer.register_load_state_dict_post_hook(lambda _: self._drop_others())
+
+    def _drop_others(self) -> None:
+        for number, parameter in enumerate(self.parameters()):
+            if number in self._others:
+                self.optimizer.state.pop(parameter, None)
+
+    def keeps(self, name: str) -> bool:
+        number = name.partition("/")[0]
+        return not number.isdigit() or int(number) not in self._others
 
     def state(self) -> Named:
         """Tensors and numbers of the state as tensors, by "NUMBER/NAME"."""
@@ -358,6 +385,8 @@ class TorchDriver(_OfGroups):
             number, _, key = name.partition("/")
             if not number.isdigit() or int(number) >= len(parameters):
                 raise BadData(f"the state belongs to another optimizer: it has {name}")
+            if int(number) in self._others:
+                continue
             now = self.optimizer.state.get(parameters[int(number)], {}).get(key)
             is_number = now is not None and not isinstance(now, Tensor)
             state.setdefault(int(number), {})[key] = type(now)(value.item()) if is_number else value

@@ -55,13 +55,14 @@ Reclaimer collect_garbage() {
 }
 
 PythonAccumulator::PythonAccumulator(py::object model, py::object driver, double clip_norm, bool sum_in_product,
-                                     const std::shared_ptr<Group>& group, bool whole_batches)
+                                     const std::shared_ptr<Group>& group, bool whole_batches, bool shard_optimizer)
     : model_(std::make_shared<PythonModel>(std::move(model))), optimizer_(optimizer_of(std::move(driver))) {
     const py::gil_scoped_release released;
-    accumulator_.emplace(
-        AnyModel(model_), *optimizer_,
-        AccumulatorOptions{
-            .clip_norm = clip_norm, .sum_in_product = sum_in_product, .reducer = reducer_of(group, whole_batches)});
+    accumulator_.emplace(AnyModel(model_), *optimizer_,
+                         AccumulatorOptions{.clip_norm = clip_norm,
+                                            .sum_in_product = sum_in_product,
+                                            .reducer = reducer_of(group, whole_batches),
+                                            .shard_optimizer = shard_optimizer});
     if (group) share_from_first(*group, accumulator_->parameters(), model_->buffers());
 }
 
@@ -131,9 +132,9 @@ void bind_accumulator(py::module_& module) {
             load(self, StateReader(state));
         });
     py::class_<PythonAccumulator>(module, "Accumulator")
-        .def(py::init<py::object, py::object, double, bool, std::shared_ptr<Group>, bool>(), py::arg("model"),
+        .def(py::init<py::object, py::object, double, bool, std::shared_ptr<Group>, bool, bool>(), py::arg("model"),
              py::arg("optimizer"), py::arg("clip_norm"), py::arg("sum_in_product"), py::arg("group"),
-             py::arg("whole_batches"))
+             py::arg("whole_batches"), py::arg("shard_optimizer"))
         .def("step", &PythonAccumulator::step, py::arg("batch"), py::arg("loss"), py::arg("measure_noise"),
              py::arg("gate"))
         .def("gather", &PythonAccumulator::gather, py::arg("batch"), py::arg("loss"), py::arg("measure_noise"))

@@ -54,7 +54,7 @@ PythonOptimizer::~PythonOptimizer() {
 void PythonOptimizer::call(const char* method, std::span<const GradientView> gradients, double divisor) {
     const py::gil_scoped_acquire gil;
     py::list parameters, sums;
-    for (const GradientView& view : gradients) {
+    for (const GradientView& view : updated(gradients)) {
         parameters.append(view.parameter);
         sums.append(view.sum);
     }
@@ -95,6 +95,17 @@ std::vector<at::Tensor> PythonOptimizer::parameters() const {
     return driver_.attr("parameters")().cast<std::vector<at::Tensor>>();
 }
 
+void PythonOptimizer::update_only(const std::vector<at::Tensor>& parameters) {
+    Optimizer::update_only(parameters);
+    const py::gil_scoped_acquire gil;
+    driver_.attr("update_only")(parameters);
+}
+
+bool PythonOptimizer::keeps(std::string_view name) const {
+    const py::gil_scoped_acquire gil;
+    return driver_.attr("keeps")(py::str(name.data(), name.size())).cast<bool>();
+}
+
 void PythonOptimizer::save(const StateWriter& writer) const {
     const py::gil_scoped_acquire gil;
     for (const py::handle item : driver_.attr("state")()) {
@@ -130,6 +141,8 @@ void bind_optimizers(py::module_& module) {
             py::arg("parameters"), py::arg("sums"), py::arg("divisor"), released)
         .def("end_dry_run", &FusedOptimizer::end_dry_run)
         .def("has_state", &FusedOptimizer::has_state)
+        .def("update_only", &FusedOptimizer::update_only, py::arg("parameters"))
+        .def("keeps", &FusedOptimizer::keeps, py::arg("name"))
         .def("state", [](const FusedOptimizer& self) { return tensors_of(self); })
         .def("load_state", [](FusedOptimizer& self, const Named& tensors) { load_tensors(self, tensors); });
     py::class_<AdamW, FusedOptimizer>(module, "AdamW")

@@ -22,6 +22,8 @@ public:
     double learning_rate() const override;
     void set_learning_rate(double rate) override;
     std::vector<at::Tensor> parameters() const override;
+    void update_only(const std::vector<at::Tensor>& parameters) override;
+    bool keeps(std::string_view name) const override;
 
     /// Tensors `PARAMETER/KEY`; numbers that the optimizer keeps are tensors of one element.
     void save(const StateWriter& writer) const override;

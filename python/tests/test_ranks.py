@@ -66,6 +66,7 @@ def train(case, rank=0, size=1):
         model.parameters(), lr=0.01)
     shared = "own" not in case
     accumulator = mb.Accumulator(model, optimizer, function, process_group=group, shared_batch=shared,
+                                 shard_optimizer="sharded" in case,
                                  micro_batch=8 if "norm" in case else 2,
                                  clip_norm=1.0, batch_norm="deferred" if "norm" in case else "auto")
     reports = []
@@ -89,12 +90,50 @@ def train(case, rank=0, size=1):
     return state_of(model), reports
 
 
+def part_of_state(optimizer):
+    return sum(one.numel() for state in optimizer.state_dict()["state"].values() for one in state.values())
+
+
+def save_and_go_on(case, rank, size, folder):
+    """Four steps with sharded state, which rank 0 saves after two; then two by this number of processes."""
+    def started(model):
+        if "torch" in case:
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        else:
+            optimizer = mb.AdamW(model.parameters(), lr=0.01)
+        group = None if size == 1 else torch.distributed.group.WORLD
+        return optimizer, mb.Accumulator(model, optimizer, loss, process_group=group, shared_batch=True, micro_batch=2,
+                                         shard_optimizer=True)
+
+    model = net()
+    optimizer, accumulator = started(model)
+    if size > 1:
+        for batch in batches()[:2]:
+            accumulator.step(batch)
+        state = accumulator.whole_optimizer_state()
+        assert (state is None) == (rank > 0)
+        if rank == 0:
+            torch.save((state, model.state_dict()), f"{folder}/state.pt")
+        torch.distributed.barrier()
+    state, weights = torch.load(f"{folder}/state.pt")
+    model = net(seed=5)
+    model.load_state_dict(weights)
+    optimizer, accumulator = started(model)
+    optimizer.load_state_dict(state)
+    numbers = sum(one.numel() for values in state["state"].values() for one in values.values())
+    assert (part_of_state(optimizer) < 0.8 * numbers) == (size > 1)
+    for batch in batches()[2:]:
+        accumulator.step(batch)
+    return state_of(model), []
+
+
 def work(rank, size, folder, case):
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
     try:
-        torch.save(train(case, rank, size), f"{folder}/{rank}.pt")
+        made = save_and_go_on(case, rank, size, folder) if "go on" in case else train(case, rank, size)
+        torch.save(made, f"{folder}/{rank}.pt")
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
@@ -120,7 +159,7 @@ def assert_close(found, expected, tolerance):
 
 
 @pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("case", ["whole", "own", "own torch", "causal_lm"])
+@pytest.mark.parametrize("case", ["whole", "own", "own torch", "causal_lm", "sharded", "own sharded", "torch sharded"])
 def test_any_number_of_processes_makes_the_updates_of_one(case, size, tmp_path):
     expected, alone = train(case)
     # Sums of a few hundred terms in another order, over four steps.
@@ -130,6 +169,23 @@ def test_any_number_of_processes_makes_the_updates_of_one(case, size, tmp_path):
         assert [one[1] for one in reports] == pytest.approx([one[1] for one in alone], rel=tolerance)
         assert [one[0] for one in reports] == pytest.approx([one[0] for one in alone], rel=10 * tolerance)
         assert all(one[3] for one in reports)
+
+
+@pytest.mark.parametrize("case", ["go on", "go on torch"])
+def test_a_whole_state_is_saved_and_any_number_of_processes_goes_on(case, tmp_path):
+    model = net()
+    optimizer = (torch.optim.AdamW if "torch" in case else mb.AdamW)(model.parameters(), lr=0.01)
+    accumulator = mb.Accumulator(model, optimizer, loss, micro_batch=2)
+    for batch in batches():
+        accumulator.step(batch)
+    for found, _ in together(case, 3, tmp_path):
+        assert_close(found, state_of(model), 1e-9)  # AdamW scales up the rounding of gradients near 0
+    assert_close(save_and_go_on(case, 0, 1, tmp_path)[0], state_of(model), 1e-9)
+
+
+def test_state_is_not_sharded_without_an_optimizer():
+    with pytest.raises(mb.UsageError, match="there is no state to shard"):
+        mb.Accumulator(net(), None, loss, shard_optimizer=True)
 
 
 def test_running_statistics_are_those_of_the_micro_batches_of_all(tmp_path):

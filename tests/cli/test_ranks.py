@@ -1,7 +1,6 @@
 """Several processes: started by --processes or by torchrun, they train as one."""
 
 import os
-import pathlib
 import signal
 import socket
 import subprocess
@@ -10,14 +9,9 @@ import time
 import pytest
 
 from conftest import COMMAND, HANG, ROOT, stop_in_a_batch, weights_file
+from rank_runs import LOST, RUN, close, has_ended, start_three
 
 TORCHRUN = ROOT / ".venv" / "bin" / "torchrun"
-LOST = 7
-RUN = {"batch": 7, "micro_batch": 2, "optimizer": "sgd", "schedule": "constant"}
-
-
-def close(one, other, relative):
-    return len(one) == len(other) > 0 and all(abs(a - b) <= relative * abs(a) for a, b in zip(one, other))
 
 
 @pytest.mark.parametrize("job", ["text", "images"])
@@ -87,33 +81,6 @@ def test_a_batch_that_one_process_left_half_way_is_made_by_several(run, gate):
 
 
 # Faults.
-
-def rank_of(process):
-    words = pathlib.Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
-    return int(next(word for word in words if word.startswith(b"RANK="))[5:])
-
-
-def ranks_of(launcher):
-    found = subprocess.run(["pgrep", "-P", str(launcher)], capture_output=True, text=True, check=True).stdout
-    return {rank_of(process): int(process) for process in found.split()}
-
-
-def has_ended(process):
-    try:
-        return " Z " in pathlib.Path(f"/proc/{process}/stat").read_text()
-    except OSError:
-        return True
-
-
-def start_three(run):
-    process = run.start("train", steps=100_000, processes=3, batch=12, micro_batch=2, checkpoint_every="20 steps")
-    log = run.folder / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + HANG
-    while not log.exists() or log.read_bytes().count(b"\n") < 30:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    return process, ranks_of(process.pid)
-
 
 @pytest.mark.parametrize("number, victim", [(signal.SIGKILL, 1), (signal.SIGKILL, 0), (signal.SIGSTOP, 2)])
 def test_the_others_end_soon_after_a_rank_and_name_it(run, number, victim):

@@ -13,7 +13,7 @@
 #include "support/errors.h"
 #include "support/jobs.h"
 #include "support/models.h"
-#include "support/ranks.h"
+#include "support/rank_jobs.h"
 
 namespace microbatch {
 namespace {
@@ -22,101 +22,16 @@ using test::failures_of_ranks;
 using test::Job;
 using test::run_ranks;
 
-/// A job of one rank; each has its own, made alike.
-struct RankJob {
-    Job job;
-    std::unique_ptr<Accumulator> accumulator;
-
-    RankJob(Job made, const std::shared_ptr<Reducer>& reducer, Plan plan) : job(std::move(made)) {
-        accumulator = std::make_unique<Accumulator>(
-            job.model, *job.optimizer, AccumulatorOptions{.plan = plan, .clip_norm = 1.0, .reducer = reducer});
-    }
-};
-
-using MakeJob = std::function<Job()>;
-
-std::mutex& making() {  // draws from the default generator
-    static std::mutex mutex;
-    return mutex;
-}
-
-/// What a run has left: the parameters and buffers, and the reports of its steps.
-struct Left {
-    test::Named state;
-    std::vector<StepReport> reports;
-};
-
-Left run_job(RankJob& rank, const std::vector<Batch>& batches) {
-    Left left;
-    for (const Batch& batch : batches) left.reports.push_back(rank.accumulator->step(batch, rank.job.loss));
-    left.state = rank.job.state();
-    left.state.pop_back();  // the generator, which the threads share
-    return left;
-}
-
-Left run_alone(const MakeJob& make, const std::vector<Batch>& batches, Plan plan) {
-    RankJob alone(make(), std::make_shared<LocalReducer>(), plan);
-    return run_job(alone, batches);
-}
-
-std::vector<Left> run_together(int size, const MakeJob& make, const std::vector<Batch>& batches, Plan plan) {
-    std::vector<Left> all(static_cast<std::size_t>(size));
-    run_ranks(size, [&](const std::shared_ptr<Group>& group) {
-        std::optional<RankJob> rank;
-        {
-            const std::lock_guard lock(making());
-            rank.emplace(make(), std::make_shared<GroupReducer>(group), plan);
-        }
-        all[static_cast<std::size_t>(group->rank())] = run_job(*rank, batches);
-    });
-    return all;
-}
-
-// The same on all ranks, in bits, and that of one process, up to rounding.
-void expect_run_of_one(const std::vector<Left>& all, const Left& alone, double tolerance) {
-    for (const Left& one : all) {
-        test::expect_same_bits(one.state, all.front().state);
-        test::expect_agree(one.state, alone.state, tolerance);
-        ASSERT_EQ(one.reports.size(), alone.reports.size());
-        for (std::size_t i = 0; i < one.reports.size(); ++i) {
-            const StepReport &report = one.reports[i], &expected = alone.reports[i];
-            EXPECT_NEAR(report.loss, expected.loss, 10 * tolerance * std::abs(expected.loss));
-            EXPECT_EQ(report.weight, expected.weight);
-            EXPECT_NEAR(report.gradient_norm, expected.gradient_norm, 10 * tolerance * expected.gradient_norm);
-            EXPECT_EQ(report.applied, expected.applied) << report.reason;
-            EXPECT_EQ(report.reason, expected.reason);
-        }
-    }
-}
-
-// Targets that do not count: at the end of a sample, all of a sample, and all of a rank's share.
-void mask(Batch& batch, std::uint64_t seed) {
-    at::Tensor targets = batch.fields[1];
-    at::Generator random = test::generator(seed);
-    const std::int64_t samples = targets.size(0), length = targets.size(1);
-    for (std::int64_t i = 0; i < samples; ++i) {
-        const std::int64_t keeps = at::randint(length + 1, {1}, random, at::kLong).item<std::int64_t>();
-        targets[i].slice(0, keeps).fill_(-100);
-    }
-    if (seed % 3 == 0) targets.slice(0, 0, samples / 2).fill_(-100);
-    if (seed % 3 == 1) targets.slice(0, samples / 2).fill_(-100);
-}
-
-Job text_job(at::ScalarType type) {
-    Job job = test::gpt_job({.layers = 1, .heads = 2, .width = 16, .length = 8, .vocabulary = 20}, {}, "sgd");
-    job.model->to(type);
-    return job;
-}
-
-std::vector<Batch> text_batches(std::int64_t count) {
-    std::vector<Batch> batches;
-    const Job job = text_job(at::kFloat);
-    for (std::int64_t i = 0; i < count; ++i) {
-        batches.push_back(job.make_batch(3 + i % 9));  // fewer samples than ranks, and some that do not divide
-        mask(batches.back(), static_cast<std::uint64_t>(i));
-    }
-    return batches;
-}
+using test::expect_run_of_one;
+using test::Left;
+using test::MakeJob;
+using test::making;
+using test::RankJob;
+using test::run_alone;
+using test::run_job;
+using test::run_together;
+using test::text_batches;
+using test::text_job;
 
 class Ranks : public testing::TestWithParam<std::tuple<int, std::int64_t>> {
 protected:
