@@ -317,7 +317,8 @@ Job make_job(const JobPlan& plan) {
     }
     use_optimizer(job, plan.settings);
     job.accumulator = std::make_unique<Accumulator>(
-        *job.model, *job.optimizer, AccumulatorOptions{.clip_norm = plan.settings.clip, .reducer = plan.reducer});
+        *job.model, *job.optimizer,
+        AccumulatorOptions{.clip_norm = plan.settings.clip, .reducer = plan.reducer, .grain = plan.grain()});
     return job;
 }
 
@@ -344,6 +345,7 @@ PlanReport plan_job(const JobPlan& plan, const Job& job, std::int64_t budget_byt
                            .most_bytes = room_to_measure(plan.settings, budget_bytes),
                            .communication_seconds = plan.communication_seconds,
                            .whole_table = whole_table};
+    if (plan.grain() > 0) options.micro_batch = plan.grain();
     if (options.micro_batch) options.micro_batch = std::min(*options.micro_batch, plan.share(plan.batch));
     LiveLine line(progress, /*at_once=*/false);
     options.on_trial = [&line](const Plan& trial) {
@@ -353,6 +355,7 @@ PlanReport plan_job(const JobPlan& plan, const Job& job, std::int64_t budget_byt
                               trial.recompute ? " with recompute" : ""));
     };
     PlanReport report = make_report(plan, job, options);
+    if (plan.grain() > 0 && report.chosen) report.why = "the grains of the invariant mode";
     // One micro-batch for the whole run: a smaller batch would need a different split.
     const std::int64_t smallest = plan.share(std::min(smallest_batch(plan.batches), plan.batch));
     if (!report.chosen || report.choice().plan.micro_batch <= smallest) return of_whole_batch(std::move(report), plan);

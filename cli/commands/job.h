@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdio>
 #include <memory>
 #include <optional>
@@ -27,7 +28,10 @@ struct JobPlan {
     std::int64_t batch = 0;         ///< the largest of them, at most the length of the run
 
     /// The samples of such a batch that one process gathers at most.
-    std::int64_t share(std::int64_t of) const { return reducer->largest_share(of); }
+    std::int64_t share(std::int64_t of) const { return reducer->largest_share(of, std::max<std::int64_t>(grain(), 1)); }
+
+    /// Of the invariant mode; 0 without it.
+    std::int64_t grain() const { return settings.invariant ? settings.grain : 0; }
     std::shared_ptr<Reducer> reducer = std::make_shared<LocalReducer>();
     double communication_seconds = 0.0;  ///< of a step
     std::int64_t steps = 0;              ///< of the run if every batch were as large as the first

@@ -9,9 +9,11 @@ namespace {
 // The time of a step is noisy: sharding has to be worth it.
 constexpr double worthwhile = 0.99;
 
-// Whether a faster plan might fit if there was less state.
+// Whether a faster plan might fit if there was less state. Plans with recompute are not tried where others fit.
 bool is_limited(const PlanReport& report) {
-    return std::ranges::any_of(report.candidates, [](const Candidate& one) { return !one.fits; });
+    if (!report.chosen || report.choice().plan.recompute) return true;
+    return std::ranges::any_of(report.candidates,
+                               [](const Candidate& one) { return !one.fits && !one.plan.recompute; });
 }
 
 }  // namespace

@@ -49,8 +49,8 @@ RunCheckpointOptions checkpoint_options_of(const Settings& settings) {
 
 Watch watch_of(const JobPlan& plan, const PlanReport& report, const std::filesystem::path& folder) {
     const Settings& settings = plan.settings;
-    Watch watch{
-        .options = {.trainer = {.noise_every = settings.noise_every}, .checkpoints = checkpoint_options_of(settings)}};
+    const std::int64_t noise_every = settings.invariant ? 0 : settings.noise_every;  // a grain's gradient is not kept
+    Watch watch{.options = {.trainer = {.noise_every = noise_every}, .checkpoints = checkpoint_options_of(settings)}};
     TrainerOptions& trainer = watch.options.trainer;
     if (!settings.no_guard) trainer.guard = SpikeGuardOptions{.most_refused = most_refused_in_a_row - 1};
     if (trainer.guard && settings.restores > 0) {
@@ -58,8 +58,7 @@ Watch watch_of(const JobPlan& plan, const PlanReport& report, const std::filesys
     }
     fit_to_plan(watch.options, report, device_of(settings));
     watch.saved_line = describe_checkpoints(settings, watch.options.checkpoints.every);
-    watch.noise_line =
-        describe_noise(settings.noise_every, missing_for_noise(report), report.choice().micro_batches > 1);
+    watch.noise_line = describe_noise(noise_every, missing_for_noise(report), report.choice().micro_batches > 1);
     watch.guard_line = "off: only non-finite steps are refused";
     if (trainer.guard) {
         watch.guard_line = fmt::format("{:g} spreads above the median of the last {} steps", trainer.guard->sigmas,

@@ -215,6 +215,17 @@ void add_run(Table& table) {
         "parameters that it updates (ZeRO-1): auto, yes or no. auto: if memory limits the micro-batch, and it is "
         "faster so",
         {.at_resume = ignored, .choices = {"auto", "yes", "no"}, .unrecorded = "auto", .commands = command::train});
+    table.add(
+        "invariant", &S::invariant, "",
+        "The same bits for any --micro-batch and any number of processes, each with as many --threads: the batch is "
+        "computed in grains, which are summed without an order. Takes more time and memory; --micro-batch has no "
+        "effect",
+        {.at_resume = another_cut, .unrecorded = "false", .commands = command::train});
+    table.add(
+        "grain", &S::grain, "N",
+        "Samples of a grain with --invariant: more are faster, and take more memory; fewer spread a small batch over "
+        "more processes",
+        {.at_resume = another_cut, .range = at_least_1, .unrecorded = "1", .commands = command::train});
     table.add("threads", &S::threads, "N", "Number of threads for torch's kernels",
               {.at_resume = ignored, .fallback = "torch's choice", .range = up_to_1024});
     table.add("config", &S::config, "FILE", "TOML file with any of these options as keys; flags override it");

@@ -195,6 +195,9 @@ void validate(const Settings& settings) {
     validate_rate_rule(settings);
     validate_batch_schedule(settings);
     validate_micro_batch(settings);
+    if (settings.grain > 1 && !settings.invariant) {
+        refuse("--grain {} is for the invariant mode: add --invariant, or leave it out", settings.grain);
+    }
     memory_budget_of(settings);
 }
 
@@ -207,7 +210,7 @@ Settings resolved(Settings settings, const Plan& cut, Interval length, std::int6
     settings.lr_rule = follows_batch ? to_string(rate_rule_of(settings)) : "";
     if (follows_batch) settings.reference_batch = reference;
     settings.data = std::filesystem::absolute(settings.data).string();
-    settings.micro_batch = cut.micro_batch;
+    settings.micro_batch = settings.invariant ? std::nullopt : std::optional(cut.micro_batch);
     settings.recompute = cut.recompute ? "always" : "never";
     if (settings.norm == "batch") settings.batch_norm = to_string(cut.batch_norm);
     settings.memory = fmt::format("{}B", budget_bytes);

@@ -55,6 +55,8 @@ struct Settings {
     std::uint64_t seed = 1;
     std::int64_t processes = 1;
     std::string shard_optimizer = "auto";
+    bool invariant = false;
+    std::int64_t grain = 1;               ///< samples
     std::optional<std::int64_t> threads;  ///< empty: torch's choice
     bool check = false, no_verify = false, quiet = false, json = false;
 };

@@ -12,6 +12,11 @@ Slice share_of(std::int64_t samples, std::int64_t index, std::int64_t parts) {
     return {begin(index), begin(index + 1)};
 }
 
+Slice share_of_grains(std::int64_t samples, std::int64_t grain, std::int64_t index, std::int64_t parts) {
+    const Slice grains = share_of(micro_batch_count(samples, grain), index, parts);
+    return {std::min(grains.begin * grain, samples), std::min(grains.end * grain, samples)};
+}
+
 std::int64_t next_cut(std::int64_t left, std::int64_t most) {
     // With two per micro-batch, this would only move the single sample.
     const bool would_leave_one = most > 2 && left - 1 == most;

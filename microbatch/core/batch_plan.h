@@ -37,6 +37,9 @@ struct Slice {
 /// fewer samples than parts, for some. Requires: 0 <= index < parts.
 Slice share_of(std::int64_t samples, std::int64_t index, std::int64_t parts);
 
+/// The same in whole grains of `grain` samples, of which the last one of the batch may have fewer.
+Slice share_of_grains(std::int64_t samples, std::int64_t grain, std::int64_t index, std::int64_t parts);
+
 /// The model cannot train on so small a micro-batch: BatchNorm with a single value per channel.
 struct TooFewSamples : Error {
     using Error::Error;

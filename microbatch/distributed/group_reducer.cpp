@@ -2,6 +2,7 @@
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
@@ -11,6 +12,7 @@
 #include <chrono>
 #include <cmath>
 #include <nlohmann/json.hpp>
+#include <unordered_map>
 
 #include "microbatch/core/crc32c.h"
 #include "microbatch/core/error.h"
@@ -91,8 +93,10 @@ private:
     std::int64_t bytes_ = 0;
 };
 
+}  // namespace
+
 /// Tensors on their way, with the rank that each goes to or comes from.
-struct Parcels {
+struct GroupReducer::Parcels {
     std::vector<at::Tensor> large = {};  // go as they are, all at once
     std::vector<int> roots = {};         // of these
     std::vector<Piece> pieces = {};      // go one after the other
@@ -114,7 +118,7 @@ struct Parcels {
 
 // Calls `call` with tensors and their roots. Memory: that of one piece.
 template <class Call>
-void send(const Parcels& parcels, const Call& call) {
+void GroupReducer::send(const Parcels& parcels, const Call& call) {
     call(parcels.large, parcels.roots);
     for (const Piece& piece : parcels.pieces) {
         const at::Tensor all = piece.joined();
@@ -122,8 +126,6 @@ void send(const Parcels& parcels, const Call& call) {
         piece.take_back(all);
     }
 }
-
-}  // namespace
 
 std::optional<GatherFailure> GroupReducer::agree(const std::optional<GatherFailure>& mine) {
     const std::vector<std::string> all = group_->gather_bytes(mine ? text_of(*mine) : "");
@@ -143,7 +145,7 @@ void GroupReducer::sum_totals(Gathered& gathered) {
                     static_cast<double>(gathered.parts.count), gathered.parts.weight, gathered.parts.squares,
                     static_cast<double>(gathered.plan.micro_batch), gathered.plan.recompute ? 1.0 : 0.0},
                    at::kDouble);
-    Gathered total{.plan = gathered.plan};
+    Gathered total{.sums = std::move(gathered.sums), .plan = gathered.plan};
     total.plan.micro_batch = 1;
     for (const at::Tensor& one : group_->gather(mine)) {
         const double* value = one.const_data_ptr<double>();
@@ -157,34 +159,58 @@ void GroupReducer::sum_totals(Gathered& gathered) {
         total.plan.micro_batch = std::max(total.plan.micro_batch, static_cast<std::int64_t>(value[6]));
         total.plan.recompute = total.plan.recompute || value[7] != 0.0;
     }
+    if (gathered.grains) add_grains(total, *gathered.grains);
     gathered = std::move(total);
 }
 
+// As one process adds up the grains of all.
+void GroupReducer::add_grains(Gathered& total, const GrainLosses& mine) {
+    total.loss_sum = total.weight = 0.0;
+    for (const at::Tensor& losses : gather(at::tensor(mine.losses, at::kDouble))) {
+        for (std::int64_t i = 0; i < losses.numel(); ++i) total.loss_sum += losses.const_data_ptr<double>()[i];
+    }
+    for (const at::Tensor& weights : gather(at::tensor(mine.weights, at::kDouble))) {
+        for (std::int64_t i = 0; i < weights.numel(); ++i) total.weight += weights.const_data_ptr<double>()[i];
+    }
+}
+
 // Where only some ranks have a gradient, the others have one of zeros.
-void GroupReducer::add_missing_gradients(const Parameters& parameters) {
+void GroupReducer::add_missing(GradientViews& sums, const Parameters& parameters) {
+    std::unordered_map<const void*, at::Tensor> own;
+    for (const GradientView& one : sums) own.emplace(one.parameter.unsafeGetTensorImpl(), one.sum);
+    constexpr std::uint8_t none = 0xFF;
     at::Tensor have = at::zeros({static_cast<std::int64_t>(parameters.size())}, at::kByte);
     auto* const mine = have.mutable_data_ptr<std::uint8_t>();
-    for (std::size_t i = 0; i < parameters.size(); ++i) mine[i] = parameters[i].tensor.grad().defined() ? 1 : 0;
-    std::vector<bool> any(parameters.size(), false);
+    for (std::size_t i = 0; i < parameters.size(); ++i) {
+        const auto found = own.find(parameters[i].tensor.unsafeGetTensorImpl());
+        mine[i] = found == own.end() ? none : static_cast<std::uint8_t>(found->second.scalar_type());
+    }
+    std::vector<std::uint8_t> types(parameters.size(), none);
     bool differ = false;
     for (const at::Tensor& one : group_->gather(have)) {
         const auto* const theirs = one.const_data_ptr<std::uint8_t>();
         for (std::size_t i = 0; i < parameters.size(); ++i) {
-            any[i] = any[i] || theirs[i] != 0;
+            types[i] = std::min(types[i], theirs[i]);
             differ = differ || theirs[i] != mine[i];
         }
     }
     if (!differ) return;  // the same on all: if two differ, every rank differs from one of them
     std::string out_of_memory;
+    GradientViews all;
     const auto added = unless_oom(
         [&] {
             for (std::size_t i = 0; i < parameters.size(); ++i) {
                 const at::Tensor& parameter = parameters[i].tensor;
-                if (any[i] && !parameter.grad().defined()) parameter.mutable_grad() = at::zeros_like(parameter);
+                if (types[i] == none) continue;
+                const auto type = static_cast<at::ScalarType>(types[i]);
+                all.push_back({parameter, mine[i] != none
+                                              ? own.at(parameter.unsafeGetTensorImpl())
+                                              : at::zeros_like(parameter, parameter.options().dtype(type))});
             }
         },
         &out_of_memory);
     if (group_->any(!added)) TORCH_CHECK_WITH(OutOfMemoryError, false, "a gradient of zeros: ", out_of_memory);
+    sums = std::move(all);
 }
 
 // Returns the norm: rank 0's, should another processor add in another order.
@@ -192,40 +218,46 @@ double GroupReducer::sum_for_all(const GradientViews& gradients) {
     const std::vector<at::Tensor> sums = sums_of(gradients);
     send(Parcels(sums, std::vector<int>(sums.size())),
          [this](const std::vector<at::Tensor>& tensors, const std::vector<int>&) { group_->sum(tensors); });
-    const at::Tensor norm = at::tensor({joint_norm(sums)}, at::kDouble);
+    const at::Tensor norm = at::tensor({norm_of_squares(squares_of_each(sums))}, at::kDouble);
     return group_->gather(norm).front().item<double>();
 }
 
-// Leaves each rank its own. Returns the norm of all: each adds up its own squares, and these in the order of the ranks.
-double GroupReducer::sum_for_owners(GradientViews& gradients) {
+// Leaves each rank its own. Returns the norm of all, with the bits of sum_for_all().
+double GroupReducer::sum_for_owners(GradientViews& gradients, const Parameters& parameters) {
     std::vector<int> owners;
     for (const GradientView& one : gradients) owners.push_back(shards_->of(one.parameter));
     send(Parcels(sums_of(gradients), owners),
          [this](const std::vector<at::Tensor>& tensors, const std::vector<int>& roots) {
              group_->sum_to(tensors, roots);
          });
-    const auto is_others = [this](const GradientView& one) { return shards_->of(one.parameter) != rank(); };
-    for (const GradientView& one : gradients) {
-        if (is_others(one)) one.parameter.mutable_grad() = at::Tensor();
+    std::erase_if(gradients, [this](const GradientView& one) { return shards_->of(one.parameter) != rank(); });
+    const std::vector<double> own = squares_of_each(sums_of(gradients));
+    at::Tensor squares = at::zeros({static_cast<std::int64_t>(parameters.size())}, at::kDouble);
+    for (std::size_t i = 0, next = 0; i < parameters.size() && next < own.size(); ++i) {
+        if (parameters[i].tensor.is_same(gradients[next].parameter)) {
+            squares.mutable_data_ptr<double>()[i] = own[next++];
+        }
     }
-    std::erase_if(gradients, is_others);
-    const double own = joint_norm(sums_of(gradients));
-    double squares = 0.0;
-    for (const at::Tensor& one : group_->gather(at::tensor({own * own}, at::kDouble))) squares += one.item<double>();
-    return std::sqrt(squares);
+    // Of each tensor, one rank's; the others' are 0.
+    std::vector<double> all(parameters.size());
+    for (const at::Tensor& one : group_->gather(squares)) {
+        for (std::size_t i = 0; i < all.size(); ++i) all[i] += one.const_data_ptr<double>()[i];
+    }
+    return norm_of_squares(all);
 }
 
 Gathered GroupReducer::reduce(Gathered gathered, const Parameters& parameters, double scale) {
     const at::NoGradGuard no_grad;
     sum_totals(gathered);
-    add_missing_gradients(parameters);
+    add_missing(gathered.sums, parameters);
     if (gathered.weight == 0.0) {
-        for (const Parameter& parameter : parameters) parameter.tensor.mutable_grad() = at::Tensor();
+        gathered.sums.clear();
         return gathered;
     }
-    gathered.sums = gradients_in(tensors_of(parameters));
+    require_that(!gathered.sums.empty(), no_gradient);
+    reduced_ = parameters_in(gathered.sums);
     try {
-        const double norm = divides() ? sum_for_owners(gathered.sums) : sum_for_all(gathered.sums);
+        const double norm = divides() ? sum_for_owners(gathered.sums, parameters) : sum_for_all(gathered.sums);
         gathered.gradient_norm = norm / (gathered.weight * scale);
     } catch (const c10::OutOfMemoryError& error) {
         const std::string message = error.what_without_backtrace();
@@ -236,46 +268,55 @@ Gathered GroupReducer::reduce(Gathered gathered, const Parameters& parameters, d
     return gathered;
 }
 
-std::vector<at::Tensor> GroupReducer::divide(const Parameters& parameters) {
+std::vector<at::Tensor> GroupReducer::divide(const std::vector<at::Tensor>& parameters) {
+    if (size() == 1) return parameters;
     if (!shards_) shards_.emplace(size());
     shards_->add(parameters);
     std::vector<at::Tensor> own;
-    for (const Parameter& one : parameters) {
-        if (shards_->of(one.tensor) == rank()) own.push_back(one.tensor);
+    for (const at::Tensor& one : parameters) {
+        if (shards_->of(one) == rank()) own.push_back(one);
     }
     return own;
 }
 
-void GroupReducer::share_update(const Parameters& parameters) {
+void GroupReducer::share_update() {
     if (!divides()) return;
     const at::NoGradGuard no_grad;
-    std::vector<at::Tensor> trained;
+    std::vector<at::Tensor> updated;
     std::vector<int> owners;
-    for (const Parameter& one : parameters) {
-        if (!one.tensor.requires_grad()) continue;
-        trained.push_back(one.tensor.detach());
-        owners.push_back(shards_->of(one.tensor));
+    for (const at::Tensor& one : reduced_) {
+        if (!shards_->has(one)) continue;  // the optimizer does not update it
+        updated.push_back(one.detach());
+        owners.push_back(shards_->of(one));
     }
-    send(Parcels(trained, owners), [this](const std::vector<at::Tensor>& tensors, const std::vector<int>& roots) {
+    reduced_.clear();
+    send(Parcels(updated, owners), [this](const std::vector<at::Tensor>& tensors, const std::vector<int>& roots) {
         group_->broadcast(tensors, roots);
     });
-    for (const at::Tensor& one : trained) one.unsafeGetTensorImpl()->bump_version();
+    for (const at::Tensor& one : updated) one.unsafeGetTensorImpl()->bump_version();
 }
 
-std::int64_t GroupReducer::buffer_bytes(const Parameters& parameters) const {
-    if (size() == 1) return 0;
+// As sums go, of parameters that are trained.
+GroupReducer::Parcels GroupReducer::parcels_of(const Parameters& parameters, bool in_double) const {
     std::vector<at::Tensor> trained;
     std::vector<int> owners;
     for (const Parameter& one : parameters) {
         if (!one.tensor.requires_grad()) continue;
-        trained.push_back(one.tensor);
+        const auto type = in_double ? at::kDouble : one.tensor.scalar_type();
+        trained.push_back(at::empty_like(one.tensor, one.tensor.options().device(at::kMeta).dtype(type)));
         owners.push_back(shards_ ? shards_->of(one.tensor) : 0);
     }
+    return {trained, owners};
+}
+
+std::int64_t GroupReducer::buffer_bytes(const Parameters& parameters, bool in_double) const {
+    if (size() == 1) return 0;
     std::int64_t largest = 0;
-    for (const Piece& piece : Parcels(trained, owners).pieces) largest = std::max(largest, piece.bytes());
+    for (const Piece& piece : parcels_of(parameters, in_double).pieces) largest = std::max(largest, piece.bytes());
     return largest;
 }
 
+// Of a call as large as a part of some megabytes, and of one with a byte: all begin together, and the first one connects.
 double GroupReducer::exchange_seconds(const Parameters& parameters) {
     constexpr std::int64_t enough_bytes = std::int64_t{4} << 20;
     constexpr int times = 5;
@@ -291,22 +332,27 @@ double GroupReducer::exchange_seconds(const Parameters& parameters) {
         parts.push_back(at::zeros({part}, parameters.front().tensor.options().dtype(at::kByte)));
         owners.push_back(rank);
     }
-    std::vector<double> seconds;
-    for (int i = 0; i <= times; ++i) {
-        group_->any(false);  // all begin together
-        const auto started = std::chrono::steady_clock::now();
-        if (divides()) {
-            group_->sum_to(parts, owners);
-            group_->broadcast(parts, owners);
-        } else {
-            group_->sum(parts);
+    const auto seconds_of = [&](const auto& call) {
+        std::vector<double> seconds;
+        for (int i = 0; i <= times; ++i) {
+            group_->any(false);
+            const auto started = std::chrono::steady_clock::now();
+            call();
+            const double own = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
+            if (i > 0) seconds.push_back(own);
         }
-        const double own = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
-        if (i > 0) seconds.push_back(own);  // the first one connects
-    }
-    const double typical = lower_median(seconds) * static_cast<double>(bytes) / static_cast<double>(part * size());
+        return lower_median(seconds);
+    };
+    const double large = seconds_of([&] {
+        if (!divides()) return group_->sum(parts);
+        group_->sum_to(parts, owners);
+        group_->broadcast(parts, owners);
+    });
+    const double small = seconds_of([&] { group_->any(false); });
+    const auto calls = static_cast<double>(parcels_of(parameters, false).pieces.size() * (divides() ? 2 : 1));
+    const double all = large * static_cast<double>(bytes) / static_cast<double>(part * size()) + small * calls;
     double slowest = 0.0;
-    for (const at::Tensor& one : group_->gather(at::tensor({typical}, at::kDouble))) {
+    for (const at::Tensor& one : group_->gather(at::tensor({all}, at::kDouble))) {
         slowest = std::max(slowest, one.item<double>());
     }
     return slowest;
@@ -330,7 +376,8 @@ void share_from_first(Group& group, const Parameters& parameters, const NamedTen
     all.insert(all.end(), buffers.begin(), buffers.end());
     std::string names;
     for (const NamedTensor& one : all) {
-        names += str_cat(one.name, " ", one.tensor.sizes(), " ", c10::toString(one.tensor.scalar_type()), "\n");
+        names += str_cat(one.name, " ", one.tensor.sizes(), " ", c10::toString(one.tensor.scalar_type()),
+                         one.tensor.requires_grad() ? " trained" : "", "\n");
     }
     const std::vector<std::string> theirs = group.gather_bytes(names);
     for (std::size_t rank = 0; rank < theirs.size(); ++rank) {

@@ -30,33 +30,39 @@ public:
 
     int rank() const override { return group_->rank(); }
     int size() const override { return group_->size(); }
-    Slice share(std::int64_t samples) const override {
-        return batches_ == Batches::own ? Slice{0, samples} : Reducer::share(samples);
+    Slice share(std::int64_t samples, std::int64_t grain) const override {
+        return batches_ == Batches::own ? Slice{0, samples} : Reducer::share(samples, grain);
     }
-    std::int64_t largest_share(std::int64_t samples) const override {
-        return batches_ == Batches::own ? samples : Reducer::largest_share(samples);
+    std::int64_t largest_share(std::int64_t samples, std::int64_t grain) const override {
+        return batches_ == Batches::own ? samples : Reducer::largest_share(samples, grain);
     }
     void abandon(const std::string& why) noexcept override { group_->abandon(why); }
     std::optional<GatherFailure> agree(const std::optional<GatherFailure>& mine) override;
     Gathered reduce(Gathered gathered, const Parameters& parameters, double scale) override;
     bool any_rank(bool mine) override { return group_->any(mine); }
     std::vector<at::Tensor> gather(const at::Tensor& mine) override;
-    std::vector<at::Tensor> divide(const Parameters& parameters) override;
+    std::vector<at::Tensor> divide(const std::vector<at::Tensor>& parameters) override;
     void unite() override { shards_.reset(); }
     bool divides() const override { return shards_.has_value(); }
     double exchange_seconds(const Parameters& parameters) override;
-    std::int64_t buffer_bytes(const Parameters& parameters) const override;
-    void share_update(const Parameters& parameters) override;
+    std::int64_t buffer_bytes(const Parameters& parameters, bool in_double) const override;
+    void share_update() override;
 
 private:
+    struct Parcels;
+    template <class Call>
+    static void send(const Parcels& parcels, const Call& call);
+    Parcels parcels_of(const Parameters& parameters, bool in_double) const;
     void sum_totals(Gathered& gathered);
-    void add_missing_gradients(const Parameters& parameters);
-    double sum_for_all(const GradientViews& gradients);
-    double sum_for_owners(GradientViews& gradients);
+    void add_grains(Gathered& total, const GrainLosses& mine);
+    void add_missing(GradientViews& sums, const Parameters& parameters);
+    double sum_for_all(const GradientViews& sums);
+    double sum_for_owners(GradientViews& sums, const Parameters& parameters);
 
     std::shared_ptr<Group> group_;
     Batches batches_;
-    std::optional<Shards> shards_;  // if the parameters are divided
+    std::optional<Shards> shards_;     // if the parameters are divided
+    std::vector<at::Tensor> reduced_;  // the parameters of the last batch
 };
 
 /// Overwrites the parameters and buffers of all ranks with those of rank 0, so that all begin at the same point. All

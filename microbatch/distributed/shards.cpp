@@ -1,22 +1,18 @@
 #include "microbatch/distributed/shards.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace microbatch {
 
-void Shards::add(const Parameters& parameters) {
-    for (const bool trained : {true, false}) {
-        for (const Parameter& parameter : parameters) {
-            if (parameter.tensor.requires_grad() == trained) add(parameter.tensor);
-        }
+void Shards::add(std::vector<at::Tensor> parameters) {
+    const auto order = [](const at::Tensor& one) { return std::pair(one.requires_grad(), one.nbytes()); };
+    std::ranges::stable_sort(parameters, std::ranges::greater(), order);
+    for (const at::Tensor& one : parameters) {
+        const auto least = std::ranges::min_element(bytes_);
+        const auto rank = static_cast<int>(least - bytes_.begin());
+        if (ranks_.emplace(one.unsafeGetTensorImpl(), rank).second) *least += static_cast<std::int64_t>(one.nbytes());
     }
-}
-
-void Shards::add(const at::Tensor& parameter) {
-    const auto least = std::ranges::min_element(bytes_);
-    const auto [place, is_new] =
-        ranks_.emplace(parameter.unsafeGetTensorImpl(), static_cast<int>(least - bytes_.begin()));
-    if (is_new) *least += static_cast<std::int64_t>(parameter.nbytes());
 }
 
 }  // namespace microbatch

@@ -17,7 +17,7 @@ namespace microbatch {
 namespace {
 
 constexpr const char* manifest_name = "manifest.json";
-constexpr const char* state_name = "state.json";
+constexpr std::string_view state_section = "state", scalars_suffix = ".json";
 constexpr std::string_view tensors_suffix = ".safetensors";
 constexpr std::uint64_t most_manifest_bytes = std::uint64_t{1} << 20U;
 
@@ -75,14 +75,16 @@ CheckpointFile write_file(FileSystem& files, const std::filesystem::path& path,
     return file.counted(path.filename().string());
 }
 
-// SECTION<of_process>.safetensors
-std::vector<CheckpointFile> write_tensors(FileSystem& files, const std::filesystem::path& folder,
-                                          const StateDict& state, const std::string& of_process) {
+// SECTION<of_process>.safetensors and state<of_process>.json
+std::vector<CheckpointFile> write_state(FileSystem& files, const std::filesystem::path& folder, const StateDict& state,
+                                        const std::string& scalars, const std::string& of_process) {
     std::vector<CheckpointFile> written;
     for (const std::string& section : sections_of(state)) {
         written.push_back(write_file(files, folder / str_cat(section, of_process, tensors_suffix),
                                      [&](OutputFile& file) { write_safetensors(file, tensors_in(state, section)); }));
     }
+    written.push_back(write_file(files, folder / str_cat(state_section, of_process, scalars_suffix),
+                                 [&](OutputFile& file) { file.write(scalars); }));
     return written;
 }
 
@@ -130,9 +132,7 @@ void write_checkpoint(FileSystem& files, const std::filesystem::path& folder, co
     const std::string scalars = scalars_to_json(state);
     if (others != nullptr) others->begin(folder);
     try {
-        manifest.files = write_tensors(files, folder, state, "");
-        manifest.files.push_back(
-            write_file(files, folder / state_name, [&](OutputFile& file) { file.write(scalars); }));
+        manifest.files = write_state(files, folder, state, scalars, "");
     } catch (...) {
         if (others != nullptr) others->finish();
         throw;
@@ -147,7 +147,7 @@ void write_checkpoint(FileSystem& files, const std::filesystem::path& folder, co
 
 std::vector<CheckpointFile> write_checkpoint_part(FileSystem& files, const std::filesystem::path& folder,
                                                   const StateDict& state, int rank) {
-    return write_tensors(files, folder, state, str_cat(".", rank));
+    return write_state(files, folder, state, scalars_to_json(state), str_cat(".", rank));
 }
 
 CheckpointManifest read_checkpoint_manifest(const std::filesystem::path& folder) {
@@ -161,7 +161,7 @@ StateDict read_checkpoint(const std::filesystem::path& folder) {
     StateDict state;
     for (const CheckpointFile& file : manifest.files) {
         const std::filesystem::path path = folder / file.name;
-        if (file.name == state_name) {
+        if (file.name.starts_with(state_section) && file.name.ends_with(scalars_suffix)) {
             read_scalars(open_plain(path).read_all(most_scalar_bytes), path.string(), state);
         } else if (file.name.ends_with(tensors_suffix)) {
             const std::string section = file.name.substr(0, file.name.find('.'));
@@ -172,7 +172,8 @@ StateDict read_checkpoint(const std::filesystem::path& folder) {
     try {
         found = manifest_of(state);
     } catch (const Error& error) {
-        throw Error(ErrorKind::bad_data, (folder / state_name).string(), ": ", error.what());
+        throw Error(ErrorKind::bad_data, (folder / str_cat(state_section, scalars_suffix)).string(), ": ",
+                    error.what());
     }
     if (found.progress != manifest.progress || found.open_samples != manifest.open_samples) {
         throw Error(ErrorKind::bad_data, folder.string(), ": the manifest does not match the state");

@@ -19,8 +19,8 @@ class CheckpointParts {
 public:
     virtual ~CheckpointParts() = default;
 
-    /// How many processes write, the first one included.
-    virtual int processes() const = 0;
+    /// About how much the others write beside this state of the first one.
+    virtual std::int64_t bytes_beside(const StateDict& state) const = 0;
 
     /// Has the others write their parts to this folder, which exists. Errors: ErrorKind::lost_rank.
     virtual void begin(const std::filesystem::path& folder) = 0;
@@ -33,14 +33,14 @@ public:
 /// Writes a run's state to an existing, empty folder. Each file is synced to the disk; the manifest is written last.
 ///
 /// Files:  SECTION.safetensors with the tensors of each section (model.safetensors has parameters and buffers),
-///         SECTION.RANK.safetensors with those of other processes, state.json (the scalars), manifest.json (the size and
-///         CRC-32C of each file).
+///         state.json (the scalars), SECTION.RANK.safetensors and state.RANK.json of other processes, manifest.json (the
+///         size and CRC-32C of each file).
 /// Errors: ErrorKind::usage as FileSystem, or if a value could not be read back; whatever reading a tensor throws.
 /// Memory: one tensor at a time, if it is in a file or not in row-major order.
 void write_checkpoint(FileSystem& files, const std::filesystem::path& folder, const StateDict& state, bool kept = false,
                       CheckpointParts* others = nullptr);
 
-/// Writes the tensors of another process's state to the folder of a checkpoint: see CheckpointParts. Errors and memory as
+/// Writes another process's part of a state to the folder of a checkpoint: see CheckpointParts. Errors and memory as
 /// write_checkpoint().
 std::vector<CheckpointFile> write_checkpoint_part(FileSystem& files, const std::filesystem::path& folder,
                                                   const StateDict& state, int rank);

@@ -213,9 +213,8 @@ std::string CheckpointStore::write(const StateDict& state) const {
         try {
             return write_once(state);
         } catch (const Error& error) {
-            // Of the parts of others, only the number is known: each is smaller than this one.
-            const int processes = options_.parts == nullptr ? 1 : options_.parts->processes();
-            const std::string lack = lack_of_space(folder_, processes * bytes_to_write(state));
+            const std::int64_t of_others = options_.parts == nullptr ? 0 : options_.parts->bytes_beside(state);
+            const std::string lack = lack_of_space(folder_, bytes_to_write(state) + of_others);
             if (error.kind() != ErrorKind::not_written || lack.empty()) throw;
             if (!remove_oldest()) throw Error(ErrorKind::not_written, error.what() + lack);
         }
@@ -245,9 +244,15 @@ std::string CheckpointStore::write_once(const StateDict& state) const {
     make_folders_to_the_disk(files_, folder_);
     files_.remove_all(beside);
     std::string warning;
+    std::exception_ptr lost;  // a process that no other attempt brings back
     const std::string failure = failure_of([&] {
         files_.make_folder(beside);
-        write_checkpoint(files_, beside, state, is_kept(progress), options_.parts);
+        try {
+            write_checkpoint(files_, beside, state, is_kept(progress), options_.parts);
+        } catch (const Error& error) {
+            if (error.kind() == ErrorKind::lost_rank) lost = std::current_exception();
+            throw;
+        }
         // A log must not prevent a checkpoint.
         for (const auto& file : options_.sync_first) {
             const std::string why = failure_of([&] { files_.sync(file); });
@@ -260,6 +265,7 @@ std::string CheckpointStore::write_once(const StateDict& state) const {
     });
     if (!failure.empty()) {
         failure_of([&] { files_.remove_all(beside); });  // frees its space on a full disk
+        if (lost) std::rethrow_exception(lost);
         throw Error(ErrorKind::not_written, failure);
     }
     files_.sync(folder_);

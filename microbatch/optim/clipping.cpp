@@ -83,6 +83,18 @@ double joint_norm(const std::vector<at::Tensor>& tensors) {
     return std::sqrt(joint_sum_of_squares(tensors).item<double>());
 }
 
+std::vector<double> squares_of_each(const std::vector<at::Tensor>& tensors) {
+    std::vector<double> squares;
+    for (const at::Tensor& tensor : tensors) squares.push_back(joint_sum_of_squares({tensor}).item<double>());
+    return squares;
+}
+
+double norm_of_squares(const std::vector<double>& squares) {
+    double all = 0.0;
+    for (const double each : squares) all += each;
+    return std::sqrt(all);
+}
+
 double clip_coefficient(double norm, double limit) {
     if (std::isinf(limit)) return 1.0;
     const double ratio = limit / (norm + 1e-6);

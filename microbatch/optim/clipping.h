@@ -17,6 +17,11 @@ at::Tensor joint_sum_of_squares(const std::vector<at::Tensor>& tensors);
 ///       an fp64 copy of one tensor at a time.
 double joint_norm(const std::vector<at::Tensor>& tensors);
 
+/// The sum of squares of each tensor, in fp64, and the root of the sum of such sums, one after the other: a norm that has
+/// the same bits whoever computes which tensor's. As joint_norm() otherwise.
+std::vector<double> squares_of_each(const std::vector<at::Tensor>& tensors);
+double norm_of_squares(const std::vector<double>& squares);
+
 /// The factor that scales gradients of this norm to at most `limit`: min(1, limit / (norm + 1e-6)). 1 for an infinite
 /// limit; otherwise NaN for a NaN norm and 0 for an infinite one: such steps must be refused before.
 /// Source: Pascanu et al. 2013, arXiv:1211.5063; the 1e-6 as in torch's clip_grad_norm_.

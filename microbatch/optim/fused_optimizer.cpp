@@ -104,7 +104,7 @@ std::vector<at::Tensor> FusedOptimizer::parameters() const {
 }
 
 void FusedOptimizer::update_only(const std::vector<at::Tensor>& parameters) {
-    Optimizer::update_only(parameters);
+    restrict_to(parameters);
     for (Slot& slot : slots_) {
         if (!updates(slot.parameter.tensor)) slot.state.clear();
     }
@@ -119,7 +119,7 @@ bool FusedOptimizer::keeps(std::string_view name) const {
 void FusedOptimizer::step(std::span<const GradientView> gradients, double divisor) {
     const at::NoGradGuard no_grad;
     Buckets buckets = make_buckets(gradients, divisor, &Slot::state);
-    update_all(buckets);
+    update_buckets(buckets);
 }
 
 void FusedOptimizer::reserve(std::span<const GradientView> gradients) {
@@ -131,7 +131,7 @@ void FusedOptimizer::dry_run(std::span<const GradientView> gradients, double div
     const at::NoGradGuard no_grad;
     Buckets buckets = make_buckets(gradients, divisor, &Slot::dry_run_state);
     for (Bucket& bucket : buckets) bucket.parameters = bucket.gradients;
-    update_all(buckets);
+    update_buckets(buckets);
 }
 
 void FusedOptimizer::end_dry_run() {
@@ -252,7 +252,7 @@ FusedOptimizer::Bucket& FusedOptimizer::bucket_for(const Slot& slot, double divi
     return found != buckets.end() ? *found : buckets.emplace_back(std::move(made));
 }
 
-void FusedOptimizer::update_all(Buckets& buckets) const {
+void FusedOptimizer::update_buckets(Buckets& buckets) const {
     for (Bucket& bucket : buckets) {
         if (updates_in_one_pass(bucket.parameters.front())) {
             update(bucket);

@@ -80,7 +80,7 @@ private:
     /// state remains.
     Buckets make_buckets(std::span<const GradientView> gradients, double divisor, State state);
     Bucket& bucket_for(const Slot& slot, double divisor, Buckets& buckets) const;
-    void update_all(Buckets& buckets) const;
+    void update_buckets(Buckets& buckets) const;
 
     const char* name_;
     std::vector<Slot> slots_;

@@ -12,6 +12,12 @@ GradientViews gradients_in(const std::vector<at::Tensor>& parameters) {
     return views;
 }
 
+std::vector<at::Tensor> parameters_in(std::span<const GradientView> gradients) {
+    std::vector<at::Tensor> result;
+    for (const GradientView& one : gradients) result.push_back(one.parameter);
+    return result;
+}
+
 std::vector<at::Tensor> sums_of(std::span<const GradientView> gradients) {
     std::vector<at::Tensor> sums;
     sums.reserve(gradients.size());

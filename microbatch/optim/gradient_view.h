@@ -19,6 +19,9 @@ using GradientViews = std::vector<GradientView>;
 /// The .grad of the parameters that have one.
 GradientViews gradients_in(const std::vector<at::Tensor>& parameters);
 
+/// Only the parameters.
+std::vector<at::Tensor> parameters_in(std::span<const GradientView> gradients);
+
 /// Only the sums.
 std::vector<at::Tensor> sums_of(std::span<const GradientView> gradients);
 

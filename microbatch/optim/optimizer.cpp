@@ -7,7 +7,18 @@
 
 namespace microbatch {
 
-void Optimizer::update_only(const std::vector<at::Tensor>& parameters) {
+void Optimizer::update_only(const std::vector<at::Tensor>& /*parameters*/) {
+    throw Error(ErrorKind::usage, "the state of this optimizer cannot be sharded: it does not say how");
+}
+
+void Optimizer::update_all() {
+    if (!is_partial()) return;
+    require_that(state_of(*this).tensors().empty(),
+                 "the optimizer has a part of its state, and other processes have the rest: make a new one");
+    lift_restriction();
+}
+
+void Optimizer::restrict_to(const std::vector<at::Tensor>& parameters) {
     only_.emplace();
     for (const at::Tensor& parameter : parameters) only_->insert(parameter.unsafeGetTensorImpl());
 }

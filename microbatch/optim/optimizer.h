@@ -60,12 +60,21 @@ public:
 
     /// From now on updates these tensors alone, and has state for them alone: another process has the others'. What state
     /// there is for others is dropped; prepare() accepts it, and leaves it out.
+    /// Errors: ErrorKind::usage if the optimizer does not support it; nothing has changed then.
     virtual void update_only(const std::vector<at::Tensor>& parameters);
 
-    /// False for a state tensor, by its name in save(), of a parameter that update_only() leaves to another process.
+    /// Ends update_only(). Errors: ErrorKind::usage if it has state, of which others have the rest.
+    void update_all();
+    virtual bool is_partial() const { return only_.has_value(); }
+
+    /// False for a state, by its name in save(), of a parameter that update_only() leaves to another process.
     virtual bool keeps(std::string_view /*name*/) const { return true; }
 
 protected:
+    /// For update_only() of optimizers that support it.
+    void restrict_to(const std::vector<at::Tensor>& parameters);
+    virtual void lift_restriction() { only_.reset(); }
+
     /// False for a tensor that update_only() leaves to another process.
     bool updates(const at::Tensor& parameter) const {
         return !only_ || only_->contains(parameter.unsafeGetTensorImpl());

@@ -228,7 +228,7 @@ Commit TorchOptimizer::prepare(const StateReader& reader) {
     for (const auto& group : optimizer_.param_groups()) {
         for (const at::Tensor& parameter : group.params()) {
             const StateReader section = reader.section(std::to_string(number++));
-            if (!section.exists() && may_be_empty) continue;
+            if (!section.exists() && (may_be_empty || !updates(parameter))) continue;
             read_state(kind, section, parameter, group.options(), /*with_values=*/false);
             known += section.tensors().size();
             if (updates(parameter)) states.push_back({parameter, section, &group.options()});
@@ -257,7 +257,9 @@ void TorchOptimizer::set_learning_rate(double rate) {
 }
 
 void TorchOptimizer::update_only(const std::vector<at::Tensor>& parameters) {
-    Optimizer::update_only(parameters);
+    require_that(dynamic_cast<const torch::optim::Adagrad*>(&optimizer_) == nullptr,
+                 "the state of torch's Adagrad cannot be sharded: it is made at construction");
+    restrict_to(parameters);
     for (const at::Tensor& parameter : this->parameters()) {
         if (!updates(parameter)) optimizer_.state().erase(parameter.unsafeGetTensorImpl());
     }

@@ -37,6 +37,11 @@ std::string text_of_failure(const std::string& why) {
 
 }  // namespace
 
+// The parts are about as large as the first one's own.
+std::int64_t PartsOfRanks::bytes_beside(const StateDict& state) const {
+    return (reducer_.size() - 1) * own_part(state).bytes();
+}
+
 void PartsOfRanks::begin(const std::filesystem::path& folder) {
     gather_text(reducer_, folder.string());
 }

@@ -16,7 +16,7 @@ class PartsOfRanks final : public CheckpointParts {
 public:
     explicit PartsOfRanks(Reducer& reducer) : reducer_(reducer) {}
 
-    int processes() const override { return reducer_.size(); }
+    std::int64_t bytes_beside(const StateDict& state) const override;
     void begin(const std::filesystem::path& folder) override;
     std::vector<CheckpointFile> finish() override;
 

@@ -25,14 +25,54 @@ void validate(const RecoveryOptions& options) {
     require(options.memory_bytes >= 0, "memory_bytes", options.memory_bytes, "at least 0");
 }
 
-// Of a checkpoint's snapshot, what other processes have.
-void leave_out_others(const Optimizer& optimizer, StateDict& snapshot) {
-    const StateReader saved = StateReader(snapshot).section("optimizer");
-    std::vector<std::string> others;
-    for (const auto& [name, tensor] : saved.tensors()) {
-        if (!optimizer.keeps(name)) others.push_back("optimizer/" + name);
+// Each process knows how many tensors it has.
+std::string count_of_rank(int rank) {
+    return str_cat("tensors.", rank);
+}
+
+void put_count(const Accumulator& accumulator, StateDict& snapshot) {
+    const auto tensors = StateReader(snapshot).section("optimizer").tensors().size();
+    const StateWriter writer(snapshot, "optimizer/");
+    if (accumulator.is_sharded()) writer.put("parts", accumulator.reducer().size());
+    writer.put(accumulator.is_sharded() ? count_of_rank(accumulator.reducer().rank()) : "tensors", tensors);
+}
+
+// An optimizer that lacks some of its tensors would continue as if it had not created them yet.
+void require_all_tensors(const StateReader& saved) {
+    if (!saved.exists()) return;
+    std::int64_t counted = 0;
+    if (!saved.has("parts")) {
+        counted = saved.count("tensors");
+    } else {
+        const std::int64_t parts = saved.count("parts", 2, INT32_MAX);
+        std::int64_t found = 0;
+        for (int rank = 0; rank < parts; ++rank) {
+            if (!saved.has(count_of_rank(rank))) continue;
+            ++found;
+            counted += saved.count(count_of_rank(rank));
+        }
+        if (found != 1 && found != parts) saved.refuse("parts", str_cat("there are ", found));
     }
+    const auto tensors = static_cast<std::int64_t>(saved.tensors().size());
+    if (counted != tensors) saved.refuse("tensors", str_cat("there are ", tensors));
+}
+
+// Makes a checkpoint's snapshot that of this process: leaves out what others have.
+void make_own(const Accumulator& accumulator, StateDict& snapshot) {
+    std::vector<std::string> others;
+    const auto collect = [&](const auto& values) {
+        constexpr std::string_view section = "optimizer/";
+        for (const auto& [name, value] : values) {
+            if (!name.starts_with(section)) continue;
+            const std::string_view rest = std::string_view(name).substr(section.size());
+            const bool counts = rest == "parts" || rest == "tensors" || rest.starts_with("tensors.");
+            if (counts || !accumulator.optimizer().keeps(rest)) others.push_back(name);
+        }
+    };
+    collect(snapshot.tensors());
+    collect(snapshot.scalars());
     for (const std::string& name : others) snapshot.erase(name);
+    put_count(accumulator, snapshot);
 }
 
 }  // namespace
@@ -47,32 +87,29 @@ StateDict training_snapshot(const Accumulator& accumulator) {
     StateDict state;
     const StateWriter writer(state);
     writer.section("model").put(weights_of(accumulator));
-    const StateWriter optimizer = writer.section("optimizer");
-    accumulator.optimizer().save(optimizer);
-    if (accumulator.is_sharded()) {
-        optimizer.put("parts", accumulator.reducer().size());  // only each process knows how many tensors it has
-    } else {
-        optimizer.put("tensors", StateReader(state).section("optimizer").tensors().size());
-    }
+    accumulator.optimizer().save(writer.section("optimizer"));
+    put_count(accumulator, state);
     return state;
 }
 
 StateDict own_part(const StateDict& run) {
     StateDict own;
-    for (const auto& [name, tensor] : run.tensors()) {
-        const bool of_snapshot = name.starts_with("recovery/") && name.find("/optimizer/") == name.find('/', 9);
-        if (of_snapshot || name.starts_with("optimizer/")) own.put(name, tensor);
-    }
+    const auto add = [&](const auto& values) {
+        for (const auto& [name, value] : values) {
+            const std::string_view rest =
+                name.starts_with("recovery/") ? std::string_view(name).substr(name.find('/', 9) + 1) : name;
+            if (rest.starts_with("optimizer/") && rest != "optimizer/parts") own.put(name, value);
+        }
+    };
+    add(run.tensors());
+    add(run.scalars());
     return own;
 }
 
 Commit prepare_snapshot(Accumulator& accumulator, const StateReader& reader) {
     Commit model = prepare_tensors(reader.section("model"), weights_of(accumulator), "parameter");
-    // An optimizer that lacks some of its tensors would continue as if it had not created them yet.
     const StateReader saved = reader.section("optimizer");
-    const auto tensors = static_cast<std::int64_t>(saved.tensors().size());
-    const bool of_one = saved.exists() && !saved.has("parts");
-    if (of_one && saved.count("tensors") != tensors) saved.refuse("tensors", str_cat("there are ", tensors));
+    require_all_tensors(saved);
     Commit optimizer = accumulator.optimizer().prepare(saved);
     return [model = std::move(model), optimizer = std::move(optimizer)] {
         model();
@@ -236,7 +273,7 @@ Commit Recovery::prepare(const StateReader& reader) {
         if (one.section("gate").exists()) SpikeGate({}).prepare(one.section("gate"));
         Point point{one.count("steps"), one.copy()};
         point.state.erase("steps");
-        leave_out_others(accumulator_->optimizer(), point.state);
+        make_own(*accumulator_, point.state);
         restored.points_.push_back(std::move(point));
     }
     return [this, restored = std::move(restored)]() mutable {

@@ -24,7 +24,7 @@ NamedTensors weights_of(const Accumulator& accumulator);
 /// optimizer, it has this process's part.
 StateDict training_snapshot(const Accumulator& accumulator);
 
-/// Of a run's state with a sharded optimizer, the tensors that no other rank has: the optimizer's, also of snapshots.
+/// Of a run's state with a sharded optimizer, what no other rank has: the optimizer's state, also of snapshots.
 StateDict own_part(const StateDict& run);
 
 /// Validates a training_snapshot() for this job. Errors: ErrorKind::bad_data.

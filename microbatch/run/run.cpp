@@ -154,6 +154,8 @@ const Outcome& Run::train() {
 
 // Runs one step and writes all its records. False if it was interrupted in the middle of its batch.
 bool Run::step() {
+    require_that(accumulator_.is_sharded() == (parts_ != nullptr),
+                 "the optimizer's state was sharded after the run began: shard it before");
     const at::Device device = device_of(accumulator_.parameters());
     reset_peak_of(device);
     const std::int64_t copy_bytes = checkpoints_ ? checkpoints_->memory_bytes() : 0;

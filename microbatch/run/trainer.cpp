@@ -101,6 +101,7 @@ TrainerReport Trainer::step() {
     report.diverged = report.step.diverged;
     add_noise(report);
     if (report.diverged) roll_back(report);
+    if (accumulator_.is_sharded()) agree_on_snapshots(report);  // a checkpoint has the part of each
     report.seconds = seconds();
     return report;
 }
@@ -134,9 +135,13 @@ void Trainer::begin_step(TrainerReport& report) {
 
 void Trainer::keep_snapshot(TrainerReport& report) {
     report.warning = recovery_->keep(at_.progress.steps, *gate_, options_.reclaimers);
+    agree_on_snapshots(report);
+}
+
+// All ranks can roll back to the same snapshots, or none can.
+void Trainer::agree_on_snapshots(TrainerReport& report) {
     Reducer& reducer = accumulator_.reducer();
-    if (reducer.size() == 1 || recovery_->has_given_up()) return;
-    // All ranks can roll back to the same snapshots, or none can.
+    if (!recovery_ || reducer.size() == 1 || recovery_->has_given_up()) return;
     if (reducer.any_rank(recovery_->has_failed())) report.warning = recovery_->give_up();
 }
 
@@ -201,7 +206,8 @@ bool ends_on_any_rank(const Accumulator& accumulator, const TrainerOptions& opti
 // The run was resumed with options that change the batch: it is started again.
 void Trainer::drop_partial_of_another(const BatchSource& batch) {
     if (!partial_) return;
-    if (partial_->fingerprint == batch.fingerprint() && partial_->samples < batch.size()) return;
+    const bool fits = partial_->fingerprint == batch.fingerprint() && partial_->samples < batch.size();
+    if (fits && accumulator_.grain() == 0) return;
     restore_forward_state(accumulator_.model(), partial_->before, /*generators=*/true);
     partial_.reset();
 }

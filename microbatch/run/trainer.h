@@ -114,6 +114,7 @@ private:
     void validate_options() const;
     void begin_step(TrainerReport& report);
     void keep_snapshot(TrainerReport& report);
+    void agree_on_snapshots(TrainerReport& report);
     StepOptions step_options(const TrainerReport& report);
     std::int64_t full_batch() const;
     std::int64_t samples_left() const;

@@ -143,6 +143,7 @@ void Trainer::save(const StateWriter& writer) const {
     writer.merge(training_snapshot(accumulator_));
     save_generators(accumulator_.model(), writer.section("rng"));
     accumulator_.caps().save(writer.section("caps"));
+    accumulator_.save_ranges(writer.section("ranges"));
     if (gate_) gate_->save(writer.section("gate"));
     if (recovery_) recovery_->save(writer.section("recovery"));
     if (partial_) save_partial(*partial_, accumulator_.parameters(), at_.partial_seconds, writer.section("batch"));
@@ -167,9 +168,9 @@ Commit Trainer::prepare(const StateReader& reader) {
     next.last_batch = run.count("last_batch");
     next.shrunk_at = run.count("shrunk_at");
     const double rate = run.positive("learning_rate");
-    std::vector<Commit> commits{prepare_snapshot(accumulator_, reader),
-                                prepare_generators(accumulator_.model(), reader.section("rng")),
-                                accumulator_.caps().prepare(reader.section("caps"))};
+    std::vector<Commit> commits{
+        prepare_snapshot(accumulator_, reader), prepare_generators(accumulator_.model(), reader.section("rng")),
+        accumulator_.caps().prepare(reader.section("caps")), accumulator_.prepare_ranges(reader.section("ranges"))};
     if (options_.data_state != nullptr) commits.push_back(options_.data_state->prepare(data.section("own")));
     const std::int64_t steps = next.progress.steps;
     if (gate_ && reader.section("gate").exists()) {

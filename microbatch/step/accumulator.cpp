@@ -1,17 +1,23 @@
 #include "microbatch/step/accumulator.h"
 
+#include <ATen/ops/randint.h>
+#include <ATen/ops/tensor.h>
 #include <c10/util/Exception.h>
 #include <c10/util/ScopeExit.h>
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
+#include <limits>
 #include <stdexcept>
 #include <unordered_set>
 
+#include "microbatch/autograd/batch_norm_layers.h"
 #include "microbatch/core/error.h"
 #include "microbatch/memory/meter.h"
 #include "microbatch/model/forward_state.h"
 #include "microbatch/optim/clipping.h"
+#include "microbatch/step/repeatable.h"
 
 namespace microbatch {
 namespace {
@@ -24,6 +30,11 @@ Reclaimers joined(Reclaimers first, const Reclaimers& second) {
 // Only the first time: memory that others used may be free again.
 Reclaimer once() {
     return {[tried = std::make_shared<bool>(false)] { return !std::exchange(*tried, true); }};
+}
+
+std::uint64_t draw_seed() {
+    const at::Tensor drawn = at::randint(std::numeric_limits<std::int64_t>::max(), {1}, at::kLong);
+    return static_cast<std::uint64_t>(drawn.item<std::int64_t>());
 }
 
 }  // namespace
@@ -42,29 +53,36 @@ struct Accumulator::Attempt {
     Plan plan_of_shape = {};
     bool is_agreed = false;  // the processes have told each other how it ended
     bool ran_out = false;    // of memory, in this process
+    std::optional<Invariance> invariance = {};
 };
+
+/// The batch's gradients do not fit the sums that were made for those of the last one.
+struct Accumulator::OutOfRange : std::exception {};
 
 Accumulator::Accumulator(const AnyModel& model, Optimizer& optimizer, AccumulatorOptions options)
     : model_(model.get()),
-      gatherer_(model, options.sum_in_product, options.precision),
+      gatherer_(model, options.sum_in_product && options.grain == 0, options.precision),
       optimizer_(optimizer),
       options_(std::move(options)) {
     set_plan(options_.plan);
+    require_that(options_.grain >= 0, "the grain is ", options_.grain, "; it must be at least 1, or 0 for none");
     require_that(options_.clip_norm > 0.0, "clip_norm is ", options_.clip_norm, "; it must be above 0");
+    require_that(
+        !optimizer_.is_partial(),
+        "the optimizer's state is sharded by another accumulator, and this one cannot know how: make a new one");
     refuse_unknown_parameters();
     if (options_.shard_optimizer) shard_optimizer();
 }
 
-void Accumulator::track(const Parameters& parameters) {
-    gatherer_.track(parameters);
-    if (is_sharded()) shard_optimizer();
-}
-
 void Accumulator::shard_optimizer(bool yes) {
     require_idle();
-    const Parameters& all = gatherer_.parameters();
-    if (!yes) reducer().unite();
-    optimizer_.update_only(yes ? reducer().divide(all) : tensors_of(all));
+    if (yes) {
+        const std::vector<at::Tensor> own = reducer().divide(optimizer_.parameters());
+        if (is_sharded()) optimizer_.update_only(own);
+    } else {
+        optimizer_.update_all();
+        reducer().unite();
+    }
 }
 
 void Accumulator::require_whole_update() const {
@@ -79,6 +97,7 @@ void Accumulator::set_plan(const Plan& plan) {
     require_that(!plan.recompute || offers_recompute(plan.batch_norm),
                  "the plan uses recompute, but the accumulator has no model that supports it");
     options_.plan = plan;
+    if (options_.grain > 0) options_.plan.micro_batch = options_.grain;
     caps_.clear();
     ActivationCheckpointing::set(*model_, plan);
     // Cached blocks of another plan's sizes would only take memory.
@@ -100,6 +119,7 @@ void Accumulator::refuse_unknown_parameters() {
                      tensor.sizes(), " that the accumulator does not know; pass it to track()");
     }
     known_ = std::move(updated);
+    if (is_sharded()) optimizer_.update_only(reducer().divide(known_));
 }
 
 StepReport Accumulator::step(const BatchSource& batch, const LossFunction& loss, StepOptions options) {
@@ -173,7 +193,8 @@ std::variant<Gathered, PartialBatch> Accumulator::gather_batch(const BatchSource
     throttle_.poll();
     gatherer_.require_idle();
     Attempt attempt = first_attempt(batch, options);
-    require_policy_over_processes(attempt.plan);
+    require_policy(attempt.plan);
+    if (options_.grain > 0) plan_grains(attempt);
     const Reclaimers last_resorts{
         {[&attempt] { return std::exchange(attempt.measure_noise, false); }, /*counts=*/false}};
     const Reclaimers smaller{{[&] { return make_plan_smaller(attempt); }}};
@@ -181,14 +202,15 @@ std::variant<Gathered, PartialBatch> Accumulator::gather_batch(const BatchSource
         joined(
             joined(joined(agreed(options.before_noise, attempt), last_resorts), agreed(options.before_plan, attempt)),
             smaller),
-        [&] { return try_gather(batch, loss, options.stop, attempt); }, [&] { undo(); },
+        [&] { return try_in_range(batch, loss, options.stop, attempt); }, [&] { undo(); },
         [&](const Reclaimer& helped, const std::string& message) {
             attempt.message = message;
             attempt.out_of_memory += helped.counts ? 1 : 0;
         },
         [this](const std::string& message) {
-            throw Error(ErrorKind::does_not_fit, "out of memory with a micro-batch of 1 sample: ", message,
-                        fragmentation(),
+            throw Error(ErrorKind::does_not_fit, "out of memory with ",
+                        options_.grain > 0 ? str_cat("a grain of ", options_.grain) : "a micro-batch of 1 sample", ": ",
+                        message, fragmentation(),
                         "; the step changed nothing: raise the memory budget, or use shorter "
                         "samples");
         });
@@ -207,7 +229,8 @@ std::variant<Gathered, PartialBatch> Accumulator::gather_batch(const BatchSource
 }
 
 Accumulator::Attempt Accumulator::first_attempt(const BatchSource& batch, StepOptions& options) const {
-    const Slice share = reducer().share(batch.size());
+    const std::int64_t grain = std::max<std::int64_t>(options_.grain, 1);
+    const Slice share = reducer().share(batch.size(), grain);
     const std::int64_t samples = share.size();
     Attempt attempt{.share = share,
                     .plan = options_.plan,
@@ -218,7 +241,9 @@ Accumulator::Attempt Accumulator::first_attempt(const BatchSource& batch, StepOp
         std::clamp<std::int64_t>(attempt.plan.micro_batch, 1, std::max<std::int64_t>(samples, 1));
     // A single micro-batch does not show noise.
     const bool is_cut = attempt.plan.micro_batch < samples || reducer().size() > 1 || !caps_.empty();
-    attempt.measure_noise = options.measure_noise && is_cut;
+    attempt.measure_noise = options.measure_noise && is_cut && options_.grain == 0;
+    require_that(!attempt.partial || options_.grain == 0,
+                 "a batch that was left half-way cannot be gathered in grains");
     if (const auto& partial = attempt.partial) {
         gatherer_.require_partial(batch, *partial);
         attempt.measure_noise = partial->measure_noise;
@@ -231,6 +256,76 @@ Accumulator::Attempt Accumulator::first_attempt(const BatchSource& batch, StepOp
     return attempt;
 }
 
+// All know the batch's random numbers, and which of its grains are theirs.
+void Accumulator::plan_grains(Attempt& attempt) {
+    attempt.plan.micro_batch = options_.grain;
+    const std::int64_t own = micro_batch_count(attempt.samples, options_.grain);
+    const at::Tensor mine = at::tensor({static_cast<std::int64_t>(draw_seed()), own}, at::kLong);
+    Invariance how{.grain = options_.grain, .grains = 0, .ranges = ranges_};
+    const std::vector<at::Tensor> all = reducer().gather(mine);
+    for (std::size_t rank = 0; rank < all.size(); ++rank) {
+        const auto* const numbers = all[rank].const_data_ptr<std::int64_t>();
+        if (rank == 0) how.seed = static_cast<std::uint64_t>(numbers[0]);
+        if (std::cmp_less(rank, reducer().rank())) how.first += numbers[1];
+        how.grains += numbers[1];
+    }
+    attempt.invariance = std::move(how);
+}
+
+std::variant<Gathered, PartialBatch> Accumulator::try_in_range(const BatchSource& batch, const LossFunction& loss,
+                                                               const StopToken& stop, Attempt& attempt) {
+    if (!attempt.invariance) return try_gather(batch, loss, stop, attempt);
+    for (int times = 0;; ++times) {
+        try {
+            auto result = try_gather(batch, loss, stop, attempt);
+            ranges_of_gathered_ = attempt.invariance->found;
+            prepare_generators(*model_,
+                               StateReader(*before_).section("rng"))();  // as they were after the seed was drawn
+            return result;
+        } catch (const OutOfRange&) {
+            require_that(times < 3, "the gradients of a batch are others each time: they have no range to sum them in");
+        }
+    }
+}
+
+void Accumulator::probe_grain(const BatchSource& share, const LossFunction& loss) {
+    if (is_probed_ || share.size() == 0) return;
+    const auto grain = [&] { return share.fetch({0, std::min(options_.grain, share.size())}); };
+    require_repeatable(*model_, gatherer_.parameters(), loss, grain);
+    is_probed_ = true;
+}
+
+// All have added their grains: whether all sums can hold them.
+void Accumulator::require_range(Attempt& attempt) {
+    Invariance& how = *attempt.invariance;
+    GradientRanges all(how.found.size(), 0.0);
+    for (const at::Tensor& one : reducer().gather(at::tensor(how.found, at::kDouble))) {
+        for (std::size_t i = 0; i < all.size(); ++i) all[i] = std::max(all[i], one.const_data_ptr<double>()[i]);
+    }
+    how.found = std::move(all);
+    how.ranges.resize(how.found.size(), 0.0);
+    if (exceeds(how.found, how.ranges)) {
+        how.ranges = how.found;
+        throw OutOfRange();
+    }
+}
+
+void Accumulator::save_ranges(const StateWriter& writer) const {
+    if (options_.grain == 0) return;
+    const Parameters& parameters = gatherer_.parameters();
+    for (std::size_t i = 0; i < ranges_.size(); ++i) {
+        writer.put(parameters[i].name, std::isfinite(ranges_[i]) ? ranges_[i] : 0.0);
+    }
+}
+
+Commit Accumulator::prepare_ranges(const StateReader& reader) {
+    GradientRanges ranges;
+    for (const Parameter& one : gatherer_.parameters()) {
+        ranges.push_back(reader.has(one.name) ? reader.positive(one.name) : 0.0);
+    }
+    return [this, ranges = std::move(ranges)] { ranges_ = ranges; };
+}
+
 std::variant<Gathered, PartialBatch> Accumulator::try_gather(const BatchSource& batch, const LossFunction& loss,
                                                              const StopToken& stop, Attempt& attempt) {
     attempt.shape.clear();
@@ -239,12 +334,14 @@ std::variant<Gathered, PartialBatch> Accumulator::try_gather(const BatchSource& 
     std::optional<PartialBatch> partial = std::exchange(attempt.partial, std::nullopt);
     const SliceOf share(batch, attempt.share);
     const bool is_whole = attempt.samples == batch.size();
+    const bool may_stop = reducer().size() == 1 && !attempt.invariance;
     try {
         before_ = partial ? std::move(partial->before) : forward_state(*model_);
+        if (attempt.invariance) probe_grain(share, loss);
         return gatherer_.gather(is_whole ? batch : share, loss,
                                 {.plan = attempt.plan,
                                  .measure_noise = attempt.measure_noise,
-                                 .stop = reducer().size() == 1 ? stop : StopToken{},
+                                 .stop = may_stop ? stop : StopToken{},
                                  .caps = &attempt.caps,
                                  .on_micro_batch =
                                      [&attempt](const SampleShape& shape, const Plan& plan) {
@@ -255,8 +352,10 @@ std::variant<Gathered, PartialBatch> Accumulator::try_gather(const BatchSource& 
                                      [&] {
                                          reserve_for_step();
                                          agree(nullptr, attempt);
+                                         if (attempt.invariance) require_range(attempt);
                                      },
-                                 .reducer = &reducer()},
+                                 .reducer = &reducer(),
+                                 .invariance = attempt.invariance ? &*attempt.invariance : nullptr},
                                 std::move(partial));
     } catch (...) {
         const std::exception_ptr failure = std::current_exception();
@@ -270,6 +369,8 @@ std::variant<Gathered, PartialBatch> Accumulator::try_gather(const BatchSource& 
         if (attempt.out_of_memory == 0) throw;
         try {
             std::rethrow_exception(failure);
+        } catch (const OutOfRange&) {
+            throw;
         } catch (const Error& error) {
             if (error.kind() == ErrorKind::bad_data || error.kind() == ErrorKind::lost_rank) throw;
         } catch (const c10::Error&) {
@@ -286,7 +387,7 @@ std::variant<Gathered, PartialBatch> Accumulator::try_gather(const BatchSource& 
 
 // After the processes have agreed, none may fail alone.
 void Accumulator::reserve_for_step() {
-    if (reducer().size() > 1) optimizer_.reserve(gradients_in(tensors_of(gatherer_.parameters())));
+    if (reducer().size() > 1) optimizer_.reserve(gatherer_.gradients_to_come());
 }
 
 // Tells the other processes how the attempt ended here. Returns if it can go on as it would alone; throws if another
@@ -325,9 +426,16 @@ Reclaimers Accumulator::agreed(const Reclaimers& own, const Attempt& attempt) {
     }}};
 }
 
-void Accumulator::require_policy_over_processes(const Plan& plan) const {
+void Accumulator::require_policy(const Plan& plan) const {
     require_that(reducer().size() == 1 || plan.batch_norm != BatchNorm::exact,
                  "exact BatchNorm is for one process: over several, choose the policy deferred");
+    if (options_.grain == 0 || plan.batch_norm == BatchNorm::frozen) return;
+    for (const NamedTensor& buffer : model_->buffers()) {
+        require_that(!counts_batches(buffer),
+                     "the invariant mode cannot have BatchNorm that moves its running statistics, as ",
+                     buffer.name.substr(0, buffer.name.rfind('.')),
+                     " does: they depend on the order of the grains; choose the policy frozen, group or rms");
+    }
 }
 
 // For samples of the shape at which memory ran out, and larger ones.
@@ -337,7 +445,7 @@ bool Accumulator::make_plan_smaller(Attempt& attempt) const {
     // A smaller micro-batch hardly helps an exact batch: the values between its layers are the whole batch's.
     if (may_recompute && plan.batch_norm == BatchNorm::exact && plan.micro_batch < attempt.samples) {
         plan.recompute = true;
-    } else if (plan.micro_batch > 1) {
+    } else if (plan.micro_batch > 1 && options_.grain == 0) {
         plan.micro_batch /= 2;
     } else if (may_recompute) {
         plan.recompute = true;
@@ -360,6 +468,7 @@ void Accumulator::undo() {
 }
 
 void Accumulator::begin(bool measure_noise) {
+    require_that(options_.grain == 0, "with a grain, the batch is not streamed: pass it to step() or gather()");
     Plan plan = options_.plan;
     plan.micro_batch = 0;  // the caller's
     open(measure_noise, plan);
@@ -376,6 +485,11 @@ void Accumulator::open(bool measure_noise, const Plan& plan) {
 
 void Accumulator::begin_trial(const Plan& plan) {
     open(/*measure_noise=*/false, plan);
+    if (options_.grain > 0) {
+        const GradientRanges any(gatherer_.parameters().size(),
+                                 1.0);  // the range makes no difference to time and memory
+        gatherer_.sum_in_any_order(any, 1);
+    }
     is_trial_ = true;
 }
 
@@ -402,11 +516,12 @@ StepReport Accumulator::apply() {
     StepReport result = report();
     const auto started = std::chrono::steady_clock::now();
     try {
-        optimizer_.step(gathered_->sums, divisor());
         is_sharing_ = is_sharded();
-        reducer().share_update(gatherer_.parameters());
+        optimizer_.step(gathered_->sums, divisor());
+        reducer().share_update();
         is_sharing_ = false;
     } catch (...) {
+        if (is_oom(std::current_exception())) is_sharing_ = false;                  // nothing has changed
         if (is_sharded()) reducer().abandon(message_of(std::current_exception()));  // the others wait for its part
         drop_gathered();
         if (!is_oom(std::current_exception())) before_.reset();
@@ -414,6 +529,7 @@ StepReport Accumulator::apply() {
     }
     result.update_seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
     result.applied = true;
+    ranges_ = ranges_of_gathered_;  // a batch that is refused says nothing of the next one
     before_.reset();
     discard({});
     return result;
@@ -425,6 +541,7 @@ StepReport Accumulator::hand_over() {
     StepReport result = report();
     const double weight = gathered_->weight;
     gatherer_.hand_over(gathered_->sums, weight > 0.0 ? weight * options_.precision->loss_scale() : 1.0);
+    ranges_ = ranges_of_gathered_;
     gathered_.reset();
     before_.reset();
     return result;

@@ -28,6 +28,9 @@ struct AccumulatorOptions {
     std::shared_ptr<Precision> precision = std::make_shared<FullPrecision>();
     std::shared_ptr<Reducer> reducer = std::make_shared<LocalReducer>();
     bool shard_optimizer = false;  ///< see Accumulator::shard_optimizer()
+    /// Above 0: the update has the same bits for any micro-batch and any number of processes. The batch is gathered in
+    /// grains of so many samples, instead of micro-batches: see Invariance.
+    std::int64_t grain = 0;
 };
 
 /// The result of one batch.
@@ -81,6 +84,9 @@ struct StepOptions {
 /// generators and does not catch c10::OutOfMemoryError.
 /// Formula:  g = (sum of the micro-batches' loss-sum gradients) / (sum of their weights), clipped once, one step.
 /// Source:   reference: docs/how-it-works.md, section 2. Deviation: none.
+/// Invariant: with a grain, the bits depend neither on the micro-batch nor on the processes, with the same threads in each.
+///           A batch whose gradients exceed the last one's 64 times is gathered twice, and so is the first one. Refused:
+///           BatchNorm that moves, and operators that give other bits each time, which are named.
 /// State:    between gather (or finish) and apply, everything about the batch is known and no parameter has changed.
 /// Processes: with a Reducer of several, all call step() at the same time, and each gathers its share of the batch; the
 ///           update is the whole batch's, and all take the same decisions. A batch is not left half-way then.
@@ -93,16 +99,17 @@ public:
     Accumulator(const AnyModel& model, Optimizer& optimizer, AccumulatorOptions options = {});
 
     /// Adds parameters that were added to the model; add them to the optimizer too.
-    void track(const Parameters& parameters);
+    void track(const Parameters& parameters) { gatherer_.track(parameters); }
 
     /// Divides the optimizer's state among the processes (ZeRO-1): each updates its own parameters, and gives them to the
     /// others. The gathered sums are those of its own parameters then. A single process keeps the whole state. All
-    /// processes, between two batches. `yes` = false ends it, before the first update.
+    /// processes, between two batches. `yes` = false ends it.
+    /// Errors: ErrorKind::usage if the optimizer does not support it, or it is to end after the optimizer has made state.
     void shard_optimizer(bool yes = true);
     bool is_sharded() const { return reducer().divides(); }
 
-    /// Throws ErrorKind::lost_rank if a process was lost while the others took its part of an update: the parameters are a
-    /// mixture of before and after it.
+    /// Throws ErrorKind::lost_rank if a process was lost during a sharded update: the parameters may be a mixture of before
+    /// and after it.
     void require_whole_update() const;
 
     /// gather(), then apply(), or discard() if a gate refuses. If it throws before the optimizer steps, nothing has
@@ -162,12 +169,17 @@ public:
     void set_plan(const Plan& plan);
     const Plan& plan() const { return options_.plan; }
 
+    /// The largest gradients of the last batch that was applied, by parameter name: part of a run's state if there are grains.
+    void save_ranges(const StateWriter& writer) const;
+    Commit prepare_ranges(const StateReader& reader);
+    std::int64_t grain() const { return options_.grain; }
+
     /// The caps learned from out-of-memory errors: part of a run's state.
     MicroBatchCaps& caps() { return caps_; }
     const MicroBatchCaps& caps() const { return caps_; }
 
-    /// Throws ErrorKind::usage if the plan's BatchNorm policy is for one process, and there are several.
-    void require_policy_over_processes(const Plan& plan) const;
+    /// Throws ErrorKind::usage if the plan's BatchNorm policy is not one for several processes, or for grains.
+    void require_policy(const Plan& plan) const;
 
     /// Throws ErrorKind::usage if a batch is open, or gathered but neither applied nor discarded.
     void require_idle() const { gatherer_.require_idle(); }
@@ -179,6 +191,7 @@ public:
 
 private:
     struct Attempt;
+    struct OutOfRange;
 
     void refuse_unknown_parameters();
     std::string fragmentation() const;
@@ -187,6 +200,11 @@ private:
     Attempt first_attempt(const BatchSource& batch, StepOptions& options) const;
     std::variant<Gathered, PartialBatch> try_gather(const BatchSource& batch, const LossFunction& loss,
                                                     const StopToken& stop, Attempt& attempt);
+    std::variant<Gathered, PartialBatch> try_in_range(const BatchSource& batch, const LossFunction& loss,
+                                                      const StopToken& stop, Attempt& attempt);
+    void plan_grains(Attempt& attempt);
+    void probe_grain(const BatchSource& share, const LossFunction& loss);
+    void require_range(Attempt& attempt);
     void reserve_for_step();
     void agree(const std::exception_ptr& failure, Attempt& attempt);
     Reclaimers agreed(const Reclaimers& own, const Attempt& attempt);
@@ -204,6 +222,9 @@ private:
     AccumulatorOptions options_;
     std::vector<at::Tensor> known_;  // of the optimizer, at the last check
     MicroBatchCaps caps_;
+    GradientRanges ranges_;  // of the last batch that was applied, by parameter; empty if not known
+    GradientRanges ranges_of_gathered_;
+    bool is_probed_ = false;            // a grain was found to have the same bits each time
     std::optional<StateDict> before_;   // the model before the gathered batch
     std::optional<Gathered> gathered_;  // neither applied nor discarded
     std::int64_t out_of_memory_ = 0;    // in the gathered batch

@@ -158,7 +158,7 @@ PlanReport plan_batch_norm(Accumulator& accumulator, const BatchSource& batch, c
         options.batch_norm = BatchNorm::naive;
         return plan_batch(accumulator, batch, loss, std::move(options));
     }
-    if (policy) accumulator.require_policy_over_processes({.batch_norm = *policy});
+    accumulator.require_policy({.batch_norm = policy.value_or(BatchNorm::deferred)});
     PolicyPlanner planner(accumulator, batch, loss, options);
     return policy ? planner.with(*policy) : planner.best();
 }

@@ -1,5 +1,6 @@
 #include "microbatch/step/gatherer.h"
 
+#include <ATen/Context.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/_foreach_div.h>
 #include <ATen/ops/count_nonzero.h>
@@ -16,6 +17,15 @@
 namespace microbatch {
 
 namespace {
+
+// Each grain has random numbers of its own, whichever process draws them.
+void seed_grain(std::uint64_t of_batch, std::int64_t number) {
+    // splitmix64 (Steele, Lea and Flood 2014)
+    std::uint64_t bits = of_batch + 0x9E3779B97F4A7C15ULL * (static_cast<std::uint64_t>(number) + 1);
+    bits = (bits ^ (bits >> 30U)) * 0xBF58476D1CE4E5B9ULL;
+    bits = (bits ^ (bits >> 27U)) * 0x94D049BB133111EBULL;
+    at::manual_seed(bits ^ (bits >> 31U));
+}
 
 // A sum without a graph is what a loss function returns for a micro-batch of weight 0: the weight has to be read.
 WeightedLoss settled(const WeightedLoss& loss) {
@@ -50,6 +60,7 @@ std::variant<Gathered, PartialBatch> Gatherer::gather(const BatchSource& source,
     const bool has_others = options.reducer != nullptr && options.reducer->size() > 1;
     require_that(samples != 0 || has_others, "the batch is empty: give it at least one sample");
     micro_batch_count(samples, options.plan.micro_batch);  // refuses an invalid plan
+    if (options.invariance != nullptr) return gather_grains(source, loss, options);
     const bool cut = options.plan.micro_batch < samples || (options.caps != nullptr && !options.caps->empty());
     if (cut && options.plan.batch_norm == BatchNorm::exact) return gather_exactly(source, loss, options);
     std::int64_t done = 0;
@@ -108,6 +119,30 @@ std::int64_t Gatherer::add_next(const BatchSource& source, std::int64_t begin, c
     return next.end;
 }
 
+Gathered Gatherer::gather_grains(const BatchSource& source, const LossFunction& loss, const GatherOptions& options) {
+    Invariance& how = *options.invariance;
+    begin(/*measure_noise=*/false, options.plan);
+    auto clear_on_error = c10::make_scope_exit([this] { clear(); });
+    sum_in_any_order(how.ranges, how.grains);
+    GrainLosses losses;
+    for (std::int64_t begin = 0; begin < source.size(); begin += how.grain) {
+        Batch grain = source.fetch({begin, std::min(begin + how.grain, source.size())});
+        if (options.on_micro_batch) options.on_micro_batch(shape_of(grain), options.plan);
+        seed_grain(how.seed, how.first + begin / how.grain);
+        const WeightedLoss sum = settled(loss_of(loss, grain));
+        grain = {};
+        add(sum);
+        losses.weights.push_back(sum.weight.value());
+        losses.losses.push_back(losses.weights.back() > 0.0 ? sum.sum.detach().item<double>() : 0.0);
+    }
+    how.found = sums_->largest();
+    read_totals();
+    gathered_.grains = std::move(losses);
+    if (options.on_added) options.on_added();
+    clear_on_error.release();
+    return finish(options.reducer);
+}
+
 // All micro-batches at once, layer by layer.
 Gathered Gatherer::gather_exactly(const BatchSource& source, const LossFunction& loss, const GatherOptions& options) {
     begin(/*measure_noise=*/false, options.plan);
@@ -134,6 +169,10 @@ Gathered Gatherer::gather_exactly(const BatchSource& source, const LossFunction&
     // The model may have changed since it was learned: the next batch keeps what this one shows.
     if (batch.fingerprint() != keep_plans_->all.fingerprint) keep_plans_ = keep_plans_of(batch.program());
     return finish();
+}
+
+void Gatherer::sum_in_any_order(const GradientRanges& ranges, std::int64_t summands) {
+    sums_.emplace(parameters_, ranges, summands);
 }
 
 void Gatherer::enter(const Plan& plan) {
@@ -226,6 +265,7 @@ void Gatherer::add_checked(const WeightedLoss& given) {
     model_->backward(scale == 1.0 ? loss.sum : loss.sum * scale);
     refuse_sparse_gradients();
     totals_.add(loss, norms_ ? norms_->added(parameters_) : at::Tensor());
+    if (sums_) sums_->take();
 }
 
 void Gatherer::count(const WeightedLoss& loss) {
@@ -273,13 +313,36 @@ void Gatherer::refuse_sparse_gradients() const {
 void Gatherer::measure(Reducer* reducer) {
     read_totals();
     if (gathered_.weight == 0.0) drop_gradients();  // zeros, of weights that were not known
-    gathered_.sums = gradients_in(tensors_of(parameters_));
-    if (reducer != nullptr) gathered_ = reducer->reduce(std::move(gathered_), parameters_, precision_->loss_scale());
-    require_that(
-        gathered_.weight == 0.0 || !gathered_.sums.empty(),
-        "no parameter received a gradient: are these the parameters of the model that the loss function uses?");
-    if (gathered_.weight == 0.0 || reducer != nullptr) return;
-    gathered_.gradient_norm = joint_norm(sums_of(gathered_.sums)) / (gathered_.weight * precision_->loss_scale());
+    const bool in_any_order = sums_.has_value();
+    gathered_.sums = in_any_order ? sums_->sums() : gradients_in(tensors_of(parameters_));
+    sums_.reset();
+    if (gathered_.weight == 0.0) gathered_.sums.clear();
+    const double scale = precision_->loss_scale();
+    if (reducer != nullptr) gathered_ = reducer->reduce(std::move(gathered_), parameters_, scale);
+    require_that(gathered_.weight == 0.0 || !gathered_.sums.empty() || reducer != nullptr, no_gradient);
+    if (gathered_.weight > 0.0 && reducer == nullptr) {
+        const std::vector<at::Tensor> sums = sums_of(gathered_.sums);
+        const double norm = in_any_order ? norm_of_squares(squares_of_each(sums)) : joint_norm(sums);
+        gathered_.gradient_norm = norm / (gathered_.weight * scale);
+    }
+    if (reducer != nullptr || in_any_order) place(gathered_.sums);
+}
+
+// Makes the sums, and no others, the parameters' .grad.
+void Gatherer::place(GradientViews& sums) {
+    const at::NoGradGuard no_grad;
+    drop_gradients();
+    for (GradientView& one : sums) {
+        one.sum = one.sum.to(one.parameter.scalar_type());
+        one.parameter.mutable_grad() = one.sum;
+    }
+}
+
+GradientViews Gatherer::gradients_to_come() const {
+    if (!sums_) return gradients_in(tensors_of(parameters_));
+    GradientViews views = sums_->sums();
+    for (GradientView& one : views) one.sum = one.parameter;
+    return views;
 }
 
 void Gatherer::read_totals() {
@@ -339,6 +402,7 @@ void Gatherer::clear() {
     drop_gradients();
     totals_ = {};
     norms_.reset();
+    sums_.reset();
     layers_.reset();
     for (const auto& scope : scopes_) scope->leave();
     state_ = State::idle;

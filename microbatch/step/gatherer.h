@@ -17,6 +17,7 @@
 #include "microbatch/step/micro_batch_caps.h"
 #include "microbatch/step/micro_batch_norms.h"
 #include "microbatch/step/micro_batch_scope.h"
+#include "microbatch/step/order_free_sums.h"
 #include "microbatch/step/precision.h"
 #include "microbatch/step/reducer.h"
 
@@ -26,6 +27,17 @@ class BatchNormLayers;
 
 /// Called between micro-batches: true interrupts the batch.
 using StopToken = std::function<bool()>;
+
+/// How a batch is gathered so that its bits depend neither on the micro-batches nor on the processes: grain by grain, each
+/// at its own shape and with random numbers of its own, and summed in any order.
+struct Invariance {
+    std::int64_t grain = 1;      ///< samples, but for the batch's last one
+    std::int64_t first = 0;      ///< number in the whole batch of this process's first grain
+    std::int64_t grains = 1;     ///< in the whole batch
+    std::uint64_t seed = 0;      ///< of the batch's random numbers
+    GradientRanges ranges = {};  ///< see OrderFreeSums
+    GradientRanges found = {};   ///< set when all grains have been added, before on_added
+};
 
 /// Options of gather().
 struct GatherOptions {
@@ -42,6 +54,8 @@ struct GatherOptions {
     std::function<void()> on_added = {};
     /// Combines the batch with those of other processes; null: it is the whole batch.
     Reducer* reducer = nullptr;
+    /// Gathers in grains instead of micro-batches. Noise is not measured then, and the batch is not stopped.
+    Invariance* invariance = nullptr;
 };
 
 /// Sums the gradients of one batch, micro-batch by micro-batch, in the parameters' .grad.
@@ -79,6 +93,9 @@ public:
     ///         code left a gradient in a parameter, which is named.
     void begin(bool measure_noise = false, const Plan& plan = {});
 
+    /// The open batch is summed in whatever order: see OrderFreeSums. Requires: begin() was just called.
+    void sum_in_any_order(const GradientRanges& ranges, std::int64_t summands);
+
     /// Throws ErrorKind::usage if the partial batch belongs to another batch or to other parameters.
     void require_partial(const BatchSource& source, const PartialBatch& partial) const;
 
@@ -107,6 +124,9 @@ public:
     void clear();
 
     const Parameters& parameters() const { return parameters_; }
+
+    /// The parameters that have a gradient so far, with tensors like the gradients.
+    GradientViews gradients_to_come() const;
     Precision& precision() const { return *precision_; }
 
 private:
@@ -138,7 +158,9 @@ private:
     void resume(const BatchSource& source, PartialBatch& partial, const Plan& plan);
     PartialBatch leave(const BatchSource& source, std::int64_t samples, bool measure_noise);
     void enter(const Plan& plan);
+    Gathered gather_grains(const BatchSource& source, const LossFunction& loss, const GatherOptions& options);
     void measure(Reducer* reducer);
+    void place(GradientViews& sums);
     void read_totals();
     void drop_gradients();
 
@@ -149,6 +171,7 @@ private:
     std::unique_ptr<BatchNormLayers> layers_;       // while a batch is open, if their policy needs it
     std::optional<KeepPlans> keep_plans_;           // for exact batches, once learned
     std::optional<MicroBatchGradientNorms> norms_;  // while a batch is open, if they are measured
+    std::optional<OrderFreeSums> sums_;             // while a batch is open, if it is summed in whatever order
     State state_ = State::idle;
     std::vector<Mark> marks_;  // one per parameter
     BatchTotals totals_;

@@ -300,7 +300,8 @@ private:
 
     // A trial does not communicate, but takes the memory for it.
     at::Tensor communication_buffers() const {
-        const std::int64_t bytes = accumulator_.reducer().buffer_bytes(accumulator_.parameters());
+        const std::int64_t bytes =
+            accumulator_.reducer().buffer_bytes(accumulator_.parameters(), accumulator_.grain() > 0);
         return bytes == 0 ? at::Tensor() : at::empty({bytes}, at::TensorOptions(device_).dtype(at::kByte));
     }
 

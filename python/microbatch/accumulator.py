@@ -86,6 +86,12 @@ class Accumulator:
     optimizer's state of its share of the parameters, and gives the others what it updates (ZeRO-1); save the state that
     whole_optimizer_state() returns then. It is for optimizers that update every parameter by itself, as most do.
 
+    grain: above 0, the update has the same bits for any micro_batch and any number of processes, each with as many threads:
+    the batch is computed in grains of so many samples, which are summed without an order; random numbers of torch's
+    default generators are a grain's own. micro_batch has no effect then. Refused with a UsageError: BatchNorm that moves,
+    other generators, and operators that give other bits each time. Where each rank passes its own part, only the last one
+    may not be a multiple of the grain. Take state_dict() along to go on with the same bits.
+
     Out of memory: a batch that runs out is undone (gradients, buffers, generators) and run again with half the
     micro-batch; the update has the same bits as with the smaller one from the start.
     Whatever step() raises before the update, the state is as before it; KeyboardInterrupt included.
@@ -115,6 +121,7 @@ class Accumulator:
         process_group: Any = None,
         shared_batch: bool = False,
         shard_optimizer: bool = False,
+        grain: int = 0,
         sum_in_product: bool = True,
     ) -> None:
         _check_micro_batch(micro_batch)
@@ -122,6 +129,10 @@ class Accumulator:
             raise UsageError(f"guard is a {type(guard).__name__}; give an mb.SpikeGuard()")
         if isinstance(noise_every, bool) or not isinstance(noise_every, int) or noise_every < 0:
             raise UsageError(f"noise_every is {noise_every!r}; it is a number of steps, 0 for never")
+        if isinstance(grain, bool) or not isinstance(grain, int) or grain < 0:
+            raise UsageError(f"grain is {grain!r}; it is a number of samples, 0 for none")
+        if grain > 0 and bound == "tokens":
+            raise UsageError('bound="tokens" with a grain: a grain is so many samples, however long')
         if shard_optimizer and optimizer is None:
             raise UsageError("shard_optimizer=True without an optimizer: there is no state to shard")
         if not isinstance(model, nn.Module):
@@ -158,7 +169,7 @@ class Accumulator:
         self._recompute = recompute if recompute in ("never", "always") else "auto"
         self._process_group = process_group
         self._native: Any = _core.Accumulator(
-            adapter, driver, float(clip_norm), sum_in_product, group, shared_batch, shard_optimizer
+            adapter, driver, float(clip_norm), sum_in_product, group, shared_batch, shard_optimizer, grain
         )
         self._policy = "naive" if self.replaced or not batch_norms(model) else batch_norm
         self._given = None if micro_batch == "auto" else micro_batch
@@ -265,6 +276,7 @@ class Accumulator:
         return {
             "plan": dataclasses.asdict(plan),
             "caps": self._native.caps(),
+            "ranges": self._native.ranges(),
             "steps": self._steps,
             "planned": self._planned,
             "auto": self._auto,
@@ -275,6 +287,7 @@ class Accumulator:
         """Takes over what state_dict() of an Accumulator of the same model returned. Raises BadData if it does not fit."""
         self._native.plan = planning.native(Plan(**state["plan"]))
         self._native.load_caps(state["caps"])
+        self._native.load_ranges(state.get("ranges", {}))
         self._steps, self._planned, self._auto = state["steps"], state["planned"], state["auto"]
         if self.guard is not None and state["guard"] is not None:
             self.guard.load_state_dict(state["guard"])
@@ -285,8 +298,22 @@ class Accumulator:
         All ranks, between two steps. Any number of processes goes on from it: each gives it to its optimizer's
         `load_state_dict()`, and keeps its part. Cost: rank 0 holds the whole state, as one process would.
         """
-        own: dict[str, Any] = self.optimizer.state_dict()
-        return gathered_state(own, self._process_group)
+        if self.optimizer is None:
+            raise UsageError("this Accumulator has no optimizer: there is no state to gather")
+        state: dict[str, Any] = self.optimizer.state_dict()
+        if self._process_group is None or torch.distributed.get_world_size(self._process_group) == 1:
+            return state
+        driver = driver_of(self.optimizer)
+        if not driver.is_partial():
+            return state if torch.distributed.get_rank(self._process_group) == 0 else None
+        return gathered_state(state, driver.own_numbers(), self._process_group)
+
+    def require_whole_update(self) -> None:
+        """Raises LostRank if a rank was lost while the others took its part of a sharded update.
+
+        The parameters may be a mixture of two steps then: go on from what was saved before.
+        """
+        self._native.require_whole_update()
 
     def __repr__(self) -> str:
         plan = "not planned yet" if self._auto and not self._planned else str(self.plan)

@@ -1,5 +1,6 @@
 """Groups of torch.distributed, as the library takes them."""
 
+import dataclasses
 import warnings
 from typing import Any
 
@@ -39,17 +40,43 @@ def group_of(process_group: Any, model: nn.Module) -> Any:
     return _core.Group(process_group.group_name)
 
 
-def gathered_state(own: dict[str, Any], process_group: Any) -> dict[str, Any] | None:
-    """An optimizer's state_dict() with the state of all ranks, on the first rank of the group; None on the others."""
-    if process_group is None:
-        return own
-    size = torch.distributed.get_world_size(process_group)
-    is_first = torch.distributed.get_rank(process_group) == 0
-    parts: list[Any] | None = [None] * size if is_first else None
-    first = torch.distributed.get_global_rank(process_group, 0)
-    torch.distributed.gather_object(own["state"], parts, dst=first, group=process_group)
-    if parts is None:
+def gathered_state(state: dict[str, Any], own: set[int], process_group: Any) -> dict[str, Any] | None:
+    """An optimizer's state_dict() with the state of all ranks, on the first rank of the group; None on the others.
+
+    own: the numbers of the parameters that this rank updates. Tensors go one at a time.
+    """
+    group = torch.distributed
+    rank, size = group.get_rank(process_group), group.get_world_size(process_group)
+    mine = {number: values for number, values in state["state"].items() if number in own}
+    told: list[Any] = [None] * size
+    group.all_gather_object(told, {number: _described(values) for number, values in mine.items()}, group=process_group)
+    whole = dict(mine)
+    first = group.get_global_rank(process_group, 0)
+    for owner in range(1, size):
+        for number, values in told[owner].items():
+            whole[number] = dict(values)
+            for name, kind in values.items():
+                if not isinstance(kind, _Kind):
+                    continue
+                if rank == owner:
+                    group.send(mine[number][name].contiguous(), first, group=process_group)
+                elif rank == 0:
+                    tensor = torch.empty(kind.size, dtype=kind.dtype)
+                    group.recv(tensor, group.get_global_rank(process_group, owner), group=process_group)
+                    whole[number][name] = tensor
+    if rank > 0:
         return None
-    whole = dict(own)
-    whole["state"] = {number: state for part in parts for number, state in part.items()}
-    return whole
+    return {**state, "state": whole}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """Of a tensor that another rank has."""
+
+    size: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _described(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: _Kind(tuple(one.shape), one.dtype) if isinstance(one, torch.Tensor) else one
+            for name, one in values.items()}

@@ -1,7 +1,8 @@
 """AdamW and SGD of the library, and the drivers by which an Accumulator steps any optimizer.
 
 A driver has `parameters()`, `step(parameters, sums, divisor)`, `dry_run(...)`, `end_dry_run()`, `has_state()`,
-`update_only(parameters)`, `keeps(name)`, `learning_rate()`, `set_learning_rate(rate)`, `state()` and `prepare(tensors)`.
+`update_only(parameters)`, `update_all()`, `is_partial()`, `keeps(name)`, `own_numbers()`, `learning_rate()`,
+`set_learning_rate(rate)`, `state()` and `prepare(tensors)`.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,6 +15,8 @@ from microbatch import _core
 from microbatch.errors import BadData, DoesNotFit, UsageError
 
 Named = list[tuple[str, Tensor]]
+
+_PARTS = "_microbatch_updates"  # attribute of an optimizer with a part of the state: the ids of its own parameters
 
 
 class _OnePass(torch.optim.Optimizer):
@@ -34,6 +37,8 @@ class _OnePass(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a `.grad`. An Accumulator does not call this."""
+        if hasattr(self, _PARTS):
+            raise UsageError("the state is sharded over processes by an Accumulator: its step() makes the update")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -199,7 +204,10 @@ class Driver(Protocol):
     def end_dry_run(self) -> None: ...
     def has_state(self) -> bool: ...
     def update_only(self, parameters: list[Tensor]) -> None: ...
+    def update_all(self) -> None: ...
+    def is_partial(self) -> bool: ...
     def keeps(self, name: str) -> bool: ...
+    def own_numbers(self) -> set[int]: ...
 
 
 def driver_of(optimizer: Any) -> Driver:
@@ -216,10 +224,25 @@ def driver_of(optimizer: Any) -> Driver:
 
 
 class _OfGroups:
-    """What both drivers read from torch's parameter groups."""
+    """What both drivers read from torch's parameter groups, and which of the parameters this process updates."""
 
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
+
+    def is_partial(self) -> bool:
+        return hasattr(self.optimizer, _PARTS)
+
+    def own_numbers(self) -> set[int]:
+        """The numbers of the parameters that this process updates, in the order of all groups."""
+        own = getattr(self.optimizer, _PARTS, None)
+        return {i for i, one in enumerate(self.parameters()) if own is None or id(one) in own}
+
+    def _restrict(self, parameters: list[Tensor]) -> None:
+        setattr(self.optimizer, _PARTS, {id(one) for one in parameters})
+
+    def _lift(self) -> None:
+        if self.is_partial():
+            delattr(self.optimizer, _PARTS)
 
     def parameters(self) -> list[Tensor]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -250,7 +273,12 @@ class OnePassDriver(_OfGroups):
         return bool(self.optimizer._synced().has_state())
 
     def update_only(self, parameters: list[Tensor]) -> None:
+        self._restrict(parameters)
         self.optimizer._synced().update_only(parameters)
+
+    def update_all(self) -> None:
+        self._lift()
+        self.optimizer._synced().update_all()
 
     def keeps(self, name: str) -> bool:
         return bool(self.optimizer._synced().keeps(name))
@@ -273,7 +301,6 @@ class TorchDriver(_OfGroups):
         super().__init__(optimizer)
         self._dry_state: dict[int, Any] = {}
         self._hook: Any = None  # drops what load_state_dict() brings for them
-        self._others: set[int] = set()  # numbers of the parameters that another process updates
 
     def step(self, parameters: list[Tensor], sums: list[Tensor], divisor: float) -> None:
         self._place(parameters, sums)
@@ -347,25 +374,31 @@ class TorchDriver(_OfGroups):
         self._dry_state.clear()
 
     def has_state(self) -> bool:
-        state = self.optimizer.state
-        own = [one for i, one in enumerate(self.parameters()) if one.requires_grad and i not in self._others]
-        return bool(state) and all(one in state for one in own)
+        state, own = self.optimizer.state, self.own_numbers()
+        updated = [one for i, one in enumerate(self.parameters()) if one.requires_grad and i in own]
+        return bool(state) and all(one in state for one in updated)
 
     def update_only(self, parameters: list[Tensor]) -> None:
-        own = {id(one) for one in parameters}
-        self._others = {i for i, one in enumerate(self.parameters()) if id(one) not in own}
+        self._restrict(parameters)
         self._drop_others()
         if self._hook is None and hasattr(self.optimizer, "register_load_state_dict_post_hook"):
             self._hook = self.optimizer.register_load_state_dict_post_hook(lambda _: self._drop_others())
 
+    def update_all(self) -> None:
+        self._lift()
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
     def _drop_others(self) -> None:
+        own = self.own_numbers()
         for number, parameter in enumerate(self.parameters()):
-            if number in self._others:
+            if number not in own:
                 self.optimizer.state.pop(parameter, None)
 
     def keeps(self, name: str) -> bool:
         number = name.partition("/")[0]
-        return not number.isdigit() or int(number) not in self._others
+        return not number.isdigit() or int(number) in self.own_numbers()
 
     def state(self) -> Named:
         """Tensors and numbers of the state as tensors, by "NUMBER/NAME"."""
@@ -381,11 +414,12 @@ class TorchDriver(_OfGroups):
     def prepare(self, tensors: dict[str, Tensor]) -> Callable[[], None]:
         parameters = self.parameters()
         state: dict[int, dict[str, Any]] = {}
+        own = self.own_numbers()
         for name, value in tensors.items():
             number, _, key = name.partition("/")
             if not number.isdigit() or int(number) >= len(parameters):
                 raise BadData(f"the state belongs to another optimizer: it has {name}")
-            if int(number) in self._others:
+            if int(number) not in own:
                 continue
             now = self.optimizer.state.get(parameters[int(number)], {}).get(key)
             is_number = now is not None and not isinstance(now, Tensor)

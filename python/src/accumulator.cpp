@@ -55,14 +55,16 @@ Reclaimer collect_garbage() {
 }
 
 PythonAccumulator::PythonAccumulator(py::object model, py::object driver, double clip_norm, bool sum_in_product,
-                                     const std::shared_ptr<Group>& group, bool whole_batches, bool shard_optimizer)
+                                     const std::shared_ptr<Group>& group, bool whole_batches, bool shard_optimizer,
+                                     std::int64_t grain)
     : model_(std::make_shared<PythonModel>(std::move(model))), optimizer_(optimizer_of(std::move(driver))) {
     const py::gil_scoped_release released;
     accumulator_.emplace(AnyModel(model_), *optimizer_,
                          AccumulatorOptions{.clip_norm = clip_norm,
                                             .sum_in_product = sum_in_product,
                                             .reducer = reducer_of(group, whole_batches),
-                                            .shard_optimizer = shard_optimizer});
+                                            .shard_optimizer = shard_optimizer,
+                                            .grain = grain});
     if (group) share_from_first(*group, accumulator_->parameters(), model_->buffers());
 }
 
@@ -91,8 +93,10 @@ PlanReport PythonAccumulator::plan(const py::object& source, const py::object& l
         if (!on_trial.is_none()) on_trial(plan);
     };
     const py::gil_scoped_release released;
-    const SliceOf share(batch, {0, accumulator_->reducer().largest_share(batch.size())});
+    const SliceOf share(batch, {0, accumulator_->reducer().largest_share(
+                                       batch.size(), std::max<std::int64_t>(accumulator_->grain(), 1))});
     if (how.micro_batch) how.micro_batch = std::min(*how.micro_batch, share.size());
+    if (const std::int64_t grain = accumulator_->grain(); grain > 0) how.micro_batch = std::min(grain, share.size());
     return plan_batch_norm(*accumulator_, share, function, how, batch_norm);
 }
 
@@ -132,9 +136,9 @@ void bind_accumulator(py::module_& module) {
             load(self, StateReader(state));
         });
     py::class_<PythonAccumulator>(module, "Accumulator")
-        .def(py::init<py::object, py::object, double, bool, std::shared_ptr<Group>, bool, bool>(), py::arg("model"),
-             py::arg("optimizer"), py::arg("clip_norm"), py::arg("sum_in_product"), py::arg("group"),
-             py::arg("whole_batches"), py::arg("shard_optimizer"))
+        .def(py::init<py::object, py::object, double, bool, std::shared_ptr<Group>, bool, bool, std::int64_t>(),
+             py::arg("model"), py::arg("optimizer"), py::arg("clip_norm"), py::arg("sum_in_product"), py::arg("group"),
+             py::arg("whole_batches"), py::arg("shard_optimizer"), py::arg("grain"))
         .def("step", &PythonAccumulator::step, py::arg("batch"), py::arg("loss"), py::arg("measure_noise"),
              py::arg("gate"))
         .def("gather", &PythonAccumulator::gather, py::arg("batch"), py::arg("loss"), py::arg("measure_noise"))
@@ -143,6 +147,7 @@ void bind_accumulator(py::module_& module) {
         .def(
             "abandon", [](PythonAccumulator& self, const std::string& why) { self.get().reducer().abandon(why); },
             py::arg("why"), released)
+        .def("require_whole_update", [](PythonAccumulator& self) { self.get().require_whole_update(); })
         .def("add", &PythonAccumulator::add, py::arg("sum"), py::arg("weight"))
         .def(
             "begin", [](PythonAccumulator& self, bool measure_noise) { self.get().begin(measure_noise); },
@@ -162,6 +167,17 @@ void bind_accumulator(py::module_& module) {
                 const py::gil_scoped_release no_gil;
                 self.get().set_plan(plan);
             })
+        .def("ranges",
+             [](PythonAccumulator& self) {
+                 StateDict state;
+                 self.get().save_ranges(StateWriter(state));
+                 return to_dict(state);
+             })
+        .def("load_ranges",
+             [](PythonAccumulator& self, const py::dict& values) {
+                 const StateDict state = from_dict(values);
+                 self.get().prepare_ranges(StateReader(state))();
+             })
         .def("caps", [](PythonAccumulator& self) { return to_dict(state_of(self.get().caps())); })
         .def("load_caps", [](PythonAccumulator& self, const py::dict& values) {
             const StateDict state = from_dict(values);

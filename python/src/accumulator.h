@@ -23,7 +23,8 @@ public:
     /// Without a driver, there is no optimizer: the caller steps with the gradients that hand_over() leaves in .grad.
     /// With a group, all ranks begin with the parameters and buffers of rank 0: see reducer_of() for `whole_batches`.
     PythonAccumulator(py::object model, py::object driver, double clip_norm, bool sum_in_product,
-                      const std::shared_ptr<Group>& group, bool whole_batches, bool shard_optimizer);
+                      const std::shared_ptr<Group>& group, bool whole_batches, bool shard_optimizer,
+                      std::int64_t grain);
 
     StepReport step(const py::object& source, const py::object& loss, bool measure_noise, SpikeGate* gate);
     void gather(const py::object& source, const py::object& loss, bool measure_noise);

@@ -96,9 +96,20 @@ std::vector<at::Tensor> PythonOptimizer::parameters() const {
 }
 
 void PythonOptimizer::update_only(const std::vector<at::Tensor>& parameters) {
-    Optimizer::update_only(parameters);
+    restrict_to(parameters);
     const py::gil_scoped_acquire gil;
     driver_.attr("update_only")(parameters);
+}
+
+bool PythonOptimizer::is_partial() const {
+    const py::gil_scoped_acquire gil;
+    return driver_.attr("is_partial")().cast<bool>();
+}
+
+void PythonOptimizer::lift_restriction() {
+    Optimizer::lift_restriction();
+    const py::gil_scoped_acquire gil;
+    driver_.attr("update_all")();
 }
 
 bool PythonOptimizer::keeps(std::string_view name) const {
@@ -142,6 +153,8 @@ void bind_optimizers(py::module_& module) {
         .def("end_dry_run", &FusedOptimizer::end_dry_run)
         .def("has_state", &FusedOptimizer::has_state)
         .def("update_only", &FusedOptimizer::update_only, py::arg("parameters"))
+        .def("update_all", &FusedOptimizer::update_all)
+        .def("is_partial", &FusedOptimizer::is_partial)
         .def("keeps", &FusedOptimizer::keeps, py::arg("name"))
         .def("state", [](const FusedOptimizer& self) { return tensors_of(self); })
         .def("load_state", [](FusedOptimizer& self, const Named& tensors) { load_tensors(self, tensors); });

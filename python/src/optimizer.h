@@ -24,12 +24,14 @@ public:
     std::vector<at::Tensor> parameters() const override;
     void update_only(const std::vector<at::Tensor>& parameters) override;
     bool keeps(std::string_view name) const override;
+    bool is_partial() const override;
 
     /// Tensors `PARAMETER/KEY`; numbers that the optimizer keeps are tensors of one element.
     void save(const StateWriter& writer) const override;
     Commit prepare(const StateReader& reader) override;
 
 private:
+    void lift_restriction() override;
     void call(const char* method, std::span<const GradientView> gradients, double divisor);
 
     py::object driver_;

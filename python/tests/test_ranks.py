@@ -94,6 +94,28 @@ def part_of_state(optimizer):
     return sum(one.numel() for state in optimizer.state_dict()["state"].values() for one in state.values())
 
 
+def invariant(rank, size, folder):
+    """Bits of a model with dropout after some steps, in grains."""
+    torch.manual_seed(rank)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 3)).double() if size == 1 else None
+    group = None if size == 1 else torch.distributed.group.WORLD
+    if model is None:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 3)).double()
+    optimizer = mb.AdamW(model.parameters(), lr=0.01)
+    accumulator = mb.Accumulator(model, optimizer, loss, process_group=group, shared_batch=True, micro_batch=1 + size,
+                                 grain=2, shard_optimizer=size == 3, clip_norm=1.0)
+    reports = []
+    for i, batch in enumerate(batches()):
+        if i == 2:  # as after a restart
+            state = accumulator.state_dict()
+            assert len(state["ranges"]) == 4
+            accumulator.load_state_dict(state)
+        report = accumulator.step(batch)
+        reports.append((report.loss, report.weight, report.gradient_norm))
+    return state_of(model), reports
+
+
 def save_and_go_on(case, rank, size, folder):
     """Four steps with sharded state, which rank 0 saves after two; then two by this number of processes."""
     def started(model):
@@ -127,12 +149,33 @@ def save_and_go_on(case, rank, size, folder):
     return state_of(model), []
 
 
+def take_over(rank, size, folder):
+    model = net()
+    optimizer = mb.AdamW(model.parameters(), lr=0.01)
+    how = {"process_group": torch.distributed.group.WORLD, "shared_batch": True, "micro_batch": 2}
+    accumulator = mb.Accumulator(model, optimizer, loss, shard_optimizer=True, **how)
+    accumulator.step(batches()[0])
+    said = []
+    for call, words in ((optimizer.step, "its step() makes the update"),
+                        (lambda: mb.Accumulator(model, optimizer, loss, **how), "sharded by another accumulator")):
+        try:
+            call()
+        except mb.UsageError as error:
+            said.append(words if words in str(error) else str(error))
+    return state_of(model), said
+
+
 def work(rank, size, folder, case):
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
     try:
-        made = save_and_go_on(case, rank, size, folder) if "go on" in case else train(case, rank, size)
+        if case == "invariant":
+            made = invariant(rank, size, folder)
+        elif case == "taken over":
+            made = take_over(rank, size, folder)
+        else:
+            made = save_and_go_on(case, rank, size, folder) if "go on" in case else train(case, rank, size)
         torch.save(made, f"{folder}/{rank}.pt")
     except BaseException:
         traceback.print_exc()
@@ -181,6 +224,30 @@ def test_a_whole_state_is_saved_and_any_number_of_processes_goes_on(case, tmp_pa
     for found, _ in together(case, 3, tmp_path):
         assert_close(found, state_of(model), 1e-9)  # AdamW scales up the rounding of gradients near 0
     assert_close(save_and_go_on(case, 0, 1, tmp_path)[0], state_of(model), 1e-9)
+
+
+def test_grains_have_the_same_bits_for_any_number_of_processes(tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        expected, alone = invariant(0, 1, tmp_path)
+    finally:
+        torch.set_num_threads(threads)
+    for size in (2, 3):
+        for found, reports in together("invariant", size, tmp_path / str(size)):
+            assert all(torch.equal(found[name], one) for name, one in expected.items())
+            assert reports == alone
+
+
+def test_a_sharded_optimizer_is_not_stepped_by_itself_nor_by_another_accumulator(tmp_path):
+    for found, reports in together("taken over", 2, tmp_path):
+        assert reports == ["its step() makes the update", "sharded by another accumulator"]
+
+
+def test_a_grain_that_is_none_is_refused():
+    for grain in (-1, True, 1.5):
+        with pytest.raises(mb.UsageError, match="grain is"):
+            mb.Accumulator(net(), None, loss, grain=grain)
 
 
 def test_state_is_not_sharded_without_an_optimizer():

@@ -25,7 +25,7 @@ JOB = ["data", "model", "layers", "heads", "kv-heads", "width", "inner", "length
        "warmup", "final-lr", "decay", "power", "seed", "threads", "config", "json", "help"]
 LENGTH = ["steps", "samples", "tokens"]
 FLAGS = {"train": JOB + LENGTH + ["run", "no-verify", "no-guard", "restores", "noise-every", "batch-schedule", "quiet", "processes",
-                                 "shard-optimizer", "checkpoint-every", "keep", "keep-every", "no-checkpoints", "resume",
+                                 "shard-optimizer", "invariant", "grain", "checkpoint-every", "keep", "keep-every", "no-checkpoints", "resume",
                                  "resume-changed"],
          "plan": JOB + ["run"], "compare": JOB + LENGTH + ["run", "batches", "seeds"], "advise": JOB + LENGTH + ["check"],
          "report": ["help"], "doctor": ["json", "help"]}

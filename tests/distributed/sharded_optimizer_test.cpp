@@ -141,7 +141,9 @@ TEST(ShardedTorchOptimizer, MakesTheUpdatesOfOneProcess) {
         for (const Batch& batch : batches) accumulator.step(batch, job->loss);
         EXPECT_TRUE(optimizer.has_state());
         for (const std::string& name : names_of_state(optimizer)) EXPECT_TRUE(optimizer.keeps(name));
-        EXPECT_EQ(optimizer.keeps("0/exp_avg") && optimizer.keeps("1/exp_avg"), reducer->size() == 1);
+        std::size_t kept = 0;
+        for (std::size_t i = 0; i < parameters.size(); ++i) kept += optimizer.keeps(str_cat(i, "/exp_avg")) ? 1 : 0;
+        EXPECT_EQ(kept == parameters.size(), reducer->size() == 1);
         return test::values_of(job->parameters);
     };
     for (const bool adam : {true, false}) {
@@ -192,6 +194,9 @@ public:
     std::vector<at::Tensor> parameters() const override { return real_.parameters(); }
     void save(const StateWriter& writer) const override { real_.save(writer); }
     Commit prepare(const StateReader& reader) override { return real_.prepare(reader); }
+    void update_only(const std::vector<at::Tensor>& own) override { real_.update_only(own); }
+    bool keeps(std::string_view name) const override { return real_.keeps(name); }
+    bool is_partial() const override { return real_.is_partial(); }
 
 private:
     Optimizer& real_;
@@ -232,6 +237,88 @@ TEST(AShardedOptimizer, MakesTheStepItself) {
         rank->accumulator->gather(batches[2], rank->job.loss);
         test::expect_usage_error({"sharded", "apply()"}, [&] { rank->accumulator->hand_over(); });
         EXPECT_TRUE(rank->accumulator->apply().applied);
+    });
+}
+
+// A head of two tensors on a frozen model: the third rank updates nothing, and takes part.
+TEST(AShardedOptimizer, MayHaveRanksThatUpdateNothing) {
+    const std::vector<Batch> batches = test::text_batches(6);
+    const auto run = [&](const std::shared_ptr<Reducer>& reducer) {
+        std::optional<Job> job;
+        {
+            const std::lock_guard lock(making());
+            job.emplace(test::text_job(at::kDouble, "adamw"));
+        }
+        for (std::size_t i = 2; i < job->parameters.size(); ++i) job->parameters[i].tensor.set_requires_grad(false);
+        Accumulator accumulator(job->model, *job->optimizer, {.reducer = reducer, .shard_optimizer = true});
+        for (const Batch& batch : batches) accumulator.step(batch, job->loss);
+        return test::values_of(job->parameters);
+    };
+    const test::Named alone = run(std::make_shared<LocalReducer>());
+    run_ranks(4, [&](const std::shared_ptr<Group>& group) {
+        test::expect_agree(run(std::make_shared<GroupReducer>(group)), alone, 1e-9);  // as AdamW above
+    });
+}
+
+TEST(AShardedOptimizer, SaysOnAllRanksIfNoParameterHasAGradient) {
+    run_ranks(2, [&](const std::shared_ptr<Group>& group) {
+        const at::Tensor used = at::zeros({2}).set_requires_grad(true), other = at::zeros({2}).set_requires_grad(true);
+        Sgd optimizer({{.parameters = {{"used", used}}}}, {.learning_rate = 0.1});
+        Accumulator accumulator(Parameters{{"used", used}}, optimizer,
+                                {.reducer = std::make_shared<GroupReducer>(group), .shard_optimizer = true});
+        const LossFunction loss = [&](const Batch& micro) -> WeightedLoss {
+            return {other.sum(), static_cast<double>(micro.size())};
+        };
+        test::expect_usage_error({"no parameter received a gradient"}, [&] {
+            accumulator.step(Batch{{at::ones({4, 1})}}, loss);
+        });
+    });
+}
+
+TEST(AShardedOptimizer, TakesParametersThatAreAddedLater) {
+    const auto run = [&](const std::shared_ptr<Reducer>& reducer) {
+        const at::Tensor first = at::ones({3}, at::kDouble).set_requires_grad(true);
+        const at::Tensor second = at::ones({3}, at::kDouble).set_requires_grad(true);
+        AdamW optimizer({{.parameters = {{"first", first}}}});
+        Accumulator accumulator(Parameters{{"first", first}}, optimizer, {.reducer = reducer, .shard_optimizer = true});
+        const auto step = [&](bool both) {
+            const LossFunction loss = [&](const Batch& micro) -> WeightedLoss {
+                const at::Tensor sum = (micro.fields[0] * first).sum();
+                return {both ? sum + (micro.fields[0] * second).square().sum() : sum,
+                        static_cast<double>(micro.size())};
+            };
+            EXPECT_TRUE(accumulator.step(Batch{{at::ones({4, 3}, at::kDouble)}}, loss).applied);
+        };
+        step(false);
+        optimizer.add_group({.parameters = {{"second", second}}});
+        accumulator.track({{"second", second}});
+        for (int i = 0; i < 3; ++i) step(true);
+        return test::Named{{"first", first.detach()}, {"second", second.detach()}};
+    };
+    const test::Named alone = run(std::make_shared<LocalReducer>());
+    EXPECT_NE(alone[1].tensor[0].item<double>(), 1.0);
+    run_ranks(2, [&](const std::shared_ptr<Group>& group) {
+        test::expect_agree(run(std::make_shared<GroupReducer>(group)), alone, 1e-12);
+    });
+}
+
+TEST(AShardedOptimizer, IsNotTakenOverByAnotherAccumulator) {
+    const std::vector<Batch> batches = test::text_batches(3);
+    run_ranks(2, [&](const std::shared_ptr<Group>& group) {
+        std::optional<RankJob> rank;
+        {
+            const std::lock_guard lock(making());
+            rank.emplace(test::text_job(at::kFloat, "adamw"), std::make_shared<GroupReducer>(group), Plan{}, true);
+        }
+        rank->accumulator->step(batches[2], rank->job.loss);
+        test::expect_usage_error({"make a new one"}, [&] { rank->accumulator->shard_optimizer(false); });
+        for (const bool sharded : {false, true}) {
+            test::expect_usage_error({"sharded by another accumulator"}, [&] {
+                Accumulator(rank->job.model, *rank->job.optimizer,
+                            {.reducer = std::make_shared<GroupReducer>(group), .shard_optimizer = sharded});
+            });
+        }
+        EXPECT_TRUE(rank->accumulator->step(batches[2], rank->job.loss).applied);
     });
 }
 

@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
+#include <torch/optim/adam.h>
 
 #include <algorithm>
 #include <fstream>
@@ -9,6 +10,7 @@
 
 #include "microbatch/distributed/group_reducer.h"
 #include "microbatch/io/safetensors.h"
+#include "microbatch/optim/torch_optimizer.h"
 #include "microbatch/run/follower.h"
 #include "microbatch/run/run.h"
 #include "microbatch/run/run_log.h"
@@ -62,6 +64,20 @@ struct RankRun {
         Run run(folder, *rank->accumulator, data, rank->job.loss, std::move(options));
         return run.train();
     }
+
+    void use_torch_adam() {
+        test::RankJob& own = *rank;
+        adam.emplace(tensors_of(own.job.parameters));
+        torch_optimizer.emplace(*adam);
+        const std::shared_ptr<Reducer> reducer = own.reducer;
+        own.accumulator = std::make_unique<Accumulator>(
+            own.job.model, *torch_optimizer,
+            AccumulatorOptions{
+                .plan = {.micro_batch = 2}, .clip_norm = 1.0, .reducer = reducer, .shard_optimizer = true});
+    }
+
+    std::optional<torch::optim::Adam> adam;
+    std::optional<TorchOptimizer> torch_optimizer;
 
     void follow(const std::filesystem::path& path, bool resume, const RunOptions& options) {
         RunFolder folder(path, resume, RunAccess::follows);
@@ -138,27 +154,63 @@ TEST(ShardedRun, HasInItsCheckpointTheStateOfOneProcess) {
     }
 }
 
-// In two steps, the loss is a thousand times what it should be.
-TEST(ShardedRun, RollsBackOnAllWithTheStateOfEach) {
-    const test::TempFolder temp;
-    RunOptions options = of_steps(12);
-    options.trainer.guard = SpikeGuardOptions{.window = 6, .least = 3, .most_refused = 1};
-    const auto spike = [](RankRun& run, RunOptions& own) {
+// In two steps, the loss is a thousand times what it should be; `first` steps were made before.
+Meddle spike(int first) {
+    return [first](RankRun& run, RunOptions& own) {
         // Asked before every step, and in a single process between its four micro-batches too.
         const int times_a_step = run.rank->accumulator->reducer().size() == 1 ? 4 : 1;
         const auto asked = std::make_shared<int>(0);
         own.trainer.stop = [asked] { return ++*asked < 0; };
-        run.rank->job.loss = [asked, times_a_step, real = run.rank->job.loss](const Batch& micro) {
+        run.rank->job.loss = [=, real = run.rank->job.loss](const Batch& micro) {
             WeightedLoss loss = real(micro);
-            const int step = (*asked - 1) / times_a_step;
+            const int step = first + (*asked - 1) / times_a_step;
             if (step == 7 || step == 8) loss.sum = loss.sum * 1e3;
             return loss;
         };
     };
-    train_over(1, temp.path() / "alone", options, spike);
-    train_over(3, temp.path() / "run", options, spike);
-    const auto steps = read_run_log(temp.path() / "run").steps;
+}
+
+RunOptions guarded(std::int64_t steps) {
+    RunOptions options = of_steps(steps);
+    options.trainer.guard = SpikeGuardOptions{.window = 6, .least = 3, .most_refused = 1};
+    return options;
+}
+
+void expect_rolled_back_alike(const std::filesystem::path& run, const std::filesystem::path& alone) {
+    const auto steps = read_run_log(run).steps;
     EXPECT_TRUE(std::ranges::any_of(steps, [](const StepRecord& one) { return one.rolled_back_to.has_value(); }));
+    test::expect_agree(weights_in(run), weights_in(alone), 1e-9);
+}
+
+TEST(ShardedRun, RollsBackOnAllWithTheStateOfEach) {
+    const test::TempFolder temp;
+    train_over(1, temp.path() / "alone", guarded(12), spike(0));
+    train_over(3, temp.path() / "run", guarded(12), spike(0));
+    expect_rolled_back_alike(temp.path() / "run", temp.path() / "alone");
+}
+
+TEST(ShardedRun, RollsBackToTheSnapshotsOfAnotherNumberOfProcesses) {
+    for (const auto& [before, after] : {std::pair{1, 3}, std::pair{3, 1}, std::pair{3, 2}}) {
+        const test::TempFolder temp;
+        train_over(1, temp.path() / "alone", guarded(12), spike(0));
+        train_over(before, temp.path() / "run", guarded(7));
+        train_over(after, temp.path() / "run", guarded(12), spike(7));
+        expect_rolled_back_alike(temp.path() / "run", temp.path() / "alone");
+    }
+}
+
+// Its state has numbers beside tensors.
+TEST(ShardedRun, OfATorchOptimizerIsResumedByAnyNumberOfProcesses) {
+    const test::TempFolder temp;
+    const auto use_torch = [](RankRun& run, RunOptions&) { run.use_torch_adam(); };
+    RunOptions options = of_steps(8);
+    options.trainer.guard.reset();
+    options.trainer.recovery.reset();
+    train_over(1, temp.path() / "alone", options, use_torch);
+    for (const auto& [size, steps] : {std::pair{3, 3}, std::pair{2, 5}, std::pair{1, 8}}) {
+        options.trainer.length.count = steps;
+        train_over(size, temp.path() / "run", options, use_torch);
+    }
     test::expect_agree(weights_in(temp.path() / "run"), weights_in(temp.path() / "alone"), 1e-9);
 }
 

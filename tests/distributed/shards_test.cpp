@@ -7,6 +7,8 @@
 #include <numeric>
 #include <random>
 
+#include "microbatch/model/parameters.h"
+
 namespace microbatch {
 namespace {
 
@@ -34,7 +36,7 @@ TEST(Shards, GiveNoRankMoreThanItsShareAndTheLargestTensor) {
         for (std::int64_t& size : sizes) size = static_cast<std::int64_t>(random() % (round % 2 == 0 ? 10 : 5000));
         const Parameters parameters = parameters_of_sizes(sizes);
         Shards shards(ranks);
-        shards.add(parameters);
+        shards.add(tensors_of(parameters));
         const auto bytes = bytes_of_ranks(shards, parameters, ranks);
         const std::int64_t total = 4 * std::accumulate(sizes.begin(), sizes.end(), std::int64_t{0});
         const std::int64_t largest = sizes.empty() ? 0 : 4 * *std::ranges::max_element(sizes);
@@ -45,11 +47,11 @@ TEST(Shards, GiveNoRankMoreThanItsShareAndTheLargestTensor) {
 TEST(Shards, KeepAParameterWithItsRankWhenOthersAreAdded) {
     Parameters parameters = parameters_of_sizes({3, 9, 1, 1, 1, 7});
     Shards shards(3);
-    shards.add(parameters);
+    shards.add(tensors_of(parameters));
     std::vector<int> before;
     for (const Parameter& one : parameters) before.push_back(shards.of(one.tensor));
     for (Parameter& one : parameters_of_sizes({100, 2, 2})) parameters.push_back(std::move(one));
-    shards.add(parameters);
+    shards.add(tensors_of(parameters));
     for (std::size_t i = 0; i < before.size(); ++i) EXPECT_EQ(shards.of(parameters[i].tensor), before[i]);
     const auto bytes = bytes_of_ranks(shards, parameters, 3);
     EXPECT_LE(*std::ranges::max_element(bytes), 4 * (126 / 3 + 100));
@@ -60,7 +62,7 @@ TEST(Shards, SpreadWhatIsTrained) {
     Parameters parameters = parameters_of_sizes({1000, 10, 1000, 10, 1000, 10});
     for (std::size_t i = 0; i < 6; i += 2) parameters[i].tensor.set_requires_grad(false);
     Shards shards(3);
-    shards.add(parameters);
+    shards.add(tensors_of(parameters));
     EXPECT_NE(shards.of(parameters[1].tensor), shards.of(parameters[3].tensor));
     EXPECT_NE(shards.of(parameters[3].tensor), shards.of(parameters[5].tensor));
     EXPECT_NE(shards.of(parameters[1].tensor), shards.of(parameters[5].tensor));

@@ -193,5 +193,33 @@ TEST_P(SoftmaxRow, PassesOnWhatIsNotFinite) {
     EXPECT_TRUE(std::isnan(exponentiate_row(row.data(), 100).sum));
 }
 
+template <class Number>
+void expect_add_rounded(double (*add)(const Number*, double*, std::int64_t, double), std::size_t count) {
+    const std::vector<Number> numbers = drawn<Number>(count, 5);
+    const double quantum = std::ldexp(1.0, -20), shift = std::ldexp(1.5, 32);
+    std::vector<double> sums(count, 0.25), expected(count);
+    double largest = 0.0;
+    for (std::size_t i = 0; i < count; ++i) {
+        expected[i] = 0.25 + std::nearbyint(static_cast<double>(numbers[i]) / quantum) * quantum;
+        largest = std::max(largest, std::abs(static_cast<double>(numbers[i])));
+    }
+    EXPECT_EQ(add(numbers.data(), sums.data(), static_cast<std::int64_t>(count), shift), largest);
+    expect_same_bits(sums, expected);
+}
+
+TEST(ExactKernels, RoundToAQuantumAndAdd) {
+    for (const Kernels* one : all_kernels()) {
+        for (const std::size_t count : {0, 1, 7, 16, 33, 1000}) {
+            expect_add_rounded(one->exact->add_rounded, count);
+            expect_add_rounded(one->exact->add_rounded_double, count);
+        }
+        const float nan = std::numeric_limits<float>::quiet_NaN(), infinity = std::numeric_limits<float>::infinity();
+        const std::vector<float> numbers{1.0F, nan, -infinity, -3.0F};
+        std::vector<double> sums(4, 0.0);
+        EXPECT_EQ(one->exact->add_rounded(numbers.data(), sums.data(), 4, std::ldexp(1.5, 32)), infinity);
+        EXPECT_TRUE(sums[0] == 1.0 && std::isnan(sums[1]) && sums[2] == -infinity && sums[3] == -3.0);
+    }
+}
+
 }  // namespace
 }  // namespace microbatch

@@ -21,9 +21,11 @@ namespace microbatch::test {
 /// A job of one rank; each has its own, made alike.
 struct RankJob {
     Job job;
+    std::shared_ptr<Reducer> reducer;
     std::unique_ptr<Accumulator> accumulator;
 
-    RankJob(Job made, const std::shared_ptr<Reducer>& reducer, Plan plan, bool sharded = false) : job(std::move(made)) {
+    RankJob(Job made, std::shared_ptr<Reducer> of, Plan plan, bool sharded = false)
+        : job(std::move(made)), reducer(std::move(of)) {
         accumulator = std::make_unique<Accumulator>(
             job.model, *job.optimizer,
             AccumulatorOptions{.plan = plan, .clip_norm = 1.0, .reducer = reducer, .shard_optimizer = sharded});

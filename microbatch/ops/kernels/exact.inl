@@ -77,6 +77,29 @@ inline double sum_of_squares_of(const Number* numbers, int64_t count) {
     return all;
 }
 
+// Adding and subtracting 1.5 * 2^52 quanta rounds to a multiple of the quantum. In two loops, each of one type.
+template <class Number>
+inline double add_rounded_of(const Number* __restrict numbers, double* __restrict sums, int64_t count, double shift) {
+    constexpr int64_t width = 16;
+    Number tops[width] = {};
+    int64_t i = 0;
+    for (; i + width <= count; i += width) {
+        for (int64_t j = 0; j < width; ++j) sums[i + j] += (static_cast<double>(numbers[i + j]) + shift) - shift;
+        for (int64_t j = 0; j < width; ++j) {
+            const Number size = numbers[i + j] < 0 ? -numbers[i + j] : numbers[i + j];
+            tops[j] = size > tops[j] ? size : tops[j];
+        }
+    }
+    for (int64_t j = 0; i + j < count; ++j) {
+        const Number size = numbers[i + j] < 0 ? -numbers[i + j] : numbers[i + j];
+        tops[j] = size > tops[j] ? size : tops[j];
+        sums[i + j] += (static_cast<double>(numbers[i + j]) + shift) - shift;
+    }
+    double top = 0.0;
+    for (const Number each : tops) top = each > top ? each : top;
+    return top;
+}
+
 // As many numbers as keep the core's vectors busy.
 constexpr int64_t row_width = 32;
 

@@ -155,6 +155,10 @@ struct ExactKernels {
     /// In fp64.
     double (*sum_of_squares)(const float* numbers, std::int64_t count);
     double (*sum_of_squares_double)(const double* numbers, std::int64_t count);
+    /// sums += numbers, each rounded to a multiple of the quantum, which is `shift` / (1.5 * 2^52). Returns the largest
+    /// magnitude; NaN does not count.
+    double (*add_rounded)(const float* numbers, double* sums, std::int64_t count, double shift);
+    double (*add_rounded_double)(const double* numbers, double* sums, std::int64_t count, double shift);
     Exponentials (*exponentiate_row)(float* row, std::int64_t count);
     void (*scale_row)(float* row, std::int64_t count, float factor);
 };
