@@ -47,6 +47,7 @@ struct Child {
     std::FILE* errors = nullptr;  // of all but the first
     int exit_code = -1;           // while it runs
     bool is_killed = false;       // by this process
+    bool is_stopped = false;      // when it was last seen
 };
 
 std::vector<std::string> environment_of(const Launcher& launcher, int rank, int size) {
@@ -121,10 +122,27 @@ void end_those_that_hang(std::vector<Child>& children, const Launcher& launcher,
     }
 }
 
+// A rank that is stopped before it has joined shows no sign of life that others could miss.
+bool mark_stopped(std::vector<Child>& children) {
+    bool any = false;
+    for (Child& child : children) {
+        child.is_stopped = child.exit_code < 0 && !child.is_killed ? is_stopped(child) : child.is_stopped;
+        any = any || child.is_stopped;
+    }
+    return any;
+}
+
 void wait_for_all(std::vector<Child>& children, const Launcher& launcher) {
     using Clock = std::chrono::steady_clock;
-    std::optional<Clock::time_point> failed_at, told_at;
+    constexpr std::chrono::seconds long_enough{6};  // not the moment in which a whole job is continued
+    std::optional<Clock::time_point> failed_at, told_at, stopped_at;
     while (!collect(children)) {
+        if (!mark_stopped(children)) {
+            stopped_at.reset();
+        } else if (!stopped_at) {
+            stopped_at = Clock::now();
+        }
+        if (stopped_at && !failed_at && Clock::now() - *stopped_at > long_enough) failed_at = stopped_at;
         const bool has_failed = std::any_of(children.begin(), children.end(), [](const Child& child) {
             return child.exit_code > 0 && child.exit_code != interrupted_exit_code;
         });
@@ -150,6 +168,7 @@ std::string said_by(const Child& child) {
 void show_errors(const std::vector<Child>& children) {
     constexpr auto lost = static_cast<int>(ErrorKind::lost_rank);
     for (std::size_t rank = 0; rank < children.size(); ++rank) {
+        if (children[rank].is_stopped) print(stderr, "microbatch: rank {} was stopped\n", rank);
         const int signal = children[rank].exit_code - 128;
         if (children[rank].exit_code == interrupted_exit_code || signal <= 0 || children[rank].is_killed) continue;
         print(stderr, "microbatch: rank {} was ended by signal {} ({})\n", rank, signal, ::strsignal(signal));

@@ -105,13 +105,16 @@ std::shared_ptr<Group> Launched::join(Group::Options options) const {
     how.isServer = !is_served && rank == 0;
     how.waitWorkers = false;
     how.timeout = longest_start;
+    // Where the store is there, an address is right: who does not answer then has ended.
+    ErrorKind kind = ErrorKind::usage;
     try {
         const auto store = prefixed(c10::make_intrusive<c10d::TCPStore>(host, how));
+        kind = ErrorKind::lost_rank;
         return std::make_shared<Group>(make_gloo(store, rank, size, address_towards(host), options.timeout), options);
     } catch (const std::exception&) {
         const std::string why = message_of(std::current_exception());
-        throw Error(ErrorKind::usage, "rank ", rank, " of ", size, " does not reach the others at ", host, ":", port,
-                    ": ", why.substr(0, why.find('\n')));
+        throw Error(kind, "rank ", rank, " of ", size, " does not reach the others at ", host, ":", port, ": ",
+                    why.substr(0, why.find('\n')));
     }
 }
 

@@ -19,7 +19,8 @@ struct Launched {
     static Launched from_environment();
 
     /// Waits until all have come; a single process is a group of one. The store is that of torchrun or the Launcher, else rank 0 serves it.
-    /// Errors: ErrorKind::usage if they do not come within 5 minutes, or cannot be reached.
+    /// Errors: ErrorKind::usage if nobody answers at the address within 5 minutes; ErrorKind::lost_rank if another rank does
+    ///         not come within that time, or ends meanwhile.
     std::shared_ptr<Group> join(Group::Options options = {}) const;
 };
 

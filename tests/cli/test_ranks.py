@@ -9,7 +9,7 @@ import time
 import pytest
 
 from conftest import COMMAND, HANG, ROOT, stop_in_a_batch, weights_file
-from rank_runs import LOST, RUN, close, has_ended, start_three
+from rank_runs import LOST, RUN, close, has_ended, ranks_of, start_three
 
 TORCHRUN = ROOT / ".venv" / "bin" / "torchrun"
 
@@ -163,3 +163,20 @@ def test_a_contradiction_is_refused(run):
 
 def test_what_does_not_fit_is_said_once(run):
     run.text("train", processes=2, **RUN | {"memory": "64KiB"}).misfit()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_stopped_before_it_has_joined_is_not_waited_for(run, victim):
+    process = run.start("train", steps=100_000, processes=2, **RUN)
+    ranks = {}
+    while len(ranks) < 2:
+        try:
+            ranks = ranks_of(process.pid)
+        except (OSError, StopIteration, subprocess.CalledProcessError):  # not started yet
+            time.sleep(0.005)
+    os.kill(ranks[victim], signal.SIGSTOP)
+    began = time.monotonic()
+    errors = process.communicate(timeout=HANG)[1]
+    assert time.monotonic() - began < 10
+    assert process.returncode == LOST
+    assert f"rank {victim} was stopped" in errors
